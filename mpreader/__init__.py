@@ -1,0 +1,91 @@
+"""mpreader loads large PyTorch Distributed Checkpoints from S3 through worker processes and shared memory.
+
+Importing it imports neither torch nor boto3 nor numpy: every public name is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mpreader.config import PoolConfig as PoolConfig
+    from mpreader.config import S3ClientConfig as S3ClientConfig
+    from mpreader.errors import AccessDenied as AccessDenied
+    from mpreader.errors import ArenaClosed as ArenaClosed
+    from mpreader.errors import ArenaError as ArenaError
+    from mpreader.errors import ArenaExhausted as ArenaExhausted
+    from mpreader.errors import ChecksumMismatch as ChecksumMismatch
+    from mpreader.errors import ConfigError as ConfigError
+    from mpreader.errors import MpreaderError as MpreaderError
+    from mpreader.errors import ObjectChanged as ObjectChanged
+    from mpreader.errors import ObjectMissing as ObjectMissing
+    from mpreader.errors import PlanError as PlanError
+    from mpreader.errors import PoolClosed as PoolClosed
+    from mpreader.errors import PoolError as PoolError
+    from mpreader.errors import PoolTimeout as PoolTimeout
+    from mpreader.errors import ShortRead as ShortRead
+    from mpreader.errors import TransportError as TransportError
+    from mpreader.errors import WorkerCrashed as WorkerCrashed
+    from mpreader.fetch import RangeFetcher as RangeFetcher
+    from mpreader.fetch import fetch_ranges as fetch_ranges
+    from mpreader.ranges import ItemRange as ItemRange
+    from mpreader.ranges import RangeGroup as RangeGroup
+    from mpreader.readers.base import S3Reader as S3Reader
+    from mpreader.readers.constructor import DCPOptimizedConstructor as DCPOptimizedConstructor
+    from mpreader.readers.constructor import MultiprocessConstructor as MultiprocessConstructor
+    from mpreader.readers.constructor import S3ReaderConstructor as S3ReaderConstructor
+    from mpreader.readers.dcp_optimized import DCPOptimizedS3Reader as DCPOptimizedS3Reader
+    from mpreader.readers.multiprocess import MultiprocessS3Reader as MultiprocessS3Reader
+    from mpreader.readers.ranged import RangedS3Reader as RangedS3Reader
+    from mpreader.readers.sequential import SequentialS3Reader as SequentialS3Reader
+    from mpreader.s3 import S3Client as S3Client
+
+__version__ = "0.1.0"
+
+_HOME_OF = {
+    "S3ClientConfig": "mpreader.config",
+    "PoolConfig": "mpreader.config",
+    "RangeFetcher": "mpreader.fetch",
+    "fetch_ranges": "mpreader.fetch",
+    "ItemRange": "mpreader.ranges",
+    "RangeGroup": "mpreader.ranges",
+    "S3Reader": "mpreader.readers.base",
+    "S3ReaderConstructor": "mpreader.readers.constructor",
+    "DCPOptimizedConstructor": "mpreader.readers.constructor",
+    "MultiprocessConstructor": "mpreader.readers.constructor",
+    "SequentialS3Reader": "mpreader.readers.sequential",
+    "RangedS3Reader": "mpreader.readers.ranged",
+    "DCPOptimizedS3Reader": "mpreader.readers.dcp_optimized",
+    "MultiprocessS3Reader": "mpreader.readers.multiprocess",
+    "S3Client": "mpreader.s3",
+    "AccessDenied": "mpreader.errors",
+    "ArenaClosed": "mpreader.errors",
+    "ArenaError": "mpreader.errors",
+    "ArenaExhausted": "mpreader.errors",
+    "ChecksumMismatch": "mpreader.errors",
+    "ConfigError": "mpreader.errors",
+    "MpreaderError": "mpreader.errors",
+    "ObjectChanged": "mpreader.errors",
+    "ObjectMissing": "mpreader.errors",
+    "PlanError": "mpreader.errors",
+    "PoolClosed": "mpreader.errors",
+    "PoolError": "mpreader.errors",
+    "PoolTimeout": "mpreader.errors",
+    "ShortRead": "mpreader.errors",
+    "TransportError": "mpreader.errors",
+    "WorkerCrashed": "mpreader.errors",
+}
+
+__all__ = [*_HOME_OF]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(home), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME_OF])

@@ -1,0 +1,206 @@
+"""Settings: frozen, validated when made, each default owned by one entry of one table.
+
+A ``PoolConfig`` field that is None takes its ``MPREADER_*`` environment variable, else the table's default,
+else (where the table says "host") a value derived from the host by :mod:`mpreader.pool.sizing`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Final
+
+from mpreader.errors import ConfigError
+
+__all__ = ["KiB", "MiB", "POOL_SETTINGS", "PoolConfig", "S3ClientConfig", "Setting"]
+
+KiB: Final = 1024
+MiB: Final = 1024 * 1024
+GiB: Final = 1024 * MiB
+
+MIN_PART_BYTES: Final = 64 * KiB
+_UNITS: Final = {"": 1, "K": KiB, "M": MiB, "G": GiB}
+
+
+def parse_bytes(text: str) -> int:
+    """Read a number of bytes: ``"67108864"``, ``"64M"``, ``"64MiB"``, ``"1.5G"`` (powers of 1024).
+
+    Raises:
+        ValueError: ``text`` is none of these.
+    """
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMG]?)(?:iB|B)?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise ValueError(f"not a number of bytes: {text!r}; write 67108864 or 64MiB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _require_int(name: str, value: object, least: int) -> None:
+    _require(
+        isinstance(value, int) and not isinstance(value, bool) and value >= least,
+        f"{name} must be a whole number of at least {least}, got {value!r}",
+    )
+
+
+def _require_number(name: str, value: object, unit: str) -> None:
+    _require(
+        isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf"),
+        f"{name} must be a number of {unit} above 0, got {value!r}",
+    )
+
+
+@dataclass(frozen=True)
+class S3ClientConfig:
+    """How S3 is reached; the credentials themselves come from boto3's usual chain.
+
+    The fields that s3torchconnector's class of this name has mean what they mean there.
+
+    Args:
+        region: AWS region, such as ``"us-east-1"``. None: the environment's; a bucket of another region is followed.
+        endpoint_url: URL of an S3-compatible service. None: ``AWS_ENDPOINT_URL_S3``, ``AWS_ENDPOINT_URL``, or AWS.
+        profile: Name of a profile of the AWS configuration files.
+        part_size: Bytes of one request, both ways (5 MiB to 5 GiB).
+        unsigned: Send requests without credentials (public buckets).
+        force_path_style: Put the bucket into the path, not into the host name.
+        max_attempts: Requests made for the same bytes before giving up.
+        requester_pays: Accept to pay for the requests to a requester-pays bucket.
+        throughput_target_gbps: Open only the connections needed for this many gigabits per second, at the
+            90 MB/s that S3 gives a connection. None: as many as ``PoolConfig.connections_per_worker`` says.
+
+    Raises:
+        ConfigError: A field has a wrong type or value.
+    """
+
+    region: str | None = None
+    endpoint_url: str | None = None
+    profile: str | None = None
+    part_size: int = 8 * MiB
+    unsigned: bool = False
+    force_path_style: bool = False
+    max_attempts: int = 10
+    requester_pays: bool = False
+    throughput_target_gbps: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("region", "endpoint_url", "profile"):
+            value = getattr(self, name)
+            _require(value is None or (isinstance(value, str) and value != ""), f"{name} must be text, got {value!r}")
+        for name in ("unsigned", "force_path_style", "requester_pays"):
+            _require(isinstance(getattr(self, name), bool), f"{name} must be True or False")
+        _require_int("part_size", self.part_size, 5 * MiB)
+        _require(self.part_size <= 5 * GiB, f"part_size must be at most 5 GiB, got {self.part_size}")
+        _require_int("max_attempts", self.max_attempts, 1)
+        if self.throughput_target_gbps is not None:
+            _require_number("throughput_target_gbps", self.throughput_target_gbps, "gigabits per second")
+        if self.endpoint_url is not None:
+            _require(
+                self.endpoint_url.startswith(("http://", "https://")),
+                f"endpoint_url must start with http:// or https://, got {self.endpoint_url!r}",
+            )
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of the settings table: what a ``PoolConfig`` field does, its unit and its default."""
+
+    doc: str
+    unit: str
+    default: int | float | None  # None: derived from the host
+
+
+POOL_SETTINGS: Final[Mapping[str, Setting]] = {
+    "workers": Setting("Worker processes of the pool.", "processes", None),
+    "connections_per_worker": Setting("Connections that each worker keeps open.", "connections", None),
+    "max_memory": Setting("Shared memory that the pool may reserve at one time.", "bytes", None),
+    "part_size": Setting("Most bytes of one ranged GET.", "bytes", None),
+    "connect_timeout_s": Setting("Longest wait for a connection, TLS included.", "seconds", 10.0),
+    "stall_timeout_s": Setting("A connection that brings less than 256 KiB in this time is replaced.", "seconds", 20.0),
+    "timeout_s": Setting("Longest time for one part, all its attempts together.", "seconds", 300.0),
+    "worker_timeout_s": Setting("A worker process that is silent this long is killed and replaced.", "seconds", 15.0),
+    "lease_timeout_s": Setting("How long to wait for held views to end when memory is full.", "seconds", 10.0),
+    "idle_timeout_s": Setting("A pool unused this long gives back processes and memory.", "seconds", 60.0),
+}
+
+
+@dataclass(frozen=True)
+class PoolConfig:
+    """Settings of the worker pool; None takes ``MPREADER_<FIELD>``, else the default.
+
+    Args:
+        workers: Worker processes. Default: the cores of this process's share of the host, 8 at most.
+        connections_per_worker: Connections that each worker keeps open. Default 16, fewer where memory is short.
+        max_memory: Bytes of shared memory that the pool may reserve at one time. Default: what the host can spare
+            (half of the free memory under the cgroup's limit, 80 % of free ``/dev/shm``), divided by
+            ``LOCAL_WORLD_SIZE``. What is read ahead is far less than that; see ``mpreader.pool.sizing``.
+        part_size: Most bytes of one ranged GET (64 KiB to 5 GiB). Default: ``S3ClientConfig.part_size``, less where
+            ``max_memory`` is small.
+        connect_timeout_s: Seconds to wait for a connection, TLS included. Default 10.
+        stall_timeout_s: A connection that brings less than 256 KiB in this many seconds is replaced. Default 20.
+        timeout_s: Seconds for one part, all its attempts together. Default 300.
+        worker_timeout_s: A worker process that is silent for this many seconds is killed and replaced. Default 15.
+        lease_timeout_s: Seconds to wait for held views to end when memory is full. Default 10.
+        idle_timeout_s: A pool unused for this many seconds gives back its processes and memory, and starts again
+            when needed. Default 60.
+
+    Raises:
+        ConfigError: A field, or its environment variable, has a wrong type or value.
+    """
+
+    workers: int | None = None
+    connections_per_worker: int | None = None
+    max_memory: int | None = None
+    part_size: int | None = None
+    connect_timeout_s: float | None = None
+    stall_timeout_s: float | None = None
+    timeout_s: float | None = None
+    worker_timeout_s: float | None = None
+    lease_timeout_s: float | None = None
+    idle_timeout_s: float | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            _check_pool_field(field.name, getattr(self, field.name))
+
+    def value(self, name: str) -> Any:
+        """The value in force of the field ``name``; None where it is to be derived from the host."""
+        given = getattr(self, name)
+        if given is None:
+            given = _from_environment(name)
+        return POOL_SETTINGS[name].default if given is None else given
+
+
+def _check_pool_field(name: str, value: object) -> None:
+    if value is None:
+        return
+    if name.endswith("_s"):
+        _require_number(name, value, "seconds")
+    elif name == "part_size":
+        _require_int(name, value, MIN_PART_BYTES)
+        _require(isinstance(value, int) and value <= 5 * GiB, f"part_size must be at most 5 GiB, got {value!r}")
+    elif name == "max_memory":
+        _require_int(name, value, 4 * MIN_PART_BYTES)
+    else:
+        _require_int(name, value, 1)
+
+
+def _from_environment(name: str) -> int | float | None:
+    variable = f"MPREADER_{name.upper()}"
+    text = os.environ.get(variable, "").strip()
+    if not text:
+        return None
+    try:
+        value = parse_bytes(text) if POOL_SETTINGS[name].unit == "bytes" else _parse_number(name, text)
+        _check_pool_field(name, value)
+    except ValueError as error:
+        raise ConfigError(f"environment variable {variable}={text!r}: {error}") from None
+    return value
+
+
+def _parse_number(name: str, text: str) -> int | float:
+    return float(text) if name.endswith("_s") else int(text)

@@ -1,0 +1,1 @@
+"""File-like readers of one S3 object, and the constructors that make them."""
