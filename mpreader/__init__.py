@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from mpreader.ranges import RangeGroup as RangeGroup
     from mpreader.readers.base import S3Reader as S3Reader
     from mpreader.readers.constructor import DCPOptimizedConstructor as DCPOptimizedConstructor
-    from mpreader.readers.constructor import MultiprocessConstructor as MultiprocessConstructor
+    from mpreader.readers.multiprocess import MultiprocessConstructor as MultiprocessConstructor
     from mpreader.readers.constructor import S3ReaderConstructor as S3ReaderConstructor
     from mpreader.readers.dcp_optimized import DCPOptimizedS3Reader as DCPOptimizedS3Reader
     from mpreader.readers.multiprocess import MultiprocessS3Reader as MultiprocessS3Reader
@@ -53,7 +53,7 @@ _HOME_OF = {
     "S3Reader": "mpreader.readers.base",
     "S3ReaderConstructor": "mpreader.readers.constructor",
     "DCPOptimizedConstructor": "mpreader.readers.constructor",
-    "MultiprocessConstructor": "mpreader.readers.constructor",
+    "MultiprocessConstructor": "mpreader.readers.multiprocess",
     "SequentialS3Reader": "mpreader.readers.sequential",
     "RangedS3Reader": "mpreader.readers.ranged",
     "DCPOptimizedS3Reader": "mpreader.readers.dcp_optimized",

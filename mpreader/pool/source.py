@@ -1,18 +1,18 @@
 """What the pool must know of an object: which version to read, and how a worker gets to it.
 
 A source lives in the main process; only its routes are sent to the workers. Credentials never are.
+
+Named tuples, not dataclasses: the workers import this, and start faster without :mod:`dataclasses`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 __all__ = ["ObjectVersion", "Proxy", "Route", "Source"]
 
 
-@dataclass(frozen=True, slots=True)
-class ObjectVersion:
+class ObjectVersion(NamedTuple):
     """The one version of an object that a load reads.
 
     Attributes:
@@ -24,17 +24,24 @@ class ObjectVersion:
     etag: str
 
 
-@dataclass(frozen=True, slots=True)
-class Proxy:
-    """An HTTP proxy on the way: plain requests name the whole URL, TLS goes through a CONNECT tunnel."""
+class Proxy(NamedTuple):
+    """An HTTP proxy on the way: plain requests name the whole URL, TLS goes through a CONNECT tunnel.
+
+    Attributes:
+        host: Proxy's name or address, without brackets or port.
+        port: Proxy's TCP port.
+        headers: Headers for the proxy alone, such as Proxy-Authorization. A secret.
+    """
 
     host: str
     port: int
-    headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    headers: tuple[tuple[str, str], ...] = ()
+
+    def __repr__(self) -> str:
+        return f"Proxy({self.host}:{self.port})"
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
+class Route(NamedTuple):
     """How a worker asks for bytes of an object. A secret: whoever has it can read the object.
 
     Attributes:
@@ -50,10 +57,13 @@ class Route:
     tls: bool
     host: str
     port: int
-    target: str = field(repr=False)
-    headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    target: str
+    headers: tuple[tuple[str, str], ...] = ()
     proxy: Proxy | None = None
     ca_file: str | None = None
+
+    def __repr__(self) -> str:
+        return f"Route({self.host}:{self.port})"
 
 
 class Source(Protocol):

@@ -1,0 +1,301 @@
+"""The coordinator: one thread that waits on everything and moves parts between consumers and workers.
+
+::
+
+    consumer threads                coordinator thread                       worker processes
+    Transfer.take ── Demand ──┐                                        ┌── Fetch(part, route, slot) ──► receive
+    open, discard, close ─────┤ inbox    ┌───────────────────────┐     │                                   │
+    a view's last reference ──┼────────► │ Scheduler   (decides) │ ────┘   MapSegment, Cancel, Ping        │
+    SourceBook threads:       │  wake-up │ Arena       (memory)  │                                         │
+      HEAD, presign ──────────┘          │ Crew        (workers) │ ◄── Fetched / Failed(kind, bytes) ──────┘
+                                         └──────────┬────────────┘ ◄── pidfd: a worker is gone
+    Transfer.take ◄──────── deliver(slot | error) ──┘
+
+The thread decides and sends; it never waits for the network, for a consumer or for a worker. It ends when it is told
+to, when the pool has been idle for long enough, or when it breaks; then every consumer gets an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import selectors
+import threading
+import time
+from collections import deque
+from typing import Final, NamedTuple
+
+from mpreader.errors import MpreaderError, PoolClosed, PoolError
+from mpreader.pool.arena import Arena, Slot
+from mpreader.pool.crew import Crew, CrewLimits, Member
+from mpreader.pool.messages import Cancel, Fetch, Fetched
+from mpreader.pool.scheduler import PartState, Scheduler, SchedulerLimits
+from mpreader.pool.sizing import PoolSizes
+from mpreader.pool.sourcebook import Resolved, SourceBook
+from mpreader.pool.transfer import Close, Demand, Discard, Open, Taken, Transfer
+
+__all__ = ["Coordinator", "Timeouts"]
+
+log = logging.getLogger(__name__)
+
+_TICK_S: Final = 0.25  # between two looks at deadlines while there is work
+
+
+class Timeouts(NamedTuple):
+    """The waiting times of ``PoolConfig``, in seconds."""
+
+    connect_timeout_s: float
+    stall_timeout_s: float
+    timeout_s: float
+    worker_timeout_s: float
+    lease_timeout_s: float
+    idle_timeout_s: float
+
+
+class LeaseEnded(NamedTuple):
+    """The last reference to a view of the slot is gone."""
+
+    slot: Slot
+
+
+class Wakeup:
+    """Lets any thread, and a garbage collector in the middle of anything, wake the coordinator."""
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        # Reentrant: a garbage collection inside `set` may end a lease, which calls `set`.
+        self._lock = threading.RLock()
+
+    def set(self) -> None:
+        with self._lock:
+            if self.fd >= 0:
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_write(self.fd, 1)
+
+    def clear(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self.fd)
+
+    def close(self) -> None:
+        with self._lock:
+            if self.fd >= 0:
+                os.close(self.fd)
+                self.fd = -1
+
+
+class Coordinator:
+    """One run of a pool, from its first use until it is stopped, idle or broken."""
+
+    def __init__(self, sizes: PoolSizes, timeouts: Timeouts) -> None:
+        """Start the workers and the thread.
+
+        Raises:
+            PoolError: The operating system refused a process or a descriptor.
+        """
+        self.sizes = sizes
+        self._idle_timeout_s = timeouts.idle_timeout_s
+        self._pid = os.getpid()
+        self._inbox: deque[object] = deque()
+        self._lock = threading.Lock()  # guards the decision that nothing more is taken on
+        self._is_ended = False
+        self._is_told_to_stop = False
+        self._busy_until = time.monotonic()
+        self._wakeup = Wakeup()
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._wakeup.fd, selectors.EVENT_READ)
+        self._arena = Arena(sizes.max_bytes, sizes.block_bytes, sizes.segment_bytes)
+        self._sources = SourceBook(self.tell)
+        limits = SchedulerLimits(sizes.window_bytes, timeouts.timeout_s, timeouts.lease_timeout_s)
+        self._scheduler = Scheduler(self._arena, self._sources, limits)
+        crew_limits = CrewLimits(sizes.workers, sizes.connections_per_worker, *timeouts[:2], timeouts.worker_timeout_s)
+        self.crew = Crew(crew_limits, self._selector)
+        try:
+            self.crew.start(())
+        except BaseException:
+            self._give_back_everything()
+            raise
+        self._thread = threading.Thread(target=self._run, name="mpreader-coordinator", daemon=True)
+        self._thread.start()
+
+    # -- for other threads
+
+    @property
+    def is_ended(self) -> bool:
+        """Whether it takes on nothing more."""
+        return self._is_ended
+
+    @property
+    def retries(self) -> int:
+        """GETs that were made again."""
+        return self._scheduler.retries
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Shared memory reserved now."""
+        return self._arena.reserved_bytes
+
+    def tell(self, message: object) -> None:
+        """Put a message into the inbox; lost once the coordinator has ended."""
+        self._inbox.append(message)
+        self._wakeup.set()
+
+    def lease_ended(self, slot: Slot) -> None:
+        """For ``Slot.lease``: may be called from a garbage collection at any moment, so it takes no lock of ours."""
+        if not self._is_ended:
+            self.tell(LeaseEnded(slot))
+
+    def try_open(self, transfer: Transfer) -> bool:
+        """Take a transfer on; False if the coordinator has ended, or is about to."""
+        with self._lock:
+            if self._is_ended:
+                return False
+            self.tell(Open(transfer))
+            return True
+
+    def stop(self) -> None:
+        """End workers, memory and thread, and wait for it. Idempotent; does nothing in a forked child."""
+        if os.getpid() != self._pid:
+            return
+        self._is_told_to_stop = True
+        self._wakeup.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def abandon(self) -> None:
+        """In a forked child: give back the inherited descriptors, leave everything else to the parent."""
+        self._is_ended = True
+        self.crew.abandon()
+        self._arena.close()
+        self._selector.close()
+        self._wakeup.close()
+
+    # -- the thread
+
+    def _run(self) -> None:
+        error: MpreaderError = PoolClosed("the pool was closed")
+        try:
+            while not self._is_told_to_stop and not self._try_end_idle():
+                self._wait()
+                self._read_inbox()
+                self._watch()
+                self._dispatch()
+        except MpreaderError as broken:
+            error = broken
+        except Exception as bug:
+            log.exception("the coordinator failed")
+            error = PoolError(f"internal error, please report it: {bug!r}")
+            error.__cause__ = bug
+        finally:
+            self._end(error)
+
+    def _end(self, error: MpreaderError) -> None:
+        # In this order: take nothing on, fail what waits, end the workers, and only then let go of their memory.
+        with self._lock:
+            self._is_ended = True
+        self._scheduler.fail_everything(error)
+        for message in list(self._inbox):
+            if isinstance(message, Open):
+                message.transfer.fail_all(error)
+        self.crew.stop()
+        self._give_back_everything()
+
+    def _give_back_everything(self) -> None:
+        self.crew.stop()
+        self._sources.close()
+        self._arena.close()
+        self._selector.close()
+        self._wakeup.close()
+        self._inbox.clear()
+
+    def _try_end_idle(self) -> bool:
+        now = time.monotonic()
+        if not self._scheduler.is_idle:
+            self._busy_until = now
+        if now - self._busy_until < self._idle_timeout_s:
+            return False
+        with self._lock:
+            self._is_ended = not self._inbox
+            return self._is_ended
+
+    def _wait(self) -> None:
+        now = time.monotonic()
+        if self._scheduler.is_idle:
+            timeout_s = self._busy_until + self._idle_timeout_s - now
+        else:
+            timeout_s = min(_TICK_S, self._scheduler.next_event() - now)
+        for key, _ in self._selector.select(0 if self._inbox else max(0.0, timeout_s)):
+            if key.data is None:
+                self._wakeup.clear()
+            else:
+                self._hear(*key.data)
+
+    def _hear(self, member: Member, has_ended: bool) -> None:
+        now = time.monotonic()
+        for news in self.crew.receive(member, now):
+            if isinstance(news, Fetched):
+                self._scheduler.fetched(news.part)
+            else:
+                self._scheduler.failed(news, now)
+        if has_ended:
+            lost = self.crew.bury(member, self._arena.segments.values())
+            self._scheduler.lost(lost.parts, lost.exitcode, lost.why)
+
+    def _read_inbox(self) -> None:
+        while self._inbox:
+            message = self._inbox.popleft()
+            if isinstance(message, Taken):
+                self._scheduler.taken(message.transfer, message.fill)
+            elif isinstance(message, LeaseEnded):
+                self._scheduler.lease_ended(message.slot)
+            elif isinstance(message, Demand):
+                self._scheduler.demand(message.transfer, message.fill)
+            elif isinstance(message, Discard):
+                self._scheduler.discard(message.transfer, message.start, message.stop)
+            elif isinstance(message, Resolved):
+                self._sources.apply(message)
+            elif isinstance(message, Open):
+                self._scheduler.open(message.transfer)
+            elif isinstance(message, Close):
+                self._cancel(self._scheduler.close(message.transfer))
+
+    def _watch(self) -> None:
+        now = time.monotonic()
+        self.crew.watch(now)
+        self._cancel(self._scheduler.expire(now))
+
+    def _dispatch(self) -> None:
+        now = time.monotonic()
+        while self.crew.has_room():
+            part = self._scheduler.next_part(now)
+            self._announce_segments()
+            if part is None:
+                return
+            if not self.crew.send(_fetch_message(part), now):
+                self._scheduler.unsend(part)
+                return
+
+    def _announce_segments(self) -> None:
+        made, dropped = self._arena.take_changes()
+        if made or dropped:
+            self.crew.announce(made, dropped)
+
+    def _cancel(self, parts: list[int]) -> None:
+        for part in parts:
+            self.crew.send_to_holder(part, Cancel(part))
+
+
+def _fetch_message(state: PartState) -> Fetch:
+    part, entry, slot = state.part, state.fill.source, state.fill.slot
+    if entry.route is None or entry.version is None or slot is None:
+        raise PoolError("a part was scheduled before its source and slot were known")
+    return Fetch(
+        part=state.number,
+        route=entry.route,
+        etag=entry.version.etag,
+        object_size=entry.version.size,
+        start=part.start + state.received,
+        end=part.end,
+        segment=slot.segment.number,
+        segment_offset=slot.offset + part.slot_offset + state.received,
+    )

@@ -1,0 +1,173 @@
+"""A pool as its users hold it: starts when it is first needed, is used again and again, ends when it is closed.
+
+A pool that was idle for ``idle_timeout_s`` gives back processes and memory and starts again when needed. In a forked
+child it starts anew; the parent's is left untouched.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+
+from mpreader.config import POOL_SETTINGS, PoolConfig, S3ClientConfig
+from mpreader.errors import PoolClosed
+from mpreader.pool.coordinator import Coordinator, Timeouts
+from mpreader.pool.sizing import Host, size_pool
+from mpreader.pool.transfer import Fill, Transfer
+
+__all__ = ["Pool", "close_shared_pools", "release_shared_pool", "shared_pool"]
+
+_pools: weakref.WeakSet[Pool] = weakref.WeakSet()
+_shared: dict[tuple[object, ...], Pool] = {}
+_shared_lock = threading.Lock()
+_watches_forks = False
+
+
+class Pool:
+    """Worker processes and shared memory behind a coordinator. Thread-safe."""
+
+    def __init__(self, config: PoolConfig | None = None, s3client_config: S3ClientConfig | None = None) -> None:
+        """Set a pool up; nothing is started yet.
+
+        Raises:
+            ConfigError: A setting is wrong, or the host has too little memory.
+        """
+        config = config or PoolConfig()
+        self.sizes = size_pool(config, s3client_config or S3ClientConfig(), Host.now())
+        self.timeouts = Timeouts(*(config.value(name) for name in Timeouts._fields))
+        self.users = 0
+        self._lock = threading.Lock()
+        self._is_closed = False
+        self._coordinator: Coordinator | None = None
+        self._stop: Callable[[], object] = _nothing
+        _watch_forks()
+        _pools.add(self)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._is_closed else "running" if self.is_running else "not running"
+        return (
+            f"Pool({state}, workers={self.sizes.workers}, connections_per_worker={self.sizes.connections_per_worker})"
+        )
+
+    @property
+    def is_running(self) -> bool:
+        """Whether worker processes are up."""
+        return self._coordinator is not None and not self._coordinator.is_ended
+
+    @property
+    def coordinator(self) -> Coordinator | None:
+        """The run that is under way, or the last one; None if there was none."""
+        return self._coordinator
+
+    def start(self) -> None:
+        """Start the workers, without waiting for them, so that they are up when they are needed.
+
+        Raises:
+            PoolClosed: The pool was closed.
+            PoolError: They can't be started.
+        """
+        with self._lock:
+            self._running()
+
+    def read(self, fills: Sequence[Fill], *, grows: bool = False) -> Transfer:
+        """Begin to read ahead, in order; the caller closes the transfer.
+
+        Args:
+            fills: What to read, in the order in which it will be taken.
+            grows: Go beyond ``max_memory`` rather than fail; see :class:`~mpreader.pool.transfer.Transfer`.
+
+        Raises:
+            PoolClosed: The pool was closed.
+            PoolError: Workers can't be started.
+        """
+        with self._lock:
+            while True:
+                coordinator = self._running()
+                transfer = Transfer(fills, coordinator.tell, coordinator.lease_ended, grows=grows)
+                if coordinator.try_open(transfer):
+                    return transfer
+
+    def rest(self) -> None:
+        """End workers and downloads, give back the memory; the next use starts again."""
+        with self._lock:
+            self._stop()
+
+    def close(self) -> None:
+        """End workers and downloads and wait until they are gone. Views that were taken stay valid. Idempotent."""
+        with self._lock:
+            self._is_closed = True
+            self._stop()
+
+    def _running(self) -> Coordinator:
+        if self._is_closed:
+            raise PoolClosed("the pool was closed; make a new one")
+        if self._coordinator is None or self._coordinator.is_ended:
+            self._stop()
+            self._coordinator = Coordinator(self.sizes, self.timeouts)
+            # Also at exit, and when the pool is dropped without having been closed.
+            self._stop = weakref.finalize(self, self._coordinator.stop)
+        return self._coordinator
+
+    def _after_fork_in_child(self) -> None:
+        self._lock = threading.Lock()  # a thread that is not here may have held the old one
+        if self._coordinator is not None:
+            self._coordinator.abandon()
+        self._coordinator, self._stop = None, _nothing
+
+
+def shared_pool(config: PoolConfig | None, s3client_config: S3ClientConfig | None = None) -> Pool:
+    """The process's pool for these settings, made when it is first asked for.
+
+    It ends when it is idle, at exit, or when every user of it has called ``release_shared_pool``.
+
+    Raises:
+        ConfigError: A setting is wrong, or the host has too little memory.
+    """
+    config = config or PoolConfig()
+    s3client_config = s3client_config or S3ClientConfig()
+    settings = (*map(config.value, POOL_SETTINGS), s3client_config.part_size, s3client_config.throughput_target_gbps)
+    with _shared_lock:
+        pool = _shared.get(settings)
+        if pool is None:
+            pool = _shared[settings] = Pool(config, s3client_config)
+        pool.users += 1
+        return pool
+
+
+def release_shared_pool(pool: Pool) -> None:
+    """Say that a pool from ``shared_pool`` is not needed any more: the last user's release ends its processes."""
+    with _shared_lock:
+        pool.users -= 1
+        is_unused = pool.users <= 0
+    if is_unused:
+        pool.rest()
+
+
+def close_shared_pools() -> None:
+    """Close the pools that ``shared_pool`` made; the next use makes new ones."""
+    with _shared_lock:
+        pools = list(_shared.values())
+        _shared.clear()
+    for pool in pools:
+        pool.close()
+
+
+def _nothing() -> None:
+    pass
+
+
+def _watch_forks() -> None:
+    # When the first pool is made, not on import: whoever only imports mpreader pays nothing at its forks.
+    global _watches_forks
+    if not _watches_forks:
+        _watches_forks = True
+        os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def _after_fork_in_child() -> None:
+    global _shared_lock
+    _shared_lock = threading.Lock()
+    for pool in list(_pools):
+        pool._after_fork_in_child()

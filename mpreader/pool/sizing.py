@@ -1,0 +1,177 @@
+"""How large a pool is: pure arithmetic over the settings and what the host has.
+
+S3 gives about 90 MB/s to a connection and answers after 30 to 200 ms, so throughput is connections times 90 MB/s and
+needs as many parts in flight. Shared memory beyond that only holds what the consumer has not taken yet: the *window*
+read ahead is the parts in flight and half as many again. ``max_bytes`` is far larger by default, because it also
+bounds what callers hold on to (``RangeFetcher.fetch``, views that are kept).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from mpreader.config import MIN_PART_BYTES, MiB, PoolConfig, S3ClientConfig
+from mpreader.errors import ConfigError
+
+__all__ = ["Host", "PoolSizes", "size_pool"]
+
+MAX_WORKERS: Final = 8
+CONNECTIONS_PER_WORKER: Final = 8
+CONNECTION_BYTES_PER_S: Final = 90_000_000
+MIN_PARTS_IN_MEMORY: Final = 16
+SEGMENT_BYTES: Final = 32 * MiB
+
+_CGROUP: Final = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """What this process may use of the host.
+
+    Attributes:
+        cores: Cores that the process may run on.
+        free_memory: Bytes that may still be allocated, under the cgroup's limit.
+        free_shm: Bytes free in ``/dev/shm``.
+        sharers: Processes that load at the same time on this host, this one included (``LOCAL_WORLD_SIZE``).
+    """
+
+    cores: int
+    free_memory: int
+    free_shm: int
+    sharers: int = 1
+
+    @classmethod
+    def now(cls) -> Host:
+        """Measure it."""
+        status = os.statvfs("/dev/shm")  # noqa: S108  # asked about, not written to
+        return cls(
+            cores=_cores(),
+            free_memory=min(_available_memory(), _cgroup_headroom()),
+            free_shm=status.f_bavail * status.f_frsize,
+            sharers=_local_world_size(),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSizes:
+    """The numbers a pool is built with.
+
+    Attributes:
+        workers: Worker processes.
+        connections_per_worker: Connections, and threads, of each.
+        part_bytes: Most bytes of one ranged GET.
+        block_bytes: Largest slot in a shared segment: the power of two that holds a part.
+        segment_bytes: Size of a shared segment.
+        window_bytes: Most bytes that are in flight or wait to be taken.
+        max_bytes: Most bytes of shared memory reserved at one time.
+    """
+
+    workers: int
+    connections_per_worker: int
+    part_bytes: int
+    block_bytes: int
+    segment_bytes: int
+    window_bytes: int
+    max_bytes: int
+
+
+def size_pool(config: PoolConfig, s3client_config: S3ClientConfig, host: Host) -> PoolSizes:
+    """Derive a pool's numbers from the settings and, where they are silent, from the host.
+
+    Raises:
+        ConfigError: The host has too little memory for any pool.
+    """
+    max_bytes = config.value("max_memory") or _spare_bytes(host)
+    workers = config.value("workers") or max(1, min(MAX_WORKERS, host.cores // host.sharers))
+    connections = config.value("connections_per_worker") or _connections(workers, s3client_config)
+    part_bytes = _part_bytes(config.value("part_size") or s3client_config.part_size, max_bytes)
+    block_bytes = MIN_PART_BYTES << (math.ceil(part_bytes / MIN_PART_BYTES) - 1).bit_length()
+    in_flight = workers * connections * block_bytes
+    return PoolSizes(
+        workers=workers,
+        connections_per_worker=connections,
+        part_bytes=part_bytes,
+        block_bytes=block_bytes,
+        segment_bytes=max(block_bytes, SEGMENT_BYTES // block_bytes * block_bytes),
+        window_bytes=min(max_bytes, in_flight + in_flight // 2),
+        max_bytes=max_bytes,
+    )
+
+
+def _spare_bytes(host: Host) -> int:
+    spare = min(host.free_memory // 2, host.free_shm * 8 // 10) // host.sharers
+    least = 4 * MIN_PART_BYTES
+    if spare < least:
+        raise ConfigError(
+            f"too little memory for shared memory: {host.free_memory} bytes are free under the memory limit, "
+            f"{host.free_shm} in /dev/shm, for {host.sharers} processes. Enlarge it (docker run --shm-size=1g) or set "
+            "PoolConfig.max_memory (MPREADER_MAX_MEMORY)"
+        )
+    return spare
+
+
+def _connections(workers: int, s3client_config: S3ClientConfig) -> int:
+    target = s3client_config.throughput_target_gbps
+    if target is None:
+        return CONNECTIONS_PER_WORKER
+    return max(1, math.ceil(target * 1e9 / 8 / CONNECTION_BYTES_PER_S / workers))
+
+
+def _part_bytes(wanted: int, max_bytes: int) -> int:
+    # With less memory, smaller parts: enough of them to keep several connections and the consumer busy.
+    affordable = max_bytes // MIN_PARTS_IN_MEMORY
+    if wanted <= affordable:
+        return wanted
+    return max(MIN_PART_BYTES, 1 << (affordable.bit_length() - 1)) if affordable else MIN_PART_BYTES
+
+
+# -- what the host has
+
+
+def _cores() -> int:
+    cores = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = (_CGROUP / "cpu.max").read_text().split()
+        if quota != "max":
+            cores = min(cores, max(1, math.ceil(int(quota) / int(period))))
+    return cores
+
+
+def _available_memory() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _cgroup_headroom() -> int:
+    # cgroup v2, then v1; page cache that can be dropped counts as free.
+    for limit_file, used_file, cache_key in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        with contextlib.suppress(OSError, ValueError):
+            limit = (_CGROUP / limit_file).read_text().strip()
+            if limit == "max":
+                continue
+            used = int((_CGROUP / used_file).read_text()) - _cgroup_cache(used_file, cache_key)
+            return max(0, int(limit) - used)
+    return 1 << 62
+
+
+def _cgroup_cache(used_file: str, key: str) -> int:
+    with contextlib.suppress(OSError):
+        for line in (_CGROUP / used_file).with_name("memory.stat").read_text().splitlines():
+            if line.startswith(key + " "):
+                return int(line.split()[1])
+    return 0
+
+
+def _local_world_size() -> int:
+    text = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, int(text)) if text.isdigit() else 1

@@ -1,0 +1,184 @@
+"""The consumer's side of the pool: what it orders, and how it takes what has arrived.
+
+A :class:`Transfer` is an ordered list of :class:`Fill`; each fills one slot with one or more parts. Coordinator and
+consumer share nothing but the transfer's inbox and the messages below, so that they may live in different processes
+one day.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from mpreader.errors import MpreaderError, PlanError, PoolClosed
+
+if TYPE_CHECKING:
+    from mpreader.pool.arena import Slot
+    from mpreader.pool.source import Source
+
+__all__ = ["Close", "Demand", "Discard", "Fill", "FillPart", "Open", "Taken", "Transfer"]
+
+
+class FillPart(NamedTuple):
+    """Bytes [start, end) of the object, to be received at ``slot_offset`` of the slot."""
+
+    start: int
+    end: int
+    slot_offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """One slot's worth of work: ``parts`` of one object into ``nbytes`` of contiguous memory.
+
+    Raises:
+        PlanError: It has no parts, or one that doesn't lie within the slot.
+    """
+
+    source: Source
+    nbytes: int
+    parts: tuple[FillPart, ...]
+
+    def __post_init__(self) -> None:
+        for part in self.parts:
+            if not (0 <= part.start < part.end and 0 <= part.slot_offset <= self.nbytes - (part.end - part.start)):
+                raise PlanError(f"{part} does not lie within a slot of {self.nbytes} bytes")
+        if not self.parts:
+            raise PlanError("a fill needs at least one part")
+
+
+# -- what a consumer says to the coordinator
+
+
+class Open(NamedTuple):
+    """Begin to read ahead, in order."""
+
+    transfer: Transfer
+
+
+class Demand(NamedTuple):
+    """The consumer waits for a fill now."""
+
+    transfer: Transfer
+    fill: int
+
+
+class Taken(NamedTuple):
+    """The consumer has taken a fill."""
+
+    transfer: Transfer
+    fill: int
+
+
+class Discard(NamedTuple):
+    """The consumer won't take the fills [start, stop) any more."""
+
+    transfer: Transfer
+    start: int
+    stop: int
+
+
+class Close(NamedTuple):
+    """The consumer is gone: stop downloads, take the slots back."""
+
+    transfer: Transfer
+
+
+class Transfer:
+    """An ordered reading of fills, in progress. Thread-safe; not usable after a fork.
+
+    Args:
+        fills: What to read, in the order in which it will be taken.
+        tell: Sends a message to the coordinator.
+        on_lease_end: Called when a view that was taken has ended.
+        grows: May go beyond the arena's limit rather than fail: for consumers that can't work with less than one
+            whole item.
+
+    Attributes:
+        wait_s: Seconds that consumers have waited in ``take``.
+    """
+
+    def __init__(
+        self,
+        fills: Sequence[Fill],
+        tell: Callable[[object], None],
+        on_lease_end: Callable[[Slot], None],
+        *,
+        grows: bool = False,
+    ) -> None:
+        self.fills = fills
+        self.grows = grows
+        self.wait_s = 0.0
+        self._tell = tell
+        self._on_lease_end = on_lease_end
+        self._arrived: dict[int, Slot | MpreaderError] = {}
+        self._broken: MpreaderError | None = None
+        self._condition = threading.Condition()
+        self._pid = os.getpid()
+
+    def __repr__(self) -> str:
+        return f"Transfer({len(self.fills)} fills, {len(self._arrived)} arrived)"
+
+    # -- the consumer's side
+
+    def take(self, index: int) -> memoryview:
+        """Wait for a fill and take it: a writable view of its ``nbytes``, the caller's until its last reference dies.
+
+        A fill that is taken a second time is read a second time.
+
+        Raises:
+            MpreaderError: It can't be had.
+        """
+        if os.getpid() != self._pid:
+            raise PoolClosed("this read was begun before a fork; begin a new one in the child process")
+        with self._condition:
+            if index not in self._arrived and self._broken is None:
+                self._tell(Demand(self, index))
+                started = time.monotonic()
+                self._condition.wait_for(lambda: index in self._arrived or self._broken is not None)
+                self.wait_s += time.monotonic() - started
+            arrived = self._arrived.pop(index, self._broken)
+        if arrived is None or isinstance(arrived, MpreaderError):
+            # A copy: an exception that is raised twice would drag the frames of both along.
+            raise copy.copy(arrived) if arrived is not None else PoolClosed("this read was closed")
+        view = arrived.lease(self._on_lease_end)[: self.fills[index].nbytes]
+        self._tell(Taken(self, index))
+        return view
+
+    def discard(self, start: int, stop: int) -> None:
+        """Say that the fills [start, stop) won't be taken any more."""
+        self._tell(Discard(self, start, stop))
+
+    def close(self) -> None:
+        """Stop downloads and give back what was not taken. Views that were taken stay valid. Idempotent."""
+        if self._broken is None and os.getpid() == self._pid:
+            self.fail_all(PoolClosed("this read was closed"))
+            self._tell(Close(self))
+
+    # -- the coordinator's side
+
+    def deliver(self, index: int, arrived: Slot | MpreaderError) -> bool:
+        """Hand over a fill, or why there is none; False if nobody will take it."""
+        with self._condition:
+            if self._broken is not None:
+                return False
+            self._arrived[index] = arrived
+            self._condition.notify_all()
+            return True
+
+    def retract(self, index: int) -> bool:
+        """Take back a fill that was delivered; False if it was taken."""
+        with self._condition:
+            return self._arrived.pop(index, None) is not None
+
+    def fail_all(self, error: MpreaderError) -> None:
+        """Let this and every later ``take`` raise ``error``."""
+        with self._condition:
+            if self._broken is None:
+                self._broken = error
+            self._condition.notify_all()

@@ -1,0 +1,167 @@
+"""A worker process: threads that receive parts into shared memory.
+
+It is started as a fresh interpreter and imports neither boto3 nor torch nor numpy. The main thread reads the
+coordinator's messages and watches the connections' deadlines; each other thread owns one connection. The process ends
+when the coordinator's end of the socket closes or the parent process is gone, whatever its threads are doing.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import pickle
+import queue
+import select
+import signal
+import socket
+import threading
+import time
+
+from mpreader.pool.messages import (
+    MAX_MESSAGE_BYTES,
+    Cancel,
+    Failed,
+    FailureKind,
+    Fetch,
+    Fetched,
+    MapSegment,
+    Ping,
+    Pong,
+    Ready,
+    UnmapSegment,
+)
+from mpreader.pool.receive import Connection, GetFailed
+
+__all__ = ["main"]
+
+_WATCH_INTERVAL_S = 0.25
+
+
+class Worker:
+    """The state of a worker process."""
+
+    def __init__(self, sock: socket.socket, connections: int, connect_timeout_s: float, stall_timeout_s: float) -> None:
+        self._sock = sock
+        self._connections = [Connection(connect_timeout_s, stall_timeout_s) for _ in range(connections)]
+        self._threads = 0
+        self._idle = 0  # threads waiting for work, less work waiting for threads; guarded by _lock
+        self._lock = threading.Lock()
+        self._work: queue.SimpleQueue[Fetch] = queue.SimpleQueue()
+        self._segments: dict[int, memoryview] = {}
+        self._cancelled: set[int] = set()
+
+    def run(self, parent_pidfd: int) -> None:
+        """Serve until the coordinator or its process is gone."""
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN)
+        poll.register(parent_pidfd, select.POLLIN)
+        self._send(Ready())
+        while True:
+            ready = [fd for fd, _ in poll.poll(self._poll_timeout_ms())]
+            if parent_pidfd in ready:
+                return
+            if ready and not self._handle_message():
+                return
+            self._end_stalled()
+
+    def _handle_message(self) -> bool:
+        data, fds, _, _ = socket.recv_fds(self._sock, MAX_MESSAGE_BYTES, 1)
+        if not data:
+            return False
+        message = pickle.loads(data)  # noqa: S301  # from our own parent, over a private socket
+        if isinstance(message, Fetch):
+            self._start(message)
+        elif isinstance(message, MapSegment):
+            self._map(message, fds[0])
+        elif isinstance(message, UnmapSegment):
+            self._segments.pop(message.segment, None)
+        elif isinstance(message, Cancel):
+            self._cancel(message.part)
+        elif isinstance(message, Ping):
+            self._send(Pong())
+        return True
+
+    def _map(self, message: MapSegment, fd: int) -> None:
+        try:
+            # Populated now, so that receiving into it meets no page faults.
+            flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+            self._segments[message.segment] = memoryview(mmap.mmap(fd, message.size, flags=flags))
+        finally:
+            os.close(fd)
+
+    def _start(self, fetch: Fetch) -> None:
+        with self._lock:
+            self._idle -= 1
+            needs_thread = self._idle < 0 and self._threads < len(self._connections)
+            if needs_thread:
+                self._idle += 1
+                self._threads += 1
+        if needs_thread:
+            connection = self._connections[self._threads - 1]
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+        self._work.put(fetch)
+
+    def _serve(self, connection: Connection) -> None:
+        while True:
+            fetch = self._work.get()
+            self._send(self._fetch(connection, fetch))
+            with self._lock:
+                self._idle += 1
+
+    def _fetch(self, connection: Connection, fetch: Fetch) -> Fetched | Failed:
+        started = time.monotonic()
+        try:
+            if fetch.part in self._cancelled:
+                raise GetFailed(FailureKind.CANCELLED, "cancelled")
+            into = self._segments[fetch.segment][fetch.segment_offset :][: fetch.end - fetch.start]
+            connection.get(fetch, into)
+        except GetFailed as failure:
+            return failure.message(fetch.part)
+        except Exception as error:  # noqa: BLE001  # a bug must reach the coordinator, not end a thread silently
+            connection.close()
+            return Failed(fetch.part, FailureKind.REFUSED, 0, f"worker error: {type(error).__name__}: {error}")
+        finally:
+            self._cancelled.discard(fetch.part)
+        return Fetched(fetch.part, time.monotonic() - started)
+
+    def _cancel(self, part: int) -> None:
+        self._cancelled.add(part)
+        for connection in self._connections:
+            if connection.part == part:
+                connection.abort(FailureKind.CANCELLED)
+
+    def _end_stalled(self) -> None:
+        now = time.monotonic()
+        for connection in self._connections:
+            if connection.deadline < now:
+                connection.abort(FailureKind.STALLED)
+
+    def _poll_timeout_ms(self) -> float | None:
+        with self._lock:
+            is_busy = self._idle < self._threads
+        return _WATCH_INTERVAL_S * 1000 if is_busy else None
+
+    def _send(self, message: object) -> None:
+        try:
+            self._sock.send(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
+        except OSError:
+            os._exit(0)  # the coordinator is gone
+
+
+def main(fd: int, parent_pid: int, connections: int, connect_timeout_s: float, stall_timeout_s: float) -> None:
+    """Be a worker.
+
+    Args:
+        fd: The inherited end of the socket to the coordinator.
+        parent_pid: The coordinator's process.
+        connections: Most connections to keep open.
+        connect_timeout_s: Longest wait for a connection.
+        stall_timeout_s: Longest wait for a chunk of a body.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    parent_pidfd = os.pidfd_open(parent_pid)
+    if os.getppid() != parent_pid:  # it died before it could be watched
+        os._exit(0)
+    sock = socket.socket(fileno=fd)
+    Worker(sock, connections, connect_timeout_s, stall_timeout_s).run(parent_pidfd)
+    os._exit(0)  # other threads may be in the middle of a receive; nothing of theirs is worth waiting for
