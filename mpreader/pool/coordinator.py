@@ -24,6 +24,7 @@ import selectors
 import threading
 import time
 from collections import deque
+from copy import copy
 from typing import Final, NamedTuple
 
 from mpreader.errors import MpreaderError, PoolClosed, PoolError
@@ -33,6 +34,7 @@ from mpreader.pool.messages import Cancel, Fetch, Fetched
 from mpreader.pool.scheduler import PartState, Scheduler, SchedulerLimits
 from mpreader.pool.sizing import PoolSizes
 from mpreader.pool.sourcebook import Resolved, SourceBook
+from mpreader.pool.stats import PoolStats
 from mpreader.pool.transfer import Close, Demand, Discard, Open, Taken, Transfer
 
 __all__ = ["Coordinator", "Timeouts"]
@@ -125,10 +127,11 @@ class Coordinator:
         """Whether it takes on nothing more."""
         return self._is_ended
 
-    @property
-    def retries(self) -> int:
-        """GETs that were made again."""
-        return self._scheduler.retries
+    def stats(self) -> PoolStats:
+        """What this run has done so far."""
+        return PoolStats(
+            self._scheduler.retries, self.crew.restarts, self._scheduler.wait_s, tuple(map(copy, self.crew.stats))
+        )
 
     @property
     def reserved_bytes(self) -> int:

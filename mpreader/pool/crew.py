@@ -19,8 +19,9 @@ from mpreader.errors import WorkerCrashed
 from mpreader.pool.arena import Segment
 from mpreader.pool.messages import Failed, Fetch, Fetched, MapSegment, Ping, Ready, UnmapSegment
 from mpreader.pool.process import WorkerProcess
+from mpreader.pool.stats import WorkerStats
 
-__all__ = ["Crew", "CrewLimits", "Lost", "WorkerStats"]
+__all__ = ["Crew", "CrewLimits", "Lost"]
 
 log = logging.getLogger(__name__)
 
@@ -46,17 +47,6 @@ class Lost(NamedTuple):
     parts: tuple[int, ...]
     exitcode: int
     why: str
-
-
-class WorkerStats:
-    """What a worker has done so far."""
-
-    __slots__ = ("bytes", "requests", "seconds")
-
-    def __init__(self) -> None:
-        self.bytes = 0
-        self.requests = 0
-        self.seconds = 0.0
 
 
 class Member:

@@ -15,6 +15,7 @@ from mpreader.config import POOL_SETTINGS, PoolConfig, S3ClientConfig
 from mpreader.errors import PoolClosed
 from mpreader.pool.coordinator import Coordinator, Timeouts
 from mpreader.pool.sizing import Host, size_pool
+from mpreader.pool.stats import PoolStats, total
 from mpreader.pool.transfer import Fill, Transfer
 
 __all__ = ["Pool", "close_shared_pools", "release_shared_pool", "shared_pool"]
@@ -42,6 +43,7 @@ class Pool:
         self._is_closed = False
         self._coordinator: Coordinator | None = None
         self._stop: Callable[[], object] = _nothing
+        self._past_runs = PoolStats()
         _watch_forks()
         _pools.add(self)
 
@@ -60,6 +62,12 @@ class Pool:
     def coordinator(self) -> Coordinator | None:
         """The run that is under way, or the last one; None if there was none."""
         return self._coordinator
+
+    def stats(self) -> PoolStats:
+        """What it has done so far, all its runs together."""
+        with self._lock:
+            runs = [self._past_runs] if self._coordinator is None else [self._past_runs, self._coordinator.stats()]
+            return total(runs)
 
     def start(self) -> None:
         """Start the workers, without waiting for them, so that they are up when they are needed.
@@ -105,6 +113,8 @@ class Pool:
             raise PoolClosed("the pool was closed; make a new one")
         if self._coordinator is None or self._coordinator.is_ended:
             self._stop()
+            if self._coordinator is not None:
+                self._past_runs = total([self._past_runs, self._coordinator.stats()])
             self._coordinator = Coordinator(self.sizes, self.timeouts)
             # Also at exit, and when the pool is dropped without having been closed.
             self._stop = weakref.finalize(self, self._coordinator.stop)

@@ -110,6 +110,12 @@ class Scheduler:
         self._outstanding_bytes = 0  # of fills that are filling or ready
         self._numbers = itertools.count(1)
         self.retries = 0
+        self._past_wait_s = 0.0  # of transfers that are closed
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds that consumers have waited for fills."""
+        return self._past_wait_s + sum(reading.transfer.wait_s for reading in list(self._readings.values()))
 
     # -- what consumers say
 
@@ -132,6 +138,7 @@ class Scheduler:
         if reading is None:
             return []
         self._turn.remove(reading)
+        self._past_wait_s += transfer.wait_s
         for fill in reading.fills:
             self._drop(fill)
             self._sources.release(fill.source)

@@ -1,0 +1,450 @@
+"""Readers whose bytes are received ahead of time by worker processes, and their constructor.
+
+When a load's plan is known, the constructor orders all its ranges from the pool, in the order in which DCP will read
+them, across all files. The readers of the files then take what has arrived: parts in shared memory, handed out as
+memoryviews, given back as the reading moves on.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import weakref
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from mpreader.config import PoolConfig, S3ClientConfig
+from mpreader.errors import PlanError, PoolClosed
+from mpreader.pool.pool import Pool, release_shared_pool, shared_pool
+from mpreader.pool.transfer import Fill, FillPart, Transfer
+from mpreader.ranges import DEFAULT_MAX_GAP_SIZE, ItemRange, Part, clusters, coalesce, coverage, partition
+from mpreader.readers.base import S3Reader, writable_view
+from mpreader.readers.constructor import ItemRangeConstructor
+from mpreader.readers.dcp_optimized import FALLBACK_GUIDANCE
+from mpreader.readers.protocols import GetObjectInfo, GetStream, PlanItem, StoredItem
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+    from mpreader.s3 import S3Client
+
+__all__ = ["ItemView", "MultiprocessConstructor", "MultiprocessS3Reader"]
+
+# An item of more parts than this gives each back when it was read, so that its size does not matter.
+_MOST_PARTS_HELD: Final = 4
+
+
+class ReadAhead:
+    """The parts of one plan on their way, shared by the readers of its files."""
+
+    def __init__(self, pool: Pool, client: S3Client, ranges_by_file: Mapping[str, Sequence[ItemRange]], gap: float):
+        from mpreader.s3 import S3Source, parse_s3_uri
+
+        self.parts_by_file: dict[str, tuple[int, list[Part]]] = {}
+        fills: list[Fill] = []
+        for uri, ranges in ranges_by_file.items():
+            parts = [part for group in coalesce(ranges, gap) for part in partition(group, pool.sizes.part_bytes)]
+            self.parts_by_file[uri] = (len(fills), parts)
+            source = S3Source(client, *parse_s3_uri(uri))
+            fills.extend(Fill(source, part.size, (FillPart(part.start, part.end, 0),)) for part in parts)
+        self._unread = {uri for uri, (_, parts) in self.parts_by_file.items() if parts}
+        self._readers = 0
+        self._is_retired = not fills
+        # torch.load needs the whole of an item at a time, however large it is.
+        self.transfer: Transfer | None = pool.read(fills, grows=True) if fills else None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more can be read with it."""
+        return self._is_retired and not self._readers
+
+    def open_file(self) -> None:
+        """A reader begins."""
+        self._readers += 1
+
+    def close_file(self, uri: str, *, has_failed: bool) -> None:
+        """A reader ends; the last one, or one that ends in an exception, ends the downloads."""
+        self._readers -= 1
+        self._unread.discard(uri)
+        if has_failed or not self._unread:
+            self._is_retired = True
+        self._close_if_over()
+
+    def retire(self) -> None:
+        """Another plan has come: end as soon as no reader is open."""
+        self._is_retired = True
+        self._close_if_over()
+
+    def close(self) -> None:
+        """End the downloads now."""
+        self._is_retired = True
+        if self.transfer is not None:
+            self.transfer.close()
+
+    def _close_if_over(self) -> None:
+        if self.is_over and self.transfer is not None:
+            self.transfer.close()
+
+
+class MultiprocessConstructor(ItemRangeConstructor):
+    """Makes a :class:`MultiprocessS3Reader` for every file of a checkpoint.
+
+    Works in mpreader's and in s3torchconnector's ``S3StorageReader``. It makes its own S3 client, because reading
+    begins when the plan is known, before any file is opened. Readers of one process share a pool per settings.
+    Pickles without what is under way.
+
+    Args:
+        max_gap_size: Largest gap, in bytes, between two items that are fetched as one.
+        s3client_config: How S3 is reached. None: the storage reader's own settings in mpreader's ``S3StorageReader``,
+            the defaults and the usual ``AWS_*`` environment in any other.
+        pool_config: Settings of the worker pool. None: the defaults.
+
+    Raises:
+        TypeError: An argument has a wrong type.
+        ValueError: ``max_gap_size`` is negative.
+    """
+
+    reader_type = "multiprocess"
+
+    _client: S3Client | None
+    _pool: Pool | None
+    _release_pool: Callable[[], object]
+    _read_ahead: ReadAhead | None
+    _end_read_ahead: Callable[[], object]
+
+    def __init__(
+        self,
+        max_gap_size: float = DEFAULT_MAX_GAP_SIZE,
+        *,
+        s3client_config: S3ClientConfig | None = None,
+        pool_config: PoolConfig | None = None,
+    ) -> None:
+        super().__init__(max_gap_size)
+        _check_type("s3client_config", s3client_config, S3ClientConfig)
+        _check_type("pool_config", pool_config, PoolConfig)
+        self._s3client_config = s3client_config
+        self._pool_config = pool_config
+        self._forget_state()
+
+    def use_client(self, client: S3Client) -> None:
+        """Read through ``client``, unless an ``s3client_config`` was given."""
+        if self._s3client_config is None:
+            self._client = client
+
+    def start(self) -> None:
+        """Start the worker processes, without waiting for them, so that they are up when the plan is known.
+
+        Raises:
+            PoolError: They can't be started.
+        """
+        self._get_pool().start()
+
+    def set_item_ranges_by_file(
+        self,
+        plan_items: Sequence[PlanItem],
+        storage_data: Mapping[Any, StoredItem],
+        base_path: str | os.PathLike[str],
+    ) -> None:
+        """Take over the ranges of a load plan and begin to read ahead; see the base class."""
+        super().set_item_ranges_by_file(plan_items, storage_data, base_path)
+        self._set_read_ahead(self._order(self._item_ranges_by_file) if self._item_ranges_by_file else None)
+
+    def close(self) -> None:
+        """End the downloads and this constructor's use of the pool; the next plan starts anew. Idempotent."""
+        self._set_read_ahead(None)
+        self._release_pool()
+        self._pool = None
+        self._release_pool = _nothing
+
+    def _make_reader(
+        self,
+        bucket: str,
+        key: str,
+        item_ranges: Sequence[ItemRange],
+        get_object_info: GetObjectInfo,
+        get_stream: GetStream,
+    ) -> S3Reader:
+        uri = f"s3://{bucket}/{key}"
+        ahead = self._read_ahead
+        if ahead is None or ahead.is_over or uri not in ahead.parts_by_file:
+            ahead = self._order({uri: item_ranges})
+            self._set_read_ahead(ahead)
+        return MultiprocessS3Reader(bucket, key, item_ranges, get_object_info, get_stream, read_ahead=ahead)
+
+    def _order(self, ranges_by_file: Mapping[str, Sequence[ItemRange]]) -> ReadAhead:
+        if self._client is None:
+            from mpreader.s3 import S3Client
+
+            self._client = S3Client(s3client_config=self._s3client_config)
+        return ReadAhead(self._get_pool(), self._client, ranges_by_file, self._max_gap_size)
+
+    def _get_pool(self) -> Pool:
+        if self._pool is None:
+            self._pool = shared_pool(self._pool_config, self._s3client_config)
+            self._release_pool = weakref.finalize(self, release_shared_pool, self._pool)
+        return self._pool
+
+    def _set_read_ahead(self, ahead: ReadAhead | None) -> None:
+        if self._read_ahead is not None:
+            self._read_ahead.retire()
+            self._end_read_ahead()
+        self._read_ahead = ahead
+        # A constructor that is dropped must not leave downloads behind; readers that are open still finish.
+        self._end_read_ahead = weakref.finalize(self, ahead.retire) if ahead is not None else _nothing
+
+    def _forget_state(self) -> None:
+        self._client = None
+        self._pool = None
+        self._release_pool = _nothing
+        self._read_ahead = None
+        self._end_read_ahead = _nothing
+
+    def __getstate__(self) -> dict[str, Any]:
+        here = ("_pool", "_release_pool", "_read_ahead", "_end_read_ahead")
+        return {name: value for name, value in self.__dict__.items() if name not in here}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._forget_state()
+        self.__dict__.update(state)
+
+
+class MultiprocessS3Reader(S3Reader):
+    """File over the ranges of one object that worker processes have read, or are about to.
+
+    Reads must lie within the ranges, and move forwards from item to item; within an item they may go back and forth.
+    Made by :class:`MultiprocessConstructor`.
+
+    Args:
+        bucket: The object's bucket.
+        key: The object's key.
+        item_ranges: The ranges that will be read.
+        get_object_info: Asks for the object's size.
+        get_stream: Not used: the bytes come from the pool.
+        read_ahead: The parts on their way.
+    """
+
+    def __init__(
+        self,
+        bucket: str,
+        key: str,
+        item_ranges: Sequence[ItemRange],
+        get_object_info: GetObjectInfo,
+        get_stream: GetStream,
+        *,
+        read_ahead: ReadAhead,
+    ) -> None:
+        super().__init__(bucket, key, get_object_info, get_stream)
+        self._uri = f"s3://{bucket}/{key}"
+        self._first_fill, self._parts = read_ahead.parts_by_file[self._uri]
+        self._part_starts = [part.start for part in self._parts]
+        self._covered = coverage(item_ranges)
+        self._covered_starts = [interval.start for interval in self._covered]
+        # What must be held together: reading may go back to the start of an item, and items may overlap.
+        self._clusters = clusters(item_ranges)
+        self._cluster_starts = [cluster.start for cluster in self._clusters]
+        self._held: dict[int, memoryview] = {}
+        self._lowest = 0  # parts before it were given back
+        self._read_ahead = read_ahead
+        read_ahead.open_file()
+        self._has_failed = False
+
+    # -- as a file
+
+    def read(self, size: int | None = None) -> bytes:
+        """Read exactly ``size`` bytes.
+
+        Returns:
+            A read-only memoryview of shared memory where the bytes lie in one part, valid until its last reference
+            dies; bytes where they don't.
+
+        Raises:
+            TypeError: ``size`` is not a whole number.
+            ValueError: ``size`` is None or negative, the bytes are not within the ranges or were given back already,
+                or the reader is closed.
+            MpreaderError: The bytes could not be had.
+        """
+        self._check_open()
+        if size is None or size < 0:
+            raise ValueError(f"a size is needed: this reader holds ranges, not the whole object. {FALLBACK_GUIDANCE}")
+        pieces = list(self._pieces_at_position(size))
+        self._position += size
+        if len(pieces) == 1:
+            return pieces[0].toreadonly()  # type: ignore[return-value]  # bytes-like, as documented
+        return b"".join(pieces)
+
+    def readinto(self, buf: WriteableBuffer, /) -> int:
+        """Fill ``buf``; raises what :meth:`read` raises."""
+        self._check_open()
+        target = writable_view(buf)
+        done = 0
+        for piece in self._pieces_at_position(len(target)):
+            target[done : done + len(piece)] = piece
+            done += len(piece)
+        self._position += done
+        return done
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        """Move the position; whether it can be read from is seen when it is read."""
+        self._position = self._seek_target(offset, whence)
+        return self._position
+
+    def close(self) -> None:
+        """Give back what is held; views that were handed out stay valid. Idempotent."""
+        if not self.closed:
+            self._held.clear()
+            self._give_back_before(len(self._parts))
+            self._read_ahead.close_file(self._uri, has_failed=self._has_failed)
+        super().close()
+
+    def __exit__(self, error_type: object, *_: object) -> None:
+        # A load that failed in one file won't open the others: their downloads must end, too.
+        self._has_failed = error_type is not None
+        self.close()
+
+    # -- as items in place
+
+    def item(self, offset: int, length: int) -> ItemView:
+        """The bytes of one item in place, without a copy.
+
+        Args:
+            offset: Its first byte in the object.
+            length: Its number of bytes.
+
+        Raises:
+            ValueError: It is not within the ranges, or the reader is closed.
+        """
+        self._check_open()
+        if length:
+            self._check_covered(offset, offset + length)
+            self._give_back_before(self._part_at(self._cluster_start(offset)))
+        return ItemView(self, offset, length)
+
+    def refetch(self, offset: int, length: int) -> ItemView:
+        """The same as :meth:`item`, received once more: what is held of it is dropped."""
+        if length:
+            for index in range(self._part_at(offset), self._part_at(offset + length - 1) + 1):
+                self._held.pop(index, None)
+        return self.item(offset, length)
+
+    def pieces(self, start: int, end: int, *, keep: bool) -> Iterator[memoryview]:
+        """Writable views of shared memory that together are the bytes [start, end) of the object, in order.
+
+        Args:
+            start: First byte.
+            end: One past the last byte.
+            keep: Hold on to the parts for a second reading; otherwise that downloads them again.
+        """
+        while start < end:
+            index = self._part_at(start)
+            part = self._parts[index]
+            stop = min(end, part.end)
+            view = self._held.get(index)
+            if view is None:
+                view = self._transfer().take(self._first_fill + index)
+            if keep or stop < part.end:
+                self._held[index] = view
+            else:
+                self._held.pop(index, None)
+            piece = view[start - part.start : stop - part.start]
+            del view  # while the caller works, and after that, only the piece keeps the slot
+            yield piece
+            del piece
+            start = stop
+
+    # -- parts
+
+    def _pieces_at_position(self, size: int) -> Iterator[memoryview]:
+        if not size:
+            return iter(())
+        start = self._position
+        self._check_covered(start, start + size)
+        first = self._part_at(self._cluster_start(start))
+        if first < self._lowest:
+            raise ValueError(
+                f"bytes {start}-{start + size} of {self._uri} were given back already: items must be read in the "
+                f"order of their offsets. {FALLBACK_GUIDANCE}"
+            )
+        self._give_back_before(first)
+        return self.pieces(start, start + size, keep=True)
+
+    def _check_covered(self, start: int, end: int) -> None:
+        index = bisect_right(self._covered_starts, start) - 1
+        if index < 0 or end > self._covered[index].end:
+            raise ValueError(
+                f"bytes {start}-{end} of {self._uri} are not within the ranges of the load plan. {FALLBACK_GUIDANCE}"
+            )
+
+    def _cluster_start(self, position: int) -> int:
+        return self._cluster_starts[bisect_right(self._cluster_starts, position) - 1]
+
+    def _part_at(self, position: int) -> int:
+        return bisect_right(self._part_starts, position) - 1
+
+    def _give_back_before(self, index: int) -> None:
+        if index > self._lowest:
+            for held in [held for held in self._held if held < index]:
+                del self._held[held]
+            if self._read_ahead.transfer is not None:
+                self._read_ahead.transfer.discard(self._first_fill + self._lowest, self._first_fill + index)
+            self._lowest = index
+
+    def _transfer(self) -> Transfer:
+        if self._read_ahead.transfer is None:
+            raise PoolClosed(f"nothing of {self._uri} was ordered from the pool")
+        return self._read_ahead.transfer
+
+    def _facts(self) -> str:
+        return f" parts={len(self._parts)} held={len(self._held)}"
+
+
+class ItemView:
+    """The bytes of one item, wherever its parts lie.
+
+    Attributes:
+        size: Its number of bytes.
+    """
+
+    __slots__ = ("_keep", "_reader", "_start", "size")
+
+    def __init__(self, reader: MultiprocessS3Reader, offset: int, length: int) -> None:
+        self._reader = reader
+        self._start = offset
+        self.size = length
+        self._keep = length == 0 or (reader._part_at(offset + length - 1) - reader._part_at(offset) < _MOST_PARTS_HELD)
+
+    def pieces(self, start: int, end: int) -> Iterator[memoryview]:
+        """Writable views that together are the item's bytes [start, end), in order, without a copy.
+
+        Args:
+            start: First byte, counted from the start of the item.
+            end: One past the last byte.
+
+        Raises:
+            PlanError: Not within the item.
+        """
+        self._check(start, end)
+        return self._reader.pieces(self._start + start, self._start + end, keep=self._keep)
+
+    def view(self, start: int, end: int) -> memoryview:
+        """The item's bytes [start, end) in one piece: without a copy where they lie in one part.
+
+        Raises:
+            PlanError: Not within the item.
+        """
+        self._check(start, end)
+        pieces = list(self._reader.pieces(self._start + start, self._start + end, keep=self._keep))
+        return pieces[0] if len(pieces) == 1 else memoryview(bytearray().join(pieces))
+
+    def _check(self, start: int, end: int) -> None:
+        if not 0 <= start <= end <= self.size:
+            raise PlanError(f"bytes {start}-{end} are not within an item of {self.size} bytes")
+
+
+def _check_type(name: str, value: object, cls: type) -> None:
+    if value is not None and not isinstance(value, cls):
+        raise TypeError(f"{name} must be a {cls.__name__} or None, got {type(value).__name__}")
+
+
+def _nothing() -> None:
+    pass
