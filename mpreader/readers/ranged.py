@@ -1,0 +1,140 @@
+"""The reader for sparse reads: a ranged request for every read, small ones through a buffer."""
+
+from __future__ import annotations
+
+import io
+import operator
+from typing import TYPE_CHECKING, Final
+
+from mpreader.readers.base import S3Reader, writable_view
+from mpreader.readers.protocols import GetObjectInfo, GetStream
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+__all__ = ["DEFAULT_BUFFER_SIZE", "RangedS3Reader", "check_buffer_size"]
+
+DEFAULT_BUFFER_SIZE: Final = 8 * 1024 * 1024
+
+
+def check_buffer_size(value: object) -> None:
+    """Refuse what can't be the size of a buffer.
+
+    Raises:
+        TypeError: ``value`` is neither None nor a whole number.
+        ValueError: ``value`` is negative.
+    """
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"buffer_size must be int or None, got {type(value).__name__}")
+    if value < 0:
+        raise ValueError(f"buffer_size must be non-negative, got {value}")
+
+
+class RangedS3Reader(S3Reader):
+    """Requests only the bytes that are read.
+
+    A read of less than ``buffer_size`` fetches ``buffer_size`` bytes and keeps them for the reads that follow; a
+    larger one goes straight to where it is wanted. What the buffer already holds is not requested again.
+
+    Args:
+        bucket: The object's bucket.
+        key: The object's key.
+        get_object_info: Asks for the object's size.
+        get_stream: Opens a stream of the object's bytes.
+        buffer_size: Bytes of the buffer. None: 8 MiB; 0: no buffer.
+
+    Raises:
+        TypeError: ``buffer_size`` is not a whole number.
+        ValueError: ``buffer_size`` is negative; ``bucket`` or ``key`` is empty.
+    """
+
+    def __init__(
+        self,
+        bucket: str,
+        key: str,
+        get_object_info: GetObjectInfo,
+        get_stream: GetStream,
+        buffer_size: int | None = None,
+    ) -> None:
+        super().__init__(bucket, key, get_object_info, get_stream)
+        check_buffer_size(buffer_size)
+        self._buffer_size = DEFAULT_BUFFER_SIZE if buffer_size is None else buffer_size
+        self._memory = bytearray()
+        self._buffer = memoryview(b"")  # the valid bytes of the memory
+        self._buffer_start = 0
+
+    def read(self, size: int | None = None) -> bytes:
+        """Read from the position onwards; see :meth:`S3Reader.read`."""
+        self._check_open()
+        wanted = -1 if size is None else operator.index(size)
+        left = self._object_size() - self._position
+        data = bytearray(left if wanted < 0 else min(wanted, left))
+        self._fill(memoryview(data))
+        return bytes(data)
+
+    def readinto(self, buf: WriteableBuffer, /) -> int:
+        """Read from the position onwards into ``buf``; see :meth:`S3Reader.readinto`."""
+        self._check_open()
+        view = writable_view(buf)[: self._object_size() - self._position]
+        self._fill(view)
+        return len(view)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        """Move the position, without requesting bytes; see :meth:`S3Reader.seek`."""
+        self._position = min(self._seek_target(offset, whence), self._object_size())
+        return self._position
+
+    def close(self) -> None:
+        """Drop the buffer."""
+        super().close()
+        self._memory = bytearray()
+        self._buffer = memoryview(b"")
+
+    def _fill(self, view: memoryview) -> None:
+        """Fill all of ``view`` from the position onwards, and move on."""
+        position = self._position
+        taken = self._copy_from_buffer(view, position)
+        if taken < len(view):
+            view = view[taken:]
+            position += taken
+            if len(view) >= self._buffer_size:
+                self._fetch(view, position)
+                taken = len(view)
+            else:
+                self._load_buffer(position)
+                taken = self._copy_from_buffer(view, position)
+        self._position = position + taken
+
+    def _copy_from_buffer(self, view: memoryview, position: int) -> int:
+        skip = position - self._buffer_start
+        if skip < 0:
+            return 0
+        found = self._buffer[skip : skip + len(view)]
+        view[: len(found)] = found
+        return len(found)
+
+    def _load_buffer(self, position: int) -> None:
+        size = min(self._buffer_size, self._object_size() - position)
+        if len(self._memory) < size:
+            self._memory = bytearray(size)
+        # Valid again only when it is full: a request that breaks must not leave new bytes among the old ones.
+        self._buffer = memoryview(b"")
+        fresh = memoryview(self._memory)[:size]
+        self._fetch(fresh, position)
+        self._buffer, self._buffer_start = fresh, position
+
+    def _fetch(self, view: memoryview, position: int) -> None:
+        """Fill all of ``view`` with a request of its own."""
+        filled, end = 0, position + len(view)
+        for chunk in self._get_stream(position, end):
+            piece = memoryview(chunk)[: len(view) - filled]
+            view[filled : filled + len(piece)] = piece
+            filled += len(piece)
+            if filled == len(view):
+                return
+        raise self._short_read(position, end, filled)
+
+    def _facts(self) -> str:
+        return f" buffered={len(self._buffer)}"
