@@ -1,0 +1,156 @@
+"""Prefix strategies: under which keys the ranks save, so that S3 spreads them over its partitions.
+
+S3 partitions a bucket by the front of the keys. Ranks that save under prefixes that differ in their *first*
+characters are soon served by different partitions, and reach a higher request rate.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch.distributed as dist
+
+from mpreader.errors import ConfigError
+
+__all__ = [
+    "BinaryPrefixStrategy",
+    "DefaultPrefixStrategy",
+    "HexPrefixStrategy",
+    "NumericPrefixStrategy",
+    "RoundRobinPrefixStrategy",
+    "S3PrefixStrategyBase",
+]
+
+
+class S3PrefixStrategyBase(ABC):
+    """Names the files of a rank: what it gives, a running number and ``.distcp`` make a file's name."""
+
+    def __call__(self, rank: int) -> str:
+        """The same as :meth:`generate_prefix`."""
+        return self.generate_prefix(rank)
+
+    @abstractmethod
+    def generate_prefix(self, rank: int) -> str:
+        """The prefix of ``rank``'s files, relative to the checkpoint; different for every rank."""
+
+
+class DefaultPrefixStrategy(S3PrefixStrategyBase):
+    """All ranks side by side, named as DCP does: ``__0_``."""
+
+    def generate_prefix(self, rank: int) -> str:
+        """The prefix of ``rank``'s files."""
+        return f"__{rank}_"
+
+
+class NumericPrefixStrategy(S3PrefixStrategyBase):
+    """Ranks under ``<number>/epoch_<epoch_num>/__<rank>_``, the number written backwards.
+
+    Backwards, because neighbouring numbers then differ in their first digit.
+
+    Args:
+        base: Base in which the number is written.
+        epoch_num: Number of the checkpoint, written into the prefix. None: left out.
+        min_prefix_length: Fewest digits of the number, filled up with zeros.
+        prefix_count: How many numbers there are; the ranks take turns. None: one for each rank.
+
+    Raises:
+        ConfigError: An argument has a wrong type or value.
+    """
+
+    def __init__(
+        self,
+        base: int,
+        epoch_num: int | None = None,
+        min_prefix_length: int = 10,
+        prefix_count: int | None = None,
+    ) -> None:
+        _require_whole("base", base, 2)
+        _require_whole("min_prefix_length", min_prefix_length, 1)
+        _require_epoch(epoch_num)
+        if prefix_count is not None:
+            _require_whole("prefix_count", prefix_count, 1)
+        elif dist.is_available() and dist.is_initialized():
+            prefix_count = dist.get_world_size()
+        self.base = base
+        self.epoch_num = epoch_num
+        self.min_prefix_len = min_prefix_length
+        self.prefix_count = prefix_count or 1
+        self.prefix_map = self._numbers()
+
+    def generate_prefix(self, rank: int) -> str:
+        """The prefix of ``rank``'s files."""
+        return _join(self.prefix_map[rank % self.prefix_count], self.epoch_num, rank)
+
+    def _numbers(self) -> list[str]:
+        digits = self.min_prefix_len
+        while self.base**digits < self.prefix_count:
+            digits += 1
+        return [self._format_number(number, digits)[::-1] for number in range(self.prefix_count)]
+
+    @abstractmethod
+    def _format_number(self, number: int, length: int) -> str:
+        """Write ``number`` with ``length`` digits of the base."""
+
+
+class BinaryPrefixStrategy(NumericPrefixStrategy):
+    """Numbers of zeros and ones; see :class:`NumericPrefixStrategy`."""
+
+    def __init__(
+        self, epoch_num: int | None = None, min_prefix_length: int = 10, prefix_count: int | None = None
+    ) -> None:
+        super().__init__(2, epoch_num, min_prefix_length, prefix_count)
+
+    def _format_number(self, number: int, length: int) -> str:
+        return format(number, f"0{length}b")
+
+
+class HexPrefixStrategy(NumericPrefixStrategy):
+    """Hexadecimal numbers; see :class:`NumericPrefixStrategy`."""
+
+    def __init__(
+        self, epoch_num: int | None = None, min_prefix_length: int = 10, prefix_count: int | None = None
+    ) -> None:
+        super().__init__(16, epoch_num, min_prefix_length, prefix_count)
+
+    def _format_number(self, number: int, length: int) -> str:
+        return format(number, f"0{length}x")
+
+
+class RoundRobinPrefixStrategy(S3PrefixStrategyBase):
+    """Ranks take turns in prefixes of your own: ``<prefix>/epoch_<epoch_num>/__<rank>_``.
+
+    Args:
+        user_prefixes: The prefixes, without a slash at either end.
+        epoch_num: Number of the checkpoint, written into the prefix. None: left out.
+
+    Raises:
+        ConfigError: An argument has a wrong type or value.
+    """
+
+    def __init__(self, user_prefixes: Sequence[str], epoch_num: int | None = None) -> None:
+        if not user_prefixes or isinstance(user_prefixes, str):
+            raise ConfigError(f"user_prefixes must be a list of at least one prefix, got {user_prefixes!r}")
+        _require_epoch(epoch_num)
+        self.user_prefixes = list(user_prefixes)
+        self.epoch_num = epoch_num
+
+    def generate_prefix(self, rank: int) -> str:
+        """The prefix of ``rank``'s files."""
+        return _join(self.user_prefixes[rank % len(self.user_prefixes)], self.epoch_num, rank)
+
+
+def _join(prefix: str, epoch_num: int | None, rank: int) -> str:
+    epoch = "" if epoch_num is None else f"epoch_{epoch_num}/"
+    return f"{prefix}/{epoch}__{rank}_"
+
+
+def _require_epoch(epoch_num: object) -> None:
+    if epoch_num is not None:
+        _require_whole("epoch_num", epoch_num, None)
+
+
+def _require_whole(name: str, value: object, least: int | None) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or (least is not None and value < least):
+        bound = "" if least is None else f" of at least {least}"
+        raise ConfigError(f"{name} must be a whole number{bound}, got {value!r}")

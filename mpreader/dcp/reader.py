@@ -1,0 +1,244 @@
+"""Loads checkpoints from S3.
+
+With the multiprocess constructor, tensors are decoded where their bytes have arrived, without ``torch.load``::
+
+    plan ── sorted ──> constructor reads ahead
+    file ──> MultiprocessS3Reader.item ──> decode_layout ──> planner.resolve_tensor ──> copy_into (CRC) ──> commit
+                                                └ None: torch.load, its CRCs checked beforehand
+
+With any other constructor, torch reads as it always does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from typing import IO, TYPE_CHECKING, Any, Protocol, cast
+
+import torch
+from torch.distributed._shard._utils import narrow_tensor_by_index
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.futures import Future
+
+from mpreader.config import S3ClientConfig
+from mpreader.dcp.filesystem import Path, S3FileSystem
+from mpreader.dcp.metadata import load_metadata
+from mpreader.dcp.record import BufferItem, ItemBytes, RecordCorrupted, decode_layout
+from mpreader.dcp.tensor import copy_into, load_whole
+from mpreader.errors import ChecksumMismatch, ConfigError, PlanError
+from mpreader.readers.constructor import S3ReaderConstructor
+from mpreader.readers.multiprocess import MultiprocessConstructor
+from mpreader.readers.protocols import DCPS3ReaderConstructorProtocol
+from mpreader.s3 import parse_s3_uri
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from typing_extensions import Self
+
+    from mpreader.config import PoolConfig
+    from mpreader.readers.protocols import S3ReaderConstructorProtocol
+
+__all__ = ["S3StorageReader"]
+
+
+class _ItemReader(Protocol):
+    """A reader that hands out items in place (``MultiprocessS3Reader``)."""
+
+    def item(self, offset: int, length: int) -> ItemBytes:
+        """The item's bytes."""
+
+    def refetch(self, offset: int, length: int) -> ItemBytes:
+        """The item's bytes, received once more."""
+
+
+class _Stored(Protocol):
+    """Where an item is stored (torch's ``_StorageInfo``)."""
+
+    relative_path: str
+    offset: int
+    length: int
+
+
+class S3StorageReader(FileSystemReader):
+    """Pass it as ``storage_reader`` to ``torch.distributed.checkpoint.load``; serves any number of loads.
+
+    Args:
+        region: The bucket's region. None: the configuration's, or the environment's.
+        path: ``s3://`` URI of the checkpoint.
+        s3client_config: How S3 is reached.
+        reader_constructor: How files are read. None: ``S3ReaderConstructor.multiprocess()``.
+        pool_config: Settings of the worker pool, for the default constructor.
+        verify: Whether tensors' saved CRC-32s are checked, where the default (or another multiprocess) constructor
+            is used; torch itself does not look at them.
+        allowed_globals: Classes, such as ``"package.module.Name"``, that ``.metadata`` may make besides DCP's own.
+        kwargs: What torch's ``FileSystemReader`` takes besides, according to torch's version.
+
+    Raises:
+        ValueError: ``path`` is not an ``s3://`` URI.
+        ConfigError: ``pool_config`` is given, but also a constructor, which has its own.
+    """
+
+    def __init__(
+        self,
+        region: str | None,
+        path: Path,
+        s3client_config: S3ClientConfig | None = None,
+        reader_constructor: S3ReaderConstructorProtocol | None = None,
+        *,
+        pool_config: PoolConfig | None = None,
+        verify: bool = True,
+        allowed_globals: Iterable[str] = (),
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(path, **kwargs)
+        if reader_constructor is None:
+            config = _with_region(s3client_config, region)
+            reader_constructor = S3ReaderConstructor.multiprocess(s3client_config=config, pool_config=pool_config)
+        elif pool_config is not None:
+            raise ConfigError("give pool_config to the reader_constructor: S3ReaderConstructor.multiprocess(…)")
+        self._reader_constructor = reader_constructor
+        self._verify = verify
+        self._allowed_globals = tuple(allowed_globals)
+        self._fs = S3FileSystem(region, s3client_config=s3client_config, reader_constructor=reader_constructor)
+        self.fs = self._fs  # type: ignore[assignment]
+        self.path = self._fs.init_path(path)
+        if isinstance(reader_constructor, MultiprocessConstructor):
+            reader_constructor.use_client(self._fs.client)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Path) -> bool:
+        """Whether it is a URI of S3."""
+        return S3FileSystem.validate_checkpoint_id(checkpoint_id)
+
+    def read_metadata(self, *_: Any, **kwargs: Any) -> Metadata:
+        """Read ``.metadata`` through an allowlist.
+
+        Raises:
+            MetadataRefused: It is damaged, or names a class or a place that it may not.
+            TransportError: It can't be read.
+        """
+        if isinstance(self._reader_constructor, MultiprocessConstructor):
+            self._reader_constructor.start()  # the processes are up when the plan is made
+        path = self._get_metadata_path(kwargs.get("rank"))
+        with self._fs.create_stream(path, "rb") as stream:
+            metadata = load_metadata(cast("IO[bytes]", stream), allowed_globals=self._allowed_globals)
+        if getattr(metadata, "storage_meta", None) is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id  # type: ignore[union-attr]
+        return metadata
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """Put the items in the order in which they are stored, and begin to read them ahead."""
+        plan = dataclasses.replace(plan, items=sorted(plan.items, key=self._place))
+        if isinstance(self._reader_constructor, DCPS3ReaderConstructorProtocol):
+            self._reader_constructor.set_item_ranges_by_file(plan.items, self.storage_data, self.path)
+        return plan
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Read all items of the plan into the planner's targets.
+
+        Raises:
+            ChecksumMismatch: An item's bytes don't match their CRC-32, also when received again.
+            PlanError: A target has not the shape of what it is to be read into it.
+            TransportError: Bytes can't be had.
+        """
+        if not isinstance(self._reader_constructor, MultiprocessConstructor):
+            return super().read_data(plan, planner)
+        requests_by_file: dict[str, list[ReadItem]] = {}
+        for request in plan.items:
+            requests_by_file.setdefault(self._stored(request).relative_path, []).append(request)
+        for relative_path, requests in requests_by_file.items():
+            with self._fs.create_stream(self._fs.concat_path(self.path, relative_path), "rb") as reader:
+                for request in requests:
+                    self._read_item(request, cast("_ItemReader", reader), planner)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def close(self) -> None:
+        """End what is under way, and this reader's use of the worker pool. A later load starts anew. Idempotent."""
+        close = getattr(self._reader_constructor, "close", None)
+        if close is not None:
+            close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _read_item(self, request: ReadItem, reader: _ItemReader, planner: LoadPlanner) -> None:
+        stored = self._stored(request)
+        try:
+            self._load_item(request, reader.item(stored.offset, stored.length), planner)
+        except RecordCorrupted:
+            # Bits may have flipped on the way; if they did in the bucket, they are the same again.
+            try:
+                self._load_item(request, reader.refetch(stored.offset, stored.length), planner)
+            except RecordCorrupted as error:
+                raise self._mismatch(request, error) from error
+
+    def _load_item(self, request: ReadItem, item: ItemBytes, planner: LoadPlanner) -> None:
+        item = self._transformed(request, item)
+        if request.type == LoadItemType.BYTE_IO:
+            planner.load_bytes(request, io.BytesIO(item.view(0, item.size)))
+            return
+        layout = decode_layout(item)
+        if layout is not None:
+            target = planner.resolve_tensor(request).detach()
+            offsets, lengths = request.storage_offsets, request.lengths
+            copy_into(item, layout, target, offsets, lengths, verify=self._verify)
+        else:
+            loaded = load_whole(item, verify=self._verify)
+            loaded = narrow_tensor_by_index(loaded, request.storage_offsets, request.lengths)
+            target = planner.resolve_tensor(request).detach()
+            _check_shape(loaded, target)
+            target.copy_(loaded)
+        planner.commit_tensor(request, target)
+
+    def _transformed(self, request: ReadItem, item: ItemBytes) -> ItemBytes:
+        """The item as it was before the extensions of the save (compression, say)."""
+        descriptors = getattr(self._stored(request), "transform_descriptors", None)
+        if not descriptors:
+            return item
+        raw = io.BytesIO(item.view(0, item.size))
+        stream = self.transforms.transform_load_stream(request, descriptors, raw)
+        try:
+            return BufferItem(bytearray(stream.read(-1)))
+        except Exception as error:  # each extension has its own types
+            raise RecordCorrupted(f"{', '.join(descriptors)} can't read it: {error}") from error
+
+    def _stored(self, request: ReadItem) -> _Stored:
+        return cast("_Stored", self.storage_data[request.storage_index])
+
+    def _place(self, request: ReadItem) -> tuple[str, int]:
+        stored = self._stored(request)
+        return stored.relative_path, stored.offset
+
+    def _mismatch(self, request: ReadItem, error: RecordCorrupted) -> ChecksumMismatch:
+        stored = self._stored(request)
+        uri = self._fs.concat_path(self.path, stored.relative_path)
+        bucket, key = parse_s3_uri(uri)
+        start, end = stored.offset, stored.offset + stored.length
+        return ChecksumMismatch(
+            f"{request.storage_index.fqn!r} is damaged in {uri}, bytes {start}-{end}, also when received again: "
+            f"{error}. Restore the file, or load from another checkpoint; verify=False loads it as it is",
+            bucket=bucket,
+            key=key,
+            range=(start, end),
+            attempts=2,
+        )
+
+
+def _with_region(config: S3ClientConfig | None, region: str | None) -> S3ClientConfig | None:
+    if config is None or config.region is not None:
+        return config
+    return dataclasses.replace(config, region=region)
+
+
+def _check_shape(loaded: torch.Tensor, target: torch.Tensor) -> None:
+    if loaded.size() != target.size():
+        raise PlanError(f"a box of shape {list(loaded.size())} can't be read into {list(target.size())}")

@@ -1,0 +1,250 @@
+"""Copies a stored tensor, or a box of it, into a target tensor; checks the CRC of the bytes as they pass.
+
+Memory stays bounded for every tensor that fills its storage without gaps, however large it is, wherever the
+item is cut into pieces, and whatever the target's strides, dtype and device are:
+
+* Same dtype, and the wanted bytes lie in one run in both: bytes are copied piece by piece.
+* Otherwise, rows of at most 1 MiB are gathered, converted and copied.
+
+Only a tensor with gaps or repeated elements (a slice of a larger storage, an expanded tensor) is gathered whole.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import zipfile
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Final
+
+import torch
+
+from mpreader.dcp.crc import crc32
+from mpreader.dcp.layout import TensorLayout
+from mpreader.dcp.record import ItemBytes, RecordCorrupted, read_payload_crc
+from mpreader.errors import PlanError
+
+__all__ = ["copy_into", "load_whole"]
+
+# A block is still in the processor's cache when it is copied after its CRC was computed.
+_BLOCK_NBYTES: Final = 1024 * 1024
+
+Box = tuple[tuple[int, int], ...]  # (start, length) of each dimension
+
+
+def copy_into(
+    item: ItemBytes,
+    layout: TensorLayout,
+    target: torch.Tensor,
+    offsets: Sequence[int] = (),
+    lengths: Sequence[int] = (),
+    *,
+    verify: bool = True,
+) -> None:
+    """Copy the box at ``offsets`` of the stored tensor into ``target``, converting dtype and device as needed.
+
+    Args:
+        item: The record that ``layout`` was decoded from.
+        layout: Where the tensor lies in it.
+        target: A tensor of exactly the box's shape; not a leaf that requires grad.
+        offsets: First index of the box in each dimension; dimensions left out are taken whole.
+        lengths: Length of the box in each dimension. As in DCP, a length that is not less than the stored
+            dimension takes all of it.
+        verify: Whether to check the CRC of the whole stored tensor, the bytes outside of the box included.
+
+    Raises:
+        PlanError: The box is not inside of the stored tensor, or ``target`` has another shape.
+        RecordCorrupted: The bytes don't match their CRC. ``target`` then holds garbage.
+    """
+    box = _box(layout.size, offsets, lengths)
+    if tuple(target.shape) != tuple(length for _, length in box):
+        raise PlanError(f"a box of shape {[length for _, length in box]} can't be read into {list(target.shape)}")
+    payload = _Payload(item, layout, verify)
+    if target.numel():
+        _copy_box(payload, layout, box, target)
+    payload.finish()
+
+
+def load_whole(item: ItemBytes, *, verify: bool = True) -> torch.Tensor:
+    """Load any record with ``torch.load(weights_only=True)``; holds the whole item in memory.
+
+    Raises:
+        RecordCorrupted: An entry of the record doesn't match its CRC, or the record is not a whole archive.
+    """
+    record = io.BytesIO(item.view(0, item.size))
+    if verify:
+        _check_archive(record)
+    loaded: torch.Tensor = torch.load(record, map_location="cpu", weights_only=True)
+    return loaded
+
+
+def _check_archive(record: io.BytesIO) -> None:
+    # Records of before torch 1.6 are no archives and have no checksums.
+    if bytes(record.getbuffer()[:4]) != b"PK\x03\x04" and not zipfile.is_zipfile(record):
+        record.seek(0)
+        return
+    try:
+        with zipfile.ZipFile(record) as archive:
+            has_crc = any(entry.CRC for entry in archive.infolist())
+            broken = archive.testzip() if has_crc else None
+    except Exception as error:  # zipfile answers garbage with a dozen types
+        raise RecordCorrupted(f"not a whole torch.save record: {error}") from error
+    if broken is not None:
+        raise RecordCorrupted(f"{broken} of a torch.save record doesn't match its CRC-32")
+    record.seek(0)
+
+
+class _Payload:
+    """The storage's bytes, read in ascending order, so that a large item need not be held.
+
+    Every byte passes the CRC, wanted or not.
+    """
+
+    def __init__(self, item: ItemBytes, layout: TensorLayout, verify: bool) -> None:
+        self._item = item
+        self._layout = layout
+        self._verify = verify and layout.payload_nbytes > 0
+        self._with_crc = self._verify and layout.has_crc
+        self._crc = 0
+        self._position = 0
+
+    def blocks(self, start: int, end: int) -> Iterator[memoryview]:
+        """Bytes ``[start, end)`` of the payload; ``start`` must not be before the last ``end``."""
+        if self._with_crc:
+            for _ in self._checked(self._position, start):
+                pass
+        yield from self._checked(start, end)
+        self._position = end
+
+    def gather(self, start: int, end: int) -> torch.Tensor:
+        """A copy of bytes ``[start, end)``, aligned for any dtype, as the payload itself need not be."""
+        buffer = torch.empty(end - start, dtype=torch.uint8)
+        _fill(buffer, self.blocks(start, end))
+        return buffer
+
+    def finish(self) -> None:
+        """Compare the CRC, where that is wanted.
+
+        Raises:
+            RecordCorrupted: It is not the one that was saved.
+        """
+        if not self._verify:
+            return
+        for _ in self.blocks(self._layout.payload_nbytes, self._layout.payload_nbytes):
+            pass
+        saved = read_payload_crc(self._item, self._layout)
+        if saved is not None and saved != self._crc:
+            raise RecordCorrupted(f"a tensor's bytes have CRC-32 {self._crc:08x}, saved was {saved:08x}")
+
+    def _checked(self, start: int, end: int) -> Iterator[memoryview]:
+        if start == end:
+            return
+        first = self._layout.payload_offset
+        for piece in self._item.pieces(first + start, first + end):
+            for cut in range(0, len(piece), _BLOCK_NBYTES):
+                block = piece[cut : cut + _BLOCK_NBYTES]
+                if self._with_crc:
+                    self._crc = crc32(block, self._crc)
+                yield block
+                del block
+            del piece  # what keeps it keeps its slot, which the next piece may be waiting for
+
+
+def _fill(target: torch.Tensor, blocks: Iterator[memoryview]) -> None:
+    """Fill a flat uint8 tensor."""
+    position = 0
+    for block in blocks:
+        # torch.copy_ lets go of the GIL, which the pool's threads need; assigning to a memoryview does not.
+        target[position : position + len(block)].copy_(torch.frombuffer(block, dtype=torch.uint8))
+        position += len(block)
+        del block
+    if position != len(target):
+        raise RecordCorrupted(f"an item ended {len(target) - position} bytes early")
+
+
+def _box(size: Sequence[int], offsets: Sequence[int], lengths: Sequence[int]) -> Box:
+    if len(offsets) != len(lengths) or len(offsets) > len(size):
+        raise PlanError(f"offsets {list(offsets)} and lengths {list(lengths)} don't fit a tensor of {list(size)}")
+    box = [(0, whole) for whole in size]
+    for dim, (offset, length, whole) in enumerate(zip(offsets, lengths, size, strict=False)):
+        if length < whole:
+            box[dim] = (offset, length)
+            if offset < 0 or length < 0 or offset + length > whole:
+                raise PlanError(f"box at {list(offsets)} of {list(lengths)} is outside of a tensor of {list(size)}")
+    return tuple(box)
+
+
+def _copy_box(payload: _Payload, layout: TensorLayout, box: Box, target: torch.Tensor) -> None:
+    order = _memory_order(layout.size, layout.stride) if type(target) is torch.Tensor else None
+    if order is None:
+        storage = payload.gather(0, layout.payload_nbytes)
+        stored = storage.view(layout.dtype).as_strided(layout.size, layout.stride, layout.storage_offset)
+        for dim, (start, length) in enumerate(box):
+            stored = stored.narrow(dim, start, length)
+        target.copy_(stored)
+        return
+    # With its dimensions in the order of memory, the source is contiguous; the target follows along.
+    size = tuple(layout.size[dim] for dim in order)
+    box = tuple(box[dim] for dim in order)
+    target = target.permute(order)
+    first = layout.storage_offset * layout.dtype.itemsize
+    run = _one_run(size, box)
+    if run is not None and target.dtype == layout.dtype and _is_plain(target):
+        start = first + run * layout.dtype.itemsize
+        # Not view(-1): that keeps the odd stride which a dimension of length 1 may have.
+        flat = target.as_strided((target.numel(),), (1,)).view(torch.uint8)
+        _fill(flat, payload.blocks(start, start + len(flat)))
+    else:
+        _copy_rows(payload, layout.dtype, first, size or (1,), box or ((0, 1),), target if size else target[None])
+
+
+@lru_cache(maxsize=4096)
+def _memory_order(size: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The dimensions, outermost in memory first; None where the elements don't fill memory without gaps."""
+    natural = range(len(size))
+    by_stride = sorted(natural, key=lambda dim: (size[dim] == 1, -stride[dim]))
+    for order in (tuple(natural), tuple(by_stride)):
+        expected = 1
+        for dim in reversed(order):
+            if size[dim] != 1 and stride[dim] != expected:
+                break
+            expected *= size[dim]
+        else:
+            return order
+    return None
+
+
+def _one_run(size: tuple[int, ...], box: Box) -> int | None:
+    """First element of the box where it is one run of a contiguous tensor; None where it is not."""
+    start = 0
+    for dim, (offset, length) in enumerate(box):
+        start += offset * math.prod(size[dim + 1 :])
+        if length != 1 and box[dim + 1 :] != tuple((0, whole) for whole in size[dim + 1 :]):
+            return None
+    return start
+
+
+def _is_plain(target: torch.Tensor) -> bool:
+    """Whether the target's memory holds its elements, in order and as they are."""
+    return target.is_contiguous() and not target.is_conj() and not target.is_neg()
+
+
+def _copy_rows(
+    payload: _Payload, dtype: torch.dtype, first: int, size: tuple[int, ...], box: Box, target: torch.Tensor
+) -> None:
+    """Copy a box of a contiguous tensor whose first byte is ``first``, some rows at a time."""
+    row_nbytes = math.prod(size[1:]) * dtype.itemsize
+    start, length = box[0]
+    if row_nbytes > _BLOCK_NBYTES and len(size) > 1:
+        for row in range(length):
+            _copy_rows(payload, dtype, first + (start + row) * row_nbytes, size[1:], box[1:], target[row])
+        return
+    rows_at_once = max(1, _BLOCK_NBYTES // row_nbytes)
+    for done in range(0, length, rows_at_once):
+        count = min(rows_at_once, length - done)
+        at = first + (start + done) * row_nbytes
+        rows = payload.gather(at, at + count * row_nbytes).view(dtype).view(count, *size[1:])
+        for dim, (offset, wanted) in enumerate(box[1:], start=1):
+            rows = rows.narrow(dim, offset, wanted)
+        target.narrow(0, done, count).copy_(rows)

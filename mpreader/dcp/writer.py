@@ -1,0 +1,87 @@
+"""Saves checkpoints to S3."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+
+from mpreader.dcp.filesystem import Path, S3FileSystem
+from mpreader.dcp.prefix import DefaultPrefixStrategy, S3PrefixStrategyBase
+from mpreader.errors import MpreaderError
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+    from torch.distributed.checkpoint.storage import WriteResult
+    from torch.futures import Future
+
+    from mpreader.config import S3ClientConfig
+
+__all__ = ["S3StorageWriter"]
+
+
+@dataclasses.dataclass
+class _Prefix:
+    """What ``FileSystemWriter.write_data`` takes a rank's file names from."""
+
+    prefix: str
+
+
+class S3StorageWriter(FileSystemWriter):
+    """Pass it as ``storage_writer`` to ``torch.distributed.checkpoint.save``.
+
+    Every file is uploaded while it is written, and appears when it is complete; ``.metadata`` comes last.
+
+    Args:
+        region: The bucket's region. None: the configuration's, or the environment's.
+        path: ``s3://`` URI of the checkpoint.
+        s3client_config: How S3 is reached.
+        prefix_strategy: Names the ranks' files. None: ``DefaultPrefixStrategy()``.
+        thread_count: Files written at the same time by each rank.
+        kwargs: What torch's ``FileSystemWriter`` takes besides: ``overwrite``, ``_extensions``,
+            ``single_file_per_rank`` and so on, according to torch's version.
+
+    Raises:
+        ValueError: ``path`` is not an ``s3://`` URI.
+    """
+
+    def __init__(
+        self,
+        region: str | None,
+        path: Path,
+        s3client_config: S3ClientConfig | None = None,
+        prefix_strategy: S3PrefixStrategyBase | None = None,
+        thread_count: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        # An upload has no file to sync: it is durable when it is complete.
+        super().__init__(path=path, sync_files=False, thread_count=thread_count, **kwargs)
+        self.fs = S3FileSystem(region, s3client_config=s3client_config)  # type: ignore[assignment]
+        self.path = self.fs.init_path(path)
+        self.prefix_strategy = prefix_strategy or DefaultPrefixStrategy()
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Give every rank its prefix."""
+        return [
+            dataclasses.replace(plan, storage_data=_Prefix(self.prefix_strategy(rank)))
+            for rank, plan in enumerate(plans)
+        ]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's files.
+
+        Raises:
+            MpreaderError: A writing thread has failed; torch only prints its exception and would go on to save
+                metadata without what that thread had to write.
+        """
+        written = super().write_data(plan, planner)
+        missing = len(plan.items) - len(written.wait())
+        if missing:
+            raise MpreaderError(f"{missing} of {len(plan.items)} items were not saved; see the exception printed above")
+        return written
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Path) -> bool:
+        """Whether it is a URI of S3."""
+        return S3FileSystem.validate_checkpoint_id(checkpoint_id)

@@ -1,0 +1,60 @@
+"""An object of S3 as a source of the pool."""
+
+from __future__ import annotations
+
+from mpreader.pool.source import ObjectVersion, Route
+from mpreader.s3.client import S3Client
+
+__all__ = ["S3Source"]
+
+
+class S3Source:
+    """One object of S3. See :class:`mpreader.pool.source.Source`.
+
+    Args:
+        client: How S3 is reached.
+        bucket: The object's bucket.
+        key: The object's key.
+    """
+
+    def __init__(self, client: S3Client, bucket: str, key: str) -> None:
+        self._client = client
+        self._bucket = bucket
+        self._key = key
+
+    @property
+    def bucket(self) -> str:
+        """The object's bucket."""
+        return self._bucket
+
+    @property
+    def key(self) -> str:
+        """The object's key."""
+        return self._key
+
+    @property
+    def max_attempts(self) -> int:
+        """Requests made for the same bytes before giving up."""
+        return self._client.s3client_config.max_attempts
+
+    def open(self) -> ObjectVersion:
+        """Ask S3, with one HEAD request, which version there is now.
+
+        Raises:
+            ObjectMissing: There is no such bucket, or no such key in it.
+            AccessDenied: There are no credentials, or they are not good for this.
+            TransportError: The service could not be asked, or failed.
+        """
+        info = self._client.head_object(self._bucket, self._key)
+        return ObjectVersion(info.size, info.etag)
+
+    def route(self) -> Route:
+        """Make a freshly signed route, without a request.
+
+        Raises:
+            AccessDenied: There are no credentials.
+        """
+        return self._client.route(self._bucket, self._key)
+
+    def __repr__(self) -> str:
+        return f"<S3Source s3://{self._bucket}/{self._key}>"

@@ -1,0 +1,167 @@
+"""Streams of an object's bytes, all of one version, for the readers that read in this process."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import re
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Final
+
+import urllib3
+from botocore.exceptions import BotoCoreError
+
+from mpreader.config import MiB
+from mpreader.errors import MpreaderError, ObjectChanged, PlanError, ShortRead
+
+if TYPE_CHECKING:
+    from mpreader.readers.protocols import ObjectInfo as HasSize
+    from mpreader.s3.client import S3Client
+
+__all__ = ["PinnedObject"]
+
+_CHUNK_BYTES: Final = 1 * MiB
+_FIRST_PAUSE_S: Final = 0.05
+_LONGEST_PAUSE_S: Final = 5.0
+
+
+class _Broken(Exception):
+    """An answer that can't be used, and may be right at the next attempt."""
+
+
+_BREAKS: Final = (_Broken, BotoCoreError, urllib3.exceptions.HTTPError, OSError)
+
+
+class PinnedObject:
+    """An object in the version that is seen first. Picklable; not thread-safe.
+
+    Args:
+        client: How S3 is reached.
+        bucket: The object's bucket.
+        key: The object's key.
+        object_info: What is known of the object; its version is pinned if it has an ``etag``.
+    """
+
+    def __init__(self, client: S3Client, bucket: str, key: str, object_info: HasSize | None = None) -> None:
+        self._client = client
+        self._bucket = bucket
+        self._key = key
+        self._info = object_info
+        self._etag: str = getattr(object_info, "etag", None) or ""
+
+    def __repr__(self) -> str:
+        return f"<PinnedObject s3://{self._bucket}/{self._key} {self._etag}>"
+
+    def info(self) -> HasSize:
+        """The object's size; asks S3 once.
+
+        Raises:
+            ObjectChanged: A stream has seen another version.
+            TransportError: As for :meth:`S3Client.head_object`.
+        """
+        if self._info is None:
+            info = self._client.head_object(self._bucket, self._key)
+            self._pin(info.etag)
+            self._info = info
+        return self._info
+
+    def stream(self, start: int | None = None, end: int | None = None) -> Iterator[bytes]:
+        """Ask for bytes now, and hand them out as they come. A body that breaks is resumed; it is never short.
+
+        Args:
+            start: First byte of the object to send. None: 0.
+            end: One past the last byte to send. None: the object's size.
+
+        Raises:
+            PlanError: The range ends past the end of the object.
+            ObjectChanged: The object was overwritten since its first bytes were read.
+            ShortRead: The bytes did not come in ``max_attempts`` attempts.
+            TransportError: The service refused, or could not be reached.
+        """
+        chunks = self._chunks(start or 0, end)
+        next(chunks, None)  # the request goes out now; the first chunk is empty
+        return chunks
+
+    def _chunks(self, position: int, end: int | None) -> Iterator[bytes]:
+        failures = 0
+        while end is None or position < end:
+            reached = position
+            try:
+                body, end = self._open(position, end)
+                with contextlib.closing(body):
+                    yield b""
+                    while position < end:
+                        chunk = body.read(min(_CHUNK_BYTES, end - position))
+                        if not chunk:
+                            raise _Broken("the body ended early")
+                        position += len(chunk)
+                        yield chunk
+            except MpreaderError as error:
+                if isinstance(error, PlanError) and end is None and position >= self.info().size:
+                    return  # nothing is left to send: S3 has no answer for that but an error
+                raise
+            except _BREAKS as error:
+                failures = failures + 1 if position == reached else 1
+                self._pause_or_give_up(error, failures, (position, end))
+
+    def _open(self, position: int, end: int | None) -> tuple[Any, int]:
+        """Ask for bytes [position, end); the body and its end."""
+        last = "" if end is None else end - 1
+        pin = {"IfMatch": self._etag} if self._etag else {}
+        answer = self._client.call(
+            "get_object",
+            self._bucket,
+            range=None if end is None else (position, end),
+            Key=self._key,
+            Range=f"bytes={position}-{last}",
+            **pin,
+        )
+        try:
+            return answer["Body"], self._check(answer, position, end)
+        except BaseException:
+            answer["Body"].close()
+            raise
+
+    def _check(self, answer: dict[str, Any], position: int, end: int | None) -> int:
+        """Accept an answer only if its body will be what was asked for; where that ends."""
+        named = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", answer.get("ContentRange", ""))
+        if answer["ResponseMetadata"]["HTTPStatusCode"] != 206 or named is None:
+            raise _Broken("the server sends the whole object in place of a range")
+        first, last, size = map(int, named.groups())
+        if end is not None and end > size:
+            raise PlanError(f"the range {(position, end)} ends past the {size} bytes of {self._uri()}")
+        end = size if end is None else end
+        if (first, last + 1, answer["ContentLength"]) != (position, end, end - position):
+            raise _Broken(f"asked for bytes {position}-{end - 1}, the answer is for {named[0]!r}")
+        if self._info is not None and self._info.size != size:
+            raise self._changed(f"it has {size} bytes now, not {self._info.size}")
+        self._pin(answer.get("ETag", ""))
+        return end
+
+    def _pin(self, etag: str) -> None:
+        if not etag and self._etag:
+            raise _Broken("the answer names no ETag")
+        if self._etag and etag != self._etag:
+            raise self._changed(f"its ETag is {etag} now, not {self._etag}")
+        self._etag = etag
+
+    def _pause_or_give_up(self, error: BaseException, failures: int, range: tuple[int, int | None]) -> None:
+        if failures >= self._client.s3client_config.max_attempts:
+            position, end = range
+            raise ShortRead(
+                f"{self._uri()}: no bytes from {position} on came in {failures} attempts: {error}",
+                bucket=self._bucket,
+                key=self._key,
+                range=None if end is None else (position, end),
+                attempts=failures,
+            ) from error
+        longest = min(_FIRST_PAUSE_S * 2**failures, _LONGEST_PAUSE_S)
+        time.sleep(random.uniform(0, longest))  # noqa: S311 - jitter, not a secret
+
+    def _changed(self, how: str) -> ObjectChanged:
+        message = f"{self._uri()} was overwritten while it was read: {how}; read it again with a new reader"
+        return ObjectChanged(message, bucket=self._bucket, key=self._key, attempts=1)
+
+    def _uri(self) -> str:
+        return f"s3://{self._bucket}/{self._key}"

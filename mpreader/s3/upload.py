@@ -1,0 +1,74 @@
+"""The two ways in which bytes become an object: at once, or in parts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from mpreader.s3.client import S3Client
+
+__all__ = ["MultipartUpload", "next_part_bytes", "put_whole"]
+
+# S3 takes 10,000 parts of at most 5 GiB, and objects of at most 5 TiB. Parts of 1/1250 of what was written make
+# 1,250 parts of the smallest size, and then grow e-fold with every 1,250 more.
+_GROWTH: Final = 1250
+
+
+def next_part_bytes(part_bytes: int, written: int) -> int:
+    """Size of the next part, so that 10,000 parts are enough for any object.
+
+    Args:
+        part_bytes: Size of the first parts.
+        written: Bytes in the parts so far.
+    """
+    return max(part_bytes, written // _GROWTH)
+
+
+def put_whole(client: S3Client, bucket: str, key: str, body: bytearray, storage_class: str | None) -> None:
+    """Make an object with one request."""
+    client.call("put_object", bucket, Key=key, Body=body, **_class(storage_class))
+
+
+class MultipartUpload:
+    """A multipart upload, begun. Parts may be sent from several threads.
+
+    Raises:
+        TransportError: The service refused, or could not be reached; the same for all methods.
+    """
+
+    def __init__(self, client: S3Client, bucket: str, key: str, storage_class: str | None) -> None:
+        self._client = client
+        self._bucket = bucket
+        self._key = key
+        self._etags: dict[int, str] = {}
+        answer = client.call("create_multipart_upload", bucket, Key=key, **_class(storage_class))
+        self._id: str = answer["UploadId"]
+
+    def __repr__(self) -> str:
+        return f"<MultipartUpload s3://{self._bucket}/{self._key} parts={len(self._etags)}>"
+
+    def send(self, number: int, body: bytearray) -> None:
+        """Send part ``number``, counted from 1."""
+        answer = self._client.call(
+            "upload_part", self._bucket, Key=self._key, UploadId=self._id, PartNumber=number, Body=body
+        )
+        self._etags[number] = answer["ETag"]
+
+    def complete(self) -> None:
+        """Make the object of all parts that were sent."""
+        parts = [{"PartNumber": number, "ETag": self._etags[number]} for number in sorted(self._etags)]
+        self._client.call(
+            "complete_multipart_upload",
+            self._bucket,
+            Key=self._key,
+            UploadId=self._id,
+            MultipartUpload={"Parts": parts},
+        )
+
+    def abort(self) -> None:
+        """Delete all parts that were sent."""
+        self._client.call("abort_multipart_upload", self._bucket, Key=self._key, UploadId=self._id)
+
+
+def _class(storage_class: str | None) -> dict[str, Any]:
+    return {} if storage_class is None else {"StorageClass": storage_class}

@@ -1,0 +1,141 @@
+"""What can go wrong, and when: the schedules of :class:`mpreader.testing.FaultServer`."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+__all__ = ["TRANSIENT_KINDS", "Fault", "FaultKind", "Schedule", "random_faults"]
+
+
+class FaultKind(Enum):
+    """The ways in which an answer, or a connection, can be bad."""
+
+    RESET = "the connection is reset after after_bytes of the body"
+    EARLY_CLOSE = "the connection is closed in order (FIN) after after_bytes of the body"
+    CLOSE_ON_ACCEPT = "the connection is closed as soon as it is there; counts connections, not requests"
+    STALL = "after after_bytes of the body nothing comes for seconds"
+    TRICKLE = "after after_bytes of the body one byte comes every seconds"
+    DELAY = "the answer starts only after seconds"
+    WRONG_LENGTH = "Content-Length is wrong by delta; then the connection is closed"
+    WRONG_RANGE = "Content-Range names a range delta bytes further on; the body is that of the right one"
+    WRONG_TOTAL = "Content-Range names a total size wrong by delta"
+    WHOLE_OBJECT = "status 200 and the whole object instead of the range"
+    EXTRA_BYTES = "delta more bytes follow the body"
+    STATUS = "an S3 error: status, with S3's XML body"
+    NO_ETAG = "the answer has no ETag"
+    OTHER_ETAG = "the answer has the ETag of another version, and If-Match is ignored"
+    FLIPPED_BIT = "one bit of the body is wrong: of the byte covering, else of byte after_bytes of the body"
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One kind of fault and the requests that it strikes. Picklable.
+
+    A fault counts, from 1, the requests that match its ``method``, ``path`` and ``covering``, and strikes those
+    that ``at`` holds. If several strike one request, the first of the schedule does.
+
+    Args:
+        kind: What goes wrong.
+        at: Which of the matching requests are struck: ``(3, 5)``, ``range(1, 30)``; None: every one.
+        method: Method of the matching requests.
+        path: Path of the matching requests, as in the server's objects; None: any.
+        covering: Match only requests whose range holds this byte of the object; None: any range.
+        until_s: Strike no more once this many seconds have passed since the schedule was set; None: for ever.
+        after_bytes: How much of the body is still right.
+        seconds: How long STALL and DELAY take; TRICKLE's time between two bytes.
+        delta: By how many bytes WRONG_LENGTH, WRONG_RANGE, WRONG_TOTAL and EXTRA_BYTES are wrong.
+        status: HTTP status of STATUS.
+        code: S3's error code of STATUS, such as ``"ExpiredToken"``; "": the usual one of the status.
+
+    Raises:
+        ValueError: A number makes no sense for the kind.
+    """
+
+    kind: FaultKind
+    at: Container[int] | None = None
+    method: str = "GET"
+    path: str | None = None
+    covering: int | None = None
+    until_s: float | None = None
+    after_bytes: int = 0
+    seconds: float = 0.1
+    delta: int = 1
+    status: int = 503
+    code: str = ""
+
+    def __post_init__(self) -> None:
+        if self.after_bytes < 0 or self.seconds < 0:
+            raise ValueError("after_bytes and seconds must not be negative")
+        if self.kind is FaultKind.EXTRA_BYTES and self.delta < 1:
+            raise ValueError("EXTRA_BYTES needs a delta of at least 1")
+        if self.kind is FaultKind.STATUS and not 300 <= self.status <= 599:
+            raise ValueError(f"STATUS needs an error's status, got {self.status}")
+
+
+TRANSIENT_KINDS: Final = (
+    FaultKind.RESET,
+    FaultKind.EARLY_CLOSE,
+    FaultKind.CLOSE_ON_ACCEPT,
+    FaultKind.STALL,
+    FaultKind.DELAY,
+    FaultKind.WRONG_LENGTH,
+    FaultKind.WRONG_RANGE,
+    FaultKind.WRONG_TOTAL,
+    FaultKind.WHOLE_OBJECT,
+    FaultKind.EXTRA_BYTES,
+    FaultKind.STATUS,
+)
+"""Kinds that strike one request and are gone at the next: a good client survives them."""
+
+
+def random_faults(
+    seed: int, *, gets: int = 100, rate: float = 0.1, kinds: Sequence[FaultKind] = TRANSIENT_KINDS
+) -> tuple[Fault, ...]:
+    """A schedule that strikes about ``rate`` of the first ``gets`` GETs; the same for the same arguments.
+
+    Args:
+        seed: Decides which GETs are struck, by what and where.
+        gets: GETs after which nothing is struck any more.
+        rate: Probability that a GET is struck, 0 to 1.
+        kinds: Kinds to choose from.
+    """
+    chance = random.Random(seed)  # noqa: S311 - a schedule, not a secret
+    return tuple(
+        Fault(
+            chance.choice(kinds),
+            at=(number,),
+            after_bytes=chance.choice((0, 1, chance.randrange(1 << 12), chance.randrange(1 << 20))),
+            seconds=chance.uniform(0.01, 0.2),
+            status=chance.choice((500, 503)),
+        )
+        for number in range(1, gets + 1)
+        if chance.random() < rate
+    )
+
+
+class Schedule:
+    """The faults of a server and how often each was matched. Safe to use from several threads."""
+
+    def __init__(self, faults: Sequence[Fault]) -> None:
+        self._faults = tuple(faults)
+        self._matches = [0] * len(self._faults)
+        self._started = time.monotonic()
+        self._lock = threading.Lock()
+
+    def strike(self, matches: Callable[[Fault], bool]) -> Fault | None:
+        """Count an event for the faults that it matches; the fault that strikes it, if any does."""
+        with self._lock:
+            striking = [fault for index, fault in enumerate(self._faults) if matches(fault) and self._is_due(index)]
+        return striking[0] if striking else None
+
+    def _is_due(self, index: int) -> bool:
+        fault = self._faults[index]
+        self._matches[index] += 1
+        over = fault.until_s is not None and time.monotonic() - self._started > fault.until_s
+        return not over and (fault.at is None or self._matches[index] in fault.at)

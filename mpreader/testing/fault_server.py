@@ -1,0 +1,257 @@
+"""A range server that misbehaves on demand, for tests of how a client takes it.
+
+It runs in threads of the calling process, speaks HTTP/1.1 with keep-alive, plain or TLS, answers GET and HEAD
+as S3 does (Range, If-Match, ETag, error bodies; no signatures, no listing), and injects faults by schedule::
+
+    data = os.urandom(1 << 20)
+    fault = Fault(FaultKind.RESET, at=(1, 3), after_bytes=1000)
+    with FaultServer({"/bucket/key": data}, faults=[fault]) as server:
+        [view] = mpreader.fetch_ranges(server.url("/bucket/key"), [(0, len(data))])
+        assert view == data
+        assert any(request.fault is fault for request in server.requests)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import socket
+import ssl
+import struct
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+from urllib.parse import quote
+
+from mpreader.testing.answer import Content, Request, StoredObject, answer_to, byte_range, read_request
+from mpreader.testing.certificate import LoopbackCertificate
+from mpreader.testing.fault import Fault, FaultKind, Schedule
+from mpreader.testing.s3_server import aws_environment
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["FaultServer", "FaultedRequest"]
+
+_CHUNK_BYTES: Final = 256 * 1024
+_RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)  # SO_LINGER: on, for 0 seconds
+_CUT_KINDS: Final = frozenset({FaultKind.RESET, FaultKind.EARLY_CLOSE, FaultKind.STALL, FaultKind.TRICKLE})
+
+
+@dataclass(frozen=True, slots=True)
+class FaultedRequest:
+    """One request that the server got.
+
+    Attributes:
+        method: ``"GET"``, ``"HEAD"``, …
+        path: Percent-decoded path without the query.
+        range: The Range header, None where there was none.
+        headers: All headers, names in lower case.
+        connection: Number of the connection that it came on, from 1.
+        status: Status of the answer.
+        fault: What was done to it, None if it was answered well.
+    """
+
+    method: str
+    path: str
+    range: str | None
+    headers: Mapping[str, str] = field(repr=False)
+    connection: int
+    status: int
+    fault: Fault | None
+
+
+class FaultServer:
+    """Serves objects from memory or files on the loopback address, and injects faults. A context manager.
+
+    Args:
+        objects: What to serve: ``{"/bucket/key": bytes or Path}``. Not copied, so don't change it.
+        faults: What goes wrong; see :class:`Fault`. Can be changed with :meth:`inject`.
+        tls: Speak https, with a certificate of its own authority; see :attr:`ca_file`. Needs ``cryptography``.
+        bytes_per_s: Most bytes per second on one connection, such as S3's 90e6; None: no limit.
+    """
+
+    def __init__(
+        self,
+        objects: Mapping[str, Content],
+        faults: Sequence[Fault] = (),
+        *,
+        tls: bool = False,
+        bytes_per_s: float | None = None,
+    ) -> None:
+        self._objects = {path: StoredObject.of(content) for path, content in objects.items()}
+        self._schedule = Schedule(faults)
+        self._certificate = LoopbackCertificate() if tls else None
+        self._bytes_per_s = bytes_per_s
+        self._closing = threading.Event()
+        self._changed = threading.Condition()
+        self._requests: list[FaultedRequest] = []
+        self._connections: dict[int, tuple[socket.socket, threading.Thread]] = {}
+        self._listener: socket.socket | None = None
+        self._acceptor: threading.Thread | None = None
+
+    @property
+    def endpoint_url(self) -> str:
+        """Where it listens: ``http://127.0.0.1:<port>``. Usable as an S3 endpoint for GET and HEAD."""
+        if self._listener is None:
+            raise RuntimeError("the server is not running; enter its context first")
+        scheme = "http" if self._certificate is None else "https"
+        return f"{scheme}://127.0.0.1:{self._listener.getsockname()[1]}"
+
+    @property
+    def ca_file(self) -> Path | None:
+        """PEM file of the authority that a client must trust; None without TLS."""
+        return None if self._certificate is None else self._certificate.ca_file
+
+    @property
+    def requests(self) -> list[FaultedRequest]:
+        """All requests since the start, in the order in which they came."""
+        with self._changed:
+            return list(self._requests)
+
+    def url(self, path: str) -> str:
+        """The URL of the object at ``path``."""
+        return self.endpoint_url + quote(path)
+
+    def environment(self) -> dict[str, str]:
+        """The environment variables that point boto3, and all that is built on it, here."""
+        return aws_environment(self.endpoint_url, self.ca_file)
+
+    def put(self, path: str, content: Content) -> None:
+        """Make or overwrite an object; answers under way go on with the old one."""
+        self._objects[path] = StoredObject.of(content)
+
+    def inject(self, *faults: Fault) -> None:
+        """Follow this schedule from now on, counting from 1 again; none: behave well."""
+        self._schedule = Schedule(faults)
+
+    def wait_for_requests(self, count: int, timeout_s: float = 10.0) -> None:
+        """Block until ``count`` requests have come since the start.
+
+        Raises:
+            TimeoutError: They did not come in time.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: len(self._requests) >= count, timeout_s):
+                raise TimeoutError(f"{len(self._requests)} of {count} requests came in {timeout_s} s")
+
+    def start(self) -> None:
+        """Listen, and answer from threads of this process."""
+        context = None if self._certificate is None else self._certificate.server_context()
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+        self._acceptor = threading.Thread(target=self._accept, args=(self._listener, context), daemon=True)
+        self._acceptor.start()
+
+    def close(self) -> None:
+        """Drop all connections, end all stalls, wait for the threads. Again is harmless."""
+        self._closing.set()
+        if self._listener is not None and self._acceptor is not None:
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept(), which close() alone does not
+            self._acceptor.join()
+            self._listener.close()
+            self._listener = self._acceptor = None
+        for connection, thread in list(self._connections.values()):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+            thread.join()
+        if self._certificate is not None:
+            self._certificate.close()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "not running" if self._listener is None else self.endpoint_url
+        return f"<FaultServer {state}, {len(self._objects)} objects, {len(self._requests)} requests>"
+
+    def _accept(self, listener: socket.socket, context: ssl.SSLContext | None) -> None:
+        for number in itertools.count(1):
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return  # closed
+            if self._schedule.strike(lambda fault: fault.kind is FaultKind.CLOSE_ON_ACCEPT):
+                connection.close()
+                continue
+            thread = threading.Thread(target=self._serve, args=(connection, context, number), daemon=True)
+            self._connections[number] = (connection, thread)
+            thread.start()
+
+    def _serve(self, plain: socket.socket, context: ssl.SSLContext | None, number: int) -> None:
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            connection = stack.enter_context(plain)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if context is not None:
+                # Of a copy, since wrapping takes the socket away that close() shuts down.
+                connection = stack.enter_context(context.wrap_socket(plain.dup(), server_side=True))
+            stream = stack.enter_context(connection.makefile("rb"))
+            while (request := read_request(stream)) is not None and self._answer(connection, number, request):
+                pass
+        del self._connections[number]
+
+    def _answer(self, connection: socket.socket, number: int, request: Request) -> bool:
+        """Answer one request; False where the connection must be closed then."""
+        stored = self._objects.get(request.path)
+        fault = self._schedule.strike(lambda candidate: _matches(candidate, request, stored))
+        answer = answer_to(request, stored, fault)
+        entry = FaultedRequest(
+            request.method, request.path, request.headers.get("range"), request.headers, number, answer.status, fault
+        )
+        with self._changed:
+            self._requests.append(entry)
+            self._changed.notify_all()
+        if fault is not None and fault.kind is FaultKind.DELAY:
+            self._pause(fault.seconds)
+        connection.sendall(answer.head())
+        if fault is None or fault.kind not in _CUT_KINDS:
+            self._send(connection, answer.body)
+            spoilt = fault is not None and fault.kind in (FaultKind.WRONG_LENGTH, FaultKind.EXTRA_BYTES)
+            return not spoilt and request.method in ("GET", "HEAD")
+        self._send(connection, answer.body[: fault.after_bytes])
+        return self._break(connection, answer.body[fault.after_bytes :], fault)
+
+    def _break(self, connection: socket.socket, rest: memoryview, fault: Fault) -> bool:
+        if fault.kind is FaultKind.RESET:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+        elif fault.kind is FaultKind.STALL:
+            self._pause(fault.seconds)
+            self._send(connection, rest)
+        elif fault.kind is FaultKind.TRICKLE:
+            for position in range(len(rest)):
+                self._pause(fault.seconds)
+                connection.sendall(rest[position : position + 1])
+        return fault.kind in (FaultKind.STALL, FaultKind.TRICKLE)
+
+    def _send(self, connection: socket.socket, body: memoryview) -> None:
+        if self._bytes_per_s is None:
+            connection.sendall(body)
+            return
+        started = time.monotonic()
+        for sent in range(0, len(body), _CHUNK_BYTES):
+            connection.sendall(body[sent : sent + _CHUNK_BYTES])
+            due = started + (sent + len(body[sent : sent + _CHUNK_BYTES])) / self._bytes_per_s
+            self._pause(max(due - time.monotonic(), 0))
+
+    def _pause(self, seconds: float) -> None:
+        if self._closing.wait(seconds):
+            raise ConnectionAbortedError("the server is being closed")
+
+
+def _matches(fault: Fault, request: Request, stored: StoredObject | None) -> bool:
+    if fault.kind is FaultKind.CLOSE_ON_ACCEPT or fault.method != request.method:
+        return False
+    if fault.path is not None and fault.path != request.path:
+        return False
+    if fault.covering is None:
+        return True
+    if stored is None:
+        return False
+    asked = byte_range(request.headers.get("range"), len(stored.data))
+    return fault.covering in (range(len(stored.data)) if asked is None else asked)

@@ -1,0 +1,163 @@
+"""The process of the embedded S3 server: moto behind a keep-alive HTTP server, and a shortcut for ranged GETs.
+
+moto reads a whole object for every range of it. The shortcut answers a plain, authorised, satisfiable ranged
+GET of an object's newest version from the file in which moto keeps it; everything else is moto's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import socket
+import ssl
+import sys
+import threading
+from http import HTTPStatus
+from typing import Any, Final
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from moto.core.models import DEFAULT_ACCOUNT_ID
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+from moto.s3.exceptions import S3ClientError
+from moto.s3.models import FakeKey, s3_backends
+from werkzeug.serving import ThreadedWSGIServer, WSGIRequestHandler
+from werkzeug.test import run_wsgi_app
+
+from mpreader.testing.answer import byte_range
+from mpreader.testing.certificate import server_context
+from mpreader.testing.s3_server import LOG_PATH
+
+__all__ = ["serve"]
+
+_TLS_CHUNK_BYTES: Final = 1024 * 1024
+# These change what the answer is; moto knows how.
+_ODD_HEADERS: Final = ("If-None-Match", "If-Modified-Since", "If-Unmodified-Since")
+_SIGNATURES: Final = frozenset({"Signature", "X-Amz-Signature"})
+_PLAIN_QUERY: Final = re.compile(r"x-amz-.*|x-id|signature|awsaccesskeyid|expires", re.IGNORECASE)
+
+
+def serve(port: int, certificate: tuple[str, str] | None) -> None:
+    """Serve on 127.0.0.1 until the standard input ends; print the URL on a first line.
+
+    Args:
+        port: TCP port, 0 for any free one.
+        certificate: Files of the certificate and of its key, to speak https.
+    """
+    with _Server(port, None if certificate is None else server_context(*certificate)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        scheme = "http" if certificate is None else "https"
+        print(f"{scheme}://127.0.0.1:{server.port}", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            sys.stdin.buffer.read()
+        # Not through the interpreter's end: moto would warn of every object that it still holds.
+        os._exit(0)
+
+
+class _Server(ThreadedWSGIServer):
+    def __init__(self, port: int, context: ssl.SSLContext | None) -> None:
+        self.log_entries: list[dict[str, Any]] = []
+        # moto closes and rewinds the files of objects that another of its threads is reading.
+        self.moto_lock = threading.Lock()
+        super().__init__("127.0.0.1", port, DomainDispatcherApplication(create_backend_app), _Handler)
+        if context is not None:
+            # The handshake belongs to the connection's thread: a silent client must not block the others.
+            self.socket = context.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
+            self.ssl_context = context
+
+
+class _Handler(WSGIRequestHandler):
+    server: _Server
+    disable_nagle_algorithm = True
+
+    def run_wsgi(self) -> None:
+        if self.path == LOG_PATH:
+            self._answer(HTTPStatus.OK, {}, json.dumps(self.server.log_entries).encode())
+        elif not self._answer_range():
+            self._answer_with_moto()
+
+    def log(self, type: str, message: str, *args: Any) -> None:
+        """Keep quiet: what was asked for is in the log that the tests fetch."""
+
+    def _begin(self, status: int) -> None:
+        # Noted before anything is sent: who has an answer finds it in the log.
+        path = unquote(urlsplit(self.path).path)
+        entry = {"method": self.command, "path": path, "range": self.headers["Range"], "status": int(status)}
+        self.server.log_entries.append(entry)
+        self.send_response(status)
+
+    def _answer(self, status: int, headers: dict[str, str], body: bytes) -> None:
+        self._begin(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        if "content-length" not in map(str.lower, headers):
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def _answer_with_moto(self) -> None:
+        # werkzeug's own run_wsgi closes the connection after each answer, and waits 10 ms before it does.
+        environ = self.make_environ()
+        length = int(self.headers["Content-Length"] or 0)
+        chunked = bool(environ.get("wsgi.input_terminated"))
+        environ["wsgi.input"] = io.BytesIO(environ["wsgi.input"].read() if chunked else self.rfile.read(length))
+        with self.server.moto_lock:
+            body, status, headers = run_wsgi_app(self.server.app, environ, buffered=True)
+        self._answer(int(status.split()[0]), dict(headers.items()), b"".join(body))
+
+    def _answer_range(self) -> bool:
+        """Answer from the object's file; False where this is moto's business."""
+        with self.server.moto_lock:
+            key = self._plain_key()
+            asked = None if key is None else byte_range(self.headers["Range"], key.size)
+            if key is None or not asked or self.headers.get("If-Match", key.etag) not in (key.etag, "*"):
+                return False
+            etag = key.etag
+            key._value_buffer.flush()
+            file = os.dup(key._value_buffer.fileno())  # lives on when the object is overwritten
+        try:
+            self._begin(HTTPStatus.PARTIAL_CONTENT)
+            self.send_header("Content-Range", f"bytes {asked.start}-{asked.stop - 1}/{key.size}")
+            self.send_header("Content-Length", str(len(asked)))
+            self.send_header("Content-Type", key.metadata.get("Content-Type", "binary/octet-stream"))
+            self.send_header("ETag", etag)
+            self.send_header("Last-Modified", key.last_modified_RFC1123)
+            self.send_header("Accept-Ranges", "bytes")
+            self.end_headers()
+            _send(self.connection, file, asked.start, asked.stop)
+        finally:
+            os.close(file)
+        return True
+
+    def _plain_key(self) -> FakeKey | None:
+        """The object, if the request is a GET of a range of it with nothing special about it."""
+        url = urlsplit(self.path)
+        query = {name for name, _ in parse_qsl(url.query, keep_blank_values=True)}
+        authorised = "Authorization" in self.headers or not query.isdisjoint(_SIGNATURES)
+        odd_query = not all(map(_PLAIN_QUERY.fullmatch, query))
+        odd_headers = any(name in self.headers for name in _ODD_HEADERS)
+        bucket, _, name = unquote(url.path).removeprefix("/").partition("/")
+        if self.command != "GET" or "Range" not in self.headers or not authorised or odd_query or odd_headers:
+            return None
+        backend = s3_backends[DEFAULT_ACCOUNT_ID]["aws"]
+        try:
+            key = backend.get_object(bucket, name)
+            has_policy = backend.get_bucket(bucket).policy is not None
+        except S3ClientError:
+            return None
+        plain = isinstance(key, FakeKey) and key.storage_class == "STANDARD" and not key.encryption and not has_policy
+        return key if plain else None
+
+
+def _send(connection: socket.socket, file: int, start: int, end: int) -> None:
+    tls = isinstance(connection, ssl.SSLSocket)
+    while start < end:
+        if tls:
+            chunk = os.pread(file, min(end - start, _TLS_CHUNK_BYTES), start)
+            connection.sendall(chunk)
+            start += len(chunk)
+        else:
+            start += os.sendfile(connection.fileno(), file, start, end - start)

@@ -1,0 +1,175 @@
+"""An embedded S3: moto's, in a process of its own, with ranged GETs fast enough to load checkpoints from.
+
+``python -m mpreader.testing.s3_server --port 0`` prints its URL on the first line and ends when its standard
+input does, so it never outlives the program that started it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import ssl
+import subprocess
+import sys
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from mpreader.testing.certificate import LoopbackCertificate
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["REGION", "S3Request", "S3Server", "aws_environment"]
+
+REGION: Final = "us-east-1"
+LOG_PATH: Final = "/_requests"  # no bucket can have this name
+
+
+def aws_environment(endpoint_url: str, ca_file: Path | None = None) -> dict[str, str]:
+    """The environment variables that point boto3, and all that is built on it, to ``endpoint_url``."""
+    environment = {
+        "AWS_ENDPOINT_URL_S3": endpoint_url,
+        "AWS_ENDPOINT_URL": endpoint_url,  # all that s3torchconnector looks at
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_SESSION_TOKEN": "testing",
+        "AWS_REGION": REGION,
+        "AWS_DEFAULT_REGION": REGION,
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    if ca_file is not None:
+        environment["AWS_CA_BUNDLE"] = str(ca_file)
+    return environment
+
+
+@dataclass(frozen=True, slots=True)
+class S3Request:
+    """One request that the server got.
+
+    Attributes:
+        method: ``"GET"``, ``"HEAD"``, …
+        path: Percent-decoded path without the query: ``/bucket/key``.
+        range: The Range header, None where there was none.
+        status: Status of the answer.
+    """
+
+    method: str
+    path: str
+    range: str | None
+    status: int
+
+
+class S3Server:
+    """An S3 for demos and tests on the loopback address, in a process of its own.
+
+    Use it as a context manager. It has S3's behaviour as far as moto has it (multipart uploads, listing,
+    conditional requests, error bodies); signatures and expiry times of URLs are not checked. Objects are gone
+    when it ends. Needs the packages of ``mpreader[testing]``.
+
+    Args:
+        tls: Speak https, with a certificate of its own authority; see :attr:`ca_file`.
+    """
+
+    def __init__(self, *, tls: bool = False) -> None:
+        self._certificate = LoopbackCertificate() if tls else None
+        self._process: subprocess.Popen[str] | None = None
+        self._url = ""
+
+    @property
+    def endpoint_url(self) -> str:
+        """Where it listens: ``http://127.0.0.1:<port>``."""
+        if not self._url:
+            raise RuntimeError("the server is not running; enter its context first")
+        return self._url
+
+    @property
+    def ca_file(self) -> Path | None:
+        """PEM file of the authority that a client must trust; None without TLS."""
+        return None if self._certificate is None else self._certificate.ca_file
+
+    @property
+    def requests(self) -> list[S3Request]:
+        """All requests since the start, in the order in which they were answered."""
+        entries = json.loads(self._request("GET", LOG_PATH))
+        return [S3Request(**entry) for entry in entries if entry["path"] != LOG_PATH]
+
+    def environment(self) -> dict[str, str]:
+        """The environment variables that point boto3, and all that is built on it, here."""
+        return aws_environment(self.endpoint_url, self.ca_file)
+
+    def create_bucket(self, name: str) -> None:
+        """Make an empty bucket.
+
+        Raises:
+            urllib.error.HTTPError: S3 refuses the name.
+        """
+        self._request("PUT", f"/{name}")
+
+    def start(self) -> None:
+        """Start the process and wait until it listens.
+
+        Raises:
+            RuntimeError: It ended instead; its error output says why.
+        """
+        command = [sys.executable, "-m", __name__, "--port", "0"]
+        if self._certificate is not None:
+            command += ["--chain", str(self._certificate.chain_file), "--key", str(self._certificate.key_file)]
+        # Own session: Ctrl-C in the terminal is for the program under test; this server ends with its stdin.
+        process = subprocess.Popen(  # noqa: S603 - this module, run by this interpreter
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        self._process = process
+        assert process.stdout is not None
+        with process.stdout as first_line:
+            self._url = first_line.readline().strip()
+        if not self._url:
+            self.close()
+            raise RuntimeError("the embedded S3 server did not start; is mpreader[testing] installed?")
+
+    def close(self) -> None:
+        """End the process and wait for it. Again is harmless."""
+        process, self._process, self._url = self._process, None, ""
+        if process is not None:
+            process.communicate()
+        if self._certificate is not None:
+            self._certificate.close()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<S3Server {self._url or 'not running'}>"
+
+    def _request(self, method: str, path: str) -> bytes:
+        # moto refuses to make buckets for strangers, and looks no closer at a signature than this.
+        headers = {"Authorization": f"AWS4-HMAC-SHA256 Credential=testing/20200101/{REGION}/s3/aws4_request, -"}
+        body = b"" if method == "PUT" else None
+        request = urllib.request.Request(self.endpoint_url + path, body, headers, method=method)  # noqa: S310
+        context = None if self.ca_file is None else ssl.create_default_context(cafile=str(self.ca_file))
+        opener = urllib.request.build_opener(
+            urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
+        )
+        with opener.open(request, timeout=60) as response:
+            answer: bytes = response.read()
+        return answer
+
+
+def _main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name}", description=__doc__)
+    parser.add_argument("--port", type=int, default=0, help="TCP port on 127.0.0.1; 0 (default): any free one")
+    parser.add_argument("--chain", help="PEM file of the certificate, to speak https")
+    parser.add_argument("--key", help="PEM file of the certificate's key")
+    options = parser.parse_args(arguments)
+    from mpreader.testing.s3_process import serve
+
+    serve(options.port, None if options.chain is None else (options.chain, options.key))
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1:])

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import io
+import pickle
+import time
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from mpreader.dcp.metadata import MetadataRefused, load_metadata
+
+
+class Foreign:
+    """A class that no checkpoint needs."""
+
+
+class Evil:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.mkdir, (self.marker,)
+
+
+def metadata_with(storage_data: Any = None, planner_data: Any = None, count: int = 1) -> Metadata:
+    properties = TensorProperties(torch.bfloat16, memory_format=torch.channels_last)
+    chunks = [ChunkStorageMetadata(torch.Size([0, 0]), torch.Size([2, 3]))]
+    state: dict[str, Any] = {
+        f"weight.{number}": TensorStorageMetadata(properties, torch.Size([2, 3]), chunks) for number in range(count)
+    }
+    state["step"] = BytesStorageMetadata()
+    return Metadata(state, planner_data, storage_data, StorageMeta(PurePosixPath("/somewhere")))
+
+
+def load(metadata: Any, protocol: int | None = None, **options: Any) -> Metadata:
+    return load_metadata(io.BytesIO(pickle.dumps(metadata, protocol)), **options)
+
+
+@pytest.mark.parametrize("protocol", range(3, pickle.HIGHEST_PROTOCOL + 1))
+def test_metadata_is_what_pickle_gives(protocol: int) -> None:
+    storage = {
+        MetadataIndex("weight.0", [0, 0], 0): _StorageInfo("__0_0.distcp", 0, 10),
+        MetadataIndex("step"): _StorageInfo("epoch_1/__0_0.distcp", 10, 0, ["stream.zstd/1"]),
+    }
+    metadata = metadata_with(storage, {"step": ("optim", 0, "step"), "seen": {1, 2}})
+    assert load(metadata, protocol) == metadata
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_metadata_of_a_real_checkpoint_is_what_pickle_gives(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 3)
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 3, "list": [torch.ones(2), "a"]}
+    save(state, storage_writer=FileSystemWriter(tmp_path), no_dist=True)
+    data = (tmp_path / ".metadata").read_bytes()
+    assert load_metadata(io.BytesIO(data)) == pickle.loads(data)
+
+
+def test_metadata_that_needs_another_class_is_refused_and_named() -> None:
+    name = f"{Foreign.__module__}.Foreign"
+    with pytest.raises(MetadataRefused, match="allowed_globals") as refused:
+        load(metadata_with({}, Foreign()))
+    assert name in str(refused.value)
+    assert isinstance(load(metadata_with({}, Foreign()), allowed_globals=(name,)).planner_data, Foreign)
+
+
+def test_metadata_that_would_run_code_runs_nothing(tmp_path: Path) -> None:
+    with pytest.raises(MetadataRefused, match=r"pathlib\.Path\.mkdir"):
+        load(metadata_with({}, Evil(tmp_path / "marker")))
+    with pytest.raises(MetadataRefused, match=r"builtins\.eval"):
+        load_metadata(io.BytesIO(b"cbuiltins\neval\nX\x02\x00\x00\x00()\x85R."))
+    with pytest.raises(MetadataRefused, match=r"torch\.load"):
+        load_metadata(io.BytesIO(b"ctorch\nload\n."))
+    with pytest.raises(MetadataRefused, match="outside of itself"):
+        load_metadata(io.BytesIO(b"X\x02\x00\x00\x00()Q."))
+    assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize("path", ["", "/etc/passwd", "../x", "a/../../x", "a/..", "./a", "a\0b", 3, b"x"])
+def test_metadata_that_names_a_file_outside_is_refused(path: Any) -> None:
+    with pytest.raises(MetadataRefused, match="outside"):
+        load(metadata_with({MetadataIndex("w"): _StorageInfo(path, 0, 1)}))
+
+
+@pytest.mark.parametrize("numbers", [(-1, 1), (0, -1), (0, 1.0), (True, 1), ("0", 1)])
+def test_metadata_with_impossible_numbers_is_refused(numbers: tuple[Any, Any]) -> None:
+    with pytest.raises(MetadataRefused, match="impossible"):
+        load(metadata_with({MetadataIndex("w"): _StorageInfo("a", *numbers)}))
+
+
+def test_metadata_that_places_an_item_nowhere_is_refused() -> None:
+    with pytest.raises(MetadataRefused, match="where"):
+        load(metadata_with({MetadataIndex("w"): _StorageInfo("a", None, 1)}))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("descriptors", ["stream.zstd/1", 3, [1]])
+def test_metadata_with_invalid_transformations_is_refused(descriptors: Any) -> None:
+    with pytest.raises(MetadataRefused, match="transformation"):
+        load(metadata_with({MetadataIndex("w"): _StorageInfo("a", 0, 1, descriptors)}))
+
+
+@pytest.mark.parametrize("value", [3, {"a": 1}, _StorageInfo("a", 0, 1)])
+def test_metadata_of_another_type_is_refused(value: Any) -> None:
+    with pytest.raises(MetadataRefused, match="not a Metadata"):
+        load(value)
+    with pytest.raises(MetadataRefused, match="stor"):
+        load(metadata_with([value]))
+    with pytest.raises(MetadataRefused, match="stor"):
+        load(metadata_with({MetadataIndex("w"): BytesStorageMetadata()}))
+
+
+SMALL = pickle.dumps(metadata_with({MetadataIndex("w"): _StorageInfo("a", 0, 1)}))
+
+
+@given(cut=st.integers(0, len(SMALL) - 1))
+def test_metadata_that_is_cut_short_is_refused(cut: int) -> None:
+    with pytest.raises(MetadataRefused, match="damaged"):
+        load_metadata(io.BytesIO(SMALL[:cut]))
+
+
+def test_metadata_of_100_000_entries_loads_about_as_fast_as_pickle() -> None:
+    storage = {
+        MetadataIndex(f"weight.{n}", [0, 0], 0): _StorageInfo(f"__{n % 8}_0.distcp", n, 1) for n in range(100_000)
+    }
+    data = pickle.dumps(metadata_with(storage, count=100_000))
+    start = time.perf_counter()
+    expected = pickle.loads(data)
+    middle = time.perf_counter()
+    assert len(load_metadata(io.BytesIO(data)).storage_data) == len(expected.storage_data)
+    end = time.perf_counter()
+    assert end - middle < 3 * (middle - start) + 1
