@@ -35,9 +35,9 @@ def _nothing_is_left(_process_wide_singletons: None) -> Iterator[None]:
     """After every test: no child process, shared memory, file descriptor or non-daemon thread more than before."""
     before = _held()
     yield
-    shared = sys.modules.get("mpreader.pool.shared")
-    if shared is not None:
-        shared.close_shared_pools()
+    pool = sys.modules.get("mpreader.pool.pool")
+    if pool is not None:
+        pool.close_shared_pools()
     deadline = time.monotonic() + _GRACE_S
     left = _held() - before
     while left and time.monotonic() < deadline:
@@ -59,8 +59,6 @@ def aws_environment(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Non
     """Point boto3, and all that is built on it, to the embedded S3, whatever the developer's own settings are."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
     for name, value in s3_server.environment().items():
         monkeypatch.setenv(name, value)
 

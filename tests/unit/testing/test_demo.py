@@ -21,7 +21,7 @@ def test_demo_loads_every_bit() -> None:
         capture_output=True,
         text=True,
         timeout=120,
-        env={**os.environ, "AWS_PROFILE": "not-to-be-used"},
+        env={**os.environ, "AWS_PROFILE": "not-to-be-used", "http_proxy": "http://127.0.0.1:1"},
     )
     assert (result.returncode, result.stderr) == (0, "")
     rows = [line for line in result.stdout.splitlines() if line.endswith("  same")]

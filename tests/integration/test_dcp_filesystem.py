@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import pickle
+import socket
+from pathlib import Path
+
+import pytest
+
+from mpreader import ObjectMissing, S3Client, S3ClientConfig, TransportError
+from mpreader.dcp import S3FileSystem
+from mpreader.errors import ConfigError
+
+
+@pytest.fixture
+def fs(bucket: str) -> S3FileSystem:
+    return S3FileSystem("us-east-1")
+
+
+def write(fs: S3FileSystem, uri: str, data: bytes) -> None:
+    with fs.create_stream(uri, "wb") as stream:
+        stream.write(data)
+
+
+def read(fs: S3FileSystem, uri: str) -> bytes:
+    with fs.create_stream(uri, "rb") as stream:
+        return bytes(stream.read())
+
+
+def test_stream_reads_what_a_stream_wrote(fs: S3FileSystem, bucket: str) -> None:
+    uri = f"s3://{bucket}/a b/ü+%20#?.bin"
+    write(fs, uri, b"one")
+    write(fs, uri, b"another")
+    assert read(fs, uri) == b"another"
+
+
+def test_stream_that_raises_writes_nothing(fs: S3FileSystem, bucket: str) -> None:
+    with pytest.raises(KeyError), fs.create_stream(f"s3://{bucket}/half", "wb") as stream:
+        stream.write(b"half of it")
+        raise KeyError
+    assert not fs.exists(f"s3://{bucket}/half")
+
+
+def test_stream_of_a_missing_object_raises_object_missing(fs: S3FileSystem, bucket: str) -> None:
+    with pytest.raises(ObjectMissing):
+        read(fs, f"s3://{bucket}/missing")
+
+
+@pytest.mark.parametrize("mode", ["r", "w", "ab", "r+b"])
+def test_stream_refuses_other_modes(fs: S3FileSystem, bucket: str, mode: str) -> None:
+    with pytest.raises(ValueError, match="mode"), fs.create_stream(f"s3://{bucket}/x", mode):
+        pass
+
+
+def test_exists_and_remove_and_list(fs: S3FileSystem, bucket: str) -> None:
+    base = f"s3://{bucket}/run"
+    for name in ("b", "sub/a", "sub/c"):
+        write(fs, fs.concat_path(base, name), b"x")
+    write(fs, f"s3://{bucket}/running", b"another directory")
+    assert fs.exists(f"{base}/b")
+    assert not fs.exists(f"{base}/c")
+    assert not fs.exists("s3://no-such-bucket-of-mine/c")
+    assert fs.ls(base) == fs.ls(f"{base}/") == [f"{base}/b", f"{base}/sub/a", f"{base}/sub/c"]
+    fs.rm_file(f"{base}/b")
+    fs.rm_file(f"{base}/b")  # gone already
+    assert not fs.exists(f"{base}/b")
+    assert len(fs.ls(f"s3://{bucket}")) == 3
+
+
+def test_rename_moves_the_object(fs: S3FileSystem, bucket: str) -> None:
+    old, new = f"s3://{bucket}/old %2B+ü", f"s3://{bucket}/deep/new %2B+ü"
+    write(fs, old, b"data")
+    fs.rename(old, new)
+    assert read(fs, new) == b"data"
+    assert not fs.exists(old)
+    fs.rename(new, new)
+    assert read(fs, new) == b"data"
+
+
+def test_rename_refuses_another_bucket(fs: S3FileSystem, bucket: str) -> None:
+    write(fs, f"s3://{bucket}/x", b"data")
+    with pytest.raises(ValueError, match="another bucket"):
+        fs.rename(f"s3://{bucket}/x", "s3://other/x")
+    with pytest.raises(ObjectMissing):
+        fs.rename(f"s3://{bucket}/missing", f"s3://{bucket}/y")
+
+
+def test_errors_other_than_missing_are_raised(aws_environment: None) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # bound but not listening: refuses connections
+        endpoint = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        fs = S3FileSystem(s3client_config=S3ClientConfig(endpoint_url=endpoint, max_attempts=1))
+        for method in (fs.exists, fs.rm_file, fs.ls):
+            with pytest.raises(TransportError) as raised:
+                method("s3://bucket/key")
+            assert not isinstance(raised.value, ObjectMissing)
+
+
+@pytest.mark.parametrize(
+    ("checkpoint_id", "valid"),
+    [("s3://bucket/a/b", True), ("s3://bucket", True), ("s3://", False), ("/tmp/x", False), (Path("s3://b/k"), False)],
+)
+def test_checkpoint_id_is_valid_when_it_is_an_s3_uri(checkpoint_id: str | Path, valid: bool) -> None:
+    assert S3FileSystem.validate_checkpoint_id(checkpoint_id) is valid
+    if not valid:
+        with pytest.raises(ValueError, match="s3://"):
+            S3FileSystem().init_path(checkpoint_id)
+
+
+@pytest.mark.parametrize("base", ["s3://bucket/a", "s3://bucket/a/"])
+def test_concat_path_joins_with_one_slash(base: str) -> None:
+    assert S3FileSystem().concat_path(base, ".metadata") == "s3://bucket/a/.metadata"
+
+
+def test_file_system_refuses_a_client_and_settings_for_one() -> None:
+    with pytest.raises(ConfigError, match="s3_client"):
+        S3FileSystem(s3_client=S3Client(), s3client_config=S3ClientConfig())
+
+
+def test_file_system_pickles(fs: S3FileSystem, bucket: str) -> None:
+    write(fs, f"s3://{bucket}/x", b"data")
+    copy: S3FileSystem = pickle.loads(pickle.dumps(fs))
+    assert read(copy, f"s3://{bucket}/x") == b"data"

@@ -1,0 +1,370 @@
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint._extension import ZStandard
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from mpreader import ChecksumMismatch, PoolConfig, S3ReaderConstructor
+from mpreader.config import MiB
+from mpreader.dcp import HexPrefixStrategy, MetadataRefused, S3FileSystem, S3StorageReader, S3StorageWriter
+from mpreader.errors import ConfigError
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
+    pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental"),
+]
+
+CONSTRUCTORS: dict[str, Callable[[], Any]] = {
+    "sequential": S3ReaderConstructor.sequential,
+    "range_based": S3ReaderConstructor.range_based,
+    "dcp_optimized": S3ReaderConstructor.dcp_optimized,
+    "dcp_optimized_no_gap": lambda: S3ReaderConstructor.dcp_optimized(max_gap_size=0),
+    "multiprocess": lambda: S3ReaderConstructor.multiprocess(pool_config=POOL),
+    "multiprocess_no_gap": lambda: S3ReaderConstructor.multiprocess(max_gap_size=0, pool_config=POOL),
+}
+# Parts as small as can be, so that tensors are cut.
+POOL = PoolConfig(workers=1, connections_per_worker=2, max_memory=16 * MiB, part_size=64 * 1024)
+
+DTYPES = [
+    getattr(torch, name)
+    for name in (
+        *("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"),
+        *("complex128", "complex64", "complex32", "uint16", "uint32", "uint64"),
+        *("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"),
+    )
+    if hasattr(torch, name)
+]
+
+
+@pytest.fixture(params=CONSTRUCTORS)
+def constructor(request: pytest.FixtureRequest) -> Any:
+    return CONSTRUCTORS[request.param]()
+
+
+def filled(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(len(shape))
+    count = torch.Size(shape).numel()
+    if dtype == torch.bool:
+        return torch.randint(0, 2, (count,), generator=generator).bool().reshape(shape)
+    raw = torch.randint(0, 60, (count * dtype.itemsize,), dtype=torch.uint8, generator=generator)
+    return raw.view(dtype).reshape(shape)
+
+
+def example() -> dict[str, Any]:
+    tensors = {f"{dtype}".removeprefix("torch."): filled((5, 3), dtype) for dtype in DTYPES}
+    shapes = {f"shape{number}": filled(shape, torch.float32) for number, shape in enumerate([(), (0,), (3, 0), (1, 1)])}
+    return {
+        **tensors,
+        **shapes,
+        "large": filled((300, 1001), torch.bfloat16),  # cut into several parts, at odd places
+        "transposed": filled((40, 70), torch.float32).t(),
+        "channels_last": filled((2, 3, 4, 5), torch.float32).contiguous(memory_format=torch.channels_last),
+        "slice": filled((40, 70), torch.float32)[3:20, ::2],
+        "parameter": torch.nn.Parameter(filled((7,), torch.float32)),
+        "nested": {"epoch": 3, "name": "run", "list": [filled((4,), torch.int64), "text", None]},
+    }
+
+
+def zeroed(state: Any) -> Any:
+    if isinstance(state, torch.Tensor):
+        return torch.zeros(state.shape, dtype=state.dtype)
+    if isinstance(state, dict):
+        return {key: zeroed(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [zeroed(value) for value in state]
+    return type(state)() if state is not None else 0
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    return bytes(tensor.detach().contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8).tolist())
+
+
+def assert_same(loaded: Any, expected: Any) -> None:
+    if isinstance(expected, torch.Tensor):
+        assert loaded.shape == expected.shape
+        assert bits(loaded) == bits(expected)
+    elif isinstance(expected, dict):
+        assert loaded.keys() == expected.keys()
+        for key, value in expected.items():
+            assert_same(loaded[key], value)
+    elif isinstance(expected, list):
+        assert len(loaded) == len(expected)
+        for one, other in zip(loaded, expected, strict=True):
+            assert_same(one, other)
+    else:
+        assert loaded == expected
+
+
+@pytest.fixture
+def checkpoint(bucket: str) -> str:
+    """The URI of a checkpoint of :func:`example`."""
+    uri = f"s3://{bucket}/runs/one"
+    save(example(), storage_writer=S3StorageWriter("us-east-1", uri))
+    return uri
+
+
+def test_load_gives_what_was_saved(checkpoint: str, constructor: Any) -> None:
+    state = zeroed(example())
+    with S3StorageReader("us-east-1", checkpoint, reader_constructor=constructor) as reader:
+        load(state, storage_reader=reader)
+    assert_same(state, example())
+
+
+def test_load_by_default_uses_worker_processes_and_gives_what_was_saved(checkpoint: str) -> None:
+    state = zeroed(example())
+    with S3StorageReader("us-east-1", checkpoint, pool_config=POOL) as reader:
+        load(state, storage_reader=reader)
+    assert_same(state, example())
+
+
+def test_load_of_a_part_of_a_checkpoint(checkpoint: str, constructor: Any) -> None:
+    state = {"int16": torch.zeros(5, 3, dtype=torch.int16), "nested": {"epoch": 0}}
+    with S3StorageReader("us-east-1", checkpoint, reader_constructor=constructor) as reader:
+        load(state, storage_reader=reader)
+    assert_same(state, {"int16": example()["int16"], "nested": {"epoch": 3}})
+
+
+def test_load_converts_to_the_targets_dtype_and_strides(checkpoint: str, constructor: Any) -> None:
+    state: dict[str, Any] = {"large": torch.zeros(1001, 300).t(), "int16": torch.zeros(5, 6, dtype=torch.int64)[:, ::2]}
+    with S3StorageReader("us-east-1", checkpoint, reader_constructor=constructor) as reader:
+        load(state, storage_reader=reader)
+    assert_same(state, {"large": example()["large"].float(), "int16": example()["int16"].long()})
+
+
+class ShardedPlanner(DefaultLoadPlanner):
+    """Reads every 2-d tensor as four boxes, as a differently sharded model does."""
+
+    def create_local_plan(self) -> LoadPlan:
+        plan = super().create_local_plan()
+        plan.items[:] = [box for item in plan.items for box in self._boxes(item)]
+        return plan
+
+    def _boxes(self, item: ReadItem) -> list[ReadItem]:
+        import dataclasses
+
+        if len(item.lengths) != 2 or min(item.lengths) < 2:
+            return [item]
+        splits = [((0, length // 2), (length // 2, length - length // 2)) for length in item.lengths]
+        return [
+            dataclasses.replace(
+                item,
+                dest_offsets=torch.Size([row[0], column[0]]),
+                storage_offsets=torch.Size([row[0], column[0]]),
+                lengths=torch.Size([row[1], column[1]]),
+            )
+            for row in splits[0]
+            for column in splits[1]
+        ]
+
+
+@pytest.mark.parametrize("kind", ["dcp_optimized", "multiprocess", "multiprocess_no_gap"])
+def test_load_of_boxes_of_stored_tensors(checkpoint: str, kind: str) -> None:
+    state = zeroed(example())
+    with S3StorageReader("us-east-1", checkpoint, reader_constructor=CONSTRUCTORS[kind]()) as reader:
+        load(state, storage_reader=reader, planner=ShardedPlanner())
+    assert_same(state, example())
+
+
+def test_load_of_a_compressed_checkpoint(bucket: str, constructor: Any) -> None:
+    uri = f"s3://{bucket}/compressed"
+    save(example(), storage_writer=S3StorageWriter("us-east-1", uri, _extensions=[ZStandard()]))
+    state = zeroed(example())
+    with S3StorageReader("us-east-1", uri, reader_constructor=constructor) as reader:
+        load(state, storage_reader=reader)
+    assert_same(state, example())
+
+
+def test_load_of_files_with_prefixes_written_by_several_threads(bucket: str, constructor: Any) -> None:
+    uri = f"s3://{bucket}/spread/"
+    strategy = HexPrefixStrategy(epoch_num=4)
+    save(example(), storage_writer=S3StorageWriter("us-east-1", uri, prefix_strategy=strategy, thread_count=3))
+    files = S3FileSystem().ls(uri)
+    assert f"s3://{bucket}/spread/{'0' * 10}/epoch_4/__0_2.distcp" in files
+    assert len(files) == 4
+    state = zeroed(example())
+    with S3StorageReader("us-east-1", uri, reader_constructor=constructor) as reader:
+        load(state, storage_reader=reader)
+    assert_same(state, example())
+
+
+def test_reader_serves_several_loads_and_checkpoints(checkpoint: str, bucket: str, constructor: Any) -> None:
+    other = f"s3://{bucket}/runs/two"
+    save({"w": torch.arange(9)}, storage_writer=S3StorageWriter("us-east-1", other))
+    with S3StorageReader("us-east-1", checkpoint, reader_constructor=constructor) as reader:
+        for _ in range(2):
+            state = zeroed(example())
+            load(state, storage_reader=reader, checkpoint_id=checkpoint)
+            assert_same(state, example())
+            small = {"w": torch.zeros(9, dtype=torch.int64)}
+            load(small, storage_reader=reader, checkpoint_id=other)
+            assert_same(small, {"w": torch.arange(9)})
+
+
+def test_reader_serves_a_load_after_one_that_failed(checkpoint: str, bucket: str, constructor: Any) -> None:
+    with S3StorageReader("us-east-1", checkpoint, reader_constructor=constructor) as reader:
+        with pytest.raises(CheckpointException):
+            load({"w": torch.zeros(1)}, storage_reader=reader, checkpoint_id=f"s3://{bucket}/missing")
+        with pytest.raises(CheckpointException):
+            load({"int16": torch.zeros(4, 4)}, storage_reader=reader, checkpoint_id=checkpoint)
+        state = zeroed(example())
+        load(state, storage_reader=reader, checkpoint_id=checkpoint)
+    assert_same(state, example())
+
+
+def test_reader_pickles(checkpoint: str, constructor: Any) -> None:
+    with S3StorageReader("us-east-1", checkpoint, reader_constructor=constructor) as reader:
+        load(zeroed(example()), storage_reader=reader)
+        copy: S3StorageReader = pickle.loads(pickle.dumps(reader))
+    state = zeroed(example())
+    with copy:
+        load(state, storage_reader=copy)
+    assert_same(state, example())
+
+
+class RecordingPlanner(DefaultLoadPlanner):
+    """Redirects what it is asked for, as planners may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        self.calls.append(f"bytes {read_item.dest_index.fqn}")
+        super().load_bytes(read_item, value)
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        self.calls.append(f"resolve {read_item.dest_index.fqn}")
+        return super().resolve_tensor(read_item)
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        self.calls.append(f"commit {read_item.dest_index.fqn}")
+        super().commit_tensor(read_item, tensor)
+
+
+def test_planner_is_called_as_torch_calls_it(checkpoint: str) -> None:
+    planners = RecordingPlanner(), RecordingPlanner()
+    kinds = "dcp_optimized", "multiprocess"
+    for planner, kind in zip(planners, kinds, strict=True):
+        with S3StorageReader("us-east-1", checkpoint, reader_constructor=CONSTRUCTORS[kind]()) as reader:
+            load(zeroed(example()), storage_reader=reader, planner=planner)
+    assert planners[0].calls == planners[1].calls != []
+
+
+def files_with(uri: str, name: str) -> dict[str, bytes]:
+    fs = S3FileSystem()
+    contents = {}
+    for file in fs.ls(uri):
+        if name in file:
+            with fs.create_stream(file, "rb") as stream:
+                contents[file] = bytes(stream.read())
+    return contents
+
+
+def replace_bytes(uri: str, name: str, old: bytes, new: bytes) -> None:
+    """Change an object behind S3's back, as bit rot does."""
+    [(file, data)] = files_with(uri, name).items()
+    assert data.count(old) == 1
+    with S3FileSystem().create_stream(file, "wb") as stream:
+        stream.write(data.replace(old, new))
+
+
+@pytest.mark.parametrize("extensions", [None, [ZStandard()]], ids=["plain", "compressed"])
+def test_flipped_bit_raises_checksum_mismatch_naming_the_tensor(bucket: str, extensions: Any) -> None:
+    uri = f"s3://{bucket}/damaged"
+    save(
+        {"a": torch.zeros(3), "some.weight": torch.arange(70, 90, dtype=torch.uint8)},
+        storage_writer=S3StorageWriter("us-east-1", uri, _extensions=extensions),
+    )
+    replace_bytes(uri, "__0_0.distcp", bytes(range(75, 80)), bytes([75, 76, 79, 78, 79]))
+    state = {"a": torch.ones(3), "some.weight": torch.zeros(20, dtype=torch.uint8)}
+    with S3StorageReader("us-east-1", uri, pool_config=POOL) as reader:
+        with pytest.raises(CheckpointException) as raised:
+            load(state, storage_reader=reader)
+        [error] = [failure[0] for failure in raised.value.failures.values()]
+        assert isinstance(error, ChecksumMismatch)
+        assert "some.weight" in str(error)
+        assert (error.bucket, error.key) == (bucket, "damaged/__0_0.distcp")
+        assert error.range is not None
+    with S3StorageReader("us-east-1", uri, pool_config=POOL, verify=False) as reader:
+        load(state, storage_reader=reader)
+    assert state["some.weight"][5:10].tolist() == [75, 76, 79, 78, 79]
+
+
+def test_flipped_bit_in_a_record_for_torch_load_raises_too(bucket: str) -> None:
+    uri = f"s3://{bucket}/damaged"
+    sparse = torch.sparse_coo_tensor(torch.tensor([[0, 2]]), torch.tensor([1.5, 2.5]), (3,))
+    save({"w": torch.nn.Parameter(sparse)}, storage_writer=S3StorageWriter("us-east-1", uri))
+    replace_bytes(
+        uri, "__0_0.distcp", torch.tensor([1.5, 2.5]).numpy().tobytes(), torch.tensor([1.5, 3.5]).numpy().tobytes()
+    )
+    with (
+        S3StorageReader("us-east-1", uri, pool_config=POOL) as reader,
+        pytest.raises(CheckpointException, match="ChecksumMismatch"),
+    ):
+        load({"w": sparse.clone()}, storage_reader=reader)
+
+
+def test_hostile_metadata_is_refused_before_anything_is_read(checkpoint: str, constructor: Any) -> None:
+    data = files_with(checkpoint, ".metadata").popitem()[1]
+    for hostile in (b"cos\nsystem\n(S'true'\ntR.", data.replace(b"__0_0.distcp", b"../../../secr")):
+        with S3FileSystem().create_stream(f"{checkpoint}/.metadata", "wb") as stream:
+            stream.write(hostile)
+        with S3StorageReader("us-east-1", checkpoint, reader_constructor=constructor) as reader:
+            with pytest.raises(CheckpointException) as raised:
+                load(zeroed(example()), storage_reader=reader)
+        [error] = [failure[0] for failure in raised.value.failures.values()]
+        assert isinstance(error, MetadataRefused)
+
+
+def test_writer_refuses_to_overwrite_when_told_so(checkpoint: str) -> None:
+    with pytest.raises(CheckpointException, match="already exists"):
+        save({"w": torch.ones(1)}, storage_writer=S3StorageWriter("us-east-1", checkpoint, overwrite=False))
+
+
+@pytest.mark.parametrize("thread_count", [1, 3])
+def test_writer_that_fails_leaves_no_checkpoint(bucket: str, thread_count: int) -> None:
+    class Unsaveable:
+        def __reduce__(self) -> Any:
+            raise OSError("can't be saved")
+
+    uri = f"s3://{bucket}/failed"
+    state = {"a": torch.ones(1), "b": Unsaveable(), "c": torch.ones(2)}
+    with pytest.raises(CheckpointException):
+        save(state, storage_writer=S3StorageWriter("us-east-1", uri, thread_count=thread_count))
+    assert ".metadata" not in [Path(file).name for file in S3FileSystem().ls(uri)]
+
+
+def test_checkpoint_written_to_disk_loads_from_s3(bucket: str, tmp_path: Path, constructor: Any) -> None:
+    save(example(), storage_writer=FileSystemWriter(tmp_path))
+    for file in tmp_path.iterdir():
+        with S3FileSystem().create_stream(f"s3://{bucket}/{file.name}", "wb") as stream:
+            stream.write(file.read_bytes())
+    state = zeroed(example())
+    with S3StorageReader("us-east-1", f"s3://{bucket}", reader_constructor=constructor) as reader:
+        load(state, storage_reader=reader)
+    assert_same(state, example())
+
+
+def test_checkpoint_written_to_s3_loads_from_disk(checkpoint: str, tmp_path: Path) -> None:
+    for file, data in files_with(checkpoint, "").items():
+        (tmp_path / Path(file).name).write_bytes(data)
+    state = zeroed(example())
+    load(state, storage_reader=FileSystemReader(tmp_path))
+    assert_same(state, example())
+
+
+def test_reader_refuses_pool_settings_beside_a_constructor() -> None:
+    with pytest.raises(ConfigError, match="pool_config"):
+        S3StorageReader(None, "s3://b/k", reader_constructor=S3ReaderConstructor.sequential(), pool_config=POOL)

@@ -1,0 +1,198 @@
+"""Programs as users write them: no main guard, from stdin, in a DataLoader worker, killed, under torchrun."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from mpreader.dcp import S3StorageWriter
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+
+REGION = "us-east-1"
+TENSORS = 24
+
+
+@pytest.fixture
+def checkpoint(bucket: str) -> str:
+    """URI of a checkpoint of 24 MB: tensor i is full of i."""
+    state = {f"w{i}": torch.full((256, 1024), float(i)) for i in range(TENSORS)}
+    uri = f"s3://{bucket}/checkpoint"
+    save(state, storage_writer=S3StorageWriter(REGION, uri, thread_count=2), no_dist=True)
+    return uri
+
+
+LOAD = f"""
+import sys, warnings
+import torch, torch.distributed.checkpoint as dcp
+warnings.simplefilter("error")
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+from mpreader import PoolConfig
+from mpreader.dcp import S3StorageReader
+
+def load(uri):
+    state = {{f"w{{i}}": torch.zeros(256, 1024) for i in range({TENSORS})}}
+    reader = S3StorageReader("{REGION}", uri, pool_config=PoolConfig(workers=2, max_memory=16 * 2**20))
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    return all(bool((state[f"w{{i}}"] == i).all()) for i in range({TENSORS}))
+"""
+
+
+def run(program: list[str], stdin: str | None = None) -> str:
+    """Run a program in a session of its own; it must succeed silently and leave nothing of its session behind."""
+    process = subprocess.Popen(
+        program,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    out, err = process.communicate(stdin, timeout=120)
+    assert (process.returncode, err) == (0, ""), err
+    return out
+
+
+def workers_of(endpoint_marker: str) -> list[int]:
+    """Process ids of worker processes whose parent is the process ``endpoint_marker``."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = entry.read_bytes().decode(errors="replace")
+        except OSError:
+            continue
+        if "mpreader.pool.worker" in command and f", {endpoint_marker}, " in command:
+            found.append(int(entry.parent.name))
+    return found
+
+
+def test_script_without_main_guard_loads(checkpoint: str, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(LOAD + f"print(load({checkpoint!r}))\n")
+    assert run([sys.executable, str(script)]) == "True\n"
+
+
+def test_program_from_stdin_loads(checkpoint: str) -> None:
+    assert run([sys.executable], LOAD + f"print(load({checkpoint!r}))\n") == "True\n"
+
+
+def test_module_named_like_the_standard_library_in_the_working_folder_does_no_harm(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A worker that looked into the working folder would import these. (Python's own resource tracker does look there.)
+    for name in ("mmap", "ssl", "email"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('not the standard library')\n")
+    script = tmp_path / "programs" / "script.py"
+    script.parent.mkdir()
+    script.write_text(LOAD + f"print(load({checkpoint!r}))\n")
+    monkeypatch.chdir(tmp_path)
+    assert run([sys.executable, str(script)]) == "True\n"
+
+
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_dataloader_worker_loads(checkpoint: str, tmp_path: Path, start_method: str) -> None:
+    module = tmp_path / "dataset.py"
+    module.write_text(
+        LOAD
+        + f"""
+class Dataset(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        yield load({checkpoint!r})
+
+if __name__ == "__main__":
+    if {start_method == "fork"}:  # also after this process has used its own pool
+        assert load({checkpoint!r})
+    loader = torch.utils.data.DataLoader(Dataset(), num_workers=2, multiprocessing_context={start_method!r})
+    print([bool(item) for item in loader], load({checkpoint!r}))
+"""
+    )
+    assert run([sys.executable, str(module)]) == "[True, True] True\n"
+
+
+def test_killed_parent_leaves_no_worker_and_no_shared_memory(checkpoint: str, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(LOAD + f"print('loading', flush=True)\nwhile True:\n    assert load({checkpoint!r})\n")
+    shared_memory = set(os.listdir("/dev/shm"))
+    process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    with process, process.stdout:
+        assert process.stdout.readline() == "loading\n"
+        deadline = time.monotonic() + 30
+        while len(workers_of(str(process.pid))) < 2:
+            assert time.monotonic() < deadline, "the workers did not start"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        died = time.monotonic()
+        while workers_of(str(process.pid)):
+            assert time.monotonic() - died < 1.0, "workers outlived their parent by a second"
+    assert set(os.listdir("/dev/shm")) == shared_memory
+
+
+TORCHRUN = f"""
+import os, sys, warnings
+import torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from mpreader import PoolConfig, S3ReaderConstructor
+from mpreader.dcp import S3StorageReader, S3StorageWriter
+
+mode, uri = sys.argv[1:]
+dist.init_process_group("gloo")
+mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+
+def state(scale):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(96, 128), torch.nn.Linear(128, 50, bias=False))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(scale)
+    fully_shard(model, mesh=mesh)
+    table = distribute_tensor(torch.arange(7 * 33, dtype=torch.float32).reshape(7, 33) * scale, mesh, [Shard(1)])
+    return {{"model": model.state_dict(), "table": table, "replica": torch.arange(1000.0) * scale, "step": 7 * scale}}
+
+def whole(value):
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+if mode == "save":
+    dcp.save(state(1), storage_writer=S3StorageWriter("{REGION}", uri))
+else:
+    constructor = S3ReaderConstructor.multiprocess(pool_config=PoolConfig(max_memory=8 * 2**20))
+    expected, loaded = state(1), state(0)
+    dcp.load(loaded, storage_reader=S3StorageReader("{REGION}", uri, reader_constructor=constructor))
+    for name, value in expected["model"].items():
+        assert torch.equal(whole(loaded["model"][name]), whole(value)), name
+    assert torch.equal(whole(loaded["table"]), whole(expected["table"]))
+    assert torch.equal(loaded["replica"], expected["replica"]) and loaded["step"] == 7
+    print(f"rank {{dist.get_rank()}} loaded")
+dist.destroy_process_group()
+"""
+
+
+def torchrun(ranks: int, script: Path, *arguments: str) -> list[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    result = subprocess.run(
+        [*command, str(script), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=150,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr
+    return sorted(line for line in result.stdout.splitlines() if line.startswith("rank"))
+
+
+def test_shards_are_loaded_by_another_number_of_ranks(bucket: str, tmp_path: Path) -> None:
+    script = tmp_path / "ranks.py"
+    script.write_text(TORCHRUN)
+    uri = f"s3://{bucket}/sharded"
+    torchrun(2, script, "save", uri)
+    assert torchrun(3, script, "load", uri) == ["rank 0 loaded", "rank 1 loaded", "rank 2 loaded"]
