@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pickle
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from mpreader.errors import ConfigError
 
 
 @pytest.fixture
-def fs(bucket: str) -> S3FileSystem:
-    return S3FileSystem("us-east-1")
+def fs(bucket: str) -> Iterator[S3FileSystem]:
+    fs = S3FileSystem("us-east-1")
+    yield fs
+    fs.close()
 
 
 def write(fs: S3FileSystem, uri: str, data: bytes) -> None:
@@ -34,9 +37,13 @@ def test_stream_reads_what_a_stream_wrote(fs: S3FileSystem, bucket: str) -> None
 
 
 def test_stream_that_raises_writes_nothing(fs: S3FileSystem, bucket: str) -> None:
-    with pytest.raises(KeyError), fs.create_stream(f"s3://{bucket}/half", "wb") as stream:
-        stream.write(b"half of it")
-        raise KeyError
+    def write_half() -> None:
+        with fs.create_stream(f"s3://{bucket}/half", "wb") as stream:
+            stream.write(b"half of it")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        write_half()
     assert not fs.exists(f"s3://{bucket}/half")
 
 

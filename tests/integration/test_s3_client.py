@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import secrets
 import traceback
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -109,7 +110,7 @@ def test_get_object_serves_every_kind_of_reader(bucket: str) -> None:
 def test_missing_tells_bucket_from_key(bucket: str, wrong_bucket: bool, said: str) -> None:
     client = S3Client()
     name = "no-such-bucket" if wrong_bucket else bucket
-    calls = [
+    calls: list[Callable[[], object]] = [
         lambda: client.head_object(name, "no/such/key"),
         lambda: client.get_object(name, "no/such/key").read(),
         lambda: client.copy_object(name, "no/such/key", bucket, "key"),

@@ -172,8 +172,11 @@ else:
         assert torch.equal(whole(loaded["model"][name]), whole(value)), name
     assert torch.equal(whole(loaded["table"]), whole(expected["table"]))
     assert torch.equal(loaded["replica"], expected["replica"]) and loaded["step"] == 7
-    print(f"rank {{dist.get_rank()}} loaded")
-dist.destroy_process_group()
+    constructor.close()
+    os.write(1, f"rank {{dist.get_rank()}} loaded\\n".encode())
+dist.barrier()
+# Not destroy_process_group(): gloo of torch 2.13 aborts in about one of ten such exits, also without mpreader.
+os._exit(0)
 """
 
 

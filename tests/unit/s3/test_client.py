@@ -97,7 +97,7 @@ def test_route_goes_through_the_proxy_of_the_environment(monkeypatch: pytest.Mon
 
 def test_route_refuses_a_proxy_that_workers_can_not_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTPS_PROXY", "socks5://me:password@proxy.example:1080")
-    with pytest.raises(ConfigError, match="HTTPS_PROXY.*socks5://") as caught:
+    with pytest.raises(ConfigError, match=r"HTTPS_PROXY.*socks5://") as caught:
         S3Client("eu-west-1").route("bucket", "key")
     assert "password" not in str(caught.value)
 

@@ -1,0 +1,70 @@
+"""The errors: their hierarchy, and that they survive pickling and copying with all their facts."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+
+import mpreader
+from mpreader import errors
+from mpreader.errors import MpreaderError, TransportError, WorkerCrashed
+
+ALL = [getattr(errors, name) for name in errors.__all__]
+
+PARENTS = {
+    "ConfigError": ("MpreaderError", "ValueError"),
+    "PlanError": ("MpreaderError", "ValueError"),
+    "TransportError": ("MpreaderError",),
+    "ObjectMissing": ("TransportError", "FileNotFoundError"),
+    "AccessDenied": ("TransportError", "PermissionError"),
+    "ObjectChanged": ("TransportError",),
+    "ShortRead": ("TransportError",),
+    "ChecksumMismatch": ("TransportError",),
+    "PoolError": ("MpreaderError",),
+    "PoolClosed": ("PoolError",),
+    "PoolTimeout": ("PoolError",),
+    "WorkerCrashed": ("PoolError",),
+    "ArenaError": ("MpreaderError",),
+    "ArenaExhausted": ("ArenaError",),
+    "ArenaClosed": ("ArenaError",),
+    "MpreaderError": ("Exception",),
+}
+
+
+def example(cls: type[MpreaderError]) -> MpreaderError:
+    if issubclass(cls, TransportError):
+        return cls("what happened", bucket="b", key="k/1", range=(5, 10), attempts=3)
+    if issubclass(cls, WorkerCrashed):
+        return cls("what happened", exitcode=-9, ranges=((0, 5), (7, 9)))
+    return cls("what happened")
+
+
+def test_errors_have_the_parents_that_are_promised() -> None:
+    assert {cls.__name__: tuple(base.__name__ for base in cls.__bases__) for cls in ALL} == PARENTS
+
+
+def test_errors_are_public_names_of_the_package() -> None:
+    for cls in ALL:
+        assert getattr(mpreader, cls.__name__) is cls
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_error_survives_with_all_its_facts(cls: type[MpreaderError]) -> None:
+    error = example(cls)
+    error.added_by_hand = "too"  # type: ignore[attr-defined]
+    pickled = [pickle.loads(pickle.dumps(error, protocol)) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
+    for twin in (*pickled, copy.copy(error)):
+        assert type(twin) is cls
+        assert str(twin) == "what happened"
+        assert twin.args == error.args
+        assert vars(twin) == vars(error)
+
+
+def test_error_from_the_operating_system_family_has_a_plain_message() -> None:
+    # OSError's own __str__ shows errno and file name when it has them; the message must not be lost to it.
+    error = example(errors.ObjectMissing)
+    assert isinstance(error, OSError)
+    assert str(error) == "what happened"
+    assert error.errno is None
