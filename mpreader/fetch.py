@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -247,11 +248,11 @@ class _PinnedSource:
 def _pack(
     order: int, source: Source, groups: Iterable[RangeGroup], part_bytes: int, slot_bytes: int
 ) -> Iterator[_Batch]:
-    """Put groups into slots: as many together as fit into ``slot_bytes``, a larger one into a slot of its own."""
+    """Put groups into slots: as many together as fit into ``slot_bytes``, a larger range into a slot of its own."""
     parts: list[FillPart] = []
     members: list[tuple[int, int, int]] = []
     nbytes = 0
-    for group in groups:
+    for group in itertools.chain.from_iterable(_cut_between_ranges(group, slot_bytes) for group in groups):
         size = group.end - group.start
         slot_offset = -(-nbytes // _ALIGNMENT) * _ALIGNMENT
         if parts and slot_offset + size > slot_bytes:
@@ -264,6 +265,18 @@ def _pack(
         nbytes = slot_offset + size
     if parts:
         yield _Batch(order, Fill(source, nbytes, tuple(parts)), tuple(members))
+
+
+def _cut_between_ranges(group: RangeGroup, most_bytes: int) -> Iterator[RangeGroup]:
+    # Or a thousand small ranges side by side would need one slot for all of them, and be given back together.
+    first, end = 0, group.start
+    for position, item_range in enumerate(group.item_ranges):
+        start = group.item_ranges[first].start
+        if position > first and item_range.start >= end and item_range.end - start > most_bytes:
+            yield RangeGroup(start, end, group.item_ranges[first:position], group.indices[first:position])
+            first = position
+        end = max(end, item_range.end)
+    yield RangeGroup(group.item_ranges[first].start, end, group.item_ranges[first:], group.indices[first:])
 
 
 def _to_item_ranges(ranges: Iterable[RangeLike]) -> list[ItemRange]:

@@ -140,7 +140,12 @@ class S3FileSystem(FileSystemBase):
         """
         bucket, key = _parse(path)
         prefix = f"{key.rstrip('/')}/" if key else ""
-        return [f"s3://{bucket}/{listed.key}" for listed in self.client.list_objects(bucket, prefix)]
+        pages = self.client.list_objects(bucket, prefix)
+        return [f"s3://{bucket}/{listed.key}" for page in pages for listed in page.object_info]
+
+    def close(self) -> None:
+        """Close the client's connections; a later use opens new ones."""
+        self.client.close()
 
     def __repr__(self) -> str:
         reader_type = S3ReaderConstructor.get_reader_type_string(self.reader_constructor)

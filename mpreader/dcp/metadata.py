@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from collections.abc import Iterable
 from importlib import import_module
@@ -54,9 +55,11 @@ def load_metadata(stream: IO[bytes], *, allowed_globals: Iterable[str] = ()) -> 
 
     Raises:
         MetadataRefused: The file is damaged, needs a class that is not allowed, or names a place outside.
+        TransportError: The stream can't be read.
     """
+    data = stream.read()
     try:
-        metadata = _Unpickler(stream, allowed_globals).load()
+        metadata = _Unpickler(io.BytesIO(data), allowed_globals).load()
     except MetadataRefused:
         raise
     except Exception as error:  # a damaged pickle fails in any way at all

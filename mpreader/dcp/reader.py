@@ -22,7 +22,6 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-from mpreader.config import S3ClientConfig
 from mpreader.dcp.filesystem import Path, S3FileSystem
 from mpreader.dcp.metadata import load_metadata
 from mpreader.dcp.record import BufferItem, ItemBytes, RecordCorrupted, decode_layout
@@ -31,14 +30,14 @@ from mpreader.errors import ChecksumMismatch, ConfigError, PlanError
 from mpreader.readers.constructor import S3ReaderConstructor
 from mpreader.readers.multiprocess import MultiprocessConstructor
 from mpreader.readers.protocols import DCPS3ReaderConstructorProtocol
-from mpreader.s3 import parse_s3_uri
+from mpreader.s3 import S3Client, parse_s3_uri
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from typing_extensions import Self
 
-    from mpreader.config import PoolConfig
+    from mpreader.config import PoolConfig, S3ClientConfig
     from mpreader.readers.protocols import S3ReaderConstructorProtocol
 
 __all__ = ["S3StorageReader"]
@@ -94,19 +93,20 @@ class S3StorageReader(FileSystemReader):
         **kwargs: Any,
     ) -> None:
         super().__init__(path, **kwargs)
+        client = S3Client(region, s3client_config=s3client_config)
         if reader_constructor is None:
-            config = _with_region(s3client_config, region)
+            config = client.s3client_config if s3client_config is not None else None
             reader_constructor = S3ReaderConstructor.multiprocess(s3client_config=config, pool_config=pool_config)
         elif pool_config is not None:
             raise ConfigError("give pool_config to the reader_constructor: S3ReaderConstructor.multiprocess(…)")
         self._reader_constructor = reader_constructor
         self._verify = verify
         self._allowed_globals = tuple(allowed_globals)
-        self._fs = S3FileSystem(region, s3client_config=s3client_config, reader_constructor=reader_constructor)
+        self._fs = S3FileSystem(s3_client=client, reader_constructor=reader_constructor)
         self.fs = self._fs  # type: ignore[assignment]
         self.path = self._fs.init_path(path)
         if isinstance(reader_constructor, MultiprocessConstructor):
-            reader_constructor.use_client(self._fs.client)
+            reader_constructor.use_client(client)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Path) -> bool:
@@ -159,10 +159,11 @@ class S3StorageReader(FileSystemReader):
         return done
 
     def close(self) -> None:
-        """End what is under way, and this reader's use of the worker pool. A later load starts anew. Idempotent."""
+        """End what is under way, the use of the worker pool, and connections. A later load starts anew. Idempotent."""
         close = getattr(self._reader_constructor, "close", None)
         if close is not None:
             close()
+        self._fs.close()
 
     def __enter__(self) -> Self:
         return self
@@ -231,12 +232,6 @@ class S3StorageReader(FileSystemReader):
             range=(start, end),
             attempts=2,
         )
-
-
-def _with_region(config: S3ClientConfig | None, region: str | None) -> S3ClientConfig | None:
-    if config is None or config.region is not None:
-        return config
-    return dataclasses.replace(config, region=region)
 
 
 def _check_shape(loaded: torch.Tensor, target: torch.Tensor) -> None:

@@ -29,6 +29,7 @@ __all__ = ["Arena", "Segment", "Slot"]
 log = logging.getLogger(__name__)
 
 MIN_BLOCK_BYTES: Final = 64 * 1024
+_MAX_SEGMENT_BYTES: Final = 1024 * 1024 * 1024
 _PAGE_BYTES: Final = mmap.PAGESIZE
 
 
@@ -186,6 +187,7 @@ class Arena:
         for segment in self.segments.values():
             segment.close()
         self.segments.clear()
+        self.take_changes()
         for blocks in self._free:
             blocks.clear()
         self.reserved_bytes = 0
@@ -201,8 +203,10 @@ class Arena:
 
     def _add_shared_segment(self, beyond_limit: bool) -> bool:
         # A whole segment where it fits, else as many blocks as the limit allows.
+        # Larger ones as the arena grows: each costs a descriptor, of which a process has perhaps 1024.
         room = (self.max_bytes - self.reserved_bytes) // self._block_bytes * self._block_bytes
-        size = min(self._segment_bytes, room) if room > 0 else self._block_bytes
+        growth = min(self.reserved_bytes // 8, _MAX_SEGMENT_BYTES) // self._block_bytes * self._block_bytes
+        size = min(max(self._segment_bytes, growth), room) if room > 0 else self._block_bytes
         segment = self._make_segment(size, beyond_limit)
         if segment is None:
             return False

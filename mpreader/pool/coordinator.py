@@ -42,6 +42,7 @@ __all__ = ["Coordinator", "Timeouts"]
 log = logging.getLogger(__name__)
 
 _TICK_S: Final = 0.25  # between two looks at deadlines while there is work
+_STOP_TIMEOUT_S: Final = 5.0
 
 
 class Timeouts(NamedTuple):
@@ -85,6 +86,10 @@ class Wakeup:
                 os.close(self.fd)
                 self.fd = -1
 
+    def abandon(self) -> None:
+        self._lock = threading.RLock()  # a thread that is not in this forked child may have held the old one
+        self.close()
+
 
 class Coordinator:
     """One run of a pool, from its first use until it is stopped, idle or broken."""
@@ -102,9 +107,12 @@ class Coordinator:
         self._lock = threading.Lock()  # guards the decision that nothing more is taken on
         self._is_ended = False
         self._is_told_to_stop = False
-        self._busy_until = time.monotonic()
-        self._wakeup = Wakeup()
-        self._selector = selectors.DefaultSelector()
+        self._busy_until = self._next_watch = time.monotonic()
+        try:
+            self._selector = selectors.DefaultSelector()
+            self._wakeup = Wakeup()
+        except OSError as error:
+            raise PoolError(f"can't start: {error}; if it is a limit (ulimit -n), raise it") from error
         self._selector.register(self._wakeup.fd, selectors.EVENT_READ)
         self._arena = Arena(sizes.max_bytes, sizes.block_bytes, sizes.segment_bytes)
         self._sources = SourceBook(self.tell)
@@ -112,13 +120,16 @@ class Coordinator:
         self._scheduler = Scheduler(self._arena, self._sources, limits)
         crew_limits = CrewLimits(sizes.workers, sizes.connections_per_worker, *timeouts[:2], timeouts.worker_timeout_s)
         self.crew = Crew(crew_limits, self._selector)
+        self._thread = threading.Thread(target=self._run, name="mpreader-coordinator", daemon=True)
         try:
             self.crew.start(())
+            self._thread.start()
+        except RuntimeError as error:
+            self._give_back_everything()
+            raise PoolError(f"{error}; if it is a limit (ulimit -u), raise it") from error
         except BaseException:
             self._give_back_everything()
             raise
-        self._thread = threading.Thread(target=self._run, name="mpreader-coordinator", daemon=True)
-        self._thread.start()
 
     # -- for other threads
 
@@ -163,7 +174,8 @@ class Coordinator:
         self._is_told_to_stop = True
         self._wakeup.set()
         if threading.current_thread() is not self._thread:
-            self._thread.join()
+            # Not for ever: a garbage collection may call this while its thread holds a lock that ours waits for.
+            self._thread.join(_STOP_TIMEOUT_S)
 
     def abandon(self) -> None:
         """In a forked child: give back the inherited descriptors, leave everything else to the parent."""
@@ -171,7 +183,7 @@ class Coordinator:
         self.crew.abandon()
         self._arena.close()
         self._selector.close()
-        self._wakeup.close()
+        self._wakeup.abandon()
 
     # -- the thread
 
@@ -181,6 +193,7 @@ class Coordinator:
             while not self._is_told_to_stop and not self._try_end_idle():
                 self._wait()
                 self._read_inbox()
+                self._announce_segments()  # dropped ones are given back by the system when the workers let go, too
                 self._watch()
                 self._dispatch()
         except MpreaderError as broken:
@@ -264,8 +277,10 @@ class Coordinator:
 
     def _watch(self) -> None:
         now = time.monotonic()
-        self.crew.watch(now)
-        self._cancel(self._scheduler.expire(now))
+        if now >= self._next_watch:
+            self._next_watch = now + _TICK_S
+            self.crew.watch(now)
+            self._cancel(self._scheduler.expire(now))
 
     def _dispatch(self) -> None:
         now = time.monotonic()

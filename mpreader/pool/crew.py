@@ -96,11 +96,11 @@ class Crew:
 
     def has_room(self) -> bool:
         """Whether a worker can take a part."""
-        return any(len(member.parts) < self._most_parts for member in self._members if not member.is_ending)
+        return any(map(self._can_take, self._members))
 
     def send(self, fetch: Fetch, now: float) -> bool:
         """Give a part to the worker with the least in hand; False if none takes it."""
-        free = [member for member in self._members if len(member.parts) < self._most_parts and not member.is_ending]
+        free = filter(self._can_take, self._members)
         for member in sorted(free, key=lambda member: len(member.parts)):
             if not member.parts:
                 member.last_heard = member.last_asked = now  # its silence counts from now
@@ -136,7 +136,8 @@ class Crew:
                 elif isinstance(message, Ready):
                     member.is_ready = True
         except EOFError:
-            self._selector.unregister(member.process.sock)  # its pidfd tells when it has ended
+            with contextlib.suppress(KeyError, ValueError):  # its pidfd tells when it has ended, perhaps it just did
+                self._selector.unregister(member.process.sock)
             member.is_ending = True
         return news
 
@@ -189,6 +190,10 @@ class Crew:
             member.process.close_descriptors()
         self._members.clear()
 
+    def _can_take(self, member: Member) -> bool:
+        # Not before it is ready: a part must not be blamed for workers that can't even start.
+        return member.is_ready and not member.is_ending and len(member.parts) < self._most_parts
+
     def _start_member(self, number: int, segments: Iterable[Segment]) -> None:
         limits = self._limits
         process = WorkerProcess(number, limits.connections_per_worker, limits.connect_timeout_s, limits.stall_timeout_s)
@@ -197,7 +202,8 @@ class Crew:
         self._selector.register(process.sock, selectors.EVENT_READ, (member, False))
         self._selector.register(process.pidfd, selectors.EVENT_READ, (member, True))
         for segment in segments:
-            process.send(MapSegment(segment.number, segment.size), segment.fd)
+            if not process.send(MapSegment(segment.number, segment.size), segment.fd):
+                self._kill(member)
 
     def _note(self, member: Member, message: Fetched | Failed) -> None:
         nbytes = member.parts.pop(message.part, 0)

@@ -22,7 +22,8 @@ __all__ = ["Pool", "close_shared_pools", "release_shared_pool", "shared_pool"]
 
 _pools: weakref.WeakSet[Pool] = weakref.WeakSet()
 _shared: dict[tuple[object, ...], Pool] = {}
-_shared_lock = threading.Lock()
+# Reentrant, like a pool's own: a garbage collection inside it may drop, and so release, a pool.
+_shared_lock = threading.RLock()
 _watches_forks = False
 
 
@@ -39,7 +40,7 @@ class Pool:
         self.sizes = size_pool(config, s3client_config or S3ClientConfig(), Host.now())
         self.timeouts = Timeouts(*(config.value(name) for name in Timeouts._fields))
         self.users = 0
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._is_closed = False
         self._coordinator: Coordinator | None = None
         self._stop: Callable[[], object] = _nothing
@@ -121,7 +122,7 @@ class Pool:
         return self._coordinator
 
     def _after_fork_in_child(self) -> None:
-        self._lock = threading.Lock()  # a thread that is not here may have held the old one
+        self._lock = threading.RLock()  # a thread that is not here may have held the old one
         if self._coordinator is not None:
             self._coordinator.abandon()
         self._coordinator, self._stop = None, _nothing
@@ -178,6 +179,6 @@ def _watch_forks() -> None:
 
 def _after_fork_in_child() -> None:
     global _shared_lock
-    _shared_lock = threading.Lock()
+    _shared_lock = threading.RLock()
     for pool in list(_pools):
         pool._after_fork_in_child()

@@ -130,6 +130,7 @@ class WorkerProcess:
 
     def close_descriptors(self) -> None:
         """Give back descriptors only, as a forked child does: the process is not its own."""
+        self._process.poll()  # in a child it finds nothing, and the object can go without a warning
         self.sock.close()
         for fd in (self.pidfd, self._stderr):
             with contextlib.suppress(OSError):

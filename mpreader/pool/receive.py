@@ -63,14 +63,15 @@ class Connection:
         self._connect_timeout_s = connect_timeout_s
         self._stall_timeout_s = stall_timeout_s
         self._http: http.client.HTTPConnection | None = None
+        # http.client lets go of its own when the server says that it will close; `abort` needs it until then.
+        self._sock: socket.socket | None = None
         self._peer: object = None
         self._abort_reason: FailureKind | None = None
 
     def abort(self, reason: FailureKind) -> None:
         """Make the GET that is under way, if any, end soon with ``reason``."""
         self._abort_reason = reason
-        connection = self._http
-        sock = connection.sock if connection is not None else None
+        sock = self._sock
         if sock is not None:
             with contextlib.suppress(OSError):  # it may be closed already by its own thread
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
@@ -97,7 +98,7 @@ class Connection:
 
     def close(self) -> None:
         """Close the connection; the next GET opens a new one."""
-        connection, self._http = self._http, None
+        connection, self._http, self._sock = self._http, None, None
         if connection is not None:
             connection.close()
 
@@ -129,6 +130,7 @@ class Connection:
         if not reused:
             self.close()
             self._http = self._connect(fetch.route)
+            self._sock = self._http.sock
             self._peer = _peer_of(fetch.route)
         connection = self._http
         assert connection is not None  # for the type checker
@@ -152,19 +154,24 @@ class Connection:
         return connection
 
     def _receive(self, response: http.client.HTTPResponse, into: memoryview) -> None:
-        received, wanted = 0, len(into)
+        # What arrives together is read together and counted at once: if the body breaks, no byte of it is lost.
+        read = response.readinto if response.chunked else response.fp.readinto1
+        received, wanted, next_look = 0, len(into), CHUNK_BYTES
         try:
             while received < wanted:
-                got = response.readinto(into[received : received + CHUNK_BYTES])
-                if got == 0:
+                got = read(into[received:])
+                if not got:
                     raise GetFailed(FailureKind.BROKEN, f"the body ended after {received} of {wanted} bytes", received)
                 received += got
-                self._touch()
-            if not response.isclosed() and response.read(1):  # a chunked body says its end only when asked
+                if received >= next_look:
+                    self._touch()
+                    next_look = received + CHUNK_BYTES
+            if response.chunked and response.read(1):  # a chunked body says its end only when asked
                 raise GetFailed(FailureKind.MALFORMED, "more bytes than asked for")
         except (OSError, http.client.HTTPException) as error:
             detail = f"the body broke after {received} of {wanted} bytes: {_describe(error)}"
             raise GetFailed(FailureKind.BROKEN, detail, received) from None
+        response.close()  # its connection stays open for the next one
 
     def _touch(self) -> None:
         self.deadline = time.monotonic() + self._stall_timeout_s
@@ -288,13 +295,15 @@ def check_response(response: http.client.HTTPResponse, fetch: Fetch) -> None:
     content_range = response.getheader("Content-Range", "")
     if not content_range.startswith(expected):
         raise GetFailed(FailureKind.MALFORMED, f"asked for {expected!r}, answered with Content-Range {content_range!r}")
-    total = content_range[len(expected) :]
-    if total not in (str(fetch.object_size), "*"):
-        raise GetFailed(FailureKind.CHANGED, f"the object has {total} bytes now, not {fetch.object_size}")
     etag = response.getheader("ETag", "")
     if fetch.etag and etag != fetch.etag:
         kind = FailureKind.CHANGED if etag else FailureKind.MALFORMED
         raise GetFailed(kind, f"the answer is for ETag {etag or '(none)'}, not {fetch.etag}")
+    total = content_range[len(expected) :]
+    if total not in (str(fetch.object_size), "*"):
+        # Under the right ETag it is a wrong answer, not another object.
+        kind = FailureKind.MALFORMED if fetch.etag else FailureKind.CHANGED
+        raise GetFailed(kind, f"the object has {total} bytes now, not {fetch.object_size}")
     if response.getheader("Content-Encoding", "identity") not in ("identity", "", "aws-chunked"):
         raise GetFailed(FailureKind.MALFORMED, "the answer is compressed, its bytes are not the object's")
     if response.length is not None and response.length != fetch.end - fetch.start:
@@ -318,6 +327,7 @@ def _kind_of(status: int, code: str, text: str) -> FailureKind:
     if status in _BUSY_STATUSES or code in _BUSY_CODES:
         return FailureKind.BUSY
     return {
+        200: FailureKind.MALFORMED,
         401: FailureKind.DENIED,
         403: FailureKind.DENIED,
         404: FailureKind.MISSING,

@@ -26,6 +26,8 @@ _RETRIED: Final = frozenset(
         FailureKind.STALLED,
         FailureKind.BUSY,
         FailureKind.MALFORMED,
+        # Of a part that is still wanted: the cancelling of the one before it on the same connection came too late.
+        FailureKind.CANCELLED,
     }
 )
 _MAX_DELAY_S: Final = 16.0

@@ -67,11 +67,11 @@ class PartState:
 
     __slots__ = ("attempts", "crashes", "deadline", "fill", "is_resigned", "last_failure", "number", "part", "received")
 
-    def __init__(self, number: int, fill: FillState, part: FillPart, deadline: float) -> None:
+    def __init__(self, number: int, fill: FillState, part: FillPart) -> None:
         self.number = number
         self.fill = fill
         self.part = part
-        self.deadline = deadline
+        self.deadline = float("inf")  # set when it is first sent: a large fill's last part may wait for long
         self.received = 0
         self.attempts = 0
         self.crashes = 0
@@ -172,9 +172,12 @@ class Scheduler:
             self._drop(fill)
 
     def fail_everything(self, error: MpreaderError) -> None:
-        """The pool is broken: let every consumer know."""
+        """The pool is broken, or closed: let every consumer know, and hold on to no memory."""
         for reading in self._readings.values():
             reading.transfer.fail_all(error)
+            self._past_wait_s += reading.transfer.wait_s
+        for held in (self._readings, self._turn, self._demanded, self._queued, self._delayed, self._parts, self._leased):
+            held.clear()
 
     # -- what workers and sources say
 
@@ -238,6 +241,7 @@ class Scheduler:
             elif source.is_renewing:
                 self._delay(part, now + _RENEWAL_POLL_S)
             else:
+                part.deadline = min(part.deadline, now + self._limits.timeout_s)
                 return part
         return None
 
@@ -293,7 +297,7 @@ class Scheduler:
         fill.slot, fill.status, fill.open_parts = slot, FillStatus.FILLING, len(fill.fill.parts)
         self._outstanding_bytes += fill.fill.nbytes
         for part in fill.fill.parts:
-            state = PartState(next(self._numbers), fill, part, now + self._limits.timeout_s)
+            state = PartState(next(self._numbers), fill, part)
             self._parts[state.number] = state
             self._queued.append(state)
         return True
@@ -335,8 +339,7 @@ class Scheduler:
         readings = [reading for reading in self._turn if reading is not needy.reading]
         for reading in [*readings, needy.reading]:
             for fill in reversed(reading.fills):
-                is_ready = fill.status is FillStatus.READY and fill not in self._demanded
-                if is_ready and reading.transfer.retract(fill.index):
+                if fill.status is FillStatus.READY and reading.transfer.retract(fill.index, spares_awaited=True):
                     self._free(fill)
                     self._restart(fill)
                     return True

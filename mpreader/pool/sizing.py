@@ -25,6 +25,7 @@ CONNECTIONS_PER_WORKER: Final = 8
 CONNECTION_BYTES_PER_S: Final = 90_000_000
 MIN_PARTS_IN_MEMORY: Final = 16
 SEGMENT_BYTES: Final = 32 * MiB
+MIN_SEGMENTS: Final = 8
 
 _CGROUP: Final = Path("/sys/fs/cgroup")
 
@@ -92,12 +93,14 @@ def size_pool(config: PoolConfig, s3client_config: S3ClientConfig, host: Host) -
     part_bytes = _part_bytes(config.value("part_size") or s3client_config.part_size, max_bytes)
     block_bytes = MIN_PART_BYTES << (math.ceil(part_bytes / MIN_PART_BYTES) - 1).bit_length()
     in_flight = workers * connections * block_bytes
+    # A view that is held keeps its segment: the others must leave room for one large slot.
+    segment_bytes = min(SEGMENT_BYTES, max_bytes // MIN_SEGMENTS)
     return PoolSizes(
         workers=workers,
         connections_per_worker=connections,
         part_bytes=part_bytes,
         block_bytes=block_bytes,
-        segment_bytes=max(block_bytes, SEGMENT_BYTES // block_bytes * block_bytes),
+        segment_bytes=max(block_bytes, segment_bytes // block_bytes * block_bytes),
         window_bytes=min(max_bytes, in_flight + in_flight // 2),
         max_bytes=max_bytes,
     )

@@ -94,6 +94,8 @@ class SourceBook:
         """Note an answer."""
         self._unanswered -= 1
         entry = resolved.entry
+        if resolved.error is not None and entry.route is not None and not entry.is_renewing:
+            return  # renewed in good time only: the old route may still serve
         entry.is_renewing = False
         entry.route_made = time.monotonic()
         entry.version = resolved.version or entry.version

@@ -117,6 +117,7 @@ class Transfer:
         self._tell = tell
         self._on_lease_end = on_lease_end
         self._arrived: dict[int, Slot | MpreaderError] = {}
+        self._awaited: list[int] = []
         self._broken: MpreaderError | None = None
         self._condition = threading.Condition()
         self._pid = os.getpid()
@@ -138,17 +139,25 @@ class Transfer:
             raise PoolClosed("this read was begun before a fork; begin a new one in the child process")
         with self._condition:
             if index not in self._arrived and self._broken is None:
-                self._tell(Demand(self, index))
-                started = time.monotonic()
-                self._condition.wait_for(lambda: index in self._arrived or self._broken is not None)
-                self.wait_s += time.monotonic() - started
+                self._wait_for(index)
             arrived = self._arrived.pop(index, self._broken)
-        if arrived is None or isinstance(arrived, MpreaderError):
-            # A copy: an exception that is raised twice would drag the frames of both along.
-            raise copy.copy(arrived) if arrived is not None else PoolClosed("this read was closed")
-        view = arrived.lease(self._on_lease_end)[: self.fills[index].nbytes]
-        self._tell(Taken(self, index))
-        return view
+            if arrived is None or isinstance(arrived, MpreaderError):
+                # A copy: an exception that is raised twice would drag the frames of both along.
+                raise copy.copy(arrived) if arrived is not None else PoolClosed("this read was closed")
+            # Within the lock: the demand of another thread that waits for the same fill must come after it.
+            self._tell(Taken(self, index))
+        return arrived.lease(self._on_lease_end)[: self.fills[index].nbytes]
+
+    def _wait_for(self, index: int) -> None:
+        started = time.monotonic()
+        self._awaited.append(index)
+        try:
+            while index not in self._arrived and self._broken is None:
+                self._tell(Demand(self, index))
+                self._condition.wait()
+        finally:
+            self._awaited.remove(index)
+            self.wait_s += time.monotonic() - started
 
     def discard(self, start: int, stop: int) -> None:
         """Say that the fills [start, stop) won't be taken any more."""
@@ -171,9 +180,11 @@ class Transfer:
             self._condition.notify_all()
             return True
 
-    def retract(self, index: int) -> bool:
-        """Take back a fill that was delivered; False if it was taken."""
+    def retract(self, index: int, *, spares_awaited: bool = False) -> bool:
+        """Take back a fill that was delivered; False if it was taken, or is just about to be."""
         with self._condition:
+            if spares_awaited and index in self._awaited:
+                return False
             return self._arrived.pop(index, None) is not None
 
     def fail_all(self, error: MpreaderError) -> None:

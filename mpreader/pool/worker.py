@@ -65,7 +65,10 @@ class Worker:
             self._end_stalled()
 
     def _handle_message(self) -> bool:
-        data, fds, _, _ = socket.recv_fds(self._sock, MAX_MESSAGE_BYTES, 1)
+        try:
+            data, fds, _, _ = socket.recv_fds(self._sock, MAX_MESSAGE_BYTES, 1)
+        except ConnectionResetError:  # closed by the coordinator before it had read all of ours
+            return False
         if not data:
             return False
         message = pickle.loads(data)  # noqa: S301  # from our own parent, over a private socket

@@ -141,8 +141,8 @@ class S3Client:
         Raises:
             TransportError: As for :meth:`head_object`.
         """
-        text = f"copy of s3://{src_bucket}/{src_key} to s3://{dst_bucket}/{dst_key}"
-        with translated(self._target(src_bucket, src_key)._replace(text=text)):
+        self.head_object(src_bucket, src_key)  # or else an error could not tell source from destination
+        with translated(self._target(dst_bucket, dst_key)):
             self._session.client_for(dst_bucket).copy(
                 {"Bucket": src_bucket, "Key": src_key},
                 dst_bucket,

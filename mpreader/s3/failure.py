@@ -31,7 +31,6 @@ class Target(NamedTuple):
         where: Names the service that is asked for a bucket.
         max_attempts: Requests that boto3 makes before it gives up.
         range: Bytes that were asked for, end exclusive; None: no range.
-        text: What to call it. "": its URI.
     """
 
     bucket: str
@@ -39,10 +38,9 @@ class Target(NamedTuple):
     where: Callable[[str], str]
     max_attempts: int
     range: tuple[int, int] | None = None
-    text: str = ""
 
     def __str__(self) -> str:
-        return self.text or f"s3://{self.bucket}/{self.key}"
+        return f"s3://{self.bucket}/{self.key}"
 
     def error(self, kind: type[TransportError], message: str, attempts: int) -> TransportError:
         """Make an error about it."""
@@ -66,6 +64,7 @@ _BY_CODE: Final[dict[str, tuple[type[TransportError], str]]] = {
     "NoSuchBucket": (ObjectMissing, "there is no such bucket"),
     "NoSuchKey": (ObjectMissing, "the bucket exists, but has no such key"),
     "NoSuchVersion": (ObjectMissing, "the bucket exists, but has no such version of the key"),
+    "NoSuchUpload": (ObjectMissing, "the multipart upload is gone; something else aborted it"),
     "PreconditionFailed": (ObjectChanged, "the object was overwritten while it was read; start again"),
     "InvalidObjectState": (AccessDenied, "the object is archived; restore it first"),
     "ExpiredToken": (AccessDenied, "the session token has expired; renew the credentials"),
@@ -131,7 +130,8 @@ def _refusal(error: ClientError, target: Target) -> MpreaderError:
     facts = error.response.get("ResponseMetadata")
     status = facts["HTTPStatusCode"] if facts else 0
     code = details.get("Code", "")
-    said = f"HTTP {status} {code}: {details.get('Message', '')}".rstrip(": ")
+    reason = "" if code == str(status) else f" {code}: {details.get('Message', '')}"
+    said = f"HTTP {status}{reason}".rstrip(": ")
     if code == "InvalidRange" or status == 416:
         return PlanError(f"{target}: the range {target.range} lies outside of the object ({said})")
     kind, advice = _BY_CODE.get(code) or _BY_STATUS.get(status) or (TransportError, "the service failed")
@@ -142,7 +142,7 @@ def _refusal(error: ClientError, target: Target) -> MpreaderError:
 def _failure(error: BotoCoreError, target: Target) -> MpreaderError:
     """The error for what went wrong before there was an answer."""
     if isinstance(error, _SETTINGS):
-        return ConfigError(f"{target}: {error}")
+        return ConfigError(f"{target}: {' '.join(str(error).split())}")
     if isinstance(error, _CREDENTIALS):
         return target.error(AccessDenied, f"{error}; {_GIVE_CREDENTIALS}", attempts=0)
     if isinstance(error, (boto.HTTPClientError, boto.ConnectionError)):

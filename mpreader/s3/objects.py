@@ -30,7 +30,6 @@ class ObjectInfo:
     @classmethod
     def of_head(cls, key: str, answer: Mapping[str, Any]) -> ObjectInfo:
         """Read boto3's answer to ``head_object``."""
-        # S3 names the class in a HEAD only where it is not the standard one.
         return cls._of(key, answer["ContentLength"], answer)
 
     @classmethod
@@ -40,6 +39,7 @@ class ObjectInfo:
 
     @classmethod
     def _of(cls, key: str, size: int, answer: Mapping[str, Any]) -> ObjectInfo:
+        # A HEAD names the storage class only where it is not the standard one.
         modified = int(answer["LastModified"].timestamp())
         return cls(key, size, answer.get("ETag", ""), modified, answer.get("StorageClass", "STANDARD"))
 

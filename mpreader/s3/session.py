@@ -40,6 +40,7 @@ class Session:
         self._config = config
         self._lock = threading.Lock()
         self._core: botocore.session.Session | None = None
+        self._boto: boto3.Session | None = None
         self._clients: dict[str | None, BotoClient] = {}
         self._bucket_regions: dict[str, str] = {}
         self._proxies: dict[str, Proxy | None] = {}
@@ -90,9 +91,11 @@ class Session:
         return client
 
     def _make_client(self, region: str | None) -> BotoClient:
-        session = boto3.Session(botocore_session=self._botocore())
+        # One for all regions: they share the credentials, and the renewal of these.
+        if self._boto is None:
+            self._boto = boto3.Session(botocore_session=self._botocore())
         try:
-            client: BotoClient = session.client(
+            client: BotoClient = self._boto.client(
                 "s3", region_name=region, endpoint_url=self._config.endpoint_url, config=_client_config(self._config)
             )
         except ValueError as error:  # how botocore says that an endpoint is no URL

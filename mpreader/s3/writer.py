@@ -11,7 +11,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
-from mpreader.errors import MpreaderError
+from mpreader.errors import MpreaderError, ObjectMissing
 from mpreader.s3.upload import MultipartUpload, next_part_bytes, put_whole
 
 if TYPE_CHECKING:
@@ -174,6 +174,8 @@ class S3Writer(io.BufferedIOBase):
             return
         try:
             self._upload.abort()
+        except ObjectMissing:
+            pass  # it is gone, and its parts with it
         except MpreaderError as error:
             # Raising it would hide why this is given up.
             _log.warning("parts of s3://%s/%s stay behind, and cost money: %s", self._bucket, self._key, error)

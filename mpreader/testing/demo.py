@@ -12,8 +12,8 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -28,7 +28,7 @@ __all__ = ["differing", "main", "make_state"]
 
 BUCKET: Final = "demo-bucket"
 CHECKPOINT: Final = f"s3://{BUCKET}/checkpoint"
-_ROUNDS: Final = 2  # the first load of a process also pays for what torch sets up once
+_LOADS: Final = ("first load", "again")  # the first one also pays for starting processes and warming memory
 _MB: Final = 1_000_000
 _ODD_TENSORS: Final = {
     "scalar": torch.tensor(3.5, dtype=torch.float64),
@@ -103,10 +103,10 @@ def _run(server: S3Server, size_mb: int) -> int:
     _save(state)
     print(f"  written in {time.perf_counter() - started:.1f} s")
     rows = []
-    for way, make_reader in _ways():
+    for way, reader in _ways():
         print(f"Loading it with {way} …", flush=True)
-        for _ in range(_ROUNDS):
-            rows.append(_load(state, way, make_reader))
+        for load_name in _LOADS:
+            rows.append(_load(state, f"{way}, {load_name}", reader))
             verdict = f"DIFFERS: {', '.join(rows[-1].differing)}" if rows[-1].differing else "every bit is right"
             print(f"  loaded in {rows[-1].seconds:.2f} s; {verdict}", flush=True)
     _print_table(rows, size)
@@ -120,11 +120,12 @@ def _save(state: dict[str, Any]) -> None:
     save(state, storage_writer=writer, no_dist=True)
 
 
-def _ways() -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Names of the ways of loading that are installed, and what makes their storage readers."""
+def _ways() -> Iterator[tuple[str, Any]]:
+    """Names of the ways of loading that are installed, and their storage readers."""
     from mpreader.dcp import S3StorageReader
 
-    yield "mpreader", lambda: S3StorageReader(REGION, CHECKPOINT)
+    with S3StorageReader(REGION, CHECKPOINT) as reader:
+        yield "mpreader", reader
     try:
         from s3torchconnector import S3ClientConfig
         from s3torchconnector.dcp import S3StorageReader as ConnectorReader
@@ -132,15 +133,16 @@ def _ways() -> Iterator[tuple[str, Callable[[], Any]]]:
         print("(s3torchconnector[dcp] is not installed, so it is not compared)")
         return
     config = S3ClientConfig(force_path_style=True)
-    constructor: Any = mpreader.S3ReaderConstructor.multiprocess()
-    yield (
-        "s3torchconnector + mpreader's multiprocess()",
-        lambda: ConnectorReader(REGION, CHECKPOINT, config, reader_constructor=constructor),
-    )
-    yield "s3torchconnector's default", lambda: ConnectorReader(REGION, CHECKPOINT, config)
+    with closing(mpreader.S3ReaderConstructor.multiprocess()) as constructor:
+        drop_in: Any = constructor
+        yield (
+            "s3torchconnector with multiprocess()",
+            ConnectorReader(REGION, CHECKPOINT, config, reader_constructor=drop_in),
+        )
+    yield "s3torchconnector by default", ConnectorReader(REGION, CHECKPOINT, config)
 
 
-def _load(state: dict[str, Any], way: str, make_reader: Callable[[], Any]) -> Row:
+def _load(state: dict[str, Any], way: str, reader: Any) -> Row:
     # Filled, so that the memory of the targets is there before the clock starts, and nothing is right by chance.
     target = {
         part: {name: torch.full_like(tensor, 1) for name, tensor in state[part].items()} for part in ("model", "odd")
@@ -148,7 +150,7 @@ def _load(state: dict[str, Any], way: str, make_reader: Callable[[], Any]) -> Ro
     target["items"] = {name: type(value)() for name, value in state["items"].items()}
     resident = _reset_peak_memory()
     started = time.perf_counter()
-    load(target, storage_reader=make_reader(), no_dist=True)
+    load(target, storage_reader=reader, no_dist=True)
     seconds = time.perf_counter() - started
     peak = None if resident is None else _memory("VmHWM") - resident
     return Row(way, seconds, peak, differing(state, target))
@@ -197,15 +199,18 @@ def _memory(field: str) -> int:
 
 @contextmanager
 def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """Set AWS_* to ``variables`` and to nothing else, until the block ends: no account of the user's is touched."""
-    kept = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("AWS_")}
+    """Set ``variables``, and no other AWS_* and no proxy, until the block ends."""
+    before = dict(os.environ)
+    for name in before:
+        # s3torchconnector would go through a proxy even to this machine.
+        if name.startswith("AWS_") or name.lower() in ("http_proxy", "https_proxy", "all_proxy"):
+            del os.environ[name]
     os.environ.update(variables)
     try:
         yield
     finally:
-        for name in variables:
-            del os.environ[name]
-        os.environ.update(kept)
+        os.environ.clear()
+        os.environ.update(before)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import ssl
 import subprocess
 import sys
@@ -28,7 +29,12 @@ LOG_PATH: Final = "/_requests"  # no bucket can have this name
 
 
 def aws_environment(endpoint_url: str, ca_file: Path | None = None) -> dict[str, str]:
-    """The environment variables that point boto3, and all that is built on it, to ``endpoint_url``."""
+    """The environment variables that point boto3, and all that is built on it, to ``endpoint_url``.
+
+    The user's AWS configuration files and proxies are left out of it; other AWS_* variables should be unset.
+    """
+    unproxied = os.environ.get("NO_PROXY") or os.environ.get("no_proxy")
+    no_proxy = ",".join(filter(None, (unproxied, "127.0.0.1", "localhost")))
     environment = {
         "AWS_ENDPOINT_URL_S3": endpoint_url,
         "AWS_ENDPOINT_URL": endpoint_url,  # all that s3torchconnector looks at
@@ -38,6 +44,10 @@ def aws_environment(endpoint_url: str, ca_file: Path | None = None) -> dict[str,
         "AWS_REGION": REGION,
         "AWS_DEFAULT_REGION": REGION,
         "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+        "NO_PROXY": no_proxy,
+        "no_proxy": no_proxy,
     }
     if ca_file is not None:
         environment["AWS_CA_BUNDLE"] = str(ca_file)
@@ -116,9 +126,15 @@ class S3Server:
         command = [sys.executable, "-m", __name__, "--port", "0"]
         if self._certificate is not None:
             command += ["--chain", str(self._certificate.chain_file), "--key", str(self._certificate.key_file)]
-        # Own session: Ctrl-C in the terminal is for the program under test; this server ends with its stdin.
         process = subprocess.Popen(  # noqa: S603 - this module, run by this interpreter
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            # moto is built on botocore, which a profile of the user's that does not exist would break.
+            env={name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "MOTO_"))},
+            # Ctrl-C in the terminal is for the program under test; this server ends with its standard input.
+            start_new_session=True,
         )
         self._process = process
         assert process.stdout is not None

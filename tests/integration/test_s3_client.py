@@ -16,7 +16,7 @@ from mpreader import AccessDenied, ConfigError, ObjectMissing, S3Client, S3Clien
 from mpreader.errors import TransportError
 from mpreader.pool.source import Route
 from mpreader.s3 import S3Source
-from mpreader.testing import S3Server
+from mpreader.testing import FaultServer, S3Server
 
 KEYS = [
     "plain",
@@ -184,17 +184,21 @@ def test_client_is_shared_by_threads(bucket: str) -> None:
     client.close()
 
 
-def test_client_works_after_a_fork(bucket: str) -> None:
-    client = S3Client()
-    client.put_object(bucket, "key").close()
-    child = multiprocessing.get_context("fork").Process(target=client.delete_object, args=(bucket, "key"))
-    child.start()
-    child.join(60)
-    assert child.exitcode == 0
-    child.close()
-    with pytest.raises(ObjectMissing):  # and the parent's connections still do
-        client.head_object(bucket, "key")
-    client.close()
+def test_client_connects_anew_after_a_fork(monkeypatch: pytest.MonkeyPatch) -> None:
+    with FaultServer({"/bucket/key": b"data"}) as server:
+        for name, value in server.environment().items():
+            monkeypatch.setenv(name, value)
+        client = S3Client()
+        client.head_object("bucket", "key")
+        child = multiprocessing.get_context("fork").Process(target=client.head_object, args=("bucket", "key"))
+        child.start()
+        child.join(60)
+        assert child.exitcode == 0
+        child.close()
+        client.head_object("bucket", "key")
+        # Parent and child must not talk on one socket; the parent goes on with its own.
+        assert [request.connection for request in server.requests] == [1, 2, 1]
+        client.close()
 
 
 def test_client_with_a_malformed_endpoint_is_a_config_error(aws_environment: None) -> None:

@@ -81,3 +81,9 @@ def test_host_is_measured() -> None:
     assert 1 <= host.cores <= (os.cpu_count() or 1)
     assert 0 < host.free_memory <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert host.free_shm > 0
+
+
+@pytest.mark.parametrize("max_memory", [256 * KiB, 4 * MiB, 51 * MiB, 300 * MiB, 4 * GiB])
+def test_sizing_one_held_view_does_not_pin_much(max_memory: int) -> None:
+    sizes = size_pool(PoolConfig(max_memory=max_memory), S3ClientConfig(), Host(2, GiB, GiB))
+    assert sizes.segment_bytes <= max(sizes.block_bytes, max_memory // 8)

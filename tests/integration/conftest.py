@@ -1,0 +1,93 @@
+"""What the tests of the pool share: a source on a fault server, pools that are closed again, fills."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import pytest
+
+from mpreader.config import PoolConfig
+from mpreader.pool.pool import Pool
+from mpreader.pool.source import ObjectVersion, Route
+from mpreader.pool.transfer import Fill, FillPart
+from mpreader.testing import FaultServer
+
+
+class ServedSource:
+    """An object of a fault server. See :class:`mpreader.pool.source.Source`."""
+
+    bucket = "bucket"
+    max_attempts = 5
+
+    def __init__(self, server: FaultServer, path: str, data: bytes) -> None:
+        self.key = path
+        self.opened = 0
+        self.routes = 0
+        self._port = int(server.endpoint_url.rpartition(":")[2])
+        self._version = ObjectVersion(len(data), f'"{hashlib.md5(data).hexdigest()}"')
+
+    def open(self) -> ObjectVersion:
+        self.opened += 1
+        return self._version
+
+    def route(self) -> Route:
+        self.routes += 1
+        return Route(False, "127.0.0.1", self._port, self.key, (("Host", f"127.0.0.1:{self._port}"),))
+
+
+class MakePool(Protocol):
+    """Makes a pool that is closed when the test ends."""
+
+    def __call__(
+        self, *, workers: int = 1, connections_per_worker: int = 4, max_memory: int = ..., **settings: float
+    ) -> Pool: ...
+
+
+class MakeFills(Protocol):
+    """Cuts an object into fills of ``size`` bytes, one part each."""
+
+    def __call__(self, size: int, count: int | None = None, start: int = 0) -> list[Fill]: ...
+
+
+@pytest.fixture
+def make_pool() -> Iterator[MakePool]:
+    with contextlib.ExitStack() as pools:
+
+        def make(
+            *, workers: int = 1, connections_per_worker: int = 4, max_memory: int = 16 << 20, **settings: float
+        ) -> Pool:
+            config = PoolConfig(workers, connections_per_worker, max_memory, **settings)  # type: ignore[arg-type]
+            pool = Pool(config)
+            pools.callback(pool.close)
+            return pool
+
+        yield make
+
+
+@pytest.fixture(scope="session")
+def data() -> bytes:
+    """8 MiB of which every 8 bytes differ."""
+    return b"".join(number.to_bytes(8, "little") for number in range(1 << 20))
+
+
+@pytest.fixture
+def server(data: bytes) -> Iterator[FaultServer]:
+    with FaultServer({"/object": data}) as server:
+        yield server
+
+
+@pytest.fixture
+def source(server: FaultServer, data: bytes) -> ServedSource:
+    return ServedSource(server, "/object", data)
+
+
+@pytest.fixture
+def make_fills(source: ServedSource, data: bytes) -> MakeFills:
+    def make(size: int, count: int | None = None, start: int = 0) -> list[Fill]:
+        starts: Sequence[int] = range(start, len(data) - size + 1, size)[:count]
+        return [Fill(source, size, (FillPart(start, start + size, 0),)) for start in starts]
+
+    return make
