@@ -25,7 +25,7 @@ from torch.futures import Future
 from mpreader.dcp.filesystem import Path, S3FileSystem
 from mpreader.dcp.metadata import load_metadata
 from mpreader.dcp.record import BufferItem, ItemBytes, RecordCorrupted, decode_layout
-from mpreader.dcp.tensor import copy_into, load_whole
+from mpreader.dcp.tensor import check_archive, copy_into, load_whole
 from mpreader.errors import ChecksumMismatch, ConfigError, PlanError
 from mpreader.readers.constructor import S3ReaderConstructor
 from mpreader.readers.multiprocess import MultiprocessConstructor
@@ -70,8 +70,8 @@ class S3StorageReader(FileSystemReader):
         s3client_config: How S3 is reached.
         reader_constructor: How files are read. None: ``S3ReaderConstructor.multiprocess()``.
         pool_config: Settings of the worker pool, for the default constructor.
-        verify: Whether tensors' saved CRC-32s are checked, where the default (or another multiprocess) constructor
-            is used; torch itself does not look at them.
+        verify: Whether the CRC-32s that ``torch.save`` wrote are checked, where the default (or another
+            multiprocess) constructor is used; torch itself does not look at them.
         allowed_globals: Classes, such as ``"package.module.Name"``, that ``.metadata`` may make besides DCP's own.
         kwargs: What torch's ``FileSystemReader`` takes besides, according to torch's version.
 
@@ -122,8 +122,9 @@ class S3StorageReader(FileSystemReader):
         """
         if isinstance(self._reader_constructor, MultiprocessConstructor):
             self._reader_constructor.start()  # the processes are up when the plan is made
-        path = self._get_metadata_path(kwargs.get("rank"))
-        with self._fs.create_stream(path, "rb") as stream:
+        rank = kwargs.get("rank")  # given where the ranks saved without telling each other
+        name = ".metadata" if rank is None else f"__{rank}.metadata"
+        with self._fs.create_stream(self._fs.concat_path(self.path, name), "rb") as stream:
             metadata = load_metadata(cast("IO[bytes]", stream), allowed_globals=self._allowed_globals)
         if getattr(metadata, "storage_meta", None) is None:
             metadata.storage_meta = StorageMeta()
@@ -185,7 +186,10 @@ class S3StorageReader(FileSystemReader):
     def _load_item(self, request: ReadItem, item: ItemBytes, planner: LoadPlanner) -> None:
         item = self._transformed(request, item)
         if request.type == LoadItemType.BYTE_IO:
-            planner.load_bytes(request, io.BytesIO(item.view(0, item.size)))
+            value = io.BytesIO(item.view(0, item.size))
+            if self._verify:
+                check_archive(value)
+            planner.load_bytes(request, value)
             return
         layout = decode_layout(item)
         if layout is not None:
@@ -226,7 +230,7 @@ class S3StorageReader(FileSystemReader):
         start, end = stored.offset, stored.offset + stored.length
         return ChecksumMismatch(
             f"{request.storage_index.fqn!r} is damaged in {uri}, bytes {start}-{end}, also when received again: "
-            f"{error}. Restore the file, or load from another checkpoint; verify=False loads it as it is",
+            f"{error}. Restore the file, or load from another checkpoint; verify=False does not check tensors",
             bucket=bucket,
             key=key,
             range=(start, end),

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Final
 
+import numpy as np
 import torch
 
 from mpreader.dcp.crc import crc32
@@ -25,7 +26,7 @@ from mpreader.dcp.layout import TensorLayout
 from mpreader.dcp.record import ItemBytes, RecordCorrupted, read_payload_crc
 from mpreader.errors import PlanError
 
-__all__ = ["copy_into", "load_whole"]
+__all__ = ["check_archive", "copy_into", "load_whole"]
 
 # A block is still in the processor's cache when it is copied after its CRC was computed.
 _BLOCK_NBYTES: Final = 1024 * 1024
@@ -74,15 +75,20 @@ def load_whole(item: ItemBytes, *, verify: bool = True) -> torch.Tensor:
     """
     record = io.BytesIO(item.view(0, item.size))
     if verify:
-        _check_archive(record)
+        check_archive(record)
     loaded: torch.Tensor = torch.load(record, map_location="cpu", weights_only=True)
     return loaded
 
 
-def _check_archive(record: io.BytesIO) -> None:
-    # Records of before torch 1.6 are no archives and have no checksums.
-    if bytes(record.getbuffer()[:4]) != b"PK\x03\x04" and not zipfile.is_zipfile(record):
-        record.seek(0)
+def check_archive(record: io.BytesIO) -> None:
+    """Check the CRC of all that an archive holds; leave it at its start. What is no archive has no checksums.
+
+    Raises:
+        RecordCorrupted: An entry doesn't match its CRC, or something of the archive is missing.
+    """
+    is_archive = bytes(record.getbuffer()[:4]) == b"PK\x03\x04" or zipfile.is_zipfile(record)
+    record.seek(0)
+    if not is_archive:
         return
     try:
         with zipfile.ZipFile(record) as archive:
@@ -153,11 +159,17 @@ class _Payload:
 
 def _fill(target: torch.Tensor, blocks: Iterator[memoryview]) -> None:
     """Fill a flat uint8 tensor."""
+    # Like torch's copy_, numpy's lets go of the GIL, which the pool's threads need (assigning to a memoryview does
+    # not); unlike torch's, it doesn't wait for a team of threads on cores that are busy receiving.
+    array = target.numpy() if target.is_cpu else None
     position = 0
     for block in blocks:
-        # torch.copy_ lets go of the GIL, which the pool's threads need; assigning to a memoryview does not.
-        target[position : position + len(block)].copy_(torch.frombuffer(block, dtype=torch.uint8))
-        position += len(block)
+        end = position + len(block)
+        if array is not None:
+            np.copyto(array[position:end], np.frombuffer(block, np.uint8))
+        else:
+            target[position:end].copy_(torch.frombuffer(block, dtype=torch.uint8))
+        position = end
         del block
     if position != len(target):
         raise RecordCorrupted(f"an item ended {len(target) - position} bytes early")

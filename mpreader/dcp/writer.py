@@ -61,6 +61,14 @@ class S3StorageWriter(FileSystemWriter):
         self.path = self.fs.init_path(path)
         self.prefix_strategy = prefix_strategy or DefaultPrefixStrategy()
 
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """Give this rank its prefix where the ranks save without telling each other."""
+        plan = super().prepare_local_plan(plan)
+        rank = getattr(self, "rank", None)  # there since torch 2.8
+        if plan.storage_data is None or rank is None:
+            return plan
+        return dataclasses.replace(plan, storage_data=_Prefix(self.prefix_strategy(rank)))
+
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Give every rank its prefix."""
         return [

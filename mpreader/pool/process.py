@@ -60,9 +60,9 @@ class WorkerProcess:
         with contextlib.ExitStack() as undo:
             sock, worker_sock = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             undo.callback(worker_sock.close)
-            stderr = os.memfd_create("mpreader-worker-stderr")
             on_failure = undo.enter_context(contextlib.ExitStack())
             on_failure.callback(sock.close)
+            stderr = os.memfd_create("mpreader-worker-stderr")
             on_failure.callback(os.close, stderr)
             code = _START.format(
                 root=str(Path(__file__).resolve().parents[2]),

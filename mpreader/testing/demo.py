@@ -1,7 +1,7 @@
 """The whole way of a checkpoint: written to an embedded S3, loaded back, compared bit by bit, and timed.
 
-``python -m mpreader.testing.demo [--size-mb 400]`` needs no network and no credentials. Its exit status is 1 if
-any byte came back different. S3 is played by a process of the same machine, so the seconds compare ways of
+``python -m mpreader.testing.demo`` needs no network and no credentials. Its exit status is 1 if any byte came back
+different. S3 is played by a process of the same machine, so the seconds compare ways of
 loading; they are not those of a load from AWS.
 """
 
@@ -21,7 +21,9 @@ import torch
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-import mpreader
+from mpreader import ConfigError, PoolConfig, S3ReaderConstructor
+from mpreader.config import parse_bytes
+from mpreader.testing.memory import TreeMemory
 from mpreader.testing.s3_server import REGION, S3Server
 
 __all__ = ["differing", "main", "make_state"]
@@ -48,7 +50,7 @@ class Row:
 
     way: str
     seconds: float
-    extra_memory: int | None
+    extra_memory: int
     differing: list[str]
 
 
@@ -56,15 +58,28 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the demo; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m mpreader.testing.demo", description=__doc__)
     parser.add_argument("--size-mb", type=int, default=400, help="size of the checkpoint in MB (default: 400)")
+    parser.add_argument("--max-memory", type=_bytes, help="shared memory of the pool, such as 64MiB")
+    parser.add_argument("--workers", type=int, help="worker processes of the pool")
     options = parser.parse_args(arguments)
     if options.size_mb < 1:
         parser.error("--size-mb must be at least 1")
+    try:
+        pool_config = PoolConfig(workers=options.workers, max_memory=options.max_memory)
+    except ConfigError as error:
+        parser.error(str(error))
     # One process is what this demo is about; torch warns all the same.
     warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
     print("Starting an embedded S3 server …", flush=True)
     with S3Server() as server, _environment(server.environment()):
         server.create_bucket(BUCKET)
-        return _run(server, options.size_mb)
+        return _run(server, options.size_mb, pool_config)
+
+
+def _bytes(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def make_state(size_mb: int) -> dict[str, Any]:
@@ -92,7 +107,7 @@ def _random_bits(shape: tuple[int, ...], generator: torch.Generator) -> torch.Te
     return torch.empty(shape, dtype=torch.int16).random_(-(1 << 15), 1 << 15, generator=generator).view(torch.bfloat16)
 
 
-def _run(server: S3Server, size_mb: int) -> int:
+def _run(server: S3Server, size_mb: int, pool_config: PoolConfig) -> int:
     state = make_state(size_mb)
     tensors = [tensor for part in ("model", "odd") for tensor in state[part].values()]
     size = sum(tensor.nbytes for tensor in tensors)
@@ -103,10 +118,10 @@ def _run(server: S3Server, size_mb: int) -> int:
     _save(state)
     print(f"  written in {time.perf_counter() - started:.1f} s")
     rows = []
-    for way, reader in _ways():
+    for way, reader in _ways(pool_config):
         print(f"Loading it with {way} …", flush=True)
         for load_name in _LOADS:
-            rows.append(_load(state, f"{way}, {load_name}", reader))
+            rows.append(_load(state, f"{way}, {load_name}", reader, server.pid))
             verdict = f"DIFFERS: {', '.join(rows[-1].differing)}" if rows[-1].differing else "every bit is right"
             print(f"  loaded in {rows[-1].seconds:.2f} s; {verdict}", flush=True)
     _print_table(rows, size)
@@ -120,11 +135,11 @@ def _save(state: dict[str, Any]) -> None:
     save(state, storage_writer=writer, no_dist=True)
 
 
-def _ways() -> Iterator[tuple[str, Any]]:
+def _ways(pool_config: PoolConfig) -> Iterator[tuple[str, Any]]:
     """Names of the ways of loading that are installed, and their storage readers."""
     from mpreader.dcp import S3StorageReader
 
-    with S3StorageReader(REGION, CHECKPOINT) as reader:
+    with S3StorageReader(REGION, CHECKPOINT, pool_config=pool_config) as reader:
         yield "mpreader", reader
     try:
         from s3torchconnector import S3ClientConfig
@@ -133,7 +148,7 @@ def _ways() -> Iterator[tuple[str, Any]]:
         print("(s3torchconnector[dcp] is not installed, so it is not compared)")
         return
     config = S3ClientConfig(force_path_style=True)
-    with closing(mpreader.S3ReaderConstructor.multiprocess()) as constructor:
+    with closing(S3ReaderConstructor.multiprocess(pool_config=pool_config)) as constructor:
         drop_in: Any = constructor
         yield (
             "s3torchconnector with multiprocess()",
@@ -142,18 +157,17 @@ def _ways() -> Iterator[tuple[str, Any]]:
     yield "s3torchconnector by default", ConnectorReader(REGION, CHECKPOINT, config)
 
 
-def _load(state: dict[str, Any], way: str, reader: Any) -> Row:
+def _load(state: dict[str, Any], way: str, reader: Any, server_pid: int) -> Row:
     # Filled, so that the memory of the targets is there before the clock starts, and nothing is right by chance.
     target = {
         part: {name: torch.full_like(tensor, 1) for name, tensor in state[part].items()} for part in ("model", "odd")
     }
     target["items"] = {name: type(value)() for name, value in state["items"].items()}
-    resident = _reset_peak_memory()
-    started = time.perf_counter()
-    load(target, storage_reader=reader, no_dist=True)
-    seconds = time.perf_counter() - started
-    peak = None if resident is None else _memory("VmHWM") - resident
-    return Row(way, seconds, peak, differing(state, target))
+    with TreeMemory(excluded_pids=[server_pid]) as memory:
+        started = time.perf_counter()
+        load(target, storage_reader=reader, no_dist=True)
+        seconds = time.perf_counter() - started
+    return Row(way, seconds, memory.peak_extra_bytes, differing(state, target))
 
 
 def differing(state: dict[str, Any], loaded: dict[str, Any]) -> list[str]:
@@ -176,25 +190,10 @@ def _print_table(rows: list[Row], size: int) -> None:
     width = max(len(row.way) for row in rows)
     print(f"\n{'loaded with':{width}}  seconds    GB/s  extra memory  bits")
     for row in rows:
-        memory = "?" if row.extra_memory is None else f"{row.extra_memory / _MB:.0f} MB"
+        memory = f"{row.extra_memory / _MB:.0f} MB"
         verdict = "DIFFER" if row.differing else "same"
         print(f"{row.way:{width}}  {row.seconds:7.2f}  {size / row.seconds / 1e9:6.2f}  {memory:>12}  {verdict}")
-    print("(extra memory: peak of this process above the checkpoint itself, workers not counted)")
-
-
-def _reset_peak_memory() -> int | None:
-    """Bytes resident now, from which the peak is counted on; None where the kernel keeps no such count."""
-    try:
-        with open("/proc/self/clear_refs", "w") as clear_refs:
-            clear_refs.write("5")
-    except OSError:
-        return None
-    return _memory("VmRSS")
-
-
-def _memory(field: str) -> int:
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
+    print("(extra memory: what this process and its workers took besides the checkpoint; shared memory counted once)")
 
 
 @contextmanager

@@ -88,6 +88,17 @@ class S3Server:
         self._url = ""
 
     @property
+    def pid(self) -> int:
+        """Its process.
+
+        Raises:
+            RuntimeError: It is not running.
+        """
+        if self._process is None:
+            raise RuntimeError("the server is not running")
+        return self._process.pid
+
+    @property
     def endpoint_url(self) -> str:
         """Where it listens: ``http://127.0.0.1:<port>``."""
         if not self._url:

@@ -325,6 +325,31 @@ def test_flipped_bit_in_a_record_for_torch_load_raises_too(bucket: str) -> None:
         load(state, storage_reader=reader)
 
 
+def test_flipped_bit_in_another_object_than_a_tensor_raises_too(bucket: str) -> None:
+    uri = f"s3://{bucket}/damaged"
+    save({"run": {"name": "marker of this run"}}, storage_writer=S3StorageWriter("us-east-1", uri))
+    replace_bytes(uri, "__0_0.distcp", b"marker of this run", b"barker of this run")
+    with (
+        S3StorageReader("us-east-1", uri, pool_config=POOL) as reader,
+        pytest.raises(CheckpointException, match="ChecksumMismatch"),
+    ):
+        load({"run": {"name": ""}}, storage_reader=reader)
+
+
+def test_checkpoint_of_ranks_that_save_on_their_own(
+    bucket: str, constructor: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    uri = f"s3://{bucket}/own"
+    writer = S3StorageWriter("us-east-1", uri, prefix_strategy=HexPrefixStrategy(min_prefix_length=2))
+    save(example(), storage_writer=writer, use_collectives=False)
+    assert [file.removeprefix(uri) for file in S3FileSystem().ls(uri)] == ["/00/__0_0.distcp", "/__0.metadata"]
+    state = zeroed(example())
+    with S3StorageReader("us-east-1", uri, reader_constructor=constructor) as reader:
+        load(state, storage_reader=reader)
+    assert_same(state, example())
+    caplog.clear()  # torch logs that there is no common .metadata, and with it frames that hold connections
+
+
 def test_hostile_metadata_is_refused_before_anything_is_read(checkpoint: str, constructor: Any) -> None:
     data = files_with(checkpoint, ".metadata").popitem()[1]
     for hostile, reason in (
