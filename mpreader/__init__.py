@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from mpreader.ranges import RangeGroup as RangeGroup
     from mpreader.readers.base import S3Reader as S3Reader
     from mpreader.readers.constructor import DCPOptimizedConstructor as DCPOptimizedConstructor
-    from mpreader.readers.multiprocess import MultiprocessConstructor as MultiprocessConstructor
     from mpreader.readers.constructor import S3ReaderConstructor as S3ReaderConstructor
     from mpreader.readers.dcp_optimized import DCPOptimizedS3Reader as DCPOptimizedS3Reader
+    from mpreader.readers.multiprocess import MultiprocessConstructor as MultiprocessConstructor
     from mpreader.readers.multiprocess import MultiprocessS3Reader as MultiprocessS3Reader
     from mpreader.readers.ranged import RangedS3Reader as RangedS3Reader
     from mpreader.readers.sequential import SequentialS3Reader as SequentialS3Reader

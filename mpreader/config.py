@@ -203,4 +203,8 @@ def _from_environment(name: str) -> int | float | None:
 
 
 def _parse_number(name: str, text: str) -> int | float:
-    return float(text) if name.endswith("_s") else int(text)
+    convert, what = (float, "a number") if name.endswith("_s") else (int, "a whole number")
+    try:
+        return convert(text)
+    except ValueError:
+        raise ValueError(f"not {what}") from None

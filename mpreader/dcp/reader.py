@@ -95,8 +95,7 @@ class S3StorageReader(FileSystemReader):
         super().__init__(path, **kwargs)
         client = S3Client(region, s3client_config=s3client_config)
         if reader_constructor is None:
-            config = client.s3client_config if s3client_config is not None else None
-            reader_constructor = S3ReaderConstructor.multiprocess(s3client_config=config, pool_config=pool_config)
+            reader_constructor = S3ReaderConstructor.multiprocess(pool_config=pool_config)
         elif pool_config is not None:
             raise ConfigError("give pool_config to the reader_constructor: S3ReaderConstructor.multiprocess(…)")
         self._reader_constructor = reader_constructor

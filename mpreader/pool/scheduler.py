@@ -176,7 +176,15 @@ class Scheduler:
         for reading in self._readings.values():
             reading.transfer.fail_all(error)
             self._past_wait_s += reading.transfer.wait_s
-        for held in (self._readings, self._turn, self._demanded, self._queued, self._delayed, self._parts, self._leased):
+        for held in (
+            self._readings,
+            self._turn,
+            self._demanded,
+            self._queued,
+            self._delayed,
+            self._parts,
+            self._leased,
+        ):
             held.clear()
 
     # -- what workers and sources say

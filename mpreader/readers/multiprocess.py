@@ -181,7 +181,8 @@ class MultiprocessConstructor(ItemRangeConstructor):
 
     def _get_pool(self) -> Pool:
         if self._pool is None:
-            self._pool = shared_pool(self._pool_config, self._s3client_config)
+            config = self._s3client_config or (self._client.s3client_config if self._client is not None else None)
+            self._pool = shared_pool(self._pool_config, config)
             self._release_pool = weakref.finalize(self, release_shared_pool, self._pool)
         return self._pool
 
