@@ -235,6 +235,7 @@ class _PinnedSource:
         self.version = version
         self.bucket = source.bucket
         self.key = source.key
+        self.uri = source.uri
         self.max_attempts = source.max_attempts
         self._source = source
 

@@ -65,6 +65,11 @@ class HttpSource:
         return self._url.path
 
     @property
+    def uri(self) -> str:
+        """The URL without user name, password and query."""
+        return f"{self._url.scheme}://{self.bucket}{self.key}"
+
+    @property
     def max_attempts(self) -> int:
         """Requests made for the same bytes before giving up."""
         return self._max_attempts
@@ -93,10 +98,7 @@ class HttpSource:
         return route_to(str(found), found.headers, proxy_for(str(found)), _ca_file() if found.is_tls else None)
 
     def __repr__(self) -> str:
-        return f"<HttpSource {self._name()}>"
-
-    def _name(self) -> str:
-        return f"{self._url.scheme}://{self.bucket}{self.key}"
+        return f"<HttpSource {self.uri}>"
 
     def _resolve(self) -> tuple[_Url, ObjectVersion]:
         found, status, headers = self._ask("HEAD", self._url, {})
@@ -170,7 +172,7 @@ class HttpSource:
         return self._error(TransportError, f"the server answers HTTP {status}")
 
     def _error(self, kind: type[TransportError], message: str) -> TransportError:
-        return kind(f"{self._name()}: {message}", bucket=self.bucket, key=self.key, attempts=1)
+        return kind(f"{self.uri}: {message}", bucket=self.bucket, key=self.key, attempts=1)
 
 
 class _Url(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import multiprocessing.resource_tracker
 import os
 import re
@@ -28,6 +29,11 @@ def _process_wide_singletons() -> None:
     import torch.distributed.checkpoint
 
     torch.zeros(1).add_(1)
+    if importlib.util.find_spec("s3torchconnectorclient") is not None:
+        # Its native library opens the source of random numbers when a client is made, and never closes it.
+        from s3torchconnectorclient._mountpoint_s3_client import MountpointS3Client
+
+        MountpointS3Client(region="us-east-1", unsigned=True)
 
 
 @pytest.fixture(autouse=True)

@@ -193,7 +193,6 @@ class Coordinator:
             while not self._is_told_to_stop and not self._try_end_idle():
                 self._wait()
                 self._read_inbox()
-                self._announce_segments()  # dropped ones are given back by the system when the workers let go, too
                 self._watch()
                 self._dispatch()
         except MpreaderError as broken:

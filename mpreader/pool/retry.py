@@ -58,7 +58,7 @@ def delay_before(failure: Failed, attempts: int, max_attempts: int) -> float | N
 
 def error_after(failure: Failed, source: Source, byte_range: tuple[int, int], attempts: int) -> MpreaderError:
     """The error that a consumer gets when no attempt is left."""
-    name = f"{source.bucket}/{source.key} bytes {byte_range[0]}-{byte_range[1]} (end exclusive)"
+    name = f"{source.uri} bytes {byte_range[0]}-{byte_range[1]} (end exclusive)"
     tried = "1 attempt" if attempts == 1 else f"{attempts} attempts"
     cls, what, advice = _WORDING.get(failure.kind, (TransportError, "the read failed", ""))
     message = f"{what}: {name}: {failure.detail} ({tried}){'. ' + advice if advice else ''}"
@@ -68,7 +68,7 @@ def error_after(failure: Failed, source: Source, byte_range: tuple[int, int], at
 def timeout_error(source: Source, byte_range: tuple[int, int], timeout_s: float, last: str) -> PoolTimeout:
     """The error when a part was not there within ``PoolConfig.timeout_s``."""
     return PoolTimeout(
-        f"{source.bucket}/{source.key} bytes {byte_range[0]}-{byte_range[1]} were not read within {timeout_s:g} s "
+        f"{source.uri} bytes {byte_range[0]}-{byte_range[1]} were not read within {timeout_s:g} s "
         f"(last failure: {last or 'none'}). If the network is that slow, raise PoolConfig.timeout_s "
         "(MPREADER_TIMEOUT_S)"
     )

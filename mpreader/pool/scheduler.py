@@ -455,9 +455,9 @@ def _next_pending(reading: Reading) -> FillState | None:
 
 def _name(part: PartState) -> str:
     source = part.fill.fill.source
-    return f"{source.bucket}/{source.key} bytes {part.part.start}-{part.part.end}"
+    return f"{source.uri} bytes {part.part.start}-{part.part.end}"
 
 
 def _past_end_error(fill: Fill, end: int, size: int) -> PlanError:
     source = fill.source
-    return PlanError(f"range ends at byte {end}, past the end of {source.bucket}/{source.key}, which has {size} bytes")
+    return PlanError(f"range ends at byte {end}, past the end of {source.uri}, which has {size} bytes")

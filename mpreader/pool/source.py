@@ -78,6 +78,10 @@ class Source(Protocol):
         """Key, or path of an http(s) source; named in errors."""
 
     @property
+    def uri(self) -> str:
+        """What people call it, ``s3://bucket/key`` or the URL without its secrets; begins the errors' messages."""
+
+    @property
     def max_attempts(self) -> int:
         """Requests made for the same bytes before giving up."""
 

@@ -129,8 +129,6 @@ def _resolve(entry: SourceEntry, is_new: bool) -> Resolved:
     except MpreaderError as error:
         return Resolved(entry, None, None, error)
     except Exception as error:  # noqa: BLE001  # whatever a library raises must reach the consumer, not end a thread
-        wrapped = TransportError(
-            f"can't open {source.bucket}/{source.key}: {error!r}", bucket=source.bucket, key=source.key
-        )
+        wrapped = TransportError(f"can't open {source.uri}: {error!r}", bucket=source.bucket, key=source.key)
         wrapped.__cause__ = error
         return Resolved(entry, None, None, wrapped)

@@ -33,6 +33,11 @@ class S3Source:
         return self._key
 
     @property
+    def uri(self) -> str:
+        """``s3://bucket/key``."""
+        return f"s3://{self._bucket}/{self._key}"
+
+    @property
     def max_attempts(self) -> int:
         """Requests made for the same bytes before giving up."""
         return self._client.s3client_config.max_attempts
@@ -57,4 +62,4 @@ class S3Source:
         return self._client.route(self._bucket, self._key)
 
     def __repr__(self) -> str:
-        return f"<S3Source s3://{self._bucket}/{self._key}>"
+        return f"<S3Source {self.uri}>"

@@ -31,7 +31,7 @@ from mpreader.pool.transfer import Fill, FillPart
 from mpreader.testing import Fault, FaultKind, FaultServer, random_faults
 
 if TYPE_CHECKING:
-    Serve = Callable[..., FaultServer]
+    from tests.faults.conftest import Serve
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -74,7 +74,9 @@ def starts(server: FaultServer) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", [FaultKind.RESET, FaultKind.EARLY_CLOSE])
-def test_body_that_breaks_is_resumed_where_it_broke(fetcher: RangeFetcher, server: FaultServer, kind: FaultKind) -> None:
+def test_body_that_breaks_is_resumed_where_it_broke(
+    fetcher: RangeFetcher, server: FaultServer, kind: FaultKind
+) -> None:
     server.inject(Fault(kind, at=(1,), after_bytes=300_000), Fault(kind, at=(2,), after_bytes=100_000))
     [view] = fetcher.fetch(server.url("/object"), [(1000, 1000 + PART)])
     assert view == DATA[1000 : 1000 + PART]
@@ -177,9 +179,11 @@ def test_random_plan_under_random_faults_is_exact(
         (Fault(FaultKind.STATUS, status=416), ObjectChanged, "InvalidRange", 1),
         (Fault(FaultKind.STATUS, status=403, code="ExpiredToken"), AccessDenied, "ExpiredToken", 2),
     ],
-    ids=lambda value: value.kind.name + (f" {value.code or value.status}" if value.status != 503 else "")
-    if isinstance(value, Fault)
-    else "",
+    ids=lambda value: (
+        value.kind.name + (f" {value.code or value.status}" if value.status != 503 else "")
+        if isinstance(value, Fault)
+        else ""
+    ),
 )
 def test_fault_that_stays_is_one_error_after_few_attempts(
     make_fetcher: Callable[..., RangeFetcher],
@@ -209,7 +213,7 @@ def test_object_overwritten_between_two_gets_is_never_mixed(
     size = 64 * KiB
     fetcher = make_fetcher(max_memory=4 * size, part_size=size)  # most is still to be asked for when the first is there
     received = 0
-    with pytest.raises(ObjectChanged, match="Load again") as caught:
+    with pytest.raises(ObjectChanged, match="Load again") as caught:  # noqa: PT012  # which view it is, is left open
         for index, view in fetcher.stream(server.url("/object"), [(n, n + size) for n in range(0, len(DATA), size)]):
             assert view == DATA[index * size :][:size]
             server.put("/object", bytes(len(DATA)))
@@ -254,7 +258,7 @@ def test_range_past_the_end_is_refused_before_any_get(fetcher: RangeFetcher, ser
 class Routed:
     """A source with routes of the test's choice. See :class:`mpreader.pool.source.Source`."""
 
-    bucket, key = "bucket", "object"
+    bucket, key, uri = "bucket", "object", "s3://bucket/object"
 
     def __init__(self, *routes: Route, max_attempts: int = 2) -> None:
         self.routes = list(routes)
@@ -323,7 +327,7 @@ def test_refused_connection_is_retried_and_then_named(read: Callable[[Routed], b
 
 
 def test_unknown_host_is_retried_and_then_named(read: Callable[[Routed], bytes]) -> None:
-    with pytest.raises(TransportError, match="no-such-host.invalid:443.*2 attempts"):
+    with pytest.raises(TransportError, match=r"no-such-host\.invalid:443.*2 attempts"):
         read(Routed(Route(True, "no-such-host.invalid", 443, "/object")))
 
 
@@ -337,7 +341,9 @@ def test_tls_is_read_with_the_right_authority_and_refused_with_another(
 
 
 def test_tls_body_that_breaks_is_resumed(read: Callable[[Routed], bytes], serve: Serve) -> None:
-    faults = [Fault(kind, at=(at,), after_bytes=300_000) for at, kind in ((1, FaultKind.RESET), (2, FaultKind.EARLY_CLOSE))]
+    faults = [
+        Fault(kind, at=(at,), after_bytes=300_000) for at, kind in ((1, FaultKind.RESET), (2, FaultKind.EARLY_CLOSE))
+    ]
     server = serve({"/object": DATA}, *faults, tls=True)
     assert read(Routed(route(server, ca_file=str(server.ca_file)))) == DATA[:PART]
 

@@ -22,7 +22,7 @@ from mpreader.config import KiB, MiB
 from mpreader.testing import Fault, FaultKind, FaultServer
 
 if TYPE_CHECKING:
-    Serve = Callable[..., FaultServer]
+    from tests.faults.conftest import Serve
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -69,7 +69,7 @@ def strike(fetcher: RangeFetcher, server: FaultServer, signum: int, *, all_worke
 @pytest.fixture
 def slow_server(serve: Serve) -> FaultServer:
     """Answers to the first GETs stall half-way for so long that workers die before they end."""
-    return serve({"/object": DATA}, Fault(FaultKind.STALL, seconds=2.0, after_bytes=PART // 2))
+    return serve({"/object": DATA}, Fault(FaultKind.STALL, seconds=1.2, after_bytes=PART // 2))
 
 
 @pytest.mark.parametrize("all_workers", [False, True], ids=["one", "all"])
@@ -159,39 +159,54 @@ def test_part_that_kills_every_worker_is_one_error(make_fetcher: Callable[..., R
 
 
 @pytest.fixture
-def broken_interpreter(tmp_path: Path) -> Iterator[Path]:
-    script = tmp_path / "python"
-    log = tmp_path / "starts"
-    script.write_text(f"#!/bin/sh\necho start >> {log}\necho 'ImportError: no module named ssl' >&2\nexit 3\n")
-    script.chmod(0o755)
+def set_interpreter(tmp_path: Path) -> Iterator[Callable[[str], None]]:
+    """Let the workers be started by a shell script in place of Python."""
     before = multiprocessing.spawn.get_executable()
-    multiprocessing.spawn.set_executable(str(script))
-    yield log
+
+    def set_to(script: str) -> None:
+        path = tmp_path / "python"
+        path.write_text("#!/bin/sh\n" + script)
+        path.chmod(0o755)
+        multiprocessing.spawn.set_executable(str(path))
+
+    yield set_to
     multiprocessing.spawn.set_executable(before)
 
 
 def test_workers_that_can_not_start_are_one_error_with_what_they_printed(
-    make_fetcher: Callable[..., RangeFetcher], serve: Serve, broken_interpreter: Path
+    make_fetcher: Callable[..., RangeFetcher], serve: Serve, set_interpreter: Callable[[str], None], tmp_path: Path
 ) -> None:
+    log = tmp_path / "starts"
+    set_interpreter(f"echo start >> {log}\nsleep 0.1\necho 'ImportError: no module named ssl' >&2\nexit 3\n")
     server = serve({"/object": DATA})
     fetcher = make_fetcher()
-    with pytest.raises(WorkerCrashed, match="can't start.*\n?.*no module named ssl") as caught:
+    with pytest.raises(WorkerCrashed, match=r"can't start.*\n?.*no module named ssl") as caught:
         fetcher.fetch_object(server.url("/object"))
     assert caught.value.exitcode == 3
-    starts = len(broken_interpreter.read_text().splitlines())
-    assert starts <= 6, "a loop of restarts"
+    assert len(log.read_text().splitlines()) <= 6, "a loop of restarts"
     with pytest.raises(WorkerCrashed, match="no module named ssl"):
         fetcher.fetch_object(server.url("/object"))
 
 
-def test_interpreter_that_is_not_there_is_a_clear_error(
-    make_fetcher: Callable[..., RangeFetcher], serve: Serve, broken_interpreter: Path
+def test_worker_that_is_slow_to_start_delays_nobody(
+    make_fetcher: Callable[..., RangeFetcher], serve: Serve, set_interpreter: Callable[[str], None], tmp_path: Path
 ) -> None:
+    first = f'if mkdir {tmp_path}/first 2>/dev/null; then exec {sys.executable} "$@"; fi\n'
+    set_interpreter(first + "exec sleep 30\n")
     server = serve({"/object": DATA})
+    started = time.monotonic()
+    assert make_fetcher().fetch_object(server.url("/object")) == DATA
+    assert time.monotonic() - started < 5
+
+
+def test_interpreter_that_is_not_there_is_a_clear_error(
+    make_fetcher: Callable[..., RangeFetcher], serve: Serve, set_interpreter: Callable[[str], None]
+) -> None:
+    set_interpreter("")
     multiprocessing.spawn.set_executable("/no/such/python")
+    server = serve({"/object": DATA})
     with pytest.raises(PoolError, match="/no/such/python"):
         make_fetcher().fetch_object(server.url("/object"))
-    multiprocessing.spawn.set_executable(sys.executable)
 
 
 @contextlib.contextmanager
@@ -212,7 +227,7 @@ def descriptors_left(spare: int) -> Iterator[None]:
 
 def test_too_few_descriptors_are_a_clear_error(make_fetcher: Callable[..., RangeFetcher], serve: Serve) -> None:
     fetcher = make_fetcher(workers=8)
-    for spare in range(12):
+    for spare in (*range(8), 11):
         with descriptors_left(spare), pytest.raises(PoolError, match="ulimit -n"):
             fetcher._pool.start()
     server = serve({"/object": DATA})

@@ -24,6 +24,7 @@ class ServedSource:
 
     def __init__(self, server: FaultServer, path: str, data: bytes) -> None:
         self.key = path
+        self.uri = f"s3://bucket/{path}"
         self.opened = 0
         self.routes = 0
         self._port = int(server.endpoint_url.rpartition(":")[2])

@@ -107,7 +107,7 @@ def test_exception_in_the_consumer_gives_everything_back(server: FaultServer, da
     ranges = [(start, start + 1000) for start in range(0, len(data), 65536)]
     with RangeFetcher(pool_config=config) as fetcher:
         for _ in range(5):
-            with pytest.raises(ZeroDivisionError):
+            with pytest.raises(ZeroDivisionError):  # noqa: PT012
                 for index, view in fetcher.stream(server.url("/object"), ranges, max_gap_size=0):
                     assert view == data[index * 65536 :][:1000]
                     1 / 0  # noqa: B018
@@ -150,7 +150,9 @@ say("parent:", sum(len(view) for _, view in stream), digest(), fetcher.stats.res
 """
 
 
-@pytest.mark.parametrize("end", ["sys.exit(0)", "os._exit(0)", "fetcher.close(); sys.exit(0)", "del fetcher; sys.exit(0)"])
+@pytest.mark.parametrize(
+    "end", ["sys.exit(0)", "os._exit(0)", "fetcher.close(); sys.exit(0)", "del fetcher; sys.exit(0)"]
+)
 def test_forked_child_has_its_own_pool_and_leaves_the_parents_alone(
     server: FaultServer, data: bytes, digest: str, end: str
 ) -> None:
@@ -191,6 +193,36 @@ say(digest(), fetcher.stats.restarts)
 """
     # After a fork with threads Python itself warns from 3.12 on; the program asks for it.
     assert run("warnings.simplefilter('ignore', DeprecationWarning)\n" + program, server) == [f"{digest} 0"]
+
+
+def test_locks_that_other_threads_hold_at_a_fork_do_not_hang_the_child(server: FaultServer, digest: str) -> None:
+    program = """
+from mpreader.pool import pool
+digest()
+held, forked = threading.Barrier(2), threading.Event()
+def hold():
+    with pool._shared_lock, fetcher._pool._lock, fetcher._pool.coordinator._wakeup._lock:
+        held.wait()
+        forked.wait()
+thread = threading.Thread(target=hold)
+thread.start()
+held.wait()
+pid = os.fork()
+if pid == 0:
+    signal.alarm(10)
+    say(digest(), pool.shared_pool(CONFIG))
+    os._exit(0)
+say(os.waitpid(pid, 0)[1])
+forked.set()
+thread.join()
+say(digest())
+"""
+    ignored = "warnings.simplefilter('ignore', DeprecationWarning)\n"
+    assert run(ignored + program, server) == [
+        f"{digest} Pool(not running, workers=2, connections_per_worker=2)",
+        "0",
+        digest,
+    ]
 
 
 # -- signals
@@ -297,7 +329,7 @@ def test_workers_start_fast_and_stay_small(
     sizes = [private_bytes(pid) for pid in pids(fetcher)]
     record_property("start_s", start_s)
     record_property("worker_bytes", max(sizes))
-    print(f"start of 2 workers: {start_s * 1000:.0f} ms; memory of each: {[size // KiB for size in sizes]} KiB")
+    print(f"start of 2 workers: {start_s * 1000:.0f} ms; memory of each: {[size // KiB for size in sizes]} KiB")  # noqa: T201
     assert start_s < 1.0
     assert max(sizes) < 40 * MiB
 
@@ -308,7 +340,9 @@ def test_workers_import_nothing_heavy(fetcher: RangeFetcher, server: FaultServer
         mapped = Path(f"/proc/{pid}/maps").read_text()
         assert "torch" not in mapped
         assert "numpy" not in mapped
-    program = "import sys; import mpreader.pool.worker; print(*{'boto3', 'botocore', 'torch', 'numpy'} & set(sys.modules))"
+    program = (
+        "import sys; import mpreader.pool.worker; print(*{'boto3', 'botocore', 'torch', 'numpy'} & set(sys.modules))"
+    )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout == "\n"
 

@@ -255,7 +255,8 @@ def test_pool_fits_itself_to_a_small_dev_shm() -> None:
         from mpreader.testing import FaultServer
         data = os.urandom(3_000_000)
         with FaultServer({"/o": data}) as server, RangeFetcher() as fetcher:
-            for index, view in fetcher.stream(server.url("/o"), [(i, i + 100_000) for i in range(0, 3_000_000, 100_000)]):
+            ranges = [(start, start + 100_000) for start in range(0, 3_000_000, 100_000)]
+            for index, view in fetcher.stream(server.url("/o"), ranges):
                 assert view == data[index * 100_000 :][:100_000]
             print("all", fetcher._pool.sizes.max_bytes)
         """,

@@ -52,7 +52,8 @@ def failure_of(call: Callable[[], object]) -> GetFailed:
 
 
 @pytest.mark.parametrize(
-    ("start", "end"), [(0, 1), (5, 6), (0, CHUNK_BYTES), (1, CHUNK_BYTES + 2), (0, len(DATA)), (len(DATA) - 1, len(DATA))]
+    ("start", "end"),
+    [(0, 1), (5, 6), (0, CHUNK_BYTES), (1, CHUNK_BYTES + 2), (0, len(DATA)), (len(DATA) - 1, len(DATA))],
 )
 def test_get_receives_exactly_the_range(connection: Connection, server: FaultServer, start: int, end: int) -> None:
     assert get(connection, server, start, end) == DATA[start:end]
@@ -71,7 +72,9 @@ def test_get_keeps_the_connection(connection: Connection, server: FaultServer) -
 def test_get_survives_a_server_that_closes_idle_connections(connection: Connection) -> None:
     # Each connection serves one answer that does not say it is the last, and is closed behind it.
     listener = socket.create_server(("127.0.0.1", 0))
-    head = f"HTTP/1.1 206 P\r\nContent-Range: bytes 0-9/{len(DATA)}\r\nETag: {ETAG}\r\nContent-Length: 10\r\n\r\n".encode()
+    head = (
+        f"HTTP/1.1 206 P\r\nContent-Range: bytes 0-9/{len(DATA)}\r\nETag: {ETAG}\r\nContent-Length: 10\r\n\r\n".encode()
+    )
 
     def serve() -> None:
         for _ in range(3):

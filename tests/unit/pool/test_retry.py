@@ -31,6 +31,7 @@ class Named:
 
     bucket = "models"
     key = "a/b.distcp"
+    uri = "s3://models/a/b.distcp"
     max_attempts = 10
 
     def open(self) -> ObjectVersion:
