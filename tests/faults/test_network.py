@@ -278,7 +278,7 @@ def read() -> Iterator[Callable[[Routed], bytes]]:
     pools: list[Pool] = []
 
     def take(source: Routed) -> bytes:
-        pools.append(Pool(PoolConfig(**SETTINGS, connect_timeout_s=2.0)))  # type: ignore[arg-type]
+        pools.append(Pool(PoolConfig(**SETTINGS, connect_timeout_s=2.0)))
         transfer = pools[-1].read([Fill(source, PART, (FillPart(0, PART, 0),))])
         try:
             return bytes(transfer.take(0))

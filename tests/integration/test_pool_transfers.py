@@ -14,6 +14,7 @@ import pytest
 from mpreader.config import KiB, MiB
 from mpreader.errors import ArenaExhausted, PlanError, PoolClosed, TransportError
 from mpreader.pool.pool import Pool
+from mpreader.pool.source import ObjectVersion, Route
 from mpreader.pool.transfer import Fill, FillPart, Transfer
 from mpreader.testing import Fault, FaultKind, FaultServer
 
@@ -160,7 +161,7 @@ def test_transfers_of_many_threads_in_random_order_all_end(
             check(transfer.fills[index], transfer.take(index), data)
         transfer.close()
 
-    run_all(*(lambda seed=seed: consume(seed) for seed in range(6)))  # type: ignore[misc]
+    run_all(*(lambda seed=seed: consume(seed) for seed in range(6)))
     assert pool.coordinator is not None
     assert pool.coordinator.reserved_bytes <= 4 * PART
 
@@ -338,12 +339,13 @@ def test_source_that_can_not_be_opened_fails_only_its_own_reading(
     make_pool: MakePool, make_fills: MakeFills, source: Any, data: bytes
 ) -> None:
     class Broken:
-        bucket, key, max_attempts = "b", "k", 1
+        bucket, key, uri, max_attempts = "b", "k", "s3://b/k", 1
 
-        def open(self) -> Any:
+        def open(self) -> ObjectVersion:
             raise RuntimeError("something in a library")
 
-        route = open
+        def route(self) -> Route:
+            raise AssertionError("nobody may ask: it was not opened")
 
     pool = make_pool()
     bad, good = pool.read([Fill(Broken(), 1, (FillPart(0, 1, 0),))] * 3), pool.read(make_fills(PART, 3))
