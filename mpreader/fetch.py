@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import os
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from mpreader.config import MiB, PoolConfig, S3ClientConfig
 from mpreader.errors import ArenaExhausted, ConfigError, PlanError
-from mpreader.pool.pool import Pool, shared_pool
+from mpreader.pool.pool import Pool, release_shared_pool, shared_pool
 from mpreader.pool.source import ObjectVersion, Route, Source
 from mpreader.pool.stats import PoolStats
 from mpreader.pool.transfer import Fill, FillPart
@@ -186,12 +188,31 @@ class RangeFetcher:
 
 
 class _SharedPoolFetcher(RangeFetcher):
-    """A fetcher on the process's shared pool, which stays warm for the next call."""
+    """A fetcher on the process's shared pool, which stays warm for the next call, as does its client."""
 
     def __init__(self, s3client_config: S3ClientConfig | None, pool_config: PoolConfig | None) -> None:
         self._s3client_config = s3client_config or S3ClientConfig()
         self._pool = shared_pool(pool_config, self._s3client_config)
-        self._client = None
+        settings = (self._s3client_config, _aws_environment())
+        known, self._client = _shared_clients.get(self._pool, (None, None))
+        if known != settings:
+            self._client = None
+        self._settings = settings
+
+    def close(self) -> None:
+        if self._client is not None:
+            _shared_clients[self._pool] = (self._settings, self._client)
+        release_shared_pool(self._pool, keep_warm=True)
+
+
+# A client costs some 0.1 s to make, and asks for the credentials anew. One goes when its pool is closed.
+_shared_clients: weakref.WeakKeyDictionary[Pool, tuple[object, S3Client]] = weakref.WeakKeyDictionary()
+
+
+def _aws_environment() -> int:
+    # A hash, so that no secret is kept.
+    names = (name for name in os.environ if name.startswith("AWS_") or name.lower().endswith("_proxy"))
+    return hash(tuple(sorted((name, os.environ[name]) for name in names)))
 
 
 def fetch_ranges(
@@ -217,7 +238,8 @@ def fetch_ranges(
     Returns:
         A view for each range, in the order of the input; see :meth:`RangeFetcher.fetch`, also for what is raised.
     """
-    return _SharedPoolFetcher(s3client_config, pool_config).fetch(source, ranges, max_gap_size=max_gap_size)
+    with _SharedPoolFetcher(s3client_config, pool_config) as fetcher:
+        return fetcher.fetch(source, ranges, max_gap_size=max_gap_size)
 
 
 class _Batch(NamedTuple):

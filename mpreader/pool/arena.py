@@ -28,7 +28,8 @@ __all__ = ["Arena", "Segment", "Slot"]
 
 log = logging.getLogger(__name__)
 
-MIN_BLOCK_BYTES: Final = 64 * 1024
+# Slots start and end at multiples of this: holes stay few, and small slots keep apart from each other's cache lines.
+GRAIN_BYTES: Final = 64 * 1024
 _MAX_SEGMENT_BYTES: Final = 1024 * 1024 * 1024
 _PAGE_BYTES: Final = mmap.PAGESIZE
 
@@ -74,13 +75,13 @@ class Segment:
 class Slot:
     """A contiguous piece of a segment, leased as a whole."""
 
-    __slots__ = ("_array_reference", "nbytes", "offset", "order", "segment")
+    __slots__ = ("_array_reference", "is_alone", "nbytes", "offset", "segment")
 
-    def __init__(self, segment: Segment, offset: int, nbytes: int, order: int | None) -> None:
+    def __init__(self, segment: Segment, offset: int, nbytes: int, *, is_alone: bool) -> None:
         self.segment = segment
         self.offset = offset
         self.nbytes = nbytes
-        self.order = order  # log2 of its block's size over MIN_BLOCK_BYTES; None: the whole segment is its own
+        self.is_alone = is_alone  # the segment was made for it, and goes with it
         self._array_reference: weakref.ref[object] | None = None
 
     def __repr__(self) -> str:
@@ -107,11 +108,64 @@ class Slot:
         return memoryview(cast("Buffer", array))
 
 
+class Holes:
+    """The unused pieces of the shared segments, neighbours joined; the newest last."""
+
+    def __init__(self) -> None:
+        self._ends: dict[tuple[int, int], int] = {}  # (segment, start): end
+        self._starts: dict[tuple[int, int], int] = {}  # (segment, end): start
+
+    def take(self, size: int) -> tuple[int, int] | None:
+        """Segment and start of ``size`` bytes; the smallest hole that has them gives them, of equal ones the newest."""
+        best: tuple[int, int] | None = None
+        best_size = 0
+        for (segment, start), end in reversed(self._ends.items()):
+            if end - start >= size and (best is None or end - start < best_size):
+                best, best_size = (segment, start), end - start
+                if best_size == size:
+                    break
+        if best is None:
+            return None
+        segment, start = best
+        self.remove(segment, start)
+        if best_size > size:
+            self._put(segment, start + size, start + best_size)
+        return best
+
+    def add(self, segment: int, start: int, end: int) -> None:
+        """Give back bytes [start, end) of a segment."""
+        before = self._starts.get((segment, start))
+        if before is not None:
+            self.remove(segment, before)
+            start = before
+        if (segment, end) in self._ends:
+            end = self.remove(segment, end)
+        self._put(segment, start, end)
+
+    def remove(self, segment: int, start: int) -> int:
+        """Take the hole that starts there as a whole; returns its end."""
+        end = self._ends.pop((segment, start))
+        del self._starts[segment, end]
+        return end
+
+    def has(self, segment: int, start: int, end: int) -> bool:
+        """Whether exactly these bytes are a hole."""
+        return self._ends.get((segment, start)) == end
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._ends.clear()
+        self._starts.clear()
+
+    def _put(self, segment: int, start: int, end: int) -> None:
+        self._ends[segment, start] = end
+        self._starts[segment, end] = start
+
+
 class Arena:
     """Allocates slots within a limit. Not thread-safe: owned by the coordinator's thread.
 
-    A buddy allocator: blocks are powers of two times 64 KiB, up to ``block_bytes``. A larger slot gets a segment of
-    its own, which lives as long as the slot.
+    Slots of up to ``block_bytes`` share segments. A larger slot gets a segment of its own, which lives as long as it.
     """
 
     def __init__(self, max_bytes: int, block_bytes: int, segment_bytes: int) -> None:
@@ -119,19 +173,17 @@ class Arena:
 
         Args:
             max_bytes: Most bytes to reserve at one time.
-            block_bytes: Largest slot that shares a segment with others; a power of two times 64 KiB.
-            segment_bytes: Size of a segment that is shared; a multiple of ``block_bytes``.
+            block_bytes: Largest slot that shares a segment with others; a multiple of 64 KiB.
+            segment_bytes: Size of a segment that is shared; a multiple of 64 KiB, at least ``block_bytes``.
         """
         self.max_bytes = max_bytes
         self.reserved_bytes = 0
         self.segments: dict[int, Segment] = {}
         self._block_bytes = block_bytes
         self._segment_bytes = segment_bytes
-        self._top_order = _order_of(block_bytes)
+        self._holes = Holes()
         self._made: list[Segment] = []
         self._dropped: list[Segment] = []
-        # For each order the free blocks, newest last: popitem() gives the warmest.
-        self._free: list[dict[tuple[int, int], None]] = [{} for _ in range(self._top_order + 1)]
         self._next_number = 0
 
     def __repr__(self) -> str:
@@ -148,31 +200,22 @@ class Arena:
             ArenaError: The host has no shared memory left, and the arena has none either.
         """
         if nbytes > self._block_bytes:
-            size = -(-nbytes // _PAGE_BYTES) * _PAGE_BYTES
+            size = _round_up(nbytes, _PAGE_BYTES)
             self._drop_free_segments(size)
             segment = self._make_segment(size, beyond_limit)
-            return None if segment is None else Slot(segment, 0, nbytes, None)
-        order = _order_of(nbytes)
-        block = self._pop_block(order)
-        if block is None and self._add_shared_segment(beyond_limit):
-            block = self._pop_block(order)
-        return None if block is None else Slot(self.segments[block[0]], block[1], nbytes, order)
+            return None if segment is None else Slot(segment, 0, size, is_alone=True)
+        size = _round_up(nbytes, GRAIN_BYTES)
+        place = self._holes.take(size)
+        if place is None and self._add_shared_segment(size, beyond_limit):
+            place = self._holes.take(size)
+        return None if place is None else Slot(self.segments[place[0]], place[1], size, is_alone=False)
 
     def free(self, slot: Slot) -> None:
         """Take a slot back."""
-        segment = slot.segment
-        if slot.order is None:
-            self._drop_segment(segment)
+        if slot.is_alone:
+            self._drop_segment(slot.segment)
             return
-        order, offset = slot.order, slot.offset
-        while order < self._top_order:
-            buddy = (segment.number, offset ^ (MIN_BLOCK_BYTES << order))
-            if buddy not in self._free[order]:
-                break
-            del self._free[order][buddy]
-            offset = min(offset, buddy[1])
-            order += 1
-        self._free[order][(segment.number, offset)] = None
+        self._holes.add(slot.segment.number, slot.offset, slot.offset + slot.nbytes)
         if self.reserved_bytes > self.max_bytes:
             self._drop_free_segments(0)
 
@@ -188,30 +231,18 @@ class Arena:
             segment.close()
         self.segments.clear()
         self.take_changes()
-        for blocks in self._free:
-            blocks.clear()
+        self._holes.clear()
         self.reserved_bytes = 0
 
-    def _pop_block(self, order: int) -> tuple[int, int] | None:
-        for larger in range(order, self._top_order + 1):
-            if self._free[larger]:
-                (number, offset), _ = self._free[larger].popitem()
-                for half in range(larger - 1, order - 1, -1):
-                    self._free[half][(number, offset + (MIN_BLOCK_BYTES << half))] = None
-                return number, offset
-        return None
-
-    def _add_shared_segment(self, beyond_limit: bool) -> bool:
-        # A whole segment where it fits, else as many blocks as the limit allows.
+    def _add_shared_segment(self, least: int, beyond_limit: bool) -> bool:
         # Larger ones as the arena grows: each costs a descriptor, of which a process has perhaps 1024.
-        room = (self.max_bytes - self.reserved_bytes) // self._block_bytes * self._block_bytes
-        growth = min(self.reserved_bytes // 8, _MAX_SEGMENT_BYTES) // self._block_bytes * self._block_bytes
-        size = min(max(self._segment_bytes, growth), room) if room > 0 else self._block_bytes
+        wanted = max(self._segment_bytes, min(self.reserved_bytes // 8, _MAX_SEGMENT_BYTES))
+        room = self.max_bytes - self.reserved_bytes
+        size = max(least, min(wanted, room) // GRAIN_BYTES * GRAIN_BYTES)
         segment = self._make_segment(size, beyond_limit)
         if segment is None:
             return False
-        for offset in range(segment.size - self._block_bytes, -1, -self._block_bytes):
-            self._free[self._top_order][(segment.number, offset)] = None
+        self._holes.add(segment.number, 0, segment.size)
         return True
 
     def _make_segment(self, size: int, beyond_limit: bool) -> Segment | None:
@@ -239,14 +270,11 @@ class Arena:
 
     def _drop_free_segments(self, wanted: int) -> None:
         # Recycled slots that nobody uses now must not stand in the way of one large slot.
-        free = self._free[self._top_order]
         for segment in list(self.segments.values()):
             if self.reserved_bytes + wanted <= self.max_bytes:
                 return
-            blocks = [(segment.number, offset) for offset in range(0, segment.size, self._block_bytes)]
-            if all(block in free for block in blocks):
-                for block in blocks:
-                    del free[block]
+            if self._holes.has(segment.number, 0, segment.size):
+                self._holes.remove(segment.number, 0)
                 self._drop_segment(segment)
 
     def _drop_segment(self, segment: Segment) -> None:
@@ -256,9 +284,8 @@ class Arena:
         segment.close()
 
 
-def _order_of(nbytes: int) -> int:
-    blocks = -(-max(nbytes, 1) // MIN_BLOCK_BYTES)
-    return (blocks - 1).bit_length()
+def _round_up(nbytes: int, grain: int) -> int:
+    return -(-nbytes // grain) * grain
 
 
 def _free_shm() -> int:

@@ -31,9 +31,10 @@ from mpreader.errors import MpreaderError, PoolClosed, PoolError
 from mpreader.pool.arena import Arena, Slot
 from mpreader.pool.crew import Crew, CrewLimits, Member
 from mpreader.pool.messages import Cancel, Fetch, Fetched
-from mpreader.pool.scheduler import PartState, Scheduler, SchedulerLimits
+from mpreader.pool.scheduler import Scheduler, SchedulerLimits
 from mpreader.pool.sizing import PoolSizes
 from mpreader.pool.sourcebook import Resolved, SourceBook
+from mpreader.pool.state import PartState
 from mpreader.pool.stats import PoolStats
 from mpreader.pool.transfer import Close, Demand, Discard, Open, Taken, Transfer
 

@@ -147,12 +147,17 @@ def shared_pool(config: PoolConfig | None, s3client_config: S3ClientConfig | Non
         return pool
 
 
-def release_shared_pool(pool: Pool) -> None:
-    """Say that a pool from ``shared_pool`` is not needed any more: the last user's release ends its processes."""
+def release_shared_pool(pool: Pool, *, keep_warm: bool = False) -> None:
+    """Say that a pool from ``shared_pool`` is not needed any more.
+
+    Args:
+        pool: The pool.
+        keep_warm: Leave its processes to the idle timeout. Otherwise the last user's release ends them.
+    """
     with _shared_lock:
         pool.users -= 1
         is_unused = pool.users <= 0
-    if is_unused:
+    if is_unused and not keep_warm:
         pool.rest()
 
 

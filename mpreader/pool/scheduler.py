@@ -7,7 +7,6 @@ window, unless a consumer waits for it; a consumer that waits may take the memor
 
 from __future__ import annotations
 
-import enum
 import heapq
 import itertools
 from collections import deque
@@ -18,24 +17,15 @@ from mpreader.errors import ArenaError, ArenaExhausted, MpreaderError, PlanError
 from mpreader.pool import retry
 from mpreader.pool.arena import Arena, Slot
 from mpreader.pool.messages import Failed, FailureKind
-from mpreader.pool.sourcebook import SourceBook, SourceEntry
-from mpreader.pool.transfer import Fill, FillPart, Transfer
+from mpreader.pool.sourcebook import SourceBook
+from mpreader.pool.state import FillState, FillStatus, PartState, Reading
+from mpreader.pool.transfer import Fill, Transfer
 
-__all__ = ["PartState", "Scheduler", "SchedulerLimits"]
+__all__ = ["Scheduler", "SchedulerLimits"]
 
 # A part that was being received when this many workers died is not given to another.
 _MAX_CRASHES: Final = 3
 _RENEWAL_POLL_S: Final = 0.02
-
-
-class FillStatus(enum.Enum):
-    """Where a fill is on its way."""
-
-    PENDING = "pending"
-    FILLING = "filling"
-    READY = "ready"
-    TAKEN = "taken"
-    DROPPED = "dropped"  # discarded or failed; its slot comes back when its last part in flight has ended
 
 
 class SchedulerLimits(NamedTuple):
@@ -44,53 +34,6 @@ class SchedulerLimits(NamedTuple):
     window_bytes: int
     timeout_s: float
     lease_timeout_s: float
-
-
-class FillState:
-    """A fill and where it is."""
-
-    __slots__ = ("fill", "index", "open_parts", "reading", "short_since", "slot", "source", "status")
-
-    def __init__(self, reading: Reading, index: int, fill: Fill, source: SourceEntry) -> None:
-        self.reading = reading
-        self.index = index
-        self.fill = fill
-        self.source = source
-        self.status = FillStatus.PENDING
-        self.slot: Slot | None = None
-        self.open_parts = 0
-        self.short_since: float | None = None  # when a consumer began to wait for memory
-
-
-class PartState:
-    """A part and how often it was tried."""
-
-    __slots__ = ("attempts", "crashes", "deadline", "fill", "is_resigned", "last_failure", "number", "part", "received")
-
-    def __init__(self, number: int, fill: FillState, part: FillPart) -> None:
-        self.number = number
-        self.fill = fill
-        self.part = part
-        self.deadline = float("inf")  # set when it is first sent: a large fill's last part may wait for long
-        self.received = 0
-        self.attempts = 0
-        self.crashes = 0
-        self.is_resigned = False
-        self.last_failure = ""
-
-    @property
-    def byte_range(self) -> tuple[int, int]:
-        """[start, end) of the part in the object."""
-        return self.part.start, self.part.end
-
-
-class Reading:
-    """A transfer that is open."""
-
-    def __init__(self, transfer: Transfer) -> None:
-        self.transfer = transfer
-        self.fills: list[FillState] = []
-        self.cursor = 0  # every fill before it has been started or dropped
 
 
 class Scheduler:
@@ -281,7 +224,7 @@ class Scheduler:
         for _ in range(len(self._turn)):
             reading = self._turn[0]
             self._turn.rotate(-1)
-            while (pending := _next_pending(reading)) is not None:
+            while (pending := reading.next_pending()) is not None:
                 if self._try_start(pending, now, is_demanded=False):
                     return True
                 if pending.status is FillStatus.PENDING:
@@ -303,7 +246,7 @@ class Scheduler:
             return False
         self._sources.renew_if_old(source, now)
         fill.slot, fill.status, fill.open_parts = slot, FillStatus.FILLING, len(fill.fill.parts)
-        self._outstanding_bytes += fill.fill.nbytes
+        self._outstanding_bytes += slot.nbytes
         for part in fill.fill.parts:
             state = PartState(next(self._numbers), fill, part)
             self._parts[state.number] = state
@@ -418,15 +361,15 @@ class Scheduler:
 
     def _lease(self, fill: FillState) -> None:
         fill.status = FillStatus.TAKEN
-        self._outstanding_bytes -= fill.fill.nbytes
         if fill.slot is not None:
+            self._outstanding_bytes -= fill.slot.nbytes
             self._leased.add(fill.slot)  # must stay alive until the lease ends, or that goes unnoticed
             fill.slot = None
 
     def _free(self, fill: FillState) -> None:
         if fill.slot is not None:
             self._arena.free(fill.slot)
-            self._outstanding_bytes -= fill.fill.nbytes
+            self._outstanding_bytes -= fill.slot.nbytes
             fill.slot = None
 
     def _restart(self, fill: FillState) -> FillState:
@@ -441,16 +384,6 @@ class Scheduler:
     def _find(self, transfer: Transfer, index: int) -> FillState | None:
         reading = self._readings.get(id(transfer))
         return None if reading is None else reading.fills[index]
-
-
-def _next_pending(reading: Reading) -> FillState | None:
-    fills = reading.fills
-    while reading.cursor < len(fills):
-        fill = fills[reading.cursor]
-        if fill.status is FillStatus.PENDING:
-            return fill
-        reading.cursor += 1
-    return None
 
 
 def _name(part: PartState) -> str:

@@ -17,6 +17,7 @@ from typing import Final
 
 from mpreader.config import MIN_PART_BYTES, MiB, PoolConfig, S3ClientConfig
 from mpreader.errors import ConfigError
+from mpreader.pool.arena import GRAIN_BYTES
 
 __all__ = ["Host", "PoolSizes", "size_pool"]
 
@@ -66,7 +67,7 @@ class PoolSizes:
         workers: Worker processes.
         connections_per_worker: Connections, and threads, of each.
         part_bytes: Most bytes of one ranged GET.
-        block_bytes: Largest slot in a shared segment: the power of two that holds a part.
+        block_bytes: Largest slot in a shared segment: a part, rounded up.
         segment_bytes: Size of a shared segment.
         window_bytes: Most bytes that are in flight or wait to be taken.
         max_bytes: Most bytes of shared memory reserved at one time.
@@ -91,7 +92,7 @@ def size_pool(config: PoolConfig, s3client_config: S3ClientConfig, host: Host) -
     workers = config.value("workers") or max(1, min(MAX_WORKERS, host.cores // host.sharers))
     connections = config.value("connections_per_worker") or _connections(workers, s3client_config)
     part_bytes = _part_bytes(config.value("part_size") or s3client_config.part_size, max_bytes)
-    block_bytes = MIN_PART_BYTES << (math.ceil(part_bytes / MIN_PART_BYTES) - 1).bit_length()
+    block_bytes = math.ceil(part_bytes / GRAIN_BYTES) * GRAIN_BYTES
     in_flight = workers * connections * block_bytes
     # A view that is held keeps its segment: the others must leave room for one large slot.
     segment_bytes = min(SEGMENT_BYTES, max_bytes // MIN_SEGMENTS)
@@ -100,7 +101,7 @@ def size_pool(config: PoolConfig, s3client_config: S3ClientConfig, host: Host) -
         connections_per_worker=connections,
         part_bytes=part_bytes,
         block_bytes=block_bytes,
-        segment_bytes=max(block_bytes, segment_bytes // block_bytes * block_bytes),
+        segment_bytes=max(block_bytes, segment_bytes // GRAIN_BYTES * GRAIN_BYTES),
         window_bytes=min(max_bytes, in_flight + in_flight // 2),
         max_bytes=max_bytes,
     )

@@ -11,9 +11,10 @@ from mpreader.config import KiB
 from mpreader.errors import MpreaderError, TransportError
 from mpreader.pool.arena import Arena
 from mpreader.pool.messages import Failed, FailureKind
-from mpreader.pool.scheduler import PartState, Scheduler, SchedulerLimits
+from mpreader.pool.scheduler import Scheduler, SchedulerLimits
 from mpreader.pool.source import ObjectVersion, Route
 from mpreader.pool.sourcebook import Resolved, SourceBook, SourceEntry
+from mpreader.pool.state import PartState
 from mpreader.pool.transfer import Demand, Fill, FillPart, Taken, Transfer
 
 pytestmark = pytest.mark.timeout(20)

@@ -30,8 +30,8 @@ def test_sizing_fits_the_host(cores: int, sharers: int) -> None:
         assert 1 <= sizes.workers <= min(8, max(1, cores // sharers))
         assert sizes.connections_per_worker >= 1
         assert MIN_PART_BYTES <= sizes.part_bytes <= sizes.block_bytes < 2 * sizes.part_bytes
-        assert sizes.block_bytes.bit_count() == 1
-        assert sizes.segment_bytes % sizes.block_bytes == 0
+        assert sizes.block_bytes % (64 * KiB) == sizes.segment_bytes % (64 * KiB) == 0
+        assert sizes.segment_bytes >= sizes.block_bytes
         assert sizes.block_bytes <= sizes.window_bytes <= sizes.max_bytes
         # All sharers together leave half of the memory, and a fifth of /dev/shm, to others.
         assert sizes.max_bytes <= share
@@ -58,7 +58,7 @@ def test_sizing_takes_what_is_set() -> None:
     sizes = size_pool(config, S3ClientConfig(), Host(1, 1, 1))
     assert (sizes.workers, sizes.connections_per_worker, sizes.max_bytes) == (3, 5, 100 * MiB)
     assert sizes.part_bytes == 3 * MiB
-    assert sizes.block_bytes == 4 * MiB
+    assert sizes.block_bytes == 3 * MiB
 
 
 def test_sizing_target_throughput_decides_the_connections() -> None:
