@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     from mpreader.readers.constructor import DCPOptimizedConstructor as DCPOptimizedConstructor
     from mpreader.readers.constructor import S3ReaderConstructor as S3ReaderConstructor
     from mpreader.readers.dcp_optimized import DCPOptimizedS3Reader as DCPOptimizedS3Reader
-    from mpreader.readers.multiprocess import MultiprocessConstructor as MultiprocessConstructor
     from mpreader.readers.multiprocess import MultiprocessS3Reader as MultiprocessS3Reader
     from mpreader.readers.ranged import RangedS3Reader as RangedS3Reader
+    from mpreader.readers.read_ahead import MultiprocessConstructor as MultiprocessConstructor
     from mpreader.readers.sequential import SequentialS3Reader as SequentialS3Reader
     from mpreader.s3 import S3Client as S3Client
 
@@ -53,7 +53,7 @@ _HOME_OF = {
     "S3Reader": "mpreader.readers.base",
     "S3ReaderConstructor": "mpreader.readers.constructor",
     "DCPOptimizedConstructor": "mpreader.readers.constructor",
-    "MultiprocessConstructor": "mpreader.readers.multiprocess",
+    "MultiprocessConstructor": "mpreader.readers.read_ahead",
     "SequentialS3Reader": "mpreader.readers.sequential",
     "RangedS3Reader": "mpreader.readers.ranged",
     "DCPOptimizedS3Reader": "mpreader.readers.dcp_optimized",

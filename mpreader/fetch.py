@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import os
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -309,8 +310,21 @@ def _to_item_ranges(ranges: Iterable[RangeLike]) -> list[ItemRange]:
             item_ranges.append(item_range)
             continue
         try:
-            start, end = item_range
+            start, end = map(_to_int, item_range)
         except (TypeError, ValueError):
-            raise PlanError(f"a range is a pair (start, end) or an ItemRange, got {item_range!r}") from None
+            raise PlanError(
+                f"a range is a pair (start, end) of whole numbers or an ItemRange, got {item_range!r}"
+            ) from None
         item_ranges.append(ItemRange(start, end))
     return item_ranges
+
+
+def _to_int(number: object) -> int:
+    """A plain int of any whole number, numpy's included.
+
+    Raises:
+        TypeError: It is none; True and False are none either.
+    """
+    if isinstance(number, bool):
+        raise TypeError(f"not a whole number: {number!r}")
+    return operator.index(number)  # type: ignore[arg-type]  # raises for what has no index

@@ -25,10 +25,11 @@ _GRACE_S = 3.0
 def _process_wide_singletons() -> None:
     """Open what a process opens once and keeps, before any test counts file descriptors."""
     multiprocessing.resource_tracker.ensure_running()
-    import torch
-    import torch.distributed.checkpoint
+    if importlib.util.find_spec("torch") is not None:
+        import torch
+        import torch.distributed.checkpoint
 
-    torch.zeros(1).add_(1)
+        torch.zeros(1).add_(1)
     if importlib.util.find_spec("s3torchconnectorclient") is not None:
         # Its native library opens the source of random numbers when a client is made, and never closes it.
         from s3torchconnectorclient._mountpoint_s3_client import MountpointS3Client

@@ -72,8 +72,9 @@ class S3FileSystem(FileSystemBase):
             raise ValueError(f'mode must be "rb" or "wb", got {mode!r}')
 
     def concat_path(self, path: Path, suffix: str) -> str:
-        """The URI of ``suffix`` under ``path``."""
-        return f"{os.fspath(path).rstrip('/')}/{suffix}"
+        """The URI of ``suffix`` under ``path``; slashes in ``path`` stay as they are, they are part of the key."""
+        base = os.fspath(path)
+        return base + suffix if base.endswith("/") else f"{base}/{suffix}"
 
     def init_path(self, path: Path) -> str:
         """The URI as text.
@@ -139,7 +140,7 @@ class S3FileSystem(FileSystemBase):
             TransportError: They can't be listed.
         """
         bucket, key = _parse(path)
-        prefix = f"{key.rstrip('/')}/" if key else ""
+        prefix = key if not key or key.endswith("/") else f"{key}/"
         pages = self.client.list_objects(bucket, prefix)
         return [f"s3://{bucket}/{listed.key}" for page in pages for listed in page.object_info]
 

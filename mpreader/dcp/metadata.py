@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from mpreader.errors import PlanError
 
-__all__ = ["MetadataRefused", "load_metadata"]
+__all__ = ["MetadataRefused", "is_inside", "load_metadata"]
 
 
 class MetadataRefused(PlanError):
@@ -70,6 +70,13 @@ def load_metadata(stream: IO[bytes], *, allowed_globals: Iterable[str] = ()) -> 
     return metadata
 
 
+def is_inside(path: object) -> bool:
+    """Whether a relative path stays inside of the checkpoint; ``.metadata`` that names another one is refused."""
+    if not isinstance(path, str) or not path or path.startswith("/") or "\0" in path:
+        return False
+    return {".", ".."}.isdisjoint(path.split("/"))
+
+
 class _Unpickler(pickle.Unpickler):
     def __init__(self, stream: IO[bytes], allowed_globals: Iterable[str]) -> None:
         super().__init__(stream)
@@ -115,8 +122,7 @@ def _check_places(storage_data: Any) -> None:
 
 
 def _check_path(index: Any, path: Any) -> None:
-    inside = isinstance(path, str) and path and not path.startswith("/") and "\0" not in path
-    if not inside or not {".", ".."}.isdisjoint(path.split("/")):
+    if not is_inside(path):
         raise MetadataRefused(f"the checkpoint's .metadata places {index} outside of the checkpoint: {path!r}")
 
 

@@ -28,8 +28,8 @@ from mpreader.dcp.record import BufferItem, ItemBytes, RecordCorrupted, decode_l
 from mpreader.dcp.tensor import check_archive, copy_into, load_whole
 from mpreader.errors import ChecksumMismatch, ConfigError, PlanError
 from mpreader.readers.constructor import S3ReaderConstructor
-from mpreader.readers.multiprocess import MultiprocessConstructor
 from mpreader.readers.protocols import DCPS3ReaderConstructorProtocol
+from mpreader.readers.read_ahead import MultiprocessConstructor
 from mpreader.s3 import S3Client, parse_s3_uri
 
 if TYPE_CHECKING:
@@ -104,8 +104,6 @@ class S3StorageReader(FileSystemReader):
         self._fs = S3FileSystem(s3_client=client, reader_constructor=reader_constructor)
         self.fs = self._fs  # type: ignore[assignment]
         self.path = self._fs.init_path(path)
-        if isinstance(reader_constructor, MultiprocessConstructor):
-            reader_constructor.use_client(client)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Path) -> bool:
@@ -120,6 +118,7 @@ class S3StorageReader(FileSystemReader):
             TransportError: It can't be read.
         """
         if isinstance(self._reader_constructor, MultiprocessConstructor):
+            self._reader_constructor.use_client(self._fs.client)
             self._reader_constructor.start()  # the processes are up when the plan is made
         rank = kwargs.get("rank")  # given where the ranks saved without telling each other
         name = ".metadata" if rank is None else f"__{rank}.metadata"
@@ -133,6 +132,9 @@ class S3StorageReader(FileSystemReader):
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """Put the items in the order in which they are stored, and begin to read them ahead."""
         plan = dataclasses.replace(plan, items=sorted(plan.items, key=self._place))
+        if isinstance(self._reader_constructor, MultiprocessConstructor):
+            # Not once and for all: another storage reader, of another service, may share the constructor.
+            self._reader_constructor.use_client(self._fs.client)
         if isinstance(self._reader_constructor, DCPS3ReaderConstructorProtocol):
             self._reader_constructor.set_item_ranges_by_file(plan.items, self.storage_data, self.path)
         return plan

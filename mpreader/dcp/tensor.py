@@ -71,12 +71,17 @@ def load_whole(item: ItemBytes, *, verify: bool = True) -> torch.Tensor:
     """Load any record with ``torch.load(weights_only=True)``; holds the whole item in memory.
 
     Raises:
-        RecordCorrupted: An entry of the record doesn't match its CRC, or the record is not a whole archive.
+        RecordCorrupted: An entry of the record doesn't match its CRC, or the record can't be read.
+        pickle.UnpicklingError: The record needs a class that ``weights_only`` does not allow.
     """
     record = io.BytesIO(item.view(0, item.size))
     if verify:
         check_archive(record)
-    loaded: torch.Tensor = torch.load(record, map_location="cpu", weights_only=True)
+    try:
+        loaded: torch.Tensor = torch.load(record, map_location="cpu", weights_only=True)
+    except (RuntimeError, ValueError, EOFError) as error:
+        # What no CRC covers: the archive's headers and directory, which torch reads otherwise than zipfile does.
+        raise RecordCorrupted(f"torch.load can't read it: {error}") from error
     return loaded
 
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from mpreader.dcp.filesystem import Path, S3FileSystem
+from mpreader.dcp.metadata import is_inside
 from mpreader.dcp.prefix import DefaultPrefixStrategy, S3PrefixStrategyBase
-from mpreader.errors import MpreaderError
+from mpreader.errors import ConfigError, MpreaderError
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
@@ -67,14 +68,20 @@ class S3StorageWriter(FileSystemWriter):
         rank = getattr(self, "rank", None)  # there since torch 2.8
         if plan.storage_data is None or rank is None:
             return plan
-        return dataclasses.replace(plan, storage_data=_Prefix(self.prefix_strategy(rank)))
+        return dataclasses.replace(plan, storage_data=self._prefix(rank))
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Give every rank its prefix."""
-        return [
-            dataclasses.replace(plan, storage_data=_Prefix(self.prefix_strategy(rank)))
-            for rank, plan in enumerate(plans)
-        ]
+        """Give every rank its prefix.
+
+        Raises:
+            ConfigError: The prefix strategy gives two ranks the same prefix, or one that leads out of the checkpoint.
+        """
+        prefixes = [self._prefix(rank) for rank in range(len(plans))]
+        if len({prefix.prefix for prefix in prefixes}) < len(prefixes):
+            raise ConfigError(
+                f"{type(self.prefix_strategy).__name__} gives two ranks the same prefix; one would overwrite the other"
+            )
+        return [dataclasses.replace(plan, storage_data=prefix) for plan, prefix in zip(plans, prefixes, strict=True)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's files.
@@ -93,3 +100,11 @@ class S3StorageWriter(FileSystemWriter):
     def validate_checkpoint_id(cls, checkpoint_id: Path) -> bool:
         """Whether it is a URI of S3."""
         return S3FileSystem.validate_checkpoint_id(checkpoint_id)
+
+    def _prefix(self, rank: int) -> _Prefix:
+        prefix = self.prefix_strategy(rank)
+        if not is_inside(f"{prefix}0.distcp"):
+            raise ConfigError(
+                f"{type(self.prefix_strategy).__name__} puts files of rank {rank} outside of the checkpoint: {prefix!r}"
+            )
+        return _Prefix(prefix)

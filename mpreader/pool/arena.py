@@ -14,10 +14,11 @@ import contextlib
 import logging
 import mmap
 import os
+import sys
 import weakref
 from collections.abc import Callable
 from multiprocessing.shared_memory import SharedMemory
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from mpreader.errors import ArenaError
 
@@ -51,7 +52,9 @@ class Segment:
         """
         self.number = number
         self.size = size
-        memory = SharedMemory(create=True, size=size)
+        # Without a name nothing can be left behind; before Python 3.13 it is tracked all the same until the unlink.
+        untracked: dict[str, Any] = {"track": False} if sys.version_info >= (3, 13) else {}
+        memory = SharedMemory(create=True, size=size, **untracked)
         try:
             self.fd = os.open(f"/dev/shm/{memory.name}", os.O_RDWR | os.O_CLOEXEC)  # noqa: S108  # where shm_open puts it
         finally:

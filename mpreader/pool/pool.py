@@ -18,7 +18,7 @@ from mpreader.pool.sizing import Host, size_pool
 from mpreader.pool.stats import PoolStats, total
 from mpreader.pool.transfer import Fill, Transfer
 
-__all__ = ["Pool", "close_shared_pools", "release_shared_pool", "shared_pool"]
+__all__ = ["Pool", "close_shared_pools", "release_shared_pool", "shared_pool", "use_shared_pool"]
 
 _pools: weakref.WeakSet[Pool] = weakref.WeakSet()
 _shared: dict[tuple[object, ...], Pool] = {}
@@ -143,8 +143,14 @@ def shared_pool(config: PoolConfig | None, s3client_config: S3ClientConfig | Non
         pool = _shared.get(settings)
         if pool is None:
             pool = _shared[settings] = Pool(config, s3client_config)
-        pool.users += 1
+        use_shared_pool(pool)
         return pool
+
+
+def use_shared_pool(pool: Pool) -> None:
+    """Be one more user of a pool from ``shared_pool``, until ``release_shared_pool``."""
+    with _shared_lock:
+        pool.users += 1
 
 
 def release_shared_pool(pool: Pool, *, keep_warm: bool = False) -> None:

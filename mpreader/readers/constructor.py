@@ -18,7 +18,7 @@ from mpreader.readers.sequential import SequentialS3Reader
 
 if TYPE_CHECKING:
     from mpreader.config import PoolConfig, S3ClientConfig
-    from mpreader.readers.multiprocess import MultiprocessConstructor
+    from mpreader.readers.read_ahead import MultiprocessConstructor
 
 __all__ = ["DCPOptimizedConstructor", "ItemRangeConstructor", "S3ReaderConstructor"]
 
@@ -179,7 +179,7 @@ class S3ReaderConstructor:
             TypeError: ``max_gap_size`` is not a number.
             ValueError: ``max_gap_size`` is negative.
         """
-        from mpreader.readers.multiprocess import MultiprocessConstructor
+        from mpreader.readers.read_ahead import MultiprocessConstructor
 
         return MultiprocessConstructor(max_gap_size, s3client_config=s3client_config, pool_config=pool_config)
 

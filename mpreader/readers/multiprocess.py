@@ -1,213 +1,28 @@
-"""Readers whose bytes are received ahead of time by worker processes, and their constructor.
-
-When a load's plan is known, the constructor orders all its ranges from the pool, in the order in which DCP will read
-them, across all files. The readers of the files then take what has arrived: parts in shared memory, handed out as
-memoryviews, given back as the reading moves on.
-"""
+"""The reader of one file whose bytes worker processes receive ahead of time, and its items in place."""
 
 from __future__ import annotations
 
 import io
-import os
-import weakref
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Final
 
-from mpreader.config import PoolConfig, S3ClientConfig
 from mpreader.errors import PlanError, PoolClosed
-from mpreader.pool.pool import Pool, release_shared_pool, shared_pool
-from mpreader.pool.transfer import Fill, FillPart, Transfer
-from mpreader.ranges import DEFAULT_MAX_GAP_SIZE, ItemRange, Part, clusters, coalesce, coverage, partition
+from mpreader.pool.transfer import Transfer
+from mpreader.ranges import ItemRange, clusters, coverage
 from mpreader.readers.base import S3Reader, writable_view
-from mpreader.readers.constructor import ItemRangeConstructor
 from mpreader.readers.dcp_optimized import FALLBACK_GUIDANCE
-from mpreader.readers.protocols import GetObjectInfo, GetStream, PlanItem, StoredItem
+from mpreader.readers.protocols import GetObjectInfo, GetStream
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-    from mpreader.s3 import S3Client
+    from mpreader.readers.read_ahead import ReadAhead
 
-__all__ = ["ItemView", "MultiprocessConstructor", "MultiprocessS3Reader"]
+__all__ = ["ItemView", "MultiprocessS3Reader"]
 
 # An item of more parts than this gives each back when it was read, so that its size does not matter.
 _MOST_PARTS_HELD: Final = 4
-
-
-class ReadAhead:
-    """The parts of one plan on their way, shared by the readers of its files."""
-
-    def __init__(self, pool: Pool, client: S3Client, ranges_by_file: Mapping[str, Sequence[ItemRange]], gap: float):
-        from mpreader.s3 import S3Source, parse_s3_uri
-
-        self.parts_by_file: dict[str, tuple[int, list[Part]]] = {}
-        fills: list[Fill] = []
-        for uri, ranges in ranges_by_file.items():
-            parts = [part for group in coalesce(ranges, gap) for part in partition(group, pool.sizes.part_bytes)]
-            self.parts_by_file[uri] = (len(fills), parts)
-            source = S3Source(client, *parse_s3_uri(uri))
-            fills.extend(Fill(source, part.size, (FillPart(part.start, part.end, 0),)) for part in parts)
-        self._unread = {uri for uri, (_, parts) in self.parts_by_file.items() if parts}
-        self._readers = 0
-        self._is_retired = not fills
-        # torch.load needs the whole of an item at a time, however large it is.
-        self.transfer: Transfer | None = pool.read(fills, grows=True) if fills else None
-
-    @property
-    def is_over(self) -> bool:
-        """Whether nothing more can be read with it."""
-        return self._is_retired and not self._readers
-
-    def open_file(self) -> None:
-        """A reader begins."""
-        self._readers += 1
-
-    def close_file(self, uri: str, *, has_failed: bool) -> None:
-        """A reader ends; the last one, or one that ends in an exception, ends the downloads."""
-        self._readers -= 1
-        self._unread.discard(uri)
-        if has_failed or not self._unread:
-            self._is_retired = True
-        self._close_if_over()
-
-    def retire(self) -> None:
-        """Another plan has come: end as soon as no reader is open."""
-        self._is_retired = True
-        self._close_if_over()
-
-    def close(self) -> None:
-        """End the downloads now."""
-        self._is_retired = True
-        if self.transfer is not None:
-            self.transfer.close()
-
-    def _close_if_over(self) -> None:
-        if self.is_over and self.transfer is not None:
-            self.transfer.close()
-
-
-class MultiprocessConstructor(ItemRangeConstructor):
-    """Makes a :class:`MultiprocessS3Reader` for every file of a checkpoint.
-
-    Works in mpreader's and in s3torchconnector's ``S3StorageReader``. It makes its own S3 client, because reading
-    begins when the plan is known, before any file is opened. Readers of one process share a pool per settings.
-    Pickles without what is under way.
-
-    Args:
-        max_gap_size: Largest gap, in bytes, between two items that are fetched as one.
-        s3client_config: How S3 is reached. None: the storage reader's own settings in mpreader's ``S3StorageReader``,
-            the defaults and the usual ``AWS_*`` environment in any other.
-        pool_config: Settings of the worker pool. None: the defaults.
-
-    Raises:
-        TypeError: An argument has a wrong type.
-        ValueError: ``max_gap_size`` is negative.
-    """
-
-    reader_type = "multiprocess"
-
-    _client: S3Client | None
-    _pool: Pool | None
-    _release_pool: Callable[[], object]
-    _read_ahead: ReadAhead | None
-    _end_read_ahead: Callable[[], object]
-
-    def __init__(
-        self,
-        max_gap_size: float = DEFAULT_MAX_GAP_SIZE,
-        *,
-        s3client_config: S3ClientConfig | None = None,
-        pool_config: PoolConfig | None = None,
-    ) -> None:
-        super().__init__(max_gap_size)
-        _check_type("s3client_config", s3client_config, S3ClientConfig)
-        _check_type("pool_config", pool_config, PoolConfig)
-        self._s3client_config = s3client_config
-        self._pool_config = pool_config
-        self._forget_state()
-
-    def use_client(self, client: S3Client) -> None:
-        """Read through ``client``, unless an ``s3client_config`` was given."""
-        if self._s3client_config is None:
-            self._client = client
-
-    def start(self) -> None:
-        """Start the worker processes, without waiting for them, so that they are up when the plan is known.
-
-        Raises:
-            PoolError: They can't be started.
-        """
-        self._get_pool().start()
-
-    def set_item_ranges_by_file(
-        self,
-        plan_items: Sequence[PlanItem],
-        storage_data: Mapping[Any, StoredItem],
-        base_path: str | os.PathLike[str],
-    ) -> None:
-        """Take over the ranges of a load plan and begin to read ahead; see the base class."""
-        super().set_item_ranges_by_file(plan_items, storage_data, base_path)
-        self._set_read_ahead(self._order(self._item_ranges_by_file) if self._item_ranges_by_file else None)
-
-    def close(self) -> None:
-        """End the downloads and this constructor's use of the pool; the next plan starts anew. Idempotent."""
-        self._set_read_ahead(None)
-        self._release_pool()
-        self._pool = None
-        self._release_pool = _nothing
-
-    def _make_reader(
-        self,
-        bucket: str,
-        key: str,
-        item_ranges: Sequence[ItemRange],
-        get_object_info: GetObjectInfo,
-        get_stream: GetStream,
-    ) -> S3Reader:
-        uri = f"s3://{bucket}/{key}"
-        ahead = self._read_ahead
-        if ahead is None or ahead.is_over or uri not in ahead.parts_by_file:
-            ahead = self._order({uri: item_ranges})
-            self._set_read_ahead(ahead)
-        return MultiprocessS3Reader(bucket, key, item_ranges, get_object_info, get_stream, read_ahead=ahead)
-
-    def _order(self, ranges_by_file: Mapping[str, Sequence[ItemRange]]) -> ReadAhead:
-        if self._client is None:
-            from mpreader.s3 import S3Client
-
-            self._client = S3Client(s3client_config=self._s3client_config)
-        return ReadAhead(self._get_pool(), self._client, ranges_by_file, self._max_gap_size)
-
-    def _get_pool(self) -> Pool:
-        if self._pool is None:
-            config = self._s3client_config or (self._client.s3client_config if self._client is not None else None)
-            self._pool = shared_pool(self._pool_config, config)
-            self._release_pool = weakref.finalize(self, release_shared_pool, self._pool)
-        return self._pool
-
-    def _set_read_ahead(self, ahead: ReadAhead | None) -> None:
-        if self._read_ahead is not None:
-            self._read_ahead.retire()
-            self._end_read_ahead()
-        self._read_ahead = ahead
-        # A constructor that is dropped must not leave downloads behind; readers that are open still finish.
-        self._end_read_ahead = weakref.finalize(self, ahead.retire) if ahead is not None else _nothing
-
-    def _forget_state(self) -> None:
-        self._client = None
-        self._pool = None
-        self._release_pool = _nothing
-        self._read_ahead = None
-        self._end_read_ahead = _nothing
-
-    def __getstate__(self) -> dict[str, Any]:
-        here = ("_pool", "_release_pool", "_read_ahead", "_end_read_ahead")
-        return {name: value for name, value in self.__dict__.items() if name not in here}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._forget_state()
-        self.__dict__.update(state)
 
 
 class MultiprocessS3Reader(S3Reader):
@@ -440,12 +255,3 @@ class ItemView:
     def _check(self, start: int, end: int) -> None:
         if not 0 <= start <= end <= self.size:
             raise PlanError(f"bytes {start}-{end} are not within an item of {self.size} bytes")
-
-
-def _check_type(name: str, value: object, cls: type) -> None:
-    if value is not None and not isinstance(value, cls):
-        raise TypeError(f"{name} must be a {cls.__name__} or None, got {type(value).__name__}")
-
-
-def _nothing() -> None:
-    pass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import operator
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from mpreader.readers.base import S3Reader, writable_view
 from mpreader.readers.protocols import GetObjectInfo, GetStream
@@ -36,7 +36,8 @@ class RangedS3Reader(S3Reader):
     """Requests only the bytes that are read.
 
     A read of less than ``buffer_size`` fetches ``buffer_size`` bytes and keeps them for the reads that follow; a
-    larger one goes straight to where it is wanted. What the buffer already holds is not requested again.
+    larger one goes straight to where it is wanted. What the buffer already holds is not requested again. Pickles
+    without the buffer, where ``get_object_info`` and ``get_stream`` do.
 
     Args:
         bucket: The object's bucket.
@@ -61,9 +62,8 @@ class RangedS3Reader(S3Reader):
         super().__init__(bucket, key, get_object_info, get_stream)
         check_buffer_size(buffer_size)
         self._buffer_size = DEFAULT_BUFFER_SIZE if buffer_size is None else buffer_size
-        self._memory = bytearray()
-        self._buffer = memoryview(b"")  # the valid bytes of the memory
         self._buffer_start = 0
+        self._drop_buffer()
 
     def read(self, size: int | None = None) -> bytes:
         """Read from the position onwards; see :meth:`S3Reader.read`."""
@@ -89,8 +89,18 @@ class RangedS3Reader(S3Reader):
     def close(self) -> None:
         """Drop the buffer."""
         super().close()
+        self._drop_buffer()
+
+    def _drop_buffer(self) -> None:
         self._memory = bytearray()
-        self._buffer = memoryview(b"")
+        self._buffer = memoryview(b"")  # the valid bytes of the memory
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_memory", "_buffer")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._drop_buffer()
 
     def _fill(self, view: memoryview) -> None:
         """Fill all of ``view`` from the position onwards, and move on."""

@@ -8,11 +8,12 @@ loading; they are not those of a load from AWS.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
@@ -60,6 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--size-mb", type=int, default=400, help="size of the checkpoint in MB (default: 400)")
     parser.add_argument("--max-memory", type=_bytes, help="shared memory of the pool, such as 64MiB")
     parser.add_argument("--workers", type=int, help="worker processes of the pool")
+    parser.add_argument("--every-reader", action="store_true", help="load with the other kinds of readers, too")
     options = parser.parse_args(arguments)
     if options.size_mb < 1:
         parser.error("--size-mb must be at least 1")
@@ -72,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     print("Starting an embedded S3 server …", flush=True)
     with S3Server() as server, _environment(server.environment()):
         server.create_bucket(BUCKET)
-        return _run(server, options.size_mb, pool_config)
+        return _run(server, options.size_mb, lambda: _ways(pool_config, every_reader=options.every_reader))
 
 
 def _bytes(text: str) -> int:
@@ -107,7 +109,7 @@ def _random_bits(shape: tuple[int, ...], generator: torch.Generator) -> torch.Te
     return torch.empty(shape, dtype=torch.int16).random_(-(1 << 15), 1 << 15, generator=generator).view(torch.bfloat16)
 
 
-def _run(server: S3Server, size_mb: int, pool_config: PoolConfig) -> int:
+def _run(server: S3Server, size_mb: int, ways: Callable[[], Iterator[tuple[str, Any]]]) -> int:
     state = make_state(size_mb)
     tensors = [tensor for part in ("model", "odd") for tensor in state[part].values()]
     size = sum(tensor.nbytes for tensor in tensors)
@@ -118,7 +120,7 @@ def _run(server: S3Server, size_mb: int, pool_config: PoolConfig) -> int:
     _save(state)
     print(f"  written in {time.perf_counter() - started:.1f} s")
     rows = []
-    for way, reader in _ways(pool_config):
+    for way, reader in ways():
         print(f"Loading it with {way} …", flush=True)
         for load_name in _LOADS:
             rows.append(_load(state, f"{way}, {load_name}", reader, server.pid))
@@ -135,12 +137,21 @@ def _save(state: dict[str, Any]) -> None:
     save(state, storage_writer=writer, no_dist=True)
 
 
-def _ways(pool_config: PoolConfig) -> Iterator[tuple[str, Any]]:
+def _ways(pool_config: PoolConfig, *, every_reader: bool) -> Iterator[tuple[str, Any]]:
     """Names of the ways of loading that are installed, and their storage readers."""
     from mpreader.dcp import S3StorageReader
 
     with S3StorageReader(REGION, CHECKPOINT, pool_config=pool_config) as reader:
         yield "mpreader", reader
+    if every_reader:
+        others = {
+            "sequential()": S3ReaderConstructor.sequential(),
+            "range_based()": S3ReaderConstructor.range_based(),
+            "dcp_optimized()": S3ReaderConstructor.dcp_optimized(),
+        }
+        for name, other in others.items():
+            with S3StorageReader(REGION, CHECKPOINT, reader_constructor=other) as reader:
+                yield f"mpreader with {name}", reader
     try:
         from s3torchconnector import S3ClientConfig
         from s3torchconnector.dcp import S3StorageReader as ConnectorReader
@@ -163,6 +174,7 @@ def _load(state: dict[str, Any], way: str, reader: Any, server_pid: int) -> Row:
         part: {name: torch.full_like(tensor, 1) for name, tensor in state[part].items()} for part in ("model", "odd")
     }
     target["items"] = {name: type(value)() for name, value in state["items"].items()}
+    gc.collect()  # or what the load before left would be freed in this one
     with TreeMemory(excluded_pids=[server_pid]) as memory:
         started = time.perf_counter()
         load(target, storage_reader=reader, no_dist=True)

@@ -113,9 +113,16 @@ def test_checkpoint_id_is_valid_when_it_is_an_s3_uri(checkpoint_id: str | Path, 
             S3FileSystem().init_path(checkpoint_id)
 
 
-@pytest.mark.parametrize("base", ["s3://bucket/a", "s3://bucket/a/"])
-def test_concat_path_joins_with_one_slash(base: str) -> None:
-    assert S3FileSystem().concat_path(base, ".metadata") == "s3://bucket/a/.metadata"
+@pytest.mark.parametrize(
+    ("base", "joined"),
+    [
+        ("s3://bucket/a", "s3://bucket/a/.metadata"),
+        ("s3://bucket/a/", "s3://bucket/a/.metadata"),
+        ("s3://bucket/a//", "s3://bucket/a//.metadata"),  # as s3torchconnector saves it
+    ],
+)
+def test_concat_path_adds_a_slash_only_where_there_is_none(base: str, joined: str) -> None:
+    assert S3FileSystem().concat_path(base, ".metadata") == joined
 
 
 def test_file_system_refuses_a_client_and_settings_for_one() -> None:

@@ -12,13 +12,20 @@ from torch.distributed.checkpoint._extension import ZStandard
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from mpreader import ChecksumMismatch, PoolConfig, S3ReaderConstructor
+from mpreader import ChecksumMismatch, PoolConfig, S3ClientConfig, S3ReaderConstructor
 from mpreader.config import MiB
-from mpreader.dcp import HexPrefixStrategy, MetadataRefused, S3FileSystem, S3StorageReader, S3StorageWriter
+from mpreader.dcp import (
+    HexPrefixStrategy,
+    MetadataRefused,
+    S3FileSystem,
+    S3PrefixStrategyBase,
+    S3StorageReader,
+    S3StorageWriter,
+)
 from mpreader.errors import ConfigError
 
 pytestmark = [
@@ -213,6 +220,27 @@ def test_reader_serves_several_loads_and_checkpoints(checkpoint: str, bucket: st
             assert_same(small, {"w": torch.arange(9)})
 
 
+@pytest.mark.parametrize("path", ["/a b+c/ü%20/../d//", "//", "/"])
+def test_checkpoint_path_may_be_any_key(bucket: str, constructor: Any, path: str) -> None:
+    uri = f"s3://{bucket}{path}"
+    save({"w": torch.arange(9)}, storage_writer=S3StorageWriter("us-east-1", uri))
+    assert S3FileSystem().ls(uri) == [f"{uri}.metadata", f"{uri}__0_0.distcp"]
+    state = {"w": torch.zeros(9, dtype=torch.int64)}
+    with S3StorageReader("us-east-1", uri, reader_constructor=constructor) as reader:
+        load(state, storage_reader=reader)
+    assert_same(state, {"w": torch.arange(9)})
+
+
+def test_readers_that_share_a_constructor_keep_their_own_settings(checkpoint: str) -> None:
+    constructor = S3ReaderConstructor.multiprocess(pool_config=POOL)
+    reader = S3StorageReader("us-east-1", checkpoint, reader_constructor=constructor)
+    elsewhere = S3ClientConfig(endpoint_url="http://127.0.0.1:1", max_attempts=1)
+    with reader, S3StorageReader("us-east-1", checkpoint, elsewhere, reader_constructor=constructor):
+        state = zeroed(example())
+        load(state, storage_reader=reader)
+    assert_same(state, example())
+
+
 def test_reader_serves_a_load_after_one_that_failed(
     checkpoint: str, bucket: str, constructor: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -368,6 +396,27 @@ def test_hostile_metadata_is_refused_before_anything_is_read(checkpoint: str, co
 def test_writer_refuses_to_overwrite_when_told_so(checkpoint: str) -> None:
     with pytest.raises(CheckpointException, match="already exists"):
         save({"w": torch.ones(1)}, storage_writer=S3StorageWriter("us-east-1", checkpoint, overwrite=False))
+
+
+class Prefix(S3PrefixStrategyBase):
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+
+    def generate_prefix(self, rank: int) -> str:
+        return self.prefix
+
+
+@pytest.mark.parametrize("prefix", ["/a/", "../", "a/../b", "./"])
+def test_writer_refuses_a_prefix_that_could_not_be_loaded(prefix: str) -> None:
+    writer = S3StorageWriter("us-east-1", "s3://bucket/outside", prefix_strategy=Prefix(prefix))
+    with pytest.raises(ConfigError, match="outside of the checkpoint"):
+        writer.prepare_global_plan([SavePlan([])])
+
+
+def test_writer_refuses_the_same_prefix_for_two_ranks() -> None:
+    writer = S3StorageWriter("us-east-1", "s3://bucket/same", prefix_strategy=Prefix("a/"))
+    with pytest.raises(ConfigError, match="same prefix"):
+        writer.prepare_global_plan([SavePlan([]), SavePlan([])])
 
 
 # torch lets a writing thread die and only prints why.

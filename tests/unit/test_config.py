@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import pickle
 import re
+import textwrap
 from dataclasses import FrozenInstanceError, fields
 from typing import Any
 
@@ -84,7 +86,11 @@ def test_pool_settings_table_has_exactly_the_fields_of_pool_config() -> None:
 
 
 def test_pool_settings_table_is_what_the_docstring_says() -> None:
-    arguments = (PoolConfig.__doc__ or "").partition("Args:")[2].partition("Raises:")[0]
+    arguments = (
+        textwrap.indent(inspect.cleandoc(PoolConfig.__doc__ or ""), "    ")
+        .partition("Args:")[2]
+        .partition("Raises:")[0]
+    )
     documented = dict(re.findall(r"^        (\w+): (.*(?:\n            .*)*)", arguments, re.MULTILINE))
     assert list(documented) == [*POOL_SETTINGS]
     for name, setting in POOL_SETTINGS.items():

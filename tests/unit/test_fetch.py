@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -90,6 +91,11 @@ def test_fetch_takes_what_is_unsorted_repeated_overlapping_nested_and_empty(
     ]
     views[2][:] = b"0123456789"
     assert bytes(views[3]) == b"0123456789", "views of overlapping ranges share their bytes"
+
+
+def test_fetch_takes_the_whole_numbers_of_numpy(fetcher: RangeFetcher, server: FaultServer) -> None:
+    ranges = np.array([[3, 10], [0, 5]])
+    assert fetcher.fetch(server.url("/object"), ranges) == [DATA[3:10], DATA[:5]]
 
 
 def test_fetch_of_nothing_asks_nobody(fetcher: RangeFetcher, server: FaultServer) -> None:

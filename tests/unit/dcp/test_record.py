@@ -38,7 +38,7 @@ def try_load(item: Any) -> torch.Tensor | None:
         return load_like_reader(item)
     except RecordCorrupted:
         return None
-    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError):
+    except pickle.UnpicklingError:
         # Whatever is no archive any more is for torch.load to refuse.
         if bytes(item.view(0, min(4, item.size))) == b"PK\x03\x04":
             raise
@@ -133,6 +133,15 @@ def test_layout_of_a_hostile_pickle_executes_nothing(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="Weights only load failed"):
         load_whole(item)
     assert not (tmp_path / "marker").exists()
+
+
+def test_damaged_directory_of_a_record_is_a_corrupted_record() -> None:
+    record = record_of(torch.arange(6).to_sparse())  # for torch.load
+    end = record.rindex(b"PK\x05\x06")
+    record[end + 4] = 1  # one of several disks, which zipfile does not mind
+    assert decode_layout(BufferItem(record)) is None
+    with pytest.raises(RecordCorrupted, match="can't"):
+        load_whole(BufferItem(record))
 
 
 RECORDS = [

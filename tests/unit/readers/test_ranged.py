@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -98,3 +99,11 @@ def test_bytes_beyond_those_requested_are_dropped(stored: Callable[..., Any], bu
     source.extra = b"beyond"
     reader = open_reader(source, buffer_size)
     assert [reader.read(30), reader.read()] == [BODY[:30], BODY[30:]]
+
+
+def test_reader_pickles_with_its_position_and_without_its_buffer(stored: Callable[..., Any]) -> None:
+    reader = open_reader(stored(BODY), 30)
+    reader.read(5)
+    copy = pickle.loads(pickle.dumps(reader))
+    assert [copy.tell(), copy.read(10), reader.read(10)] == [5, BODY[5:15], BODY[5:15]]
+    assert copy._get_stream.__self__.requests == [(0, 30), (5, 35)]
