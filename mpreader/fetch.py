@@ -150,6 +150,8 @@ class RangeFetcher:
             from mpreader.s3 import S3Client, S3Source, parse_s3_uri
 
             bucket, key = parse_s3_uri(uri)
+            if not key:
+                raise ConfigError(f"{uri!r} names a bucket, not an object in it; write s3://bucket/key")
             if self._client is None:
                 self._client = S3Client(s3client_config=self._s3client_config)
             return S3Source(self._client, bucket, key)

@@ -100,6 +100,8 @@ class S3StorageReader(FileSystemReader):
             raise ConfigError("give pool_config to the reader_constructor: S3ReaderConstructor.multiprocess(…)")
         self._reader_constructor = reader_constructor
         self._verify = verify
+        if isinstance(allowed_globals, str):
+            raise ConfigError(f"allowed_globals is a collection of names: write ({allowed_globals!r},)")
         self._allowed_globals = tuple(allowed_globals)
         self._fs = S3FileSystem(s3_client=client, reader_constructor=reader_constructor)
         self.fs = self._fs  # type: ignore[assignment]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 import math
+import pickle
 import zipfile
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -79,8 +80,10 @@ def load_whole(item: ItemBytes, *, verify: bool = True) -> torch.Tensor:
         check_archive(record)
     try:
         loaded: torch.Tensor = torch.load(record, map_location="cpu", weights_only=True)
-    except (RuntimeError, ValueError, EOFError) as error:
-        # What no CRC covers: the archive's headers and directory, which torch reads otherwise than zipfile does.
+    except pickle.UnpicklingError:
+        raise  # says what to do
+    except Exception as error:
+        # No CRC covers the archive's headers and directory, and torch reads them in another way than zipfile does.
         raise RecordCorrupted(f"torch.load can't read it: {error}") from error
     return loaded
 

@@ -112,7 +112,8 @@ class Scheduler:
         """A consumer won't take the fills [start, stop)."""
         reading = self._readings.get(id(transfer))
         for fill in reading.fills[start:stop] if reading is not None else ():
-            self._drop(fill)
+            if not transfer.is_awaited(fill.index):  # another reader of the same file may want it
+                self._drop(fill)
 
     def fail_everything(self, error: MpreaderError) -> None:
         """The pool is broken, or closed: let every consumer know, and hold on to no memory."""

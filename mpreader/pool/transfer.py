@@ -180,6 +180,11 @@ class Transfer:
             self._condition.notify_all()
             return True
 
+    def is_awaited(self, index: int) -> bool:
+        """Whether a consumer is in ``take`` for this fill."""
+        with self._condition:
+            return index in self._awaited
+
     def retract(self, index: int, *, spares_awaited: bool = False) -> bool:
         """Take back a fill that was delivered; False if it was taken, or is just about to be."""
         with self._condition:

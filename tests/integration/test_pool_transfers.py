@@ -107,6 +107,21 @@ def test_transfer_reads_a_fill_again_when_it_is_taken_again(
     transfer.close()
 
 
+def test_discarding_a_fill_that_another_thread_waits_for_does_no_harm(
+    make_pool: MakePool, make_fills: MakeFills, server: FaultServer, data: bytes
+) -> None:
+    server.inject(Fault(FaultKind.DELAY, at=(1,), seconds=0.5))
+    transfer = make_pool().read(make_fills(PART, 1))
+    taken: list[memoryview] = []
+    waiting = threading.Thread(target=lambda: taken.append(transfer.take(0)))
+    waiting.start()
+    wait_until(lambda: transfer.is_awaited(0))
+    transfer.discard(0, 1)
+    waiting.join(20)
+    transfer.close()
+    assert taken == [data[:PART]]
+
+
 def test_transfer_gives_each_thread_its_own_reading_of_one_fill(
     make_pool: MakePool, make_fills: MakeFills, server: FaultServer, data: bytes
 ) -> None:

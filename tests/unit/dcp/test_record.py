@@ -137,10 +137,10 @@ def test_layout_of_a_hostile_pickle_executes_nothing(tmp_path: Path) -> None:
 
 def test_damaged_directory_of_a_record_is_a_corrupted_record() -> None:
     record = record_of(torch.arange(6).to_sparse())  # for torch.load
-    end = record.rindex(b"PK\x05\x06")
-    record[end + 4] = 1  # one of several disks, which zipfile does not mind
+    directory_end = record.rindex(b"PK\x06\x06")
+    record[directory_end + 16] ^= 1  # number of this disk, which zipfile does not mind
     assert decode_layout(BufferItem(record)) is None
-    with pytest.raises(RecordCorrupted, match="can't"):
+    with pytest.raises(RecordCorrupted, match=r"torch\.load can't read it"):
         load_whole(BufferItem(record))
 
 
