@@ -238,8 +238,10 @@ class Coordinator:
         now = time.monotonic()
         if self._scheduler.is_idle:
             timeout_s = self._busy_until + self._idle_timeout_s - now
-        else:
+        elif self.crew.has_room():
             timeout_s = min(_TICK_S, self._scheduler.next_event() - now)
+        else:  # a retry that is due can't be sent before a worker is heard
+            timeout_s = _TICK_S
         for key, _ in self._selector.select(0 if self._inbox else max(0.0, timeout_s)):
             if key.data is None:
                 self._wakeup.clear()

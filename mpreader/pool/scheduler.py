@@ -147,8 +147,8 @@ class Scheduler:
         part.received += failure.received
         part.attempts = 1 if failure.received else part.attempts + 1
         part.last_failure = failure.detail
-        if part.fill.status is not FillStatus.FILLING:
-            self._forget(part)
+        if part.fill.status is not FillStatus.FILLING or part.received >= part.part.end - part.part.start:
+            self._forget(part)  # in the second case all is there: what failed came after the last byte
         elif failure.kind is FailureKind.EXPIRED and not part.is_resigned:
             part.is_resigned = True
             self._sources.renew(part.fill.source)
