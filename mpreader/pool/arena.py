@@ -209,8 +209,10 @@ class Arena:
             return None if segment is None else Slot(segment, 0, size, is_alone=True)
         size = _round_up(nbytes, GRAIN_BYTES)
         place = self._holes.take(size)
-        if place is None and self._add_shared_segment(size, beyond_limit):
-            place = self._holes.take(size)
+        if place is None and not self._add_shared_segment(size, beyond_limit=False):
+            self._drop_free_segments(size)  # too small for this slot, and in the way of one that is not
+            self._add_shared_segment(size, beyond_limit=beyond_limit)
+        place = place or self._holes.take(size)
         return None if place is None else Slot(self.segments[place[0]], place[1], size, is_alone=False)
 
     def free(self, slot: Slot) -> None:
@@ -237,11 +239,13 @@ class Arena:
         self._holes.clear()
         self.reserved_bytes = 0
 
-    def _add_shared_segment(self, least: int, beyond_limit: bool) -> bool:
+    def _add_shared_segment(self, least: int, *, beyond_limit: bool) -> bool:
         # Larger ones as the arena grows: each costs a descriptor, of which a process has perhaps 1024.
         wanted = max(self._segment_bytes, min(self.reserved_bytes // 8, _MAX_SEGMENT_BYTES))
         room = self.max_bytes - self.reserved_bytes
-        size = max(least, min(wanted, room) // GRAIN_BYTES * GRAIN_BYTES)
+        # Whole blocks where there is room for one: the rest of a segment would be of little use.
+        grain = self._block_bytes if room >= self._block_bytes else GRAIN_BYTES
+        size = max(least, min(wanted, room) // grain * grain)
         segment = self._make_segment(size, beyond_limit)
         if segment is None:
             return False
