@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from mpreader.errors import ConfigError
 
-__all__ = ["KiB", "MiB", "POOL_SETTINGS", "PoolConfig", "S3ClientConfig", "Setting"]
+__all__ = ["KiB", "MiB", "POOL_SETTINGS", "PoolConfig", "S3ClientConfig", "Setting", "check_type"]
 
 KiB: Final = 1024
 MiB: Final = 1024 * 1024
@@ -53,6 +53,16 @@ def _require_number(name: str, value: object, unit: str) -> None:
         isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf"),
         f"{name} must be a number of {unit} above 0, got {value!r}",
     )
+
+
+def check_type(name: str, value: object, cls: type) -> None:
+    """Refuse an argument that is neither None nor a ``cls``.
+
+    Raises:
+        TypeError: It is something else, a dict, say.
+    """
+    if value is not None and not isinstance(value, cls):
+        raise TypeError(f"{name} must be a {cls.__name__} or None, got {type(value).__name__}")
 
 
 @dataclass(frozen=True)

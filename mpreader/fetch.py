@@ -9,13 +9,13 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from mpreader.config import MiB, PoolConfig, S3ClientConfig
+from mpreader.config import MiB, PoolConfig, S3ClientConfig, check_type
 from mpreader.errors import ArenaExhausted, ConfigError, PlanError
 from mpreader.pool.pool import Pool, release_shared_pool, shared_pool
 from mpreader.pool.source import ObjectVersion, Route, Source
 from mpreader.pool.stats import PoolStats
 from mpreader.pool.transfer import Fill, FillPart
-from mpreader.ranges import ItemRange, RangeGroup, check_max_gap, coalesce, partition
+from mpreader.ranges import ItemRange, RangeGroup, check_max_gap, coalesce, coverage, partition
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -42,9 +42,11 @@ class RangeFetcher:
 
     Raises:
         ConfigError: A setting is wrong, or the host has too little memory.
+        TypeError: An argument is something else.
     """
 
     def __init__(self, s3client_config: S3ClientConfig | None = None, pool_config: PoolConfig | None = None) -> None:
+        check_type("s3client_config", s3client_config, S3ClientConfig)
         self._s3client_config = s3client_config or S3ClientConfig()
         self._pool = Pool(pool_config, self._s3client_config)
         self._client: S3Client | None = None
@@ -80,13 +82,11 @@ class RangeFetcher:
         """Fetch ranges of several objects at once; see :meth:`fetch`."""
         orders = [(self._source(uri), _to_item_ranges(ranges)) for uri, ranges in ranges_by_source.items()]
         results = [[memoryview(b"")] * len(ranges) for _, ranges in orders]
+        # Before they are cut into parts: a mistaken range of terabytes would be millions.
+        wanted = sum(interval.size for _, item_ranges in orders for interval in coverage(item_ranges))
+        self._check_room(wanted)
         batches = self._plan(orders, max_gap_size)
-        wanted = sum(batch.fill.nbytes for batch in batches)
-        if wanted > self._pool.sizes.max_bytes:
-            raise ArenaExhausted(
-                f"{wanted} bytes are asked for at one time, {self._pool.sizes.max_bytes} may be held: use stream(), or "
-                "raise PoolConfig.max_memory (MPREADER_MAX_MEMORY)"
-            )
+        self._check_room(sum(batch.fill.nbytes for batch in batches))
         for order, index, view in self._take(batches):
             results[order][index] = view
         return dict(zip(ranges_by_source, results, strict=True))
@@ -111,6 +111,7 @@ class RangeFetcher:
             MpreaderError: As for :meth:`fetch`.
         """
         orders = [(self._source(source), _to_item_ranges(ranges))]
+        self._check_room(max((item_range.size for item_range in orders[0][1]), default=0))
         batches = self._plan(orders, max_gap_size)
         return self._stream(orders[0][1], batches)
 
@@ -142,6 +143,13 @@ class RangeFetcher:
         return f"RangeFetcher({self._pool!r})"
 
     # -- steps
+
+    def _check_room(self, wanted: int) -> None:
+        if wanted > self._pool.sizes.max_bytes:
+            raise ArenaExhausted(
+                f"{wanted} bytes are asked for at one time, {self._pool.sizes.max_bytes} may be held: use stream() "
+                "with smaller ranges, or raise PoolConfig.max_memory (MPREADER_MAX_MEMORY)"
+            )
 
     def _source(self, uri: str) -> Source:
         if not isinstance(uri, str):
@@ -194,6 +202,7 @@ class _SharedPoolFetcher(RangeFetcher):
     """A fetcher on the process's shared pool, which stays warm for the next call, as does its client."""
 
     def __init__(self, s3client_config: S3ClientConfig | None, pool_config: PoolConfig | None) -> None:
+        check_type("s3client_config", s3client_config, S3ClientConfig)
         self._s3client_config = s3client_config or S3ClientConfig()
         self._pool = shared_pool(pool_config, self._s3client_config)
         settings = (self._s3client_config, _aws_environment())

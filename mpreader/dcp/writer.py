@@ -44,7 +44,7 @@ class S3StorageWriter(FileSystemWriter):
             ``single_file_per_rank`` and so on, according to torch's version.
 
     Raises:
-        ValueError: ``path`` is not an ``s3://`` URI.
+        ValueError: ``path`` is not an ``s3://`` URI, or ``thread_count`` is not a whole number of at least 1.
     """
 
     def __init__(
@@ -56,6 +56,8 @@ class S3StorageWriter(FileSystemWriter):
         thread_count: int = 1,
         **kwargs: Any,
     ) -> None:
+        if not isinstance(thread_count, int) or thread_count < 1:
+            raise ConfigError(f"thread_count must be a whole number of at least 1, got {thread_count!r}")
         # An upload has no file to sync: it is durable when it is complete.
         super().__init__(path=path, sync_files=False, thread_count=thread_count, **kwargs)
         self.fs = S3FileSystem(region, s3client_config=s3client_config)  # type: ignore[assignment]

@@ -54,6 +54,7 @@ class Segment:
         self.size = size
         # Without a name nothing can be left behind; before Python 3.13 it is tracked all the same until the unlink.
         untracked: dict[str, Any] = {"track": False} if sys.version_info >= (3, 13) else {}
+        _require_descriptors(3)
         memory = SharedMemory(create=True, size=size, **untracked)
         try:
             self.fd = os.open(f"/dev/shm/{memory.name}", os.O_RDWR | os.O_CLOEXEC)  # noqa: S108  # where shm_open puts it
@@ -289,6 +290,13 @@ class Arena:
         self.reserved_bytes -= segment.size
         self._dropped.append(segment)
         segment.close()
+
+
+def _require_descriptors(count: int) -> None:
+    # SharedMemory that runs out of them half-way makes the resource tracker print a traceback of its own.
+    with contextlib.ExitStack() as spare:
+        for _ in range(count):
+            spare.callback(os.close, os.open(os.devnull, os.O_RDONLY))
 
 
 def _round_up(nbytes: int, grain: int) -> int:

@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 
-from mpreader.config import POOL_SETTINGS, PoolConfig, S3ClientConfig
+from mpreader.config import POOL_SETTINGS, PoolConfig, S3ClientConfig, check_type
 from mpreader.errors import PoolClosed
 from mpreader.pool.coordinator import Coordinator, Timeouts
 from mpreader.pool.sizing import Host, size_pool
@@ -36,6 +36,7 @@ class Pool:
         Raises:
             ConfigError: A setting is wrong, or the host has too little memory.
         """
+        _check_types(config, s3client_config)
         config = config or PoolConfig()
         self.sizes = size_pool(config, s3client_config or S3ClientConfig(), Host.now())
         self.timeouts = Timeouts(*(config.value(name) for name in Timeouts._fields))
@@ -136,6 +137,7 @@ def shared_pool(config: PoolConfig | None, s3client_config: S3ClientConfig | Non
     Raises:
         ConfigError: A setting is wrong, or the host has too little memory.
     """
+    _check_types(config, s3client_config)
     config = config or PoolConfig()
     s3client_config = s3client_config or S3ClientConfig()
     settings = (*map(config.value, POOL_SETTINGS), s3client_config.part_size, s3client_config.throughput_target_gbps)
@@ -174,6 +176,11 @@ def close_shared_pools() -> None:
         _shared.clear()
     for pool in pools:
         pool.close()
+
+
+def _check_types(config: object, s3client_config: object) -> None:
+    check_type("pool_config", config, PoolConfig)
+    check_type("s3client_config", s3client_config, S3ClientConfig)
 
 
 def _nothing() -> None:

@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mpreader.config import PoolConfig, S3ClientConfig
+from mpreader.config import PoolConfig, S3ClientConfig, check_type
 from mpreader.pool.pool import Pool, release_shared_pool, shared_pool, use_shared_pool
 from mpreader.pool.transfer import Fill, FillPart, Transfer
 from mpreader.ranges import DEFAULT_MAX_GAP_SIZE, ItemRange, Part, coalesce, partition
@@ -112,8 +112,8 @@ class MultiprocessConstructor(ItemRangeConstructor):
         pool_config: PoolConfig | None = None,
     ) -> None:
         super().__init__(max_gap_size)
-        _check_type("s3client_config", s3client_config, S3ClientConfig)
-        _check_type("pool_config", pool_config, PoolConfig)
+        check_type("s3client_config", s3client_config, S3ClientConfig)
+        check_type("pool_config", pool_config, PoolConfig)
         self._s3client_config = s3client_config
         self._pool_config = pool_config
         self._forget_state()
@@ -199,11 +199,6 @@ class MultiprocessConstructor(ItemRangeConstructor):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._forget_state()
         self.__dict__.update(state)
-
-
-def _check_type(name: str, value: object, cls: type) -> None:
-    if value is not None and not isinstance(value, cls):
-        raise TypeError(f"{name} must be a {cls.__name__} or None, got {type(value).__name__}")
 
 
 def _nothing() -> None:

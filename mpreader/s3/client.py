@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from botocore.exceptions import ClientError
 
-from mpreader.config import S3ClientConfig
+from mpreader.config import S3ClientConfig, check_type
 from mpreader.pool.source import Route
 from mpreader.s3.failure import Target, translated
 from mpreader.s3.objects import ListObjectsPage, ObjectInfo
@@ -43,6 +43,7 @@ class S3Client:
 
     Raises:
         ConfigError: ``region`` or ``endpoint`` is malformed.
+        TypeError: ``s3client_config`` is something else.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class S3Client:
         s3client_config: S3ClientConfig | None = None,
         endpoint: str | None = None,
     ) -> None:
+        check_type("s3client_config", s3client_config, S3ClientConfig)
         config = s3client_config or S3ClientConfig()
         self._config = replace(
             config,

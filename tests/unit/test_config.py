@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from mpreader import RangeFetcher, S3Client, S3ReaderConstructor, fetch_ranges
 from mpreader.config import POOL_SETTINGS, KiB, MiB, PoolConfig, S3ClientConfig, parse_bytes
 from mpreader.errors import ConfigError
 
@@ -164,3 +165,18 @@ def test_parse_bytes_reads(text: str, expected: int) -> None:
 def test_parse_bytes_refuses(text: str) -> None:
     with pytest.raises(ValueError, match="number of bytes"):
         parse_bytes(text)
+
+
+@pytest.mark.parametrize("wrong", [5, {"workers": 2}, {}, "fast"], ids=str)
+def test_settings_of_another_type_are_refused_wherever_they_are_taken(wrong: Any) -> None:
+    for take in (
+        lambda: RangeFetcher(wrong),
+        lambda: RangeFetcher(pool_config=wrong),
+        lambda: fetch_ranges("s3://bucket/key", [], pool_config=wrong),
+        lambda: fetch_ranges("s3://bucket/key", [], s3client_config=wrong),
+        lambda: S3Client(s3client_config=wrong),
+        lambda: S3ReaderConstructor.multiprocess(pool_config=wrong),
+        lambda: S3ReaderConstructor.multiprocess(s3client_config=wrong),
+    ):
+        with pytest.raises(TypeError, match=f"config must be a .*Config or None, got {type(wrong).__name__}"):
+            take()
