@@ -279,7 +279,10 @@ class Scheduler:
         if self._outstanding_bytes:  # what is in flight will be ready soon, and can be evicted then
             return None
         if fill.reading.transfer.grows:
-            return self._try_allocate(fill, fill.fill.nbytes, beyond_limit=True)
+            slot = self._try_allocate(fill, fill.fill.nbytes, beyond_limit=True)
+            if slot is not None or fill.status is not FillStatus.PENDING:
+                return slot
+            # The host has no more, whatever the limit is: the same as a limit that is reached.
         if fill.short_since is None:
             fill.short_since = now
         if now - fill.short_since >= self._limits.lease_timeout_s or not self._leased:

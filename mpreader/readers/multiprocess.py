@@ -38,6 +38,9 @@ class MultiprocessS3Reader(S3Reader):
         get_object_info: Asks for the object's size.
         get_stream: Not used: the bytes come from the pool.
         read_ahead: The parts on their way.
+
+    Attributes:
+        max_bytes: Shared memory that its pool may reserve.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class MultiprocessS3Reader(S3Reader):
         self._held: dict[int, memoryview] = {}
         self._lowest = 0  # parts before it were given back
         self._read_ahead = read_ahead
+        self.max_bytes = read_ahead.max_bytes
         read_ahead.open_file()
         self._has_failed = False
 
@@ -227,7 +231,11 @@ class ItemView:
         self._reader = reader
         self._start = offset
         self.size = length
-        self._keep = length == 0 or (reader._part_at(offset + length - 1) - reader._part_at(offset) < _MOST_PARTS_HELD)
+        # Nor does it hold much of a small arena, of which the host may not even have all.
+        is_small = 8 * length <= reader.max_bytes
+        self._keep = is_small and (
+            length == 0 or reader._part_at(offset + length - 1) - reader._part_at(offset) < _MOST_PARTS_HELD
+        )
 
     def pieces(self, start: int, end: int) -> Iterator[memoryview]:
         """Writable views that together are the item's bytes [start, end), in order, without a copy.

@@ -43,6 +43,7 @@ class ReadAhead:
         self._unread = {uri for uri, (_, parts) in self.parts_by_file.items() if parts}
         self._readers = 0
         self._is_retired = not fills
+        self.max_bytes = pool.sizes.max_bytes
         # torch.load needs the whole of an item at a time, however large it is.
         self.transfer: Transfer | None = pool.read(fills, grows=True) if fills else None
         # Its own use of the pool: readers that are open outlive the constructor that made them.
