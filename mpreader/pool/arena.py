@@ -17,6 +17,7 @@ import os
 import sys
 import weakref
 from collections.abc import Callable
+from multiprocessing import resource_tracker
 from multiprocessing.shared_memory import SharedMemory
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -54,6 +55,8 @@ class Segment:
         self.size = size
         # Without a name nothing can be left behind; before Python 3.13 it is tracked all the same until the unlink.
         untracked: dict[str, Any] = {"track": False} if sys.version_info >= (3, 13) else {}
+        if not untracked:
+            resource_tracker.ensure_running()  # if it failed to start after the memory was made, that would stay
         _require_descriptors(3)
         memory = SharedMemory(create=True, size=size, **untracked)
         try:
