@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import operator
-import os
-import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -199,32 +197,16 @@ class RangeFetcher:
 
 
 class _SharedPoolFetcher(RangeFetcher):
-    """A fetcher on the process's shared pool, which stays warm for the next call, as does its client."""
+    """A fetcher on the process's shared pool, which stays warm for the next call."""
 
     def __init__(self, s3client_config: S3ClientConfig | None, pool_config: PoolConfig | None) -> None:
         check_type("s3client_config", s3client_config, S3ClientConfig)
         self._s3client_config = s3client_config or S3ClientConfig()
         self._pool = shared_pool(pool_config, self._s3client_config)
-        settings = (self._s3client_config, _aws_environment())
-        known, self._client = _shared_clients.get(self._pool, (None, None))
-        if known != settings:
-            self._client = None
-        self._settings = settings
+        self._client = None
 
     def close(self) -> None:
-        if self._client is not None:
-            _shared_clients[self._pool] = (self._settings, self._client)
         release_shared_pool(self._pool, keep_warm=True)
-
-
-# A client costs some 0.1 s to make, and asks for the credentials anew. One goes when its pool is closed.
-_shared_clients: weakref.WeakKeyDictionary[Pool, tuple[object, S3Client]] = weakref.WeakKeyDictionary()
-
-
-def _aws_environment() -> int:
-    # A hash, so that no secret is kept.
-    names = (name for name in os.environ if name.startswith("AWS_") or name.lower().endswith("_proxy"))
-    return hash(tuple(sorted((name, os.environ[name]) for name in names)))
 
 
 def fetch_ranges(

@@ -31,6 +31,7 @@ from mpreader.errors import MpreaderError, PoolClosed, PoolError
 from mpreader.pool.arena import Arena, Slot
 from mpreader.pool.crew import Crew, CrewLimits, Member
 from mpreader.pool.messages import Cancel, Fetch, Fetched
+from mpreader.pool.pace import Pace, is_host_busy
 from mpreader.pool.scheduler import Scheduler, SchedulerLimits
 from mpreader.pool.sizing import PoolSizes
 from mpreader.pool.sourcebook import Resolved, SourceBook
@@ -43,6 +44,7 @@ __all__ = ["Coordinator", "Timeouts"]
 log = logging.getLogger(__name__)
 
 _TICK_S: Final = 0.25  # between two looks at deadlines while there is work
+_PACE_TICK_S: Final = 0.015
 _STOP_TIMEOUT_S: Final = 5.0
 
 
@@ -119,6 +121,9 @@ class Coordinator:
         self._sources = SourceBook(self.tell)
         limits = SchedulerLimits(sizes.window_bytes, timeouts.timeout_s, timeouts.lease_timeout_s)
         self._scheduler = Scheduler(self._arena, self._sources, limits)
+        self._pace = Pace(sizes.workers, sizes.workers * sizes.connections_per_worker, is_host_busy)
+        self._limit = 2 * sizes.workers
+        self._is_paced = False
         crew_limits = CrewLimits(sizes.workers, sizes.connections_per_worker, *timeouts[:2], timeouts.worker_timeout_s)
         self.crew = Crew(crew_limits, self._selector)
         self._thread = threading.Thread(target=self._run, name="mpreader-coordinator", daemon=True)
@@ -240,6 +245,8 @@ class Coordinator:
             timeout_s = self._busy_until + self._idle_timeout_s - now
         elif self.crew.has_room():
             timeout_s = min(_TICK_S, self._scheduler.next_event() - now)
+            if self._is_paced:  # a server that does not answer soon is asked for more
+                timeout_s = min(timeout_s, _PACE_TICK_S)
         else:  # a retry that is due can't be sent before a worker is heard
             timeout_s = _TICK_S
         for key, _ in self._selector.select(0 if self._inbox else max(0.0, timeout_s)):
@@ -252,7 +259,7 @@ class Coordinator:
         now = time.monotonic()
         for news in self.crew.receive(member, now):
             if isinstance(news, Fetched):
-                self._scheduler.fetched(news.part)
+                self._note_pace(self._scheduler.fetched(news.part), news, now)
             else:
                 self._scheduler.failed(news, now)
         if has_ended:
@@ -286,14 +293,26 @@ class Coordinator:
 
     def _dispatch(self) -> None:
         now = time.monotonic()
+        self._is_paced = False
         while self.crew.has_room():
+            self._scheduler.window_bytes = self._window_bytes()
             part = self._scheduler.next_part(now)
             self._announce_segments()
             if part is None:
                 return
-            if not self.crew.send(_fetch_message(part), now):
+            self._limit = self._pace.limit(*_kind(part), now)
+            self._is_paced = self.crew.in_flight >= self._limit
+            if self._is_paced or not self.crew.send(_fetch_message(part), now):
                 self._scheduler.unsend(part)
                 return
+
+    def _window_bytes(self) -> int:
+        """What may be in flight, and some more that waits to be taken."""
+        return min(self.sizes.window_bytes, (self._limit + max(2, self._limit // 4)) * self.sizes.block_bytes)
+
+    def _note_pace(self, part: PartState | None, fetched: Fetched, now: float) -> None:
+        if part is not None and not part.received:  # otherwise this was only the rest of it
+            self._pace.note(*_kind(part), fetched.seconds, fetched.stalled_s, now)
 
     def _announce_segments(self) -> None:
         made, dropped = self._arena.take_changes()
@@ -303,6 +322,13 @@ class Coordinator:
     def _cancel(self, parts: list[int]) -> None:
         for part in parts:
             self.crew.send_to_holder(part, Cancel(part))
+
+
+def _kind(part: PartState) -> tuple[str, int, int]:
+    """Server and size: what a part's time depends on."""
+    route = part.fill.source.route
+    host, port = (route.host, route.port) if route is not None else ("", 0)
+    return host, port, part.part.end - part.part.start
 
 
 def _fetch_message(state: PartState) -> Fetch:

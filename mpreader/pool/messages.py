@@ -94,10 +94,14 @@ class Pong(NamedTuple):
 
 
 class Fetched(NamedTuple):
-    """All bytes of a part are in its segment."""
+    """All bytes of a part are in its segment.
+
+    It took ``seconds``; in ``stalled_s`` of them the receiving thread could have run, and waited for a processor.
+    """
 
     part: int
     seconds: float
+    stalled_s: float
 
 
 class Failed(NamedTuple):

@@ -41,6 +41,7 @@ class Pool:
         self.sizes = size_pool(config, s3client_config or S3ClientConfig(), Host.now())
         self.timeouts = Timeouts(*(config.value(name) for name in Timeouts._fields))
         self.users = 0
+        self.rests_when_unused = False
         self._lock = threading.RLock()
         self._is_closed = False
         self._coordinator: Coordinator | None = None
@@ -132,7 +133,7 @@ class Pool:
 def shared_pool(config: PoolConfig | None, s3client_config: S3ClientConfig | None = None) -> Pool:
     """The process's pool for these settings, made when it is first asked for.
 
-    It ends when it is idle, at exit, or when every user of it has called ``release_shared_pool``.
+    It ends when it is idle, at exit, or when its users have said that it is not needed (``release_shared_pool``).
 
     Raises:
         ConfigError: A setting is wrong, or the host has too little memory.
@@ -160,12 +161,15 @@ def release_shared_pool(pool: Pool, *, keep_warm: bool = False) -> None:
 
     Args:
         pool: The pool.
-        keep_warm: Leave its processes to the idle timeout. Otherwise the last user's release ends them.
+        keep_warm: Leave its processes to the idle timeout. Otherwise they end with the last user.
     """
     with _shared_lock:
         pool.users -= 1
-        is_unused = pool.users <= 0
-    if is_unused and not keep_warm:
+        pool.rests_when_unused |= not keep_warm
+        rests = pool.rests_when_unused and pool.users <= 0
+        if rests:
+            pool.rests_when_unused = False
+    if rests:
         pool.rest()
 
 

@@ -43,6 +43,7 @@ class Scheduler:
         self._arena = arena
         self._sources = sources
         self._limits = limits
+        self.window_bytes = limits.window_bytes  # may be set to less
         self._readings: dict[int, Reading] = {}
         self._turn: deque[Reading] = deque()
         self._demanded: dict[FillState, None] = {}
@@ -133,11 +134,12 @@ class Scheduler:
 
     # -- what workers and sources say
 
-    def fetched(self, number: int) -> None:
-        """All bytes of a part are there."""
+    def fetched(self, number: int) -> PartState | None:
+        """All bytes of a part are there; returns the part, if it is known."""
         part = self._parts.pop(number, None)
         if part is not None:
             self._end_part(part)
+        return part
 
     def failed(self, failure: Failed, now: float) -> None:
         """A part did not arrive, or not wholly."""
@@ -259,7 +261,7 @@ class Scheduler:
     def _allocate(self, fill: FillState, now: float, is_demanded: bool) -> Slot | None:
         nbytes = fill.fill.nbytes
         if not is_demanded:
-            has_room = not self._outstanding_bytes or self._outstanding_bytes + nbytes <= self._limits.window_bytes
+            has_room = not self._outstanding_bytes or self._outstanding_bytes + nbytes <= self.window_bytes
             return self._try_allocate(fill, nbytes) if has_room else None
         slot = self._try_allocate(fill, nbytes)
         while slot is None and fill.status is FillStatus.PENDING and self._evict_one(fill):

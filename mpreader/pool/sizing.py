@@ -2,7 +2,8 @@
 
 S3 gives about 90 MB/s to a connection and answers after 30 to 200 ms, so throughput is connections times 90 MB/s and
 needs as many parts in flight. Shared memory beyond that only holds what the consumer has not taken yet: the *window*
-read ahead is the parts in flight and half as many again. ``max_bytes`` is far larger by default, because it also
+read ahead is the parts in flight and a quarter as many again; how many of the connections are used is decided by
+:mod:`mpreader.pool.pace`. ``max_bytes`` is far larger by default, because it also
 bounds what callers hold on to (``RangeFetcher.fetch``, views that are kept).
 """
 
@@ -22,7 +23,7 @@ from mpreader.pool.arena import GRAIN_BYTES
 __all__ = ["Host", "PoolSizes", "size_pool"]
 
 MAX_WORKERS: Final = 8
-CONNECTIONS_PER_WORKER: Final = 8
+CONNECTIONS_PER_WORKER: Final = 16
 CONNECTION_BYTES_PER_S: Final = 90_000_000
 MIN_PARTS_IN_MEMORY: Final = 16
 SEGMENT_BYTES: Final = 32 * MiB
@@ -102,7 +103,7 @@ def size_pool(config: PoolConfig, s3client_config: S3ClientConfig, host: Host) -
         part_bytes=part_bytes,
         block_bytes=block_bytes,
         segment_bytes=max(block_bytes, segment_bytes // GRAIN_BYTES * GRAIN_BYTES),
-        window_bytes=min(max_bytes, in_flight + in_flight // 2),
+        window_bytes=min(max_bytes, in_flight + max(2 * block_bytes, in_flight // 4)),
         max_bytes=max_bytes,
     )
 

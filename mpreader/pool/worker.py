@@ -86,9 +86,8 @@ class Worker:
 
     def _map(self, message: MapSegment, fd: int) -> None:
         try:
-            # Populated now, so that receiving into it meets no page faults.
-            flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
-            self._segments[message.segment] = memoryview(mmap.mmap(fd, message.size, flags=flags))
+            # Not populated: that would keep the other threads from running, and map what other workers use.
+            self._segments[message.segment] = memoryview(mmap.mmap(fd, message.size))
         finally:
             os.close(fd)
 
@@ -105,14 +104,15 @@ class Worker:
         self._work.put(fetch)
 
     def _serve(self, connection: Connection) -> None:
+        stalls = _Stalls()
         while True:
             fetch = self._work.get()
-            self._send(self._fetch(connection, fetch))
+            self._send(self._fetch(connection, fetch, stalls))
             with self._lock:
                 self._idle += 1
 
-    def _fetch(self, connection: Connection, fetch: Fetch) -> Fetched | Failed:
-        started = time.monotonic()
+    def _fetch(self, connection: Connection, fetch: Fetch, stalls: _Stalls) -> Fetched | Failed:
+        started, stalled_s = time.monotonic(), stalls.seconds()
         try:
             if fetch.part in self._cancelled:
                 raise GetFailed(FailureKind.CANCELLED, "cancelled")
@@ -125,7 +125,7 @@ class Worker:
             return Failed(fetch.part, FailureKind.REFUSED, 0, f"worker error: {type(error).__name__}: {error}")
         finally:
             self._cancelled.discard(fetch.part)
-        return Fetched(fetch.part, time.monotonic() - started)
+        return Fetched(fetch.part, time.monotonic() - started, stalls.seconds() - stalled_s)
 
     def _cancel(self, part: int) -> None:
         self._cancelled.add(part)
@@ -149,6 +149,19 @@ class Worker:
             self._sock.send(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
         except OSError:
             os._exit(0)  # the coordinator is gone
+
+
+class _Stalls:
+    """How long the thread that made it has waited for a processor while it could have run."""
+
+    def __init__(self) -> None:
+        try:
+            self._fd = os.open("/proc/thread-self/schedstat", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            self._fd = -1  # a kernel without these numbers
+
+    def seconds(self) -> float:
+        return int(os.pread(self._fd, 96, 0).split()[1]) / 1e9 if self._fd >= 0 else 0.0
 
 
 def main(fd: int, parent_pid: int, connections: int, connect_timeout_s: float, stall_timeout_s: float) -> None:

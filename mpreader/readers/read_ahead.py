@@ -48,7 +48,7 @@ class ReadAhead:
         self.transfer: Transfer | None = pool.read(fills, grows=True) if fills else None
         # Its own use of the pool: readers that are open outlive the constructor that made them.
         use_shared_pool(pool)
-        self._release_pool = weakref.finalize(self, release_shared_pool, pool)
+        self._release_pool = weakref.finalize(self, release_shared_pool, pool, keep_warm=True)
 
     @property
     def is_over(self) -> bool:
@@ -101,7 +101,7 @@ class MultiprocessConstructor(ItemRangeConstructor):
 
     _client: S3Client | None
     _pool: Pool | None
-    _release_pool: Callable[[], object]
+    _leave_pool: weakref.finalize[..., MultiprocessConstructor]
     _read_ahead: ReadAhead | None
     _end_read_ahead: Callable[[], object]
 
@@ -145,9 +145,9 @@ class MultiprocessConstructor(ItemRangeConstructor):
     def close(self) -> None:
         """End the downloads and this constructor's use of the pool; the next plan starts anew. Idempotent."""
         self._set_read_ahead(None)
-        self._release_pool()
+        if self._pool is not None and self._leave_pool.detach():
+            release_shared_pool(self._pool)
         self._pool = None
-        self._release_pool = _nothing
 
     def _make_reader(
         self,
@@ -175,7 +175,8 @@ class MultiprocessConstructor(ItemRangeConstructor):
         if self._pool is None:
             config = self._s3client_config or (self._client.s3client_config if self._client is not None else None)
             self._pool = shared_pool(self._pool_config, config)
-            self._release_pool = weakref.finalize(self, release_shared_pool, self._pool)
+            # Dropped without a close, it leaves the processes warm for the next load, until they are idle for long.
+            self._leave_pool = weakref.finalize(self, release_shared_pool, self._pool, keep_warm=True)
         return self._pool
 
     def _set_read_ahead(self, ahead: ReadAhead | None) -> None:
@@ -189,12 +190,11 @@ class MultiprocessConstructor(ItemRangeConstructor):
     def _forget_state(self) -> None:
         self._client = None
         self._pool = None
-        self._release_pool = _nothing
         self._read_ahead = None
         self._end_read_ahead = _nothing
 
     def __getstate__(self) -> dict[str, Any]:
-        here = ("_pool", "_release_pool", "_read_ahead", "_end_read_ahead")
+        here = ("_pool", "_leave_pool", "_read_ahead", "_end_read_ahead")
         return {name: value for name, value in self.__dict__.items() if name not in here}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -15,7 +16,7 @@ from mpreader.config import S3ClientConfig, check_type
 from mpreader.pool.source import Route
 from mpreader.s3.failure import Target, translated
 from mpreader.s3.objects import ListObjectsPage, ObjectInfo
-from mpreader.s3.session import Session
+from mpreader.s3.session import Session, shared_session
 from mpreader.s3.stream import PinnedObject
 from mpreader.s3.writer import S3Writer
 from mpreader.web import route_to
@@ -60,7 +61,7 @@ class S3Client:
             region=config.region if region is None else region,
             endpoint_url=config.endpoint_url if endpoint is None else endpoint,
         )
-        self._own_session = Session(self._config)
+        self._use_session()
 
     @property
     def region(self) -> str | None:
@@ -212,8 +213,12 @@ class S3Client:
     def _session(self) -> Session:
         # In a forked child the parent's sockets and locks are of no use.
         if self._own_session.pid != os.getpid():
-            self._own_session = Session(self._config)
+            self._use_session()
         return self._own_session
+
+    def _use_session(self) -> None:
+        self._own_session = shared_session(self._config)
+        weakref.finalize(self, self._own_session.release)
 
     def _target(self, bucket: str, key: str, range: tuple[int, int] | None = None) -> Target:
         return Target(bucket, key, self._session.where, self._config.max_attempts, range)

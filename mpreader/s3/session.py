@@ -1,9 +1,14 @@
-"""boto3's clients of one process: one per region, made when needed."""
+"""boto3's clients of one process: one per region, made when needed.
+
+A client costs some 0.1 s to make, so that equal settings share a session (``shared_session``).
+"""
 
 from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import boto3
@@ -21,11 +26,29 @@ from mpreader.web import proxy_for
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client as BotoClient
 
-__all__ = ["Session"]
+__all__ = ["Session", "shared_session"]
 
 # S3Writer's threads and the pool's (a HEAD per file of a checkpoint) at one time.
 _MAX_CONNECTIONS: Final = 32
 _CONNECT_TIMEOUT_S: Final = 10
+_MAX_SHARED: Final = 8
+
+_shared: dict[tuple[object, ...], Session] = {}
+_shared_lock = threading.Lock()
+
+
+def shared_session(config: S3ClientConfig) -> Session:
+    """The process's session for these settings, as long as the environment and the credentials' files are the same."""
+    key = (os.getpid(), config, _surroundings())
+    with _shared_lock:
+        session = _shared.pop(key, None)
+        if session is None or session.is_without_credentials():  # they may have come since
+            session = Session(config)
+        _shared[key] = session
+        while len(_shared) > _MAX_SHARED:
+            del _shared[next(iter(_shared))]
+        session.users += 1
+        return session
 
 
 class Session:
@@ -33,10 +56,12 @@ class Session:
 
     Attributes:
         pid: The process that it belongs to.
+        users: Who shares it.
     """
 
     def __init__(self, config: S3ClientConfig) -> None:
         self.pid = os.getpid()
+        self.users = 0
         self._config = config
         self._lock = threading.Lock()
         self._core: botocore.session.Session | None = None
@@ -45,6 +70,7 @@ class Session:
         self._bucket_regions: dict[str, str] = {}
         self._proxies: dict[str, Proxy | None] = {}
         self._ca_file = ""
+        self._lacks_credentials = False
 
     def client_for(self, bucket: str) -> BotoClient:
         """The client that signs for the bucket's region, as far as that is known yet."""
@@ -74,12 +100,26 @@ class Session:
             self._proxies[origin] = proxy_for(origin)
         return self._proxies[origin]
 
+    def is_without_credentials(self) -> bool:
+        """Whether a client was made while there was nothing to sign with."""
+        return self._lacks_credentials
+
     def close(self) -> None:
-        """Close all connections; the next request opens new ones."""
+        """Close all connections that are not in use; the next request opens new ones."""
         with self._lock:
-            clients, self._clients = self._clients, {}
-        for client in clients.values():
+            clients = list(self._clients.values())
+        for client in clients:
             client.close()
+
+    def release(self) -> None:
+        """Be one user less; without any, connections are closed."""
+        if self.pid != os.getpid():
+            return
+        with _shared_lock:
+            self.users -= 1
+            is_unused = not self.users
+        if is_unused:
+            self.close()
 
     def _client(self, region: str | None) -> BotoClient:
         client = self._clients.get(region)
@@ -94,6 +134,7 @@ class Session:
         # One for all regions: they share the credentials, and the renewal of these.
         if self._boto is None:
             self._boto = boto3.Session(botocore_session=self._botocore())
+            self._lacks_credentials = not self._config.unsigned and self._botocore().get_credentials() is None
         try:
             client: BotoClient = self._boto.client(
                 "s3", region_name=region, endpoint_url=self._config.endpoint_url, config=_client_config(self._config)
@@ -148,3 +189,21 @@ def _presign_with_version_4(signature_version: object, **_: object) -> Any:
     a session.
     """
     return "s3v4-query" if signature_version == "v4-query" else None
+
+
+def _surroundings() -> int:
+    """What the credentials, the region and the way to the service depend on; a hash, so that no secret is kept."""
+    names = sorted(
+        name for name in os.environ if name.startswith(("AWS_", "REQUESTS_")) or name.lower().endswith("_proxy")
+    )
+    return hash((*((name, os.environ[name]) for name in names), *_file_versions()))
+
+
+def _file_versions() -> Iterator[tuple[str, int, int]]:
+    for name, usual in (("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials"), ("AWS_CONFIG_FILE", "~/.aws/config")):
+        path = Path(os.environ.get(name, usual)).expanduser()
+        try:
+            status = path.stat()
+        except OSError:
+            continue
+        yield str(path), status.st_mtime_ns, status.st_size

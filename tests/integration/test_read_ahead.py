@@ -52,6 +52,21 @@ def test_reader_survives_the_closing_of_its_constructor(stored: str) -> None:
         assert bytes(reader.read(len(DATA))) == DATA
 
 
+def test_workers_stay_warm_for_the_next_reader_until_one_is_closed(stored: str) -> None:
+    pids = []
+    for _ in range(2):
+        constructor = planned(stored, (0, 1000))
+        with S3Client().get_object(stored, "ckpt/f0", reader_constructor=constructor) as reader:
+            assert bytes(reader.read(1000)) == DATA[:1000]
+        pool = constructor._get_pool()
+        assert pool.coordinator is not None
+        pids.append(pool.coordinator.crew.pids)
+        last, constructor = constructor, None  # type: ignore[assignment]  # dropped, not closed
+    assert pids[0] == pids[1]
+    last.close()
+    assert not pool.is_running
+
+
 def test_read_within_a_part_is_a_view_that_outlives_the_reader(stored: str) -> None:
     with S3Client().get_object(stored, "ckpt/f0", reader_constructor=planned(stored, (1000, 50), (1050, 50))) as reader:
         reader.seek(1000)

@@ -7,6 +7,7 @@ from pathlib import Path
 from urllib.parse import parse_qs
 
 import pytest
+from botocore.credentials import ReadOnlyCredentials
 
 from mpreader import AccessDenied, ConfigError, S3Client, S3ClientConfig
 from mpreader.pool.source import Route
@@ -162,3 +163,38 @@ def test_reprs_hold_no_secret() -> None:
     assert any(secret in route.target for secret in _SECRETS)
     for thing in (client, source, route, client.put_object("bucket", "key")):
         assert not any(secret in f"{thing!r} {thing}" for secret in _SECRETS)
+
+
+def test_clients_of_equal_settings_share_what_is_slow_to_make() -> None:
+    first, second = S3Client("eu-west-1"), S3Client("eu-west-1")
+    assert first._session is second._session
+    assert S3Client("eu-west-2")._session is not first._session
+
+
+def test_client_takes_new_credentials_of_the_environment_and_of_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def key_id() -> str:
+        return _query(S3Client("eu-west-1").route("bucket", "key"))["X-Amz-Credential"][0].split("/")[0]
+
+    assert key_id() == "AKIATHEKEYID"
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAANOTHER")
+    assert key_id() == "AKIAANOTHER"
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    credentials = tmp_path / "credentials"
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(credentials))
+    for name in ("AKIAFILE", "AKIAROTATED"):
+        credentials.write_text(f"[default]\naws_access_key_id = {name}\naws_secret_access_key = s\n")
+        assert key_id() == name
+
+
+def test_client_finds_credentials_that_were_not_there_at_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[ReadOnlyCredentials] = []
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.setattr(
+        "botocore.credentials.CredentialResolver.load_credentials", lambda self: found[0] if found else None
+    )
+    with pytest.raises(AccessDenied):
+        S3Client("eu-west-1").route("bucket", "key")
+    found.append(ReadOnlyCredentials("AKIALATER", "secret", None))
+    S3Client("eu-west-1").route("bucket", "key")
