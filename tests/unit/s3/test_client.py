@@ -7,7 +7,7 @@ from pathlib import Path
 from urllib.parse import parse_qs
 
 import pytest
-from botocore.credentials import ReadOnlyCredentials
+from botocore.credentials import Credentials
 
 from mpreader import AccessDenied, ConfigError, S3Client, S3ClientConfig
 from mpreader.pool.source import Route
@@ -189,12 +189,12 @@ def test_client_takes_new_credentials_of_the_environment_and_of_the_files(
 
 
 def test_client_finds_credentials_that_were_not_there_at_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    found: list[ReadOnlyCredentials] = []
+    found: list[Credentials] = []
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.setattr(
         "botocore.credentials.CredentialResolver.load_credentials", lambda self: found[0] if found else None
     )
     with pytest.raises(AccessDenied):
         S3Client("eu-west-1").route("bucket", "key")
-    found.append(ReadOnlyCredentials("AKIALATER", "secret", None))
+    found.append(Credentials("AKIALATER", "secret"))
     S3Client("eu-west-1").route("bucket", "key")
