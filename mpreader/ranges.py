@@ -10,6 +10,7 @@ from mpreader.errors import PlanError
 
 __all__ = [
     "DEFAULT_MAX_GAP_SIZE",
+    "WORTHWHILE_GAP_SIZE",
     "ItemRange",
     "Part",
     "RangeGroup",
@@ -21,6 +22,9 @@ __all__ = [
 ]
 
 DEFAULT_MAX_GAP_SIZE: Final = 32 * 1024 * 1024
+# Beyond it a gap costs more than a request: a connection of S3 brings 90 MB/s and begins after 30 ms or so, and while
+# one waits for its answer others receive.
+WORTHWHILE_GAP_SIZE: Final = 2 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ import re
 import select
 import socket
 import ssl
+import struct
 import time
 from typing import Final
 
@@ -149,8 +150,7 @@ class Connection:
             connection = _open(route, self._connect_timeout_s)
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise GetFailed(FailureKind.UNREACHABLE, f"{_where(route)}: {_describe(error)}") from None
-        # The watch on `deadline` ends what takes too long; this is for the case that nobody watches.
-        connection.sock.settimeout(2 * self._stall_timeout_s)
+        _block(connection.sock, 2 * self._stall_timeout_s)
         return connection
 
     def _receive(self, response: http.client.HTTPResponse, into: memoryview) -> None:
@@ -160,6 +160,8 @@ class Connection:
         try:
             while received < wanted:
                 got = read(into[received:])
+                if not response.chunked and self._sock is not None:
+                    read = self._sock.recv_into  # nothing is left of what http.client read with the headers
                 if not got:
                     raise GetFailed(FailureKind.BROKEN, f"the body ended after {received} of {wanted} bytes", received)
                 received += got
@@ -250,6 +252,15 @@ def _tls_context(ca_file: str | None) -> ssl.SSLContext:
                 context.load_verify_locations(cafile=ca_file)
         _tls_contexts[ca_file] = context
     return context
+
+
+def _block(sock: socket.socket, timeout_s: float) -> None:
+    # The watch on `deadline` ends what takes too long; this is for the case that nobody watches. Kept by the kernel:
+    # Python's own timeout asks it with a system call before each receive whether there is anything.
+    timeval = struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1e6))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
+    sock.settimeout(None)
 
 
 # -- the request

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mpreader.config import PoolConfig, S3ClientConfig, check_type
 from mpreader.pool.pool import Pool, release_shared_pool, shared_pool, use_shared_pool
 from mpreader.pool.transfer import Fill, FillPart, Transfer
-from mpreader.ranges import DEFAULT_MAX_GAP_SIZE, ItemRange, Part, coalesce, partition
+from mpreader.ranges import DEFAULT_MAX_GAP_SIZE, WORTHWHILE_GAP_SIZE, ItemRange, Part, coalesce, partition
 from mpreader.readers.base import S3Reader
 from mpreader.readers.constructor import ItemRangeConstructor
 from mpreader.readers.multiprocess import MultiprocessS3Reader
@@ -35,6 +35,7 @@ class ReadAhead:
 
         self.parts_by_file: dict[str, tuple[int, list[Part]]] = {}
         fills: list[Fill] = []
+        gap = min(gap, WORTHWHILE_GAP_SIZE)
         for uri, ranges in ranges_by_file.items():
             parts = [part for group in coalesce(ranges, gap) for part in partition(group, pool.sizes.part_bytes)]
             self.parts_by_file[uri] = (len(fills), parts)
@@ -87,7 +88,8 @@ class MultiprocessConstructor(ItemRangeConstructor):
     Serves one plan at a time: a new one ends the one before. Pickles without what is under way.
 
     Args:
-        max_gap_size: Largest gap, in bytes, between two items that are fetched as one.
+        max_gap_size: Largest gap, in bytes, between two items that are fetched as one; one of more than 2 MiB never
+            is, since another request is cheaper.
         s3client_config: How S3 is reached. None: the storage reader's own settings in mpreader's ``S3StorageReader``,
             the defaults and the usual ``AWS_*`` environment in any other.
         pool_config: Settings of the worker pool. None: the defaults.
