@@ -1,0 +1,129 @@
+"""What is measured: workloads, servers, contenders, and which of their combinations a run takes by default."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+__all__ = ["CONTENDERS", "FETCHES", "LOADS", "SERVERS", "TITLES", "WORKLOADS", "Cell", "choose", "default_cells"]
+
+LOADS: Final = {
+    "a": "load of 1.2 GB, 109 bf16 tensors of a transformer, 4 files",
+    "b": "load of 10,000 tensors of 16 KiB, 1 file",
+    "c": "load of every other tensor of (a)",
+    "d": "load of one tensor of 2 GB",
+}
+FETCHES: Final = {
+    "e": "fetch of 4 whole objects, 1.2 GB, all kept",
+    "f": "fetch of 4 whole objects, 1.2 GB, streamed and let go",
+    "g": "fetch of 5,000 ranges of 64 KiB scattered over 1.2 GB",
+}
+WORKLOADS: Final = LOADS | FETCHES
+SERVERS: Final = {
+    "plain": "http",
+    "tls": "https",
+    "slow90": "http, 90 MB/s per connection",
+    "late30": "http, 30 ms before the first byte",
+}
+TITLES: Final = {
+    "mpreader": "mpreader",
+    "drop-in": "mpreader drop-in",
+    "dcp_optimized": "s3torchconnector",
+    "sequential": "s3torchconnector sequential",
+    "range_based": "s3torchconnector range_based",
+    "local": "torch FileSystemReader (local)",
+    "s3fs": "s3fs",
+    "obstore": "obstore",
+    "s3torchconnector": "s3torchconnector",
+    "boto3": "boto3",
+    "floor": "bare sockets",
+}
+_LOADERS: Final = ("mpreader", "drop-in", "dcp_optimized", "sequential", "range_based", "local", "s3fs")
+_MAIN_LOADERS: Final = ("mpreader", "drop-in", "dcp_optimized")
+_FETCHERS: Final = ("mpreader", "obstore", "s3torchconnector", "boto3", "s3fs", "floor")
+_PLAIN_ONLY: Final = ("local", "floor")  # files have no server, and the floor is the same for all
+CONTENDERS: Final = tuple(dict.fromkeys(_LOADERS + _FETCHERS))
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One row of the table.
+
+    Attributes:
+        targets: ``"touched"``, ``"fresh"`` (memory that nobody has touched yet), or ``"-"`` for fetches.
+    """
+
+    workload: str
+    server: str
+    targets: str
+    contender: str
+
+    @property
+    def group(self) -> tuple[str, str, str]:
+        """What it is compared within."""
+        return self.workload, self.server, self.targets
+
+    def __str__(self) -> str:
+        return " ".join(part for part in (self.workload, self.server, self.targets, self.contender) if part != "-")
+
+
+def _product(
+    workloads: Iterable[str], servers: Iterable[str], targets: Iterable[str], contenders: Iterable[str]
+) -> Iterator[Cell]:
+    for workload in workloads:
+        for server in servers:
+            for target in targets:
+                for contender in contenders:
+                    if server == "plain" or contender not in _PLAIN_ONLY:
+                        yield Cell(workload, server, target, contender)
+
+
+def _all_cells() -> Iterator[Cell]:
+    yield from _product(LOADS, SERVERS, ("touched", "fresh"), _LOADERS)
+    yield from _product(FETCHES, SERVERS, ("-",), _FETCHERS)
+
+
+def default_cells() -> Iterator[Cell]:
+    """Those that fit into little more than half an hour on 2 cores."""
+    yield from _product("ab", ["plain"], ("touched",), _LOADERS)
+    yield from _product("cd", ["plain"], ("touched",), (*_MAIN_LOADERS, "local"))
+    yield from _product("abd", ["plain"], ("fresh",), (*_MAIN_LOADERS, "local"))
+    yield from _product(FETCHES, ["plain"], ("-",), _FETCHERS)
+    yield from _product("abd", [server for server in SERVERS if server != "plain"], ("touched",), _MAIN_LOADERS)
+    yield from _product("a", ["tls"], ("fresh",), _MAIN_LOADERS)
+
+
+def _quick_cells() -> Iterator[Cell]:
+    yield from _product("ab", ["plain"], ("touched",), (*_MAIN_LOADERS, "local"))
+    yield from _product("f", ["plain"], ("-",), ("mpreader", "obstore", "floor"))
+
+
+def _place(cell: Cell) -> tuple[int, int, bool]:
+    # Contenders stay in their order: sorting is stable.
+    return list(WORKLOADS).index(cell.workload), list(SERVERS).index(cell.server), cell.targets == "fresh"
+
+
+def choose(
+    *,
+    quick: bool = False,
+    everything: bool = False,
+    workloads: Iterable[str] = (),
+    servers: Iterable[str] = (),
+    contenders: Iterable[str] = (),
+) -> list[Cell]:
+    """The cells of a run, those of the same group side by side. Empty selections take all."""
+    wanted = set(workloads) or set(WORKLOADS)
+    if everything:
+        cells = _all_cells()
+    elif quick and not (workloads or servers or contenders):
+        cells = _quick_cells()
+    else:
+        cells = default_cells()
+    return [
+        cell
+        for cell in sorted(cells, key=_place)
+        if cell.workload in wanted
+        and (not servers or cell.server in set(servers))
+        and (not contenders or cell.contender in set(contenders))
+    ]

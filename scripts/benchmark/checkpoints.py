@@ -1,0 +1,141 @@
+"""The checkpoints: written once, by torch, into the folder that is served, so local readers read the same files."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import pickle
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+import torch
+from isal import isal_zlib
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save
+
+__all__ = ["BUCKET", "TINY", "Checkpoint", "checkpoint_of", "make_checkpoints"]
+
+BUCKET: Final = "bench"
+TINY: Final = "tiny"
+_VERSION: Final = 1
+_HIDDEN: Final = 2048
+_VOCABULARY: Final = 48_000
+_THREADS: Final = {"a": 4}  # each writes a file of its own
+_COPIES: Final = 20
+_MANIFEST: Final = "manifest.json"
+
+
+class Checkpoint:
+    """What is in a checkpoint's folder.
+
+    Attributes:
+        folder: Where its files are.
+        shapes: Shapes of its bf16 tensors.
+        crcs: CRC-32s of their bytes.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        manifest = json.loads((folder / _MANIFEST).read_text())
+        self.folder = folder
+        self.shapes: dict[str, list[int]] = manifest["shapes"]
+        self.crcs: dict[str, int] = manifest["crcs"]
+
+    @property
+    def files(self) -> dict[str, int]:
+        """Sizes of the files that hold tensors, by their keys in the bucket."""
+        return {f"{self.folder.name}/{file.name}": file.stat().st_size for file in sorted(self.folder.glob("*.distcp"))}
+
+    def shapes_for(self, workload: str) -> dict[str, list[int]]:
+        """What the workload loads of it."""
+        names = list(self.shapes)[::2] if workload == "c" else list(self.shapes)
+        return {name: self.shapes[name] for name in names}
+
+
+def checkpoint_of(workload: str) -> str:
+    """Name of the checkpoint that a workload reads."""
+    return workload if workload in ("a", "b", "d", "big") else "a"
+
+
+def make_checkpoints(data: Path, names: set[str]) -> None:
+    """Write those that ``data`` lacks; in a process of its own, so that torch starts no threads in this one."""
+    for name in sorted(names | {TINY}):
+        folder = data / BUCKET / name
+        if _is_written(folder):
+            continue
+        print(f"writing checkpoint {name} to {folder} …", flush=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        writer = multiprocessing.get_context("spawn").Process(target=_write, args=(name, folder))
+        writer.start()
+        writer.join()
+        if writer.exitcode != 0:
+            raise RuntimeError(f"checkpoint {name} could not be written")
+
+
+def _is_written(folder: Path) -> bool:
+    manifest = folder / _MANIFEST
+    return manifest.exists() and json.loads(manifest.read_text()).get("version") == _VERSION
+
+
+def _write(name: str, folder: Path) -> None:
+    warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+    for file in folder.iterdir():
+        file.unlink()
+    generator = torch.Generator().manual_seed(sum(name.encode()))
+    state = {key: _random_bits(shape, generator) for key, shape in _shapes(name).items()}
+    save(state, storage_writer=FileSystemWriter(folder, thread_count=_THREADS.get(name, 1), sync_files=False),
+         no_dist=True)  # fmt: skip
+    if name == "big":
+        state = _multiply(folder, state["tensor"])
+    manifest = {
+        "version": _VERSION,
+        "shapes": {key: list(tensor.shape) for key, tensor in state.items()},
+        "crcs": {key: isal_zlib.crc32(tensor.view(torch.uint8).numpy()) for key, tensor in state.items()},
+    }
+    (folder / _MANIFEST).write_text(json.dumps(manifest))
+
+
+def _multiply(folder: Path, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Make many tensors of the only one: their files are hard links, on disk and in the page cache there is one."""
+    file = folder / ".metadata"
+    metadata = pickle.loads(file.read_bytes())
+    [(index, stored)] = metadata.storage_data.items()
+    [described] = metadata.state_dict_metadata.values()
+    names = [f"tensor_{number:02}" for number in range(_COPIES)]
+    for name in names:
+        os.link(folder / stored.relative_path, folder / f"{name}.distcp")
+    metadata.state_dict_metadata = dict.fromkeys(names, described)
+    metadata.storage_data = {
+        replace(index, fqn=name): replace(stored, relative_path=f"{name}.distcp") for name in names
+    }
+    metadata.planner_data = {name: (name,) for name in names}
+    file.write_bytes(pickle.dumps(metadata))
+    return dict.fromkeys(names, tensor)
+
+
+def _shapes(name: str) -> dict[str, tuple[int, ...]]:
+    if name == "b":
+        return {f"tensor_{number:05}": (8192,) for number in range(10_000)}
+    if name == "d":
+        return {"tensor": (1_000_000, 1_000)}
+    if name == "big":
+        return {"tensor": (131_072, 2_048)}
+    return _transformer() if name == "a" else {"tensor": (1_000,)}
+
+
+def _transformer() -> dict[str, tuple[int, ...]]:
+    square, up, down = (_HIDDEN, _HIDDEN), (2 * _HIDDEN, _HIDDEN), (_HIDDEN, 2 * _HIDDEN)
+    layer: dict[str, tuple[int, ...]] = dict.fromkeys(("q", "k", "v", "o"), square)
+    layer |= {"gate": up, "up": up, "down": down, "input_norm": (_HIDDEN,), "output_norm": (_HIDDEN,)}
+    shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (_VOCABULARY, _HIDDEN)}
+    for number in range(12):
+        shapes |= {f"layers.{number}.{part}.weight": shape for part, shape in layer.items()}
+    return shapes
+
+
+def _random_bits(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    words = torch.empty(math.prod(shape) // 4, dtype=torch.int64).random_(generator=generator)
+    return words.view(torch.bfloat16).view(shape)

@@ -1,0 +1,180 @@
+"""One measurement: a process that does the same thing twice, and what it took.
+
+The process is forked from this one, which has imported torch and started no thread. Per run::
+
+    parent                           child
+      <── "ready" ──── libraries imported, targets made, memory and CPU noted
+      ── "go" ──>      the run, timed
+      <── Result ──    then the next one
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import time
+import traceback
+from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any, Final
+
+from cells import FETCHES
+from memory import Memory
+from tasks import Job, Task
+from tree import tree_cpu_s
+from trust import Untrusted, trust_in_this_process
+
+from mpreader.testing.s3_server import aws_environment
+
+__all__ = ["RUNS", "Failure", "Run", "TooSlow", "as_json", "measure"]
+
+RUNS: Final = ("first", "again")
+LIMIT_S: Final = 60.0
+_PREPARING_S: Final = 120.0
+_SYSTEM_TRUST: Final = ("drop-in", "dcp_optimized", "sequential", "range_based", "s3torchconnector")
+
+
+class TooSlow(Exception):
+    """A run took longer than ``LIMIT_S``, and was ended."""
+
+
+class Failure(Exception):
+    """A run failed; the message is the child's traceback."""
+
+
+@dataclass(slots=True)
+class Run:
+    """What one run took.
+
+    Attributes:
+        name: ``"first"`` or ``"again"``.
+        seconds: Wall time.
+        cpu_s: CPU time of the process and its descendants.
+        peak_extra_bytes: Most memory at one time beyond what there was before, targets not counted; None where
+            memory was not sampled.
+        samples: ``(seconds, extra bytes)``; empty where memory was not sampled.
+        requests: Requests that the server got.
+    """
+
+    name: str
+    seconds: float
+    cpu_s: float
+    peak_extra_bytes: int | None = None
+    samples: list[tuple[float, int]] = field(default_factory=list)
+    requests: int = 0
+
+
+def measure(job: Job, limit_s: float = LIMIT_S) -> list[Run]:
+    """Run a job in a new process, twice.
+
+    Raises:
+        TooSlow: It took longer than ``limit_s``.
+        Failure: It raised something.
+        Untrusted: The contender can't be told to trust the server.
+    """
+    if len(os.listdir("/proc/self/task")) != 1:
+        raise RuntimeError("this process has threads: forking it is not safe")
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=_serve, args=(job, theirs, ours))
+    process.start()
+    theirs.close()
+    try:
+        return [_run(job, ours, name, limit_s) for name in RUNS]
+    finally:
+        ours.close()
+        process.join(5)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid or 0, signal.SIGKILL)  # and what it has left behind
+        process.join()
+
+
+def _run(job: Job, child: Connection, name: str, limit_s: float) -> Run:
+    _receive(child, _PREPARING_S)
+    mark = job.site.mark()
+    child.send("go")
+    run = Run(name, **_receive(child, limit_s))
+    run.requests = job.site.requests_since(mark)
+    return run
+
+
+def _receive(child: Connection, limit_s: float) -> Any:
+    if not child.poll(limit_s):
+        raise TooSlow
+    try:
+        message = child.recv()
+    except EOFError:
+        raise Failure("the process died") from None
+    if isinstance(message, Exception):
+        raise message
+    return message
+
+
+# -- the child
+
+
+def _serve(job: Job, parent: Connection, other_end: Connection) -> None:
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the whole group
+    other_end.close()
+    with contextlib.suppress(EOFError, BrokenPipeError):  # the parent has given up
+        try:
+            _run_twice(job, parent)
+        except Untrusted as error:
+            parent.send(error)
+        except Exception:  # noqa: BLE001  # the parent raises it
+            parent.send(Failure(traceback.format_exc()))
+
+
+def _run_twice(job: Job, parent: Connection) -> None:
+    _set_environment(job)
+    task = _make_task(job)
+    memory = Memory(enabled=job.checking)
+    for _ in RUNS:
+        task.prepare()
+        with memory.sampled(task.target_ranges) as sampled:
+            parent.send("ready")
+            parent.recv()
+            taken = _time(task)
+        if job.checking:
+            task.check()
+        parent.send(taken | sampled)
+    task.close()
+
+
+def _time(task: Task) -> dict[str, float]:
+    cpu, started = tree_cpu_s(os.getpid()), time.perf_counter()
+    task.run()
+    seconds = time.perf_counter() - started
+    return {"seconds": seconds, "cpu_s": tree_cpu_s(os.getpid()) - cpu}
+
+
+def _make_task(job: Job) -> Task:
+    if job.workload in FETCHES:
+        from fetches import FetchTask
+
+        return FetchTask(job)
+    from loads import LoadTask, warm_up
+
+    task = LoadTask(job)
+    warm_up(job)
+    return task
+
+
+def _set_environment(job: Job) -> None:
+    for name in list(os.environ):
+        # s3torchconnector would go through a proxy even to this machine.
+        if name.startswith(("AWS_", "MPREADER_")) or name.lower() in ("http_proxy", "https_proxy", "all_proxy"):
+            del os.environ[name]
+    os.environ.update(aws_environment(job.site.endpoint_url, job.site.ca_file))
+    if job.site.ca_file is not None:
+        os.environ["SSL_CERT_FILE"] = str(job.site.ca_file)  # for obstore
+        if job.contender in _SYSTEM_TRUST:
+            trust_in_this_process(job.site.ca_file)
+
+
+def as_json(run: Run) -> dict[str, Any]:
+    """A run for the results file, without the samples."""
+    return {name: value for name, value in asdict(run).items() if name != "samples"}

@@ -1,0 +1,64 @@
+"""What a measurement runs, as its process sees it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from servers import Site
+
+__all__ = ["Job", "Task", "WrongBytes"]
+
+
+class WrongBytes(Exception):
+    """A contender delivered something else than what is stored."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One cell to be measured.
+
+    Attributes:
+        contender: Name of the contender.
+        workload: Name of the workload.
+        fresh: Whether targets are untouched memory.
+        site: The server.
+        data: The folder that the servers serve.
+        checking: Whether bytes are compared and memory is sampled; the times of such a run are not used.
+        workers: Worker processes of mpreader's fetcher; None: its default.
+        connections: Connections of each; None: its default.
+    """
+
+    contender: str
+    workload: str
+    fresh: bool
+    site: Site
+    data: Path
+    checking: bool
+    workers: int | None = None
+    connections: int | None = None
+
+
+class Task(Protocol):
+    """Work that is run twice in one process; libraries are imported when it is made, clients are made by ``run``."""
+
+    @property
+    def target_ranges(self) -> list[tuple[int, int]]:
+        """Addresses and sizes of memory that is not to be counted."""
+
+    def prepare(self) -> None:
+        """Forget the run before, make targets ready. Not timed."""
+
+    def run(self) -> None:
+        """What is timed."""
+
+    def check(self) -> None:
+        """Compare what has arrived with what is stored.
+
+        Raises:
+            WrongBytes: It differs.
+        """
+
+    def close(self) -> None:
+        """End processes and connections."""
