@@ -7,6 +7,7 @@ when the coordinator's end of the socket closes or the parent process is gone, w
 
 from __future__ import annotations
 
+import collections
 import mmap
 import os
 import pickle
@@ -37,16 +38,26 @@ __all__ = ["main"]
 _WATCH_INTERVAL_S = 0.25
 
 
+class Lane:
+    """A connection, the thread that owns it, and what it is given to do."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.work: queue.SimpleQueue[Fetch] = queue.SimpleQueue()
+
+
 class Worker:
     """The state of a worker process."""
 
     def __init__(self, sock: socket.socket, connections: int, connect_timeout_s: float, stall_timeout_s: float) -> None:
         self._sock = sock
-        self._connections = [Connection(connect_timeout_s, stall_timeout_s) for _ in range(connections)]
-        self._threads = 0
-        self._idle = 0  # threads waiting for work, less work waiting for threads; guarded by _lock
+        self._unused = [Lane(Connection(connect_timeout_s, stall_timeout_s)) for _ in range(connections)]
+        self._lanes: list[Lane] = []
+        # The lane that became idle last is used next: its connection has its window open, its server's attention, and
+        # its buffers warm. Guarded by _lock, as is _waiting.
+        self._idle: list[Lane] = []
+        self._waiting: collections.deque[Fetch] = collections.deque()
         self._lock = threading.Lock()
-        self._work: queue.SimpleQueue[Fetch] = queue.SimpleQueue()
         self._segments: dict[int, memoryview] = {}
         self._cancelled: set[int] = set()
 
@@ -93,23 +104,31 @@ class Worker:
 
     def _start(self, fetch: Fetch) -> None:
         with self._lock:
-            self._idle -= 1
-            needs_thread = self._idle < 0 and self._threads < len(self._connections)
-            if needs_thread:
-                self._idle += 1
-                self._threads += 1
-        if needs_thread:
-            connection = self._connections[self._threads - 1]
-            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
-        self._work.put(fetch)
+            if not self._idle and self._unused:
+                self._idle.append(self._start_lane())
+            if not self._idle:
+                self._waiting.append(fetch)
+                return
+            lane = self._idle.pop()
+        lane.work.put(fetch)
 
-    def _serve(self, connection: Connection) -> None:
+    def _start_lane(self) -> Lane:
+        lane = self._unused.pop()
+        self._lanes.append(lane)
+        threading.Thread(target=self._serve, args=(lane,), daemon=True).start()
+        return lane
+
+    def _serve(self, lane: Lane) -> None:
         stalls = _Stalls()
         while True:
-            fetch = self._work.get()
-            self._send(self._fetch(connection, fetch, stalls))
-            with self._lock:
-                self._idle += 1
+            fetch = lane.work.get()
+            while True:
+                self._send(self._fetch(lane.connection, fetch, stalls))
+                with self._lock:
+                    if not self._waiting:
+                        self._idle.append(lane)
+                        break
+                    fetch = self._waiting.popleft()
 
     def _fetch(self, connection: Connection, fetch: Fetch, stalls: _Stalls) -> Fetched | Failed:
         started, stalled_s = time.monotonic(), stalls.seconds()
@@ -129,19 +148,19 @@ class Worker:
 
     def _cancel(self, part: int) -> None:
         self._cancelled.add(part)
-        for connection in self._connections:
-            if connection.part == part:
-                connection.abort(FailureKind.CANCELLED)
+        for lane in self._lanes:
+            if lane.connection.part == part:
+                lane.connection.abort(FailureKind.CANCELLED)
 
     def _end_stalled(self) -> None:
         now = time.monotonic()
-        for connection in self._connections:
-            if connection.deadline < now:
-                connection.abort(FailureKind.STALLED)
+        for lane in self._lanes:
+            if lane.connection.deadline < now:
+                lane.connection.abort(FailureKind.STALLED)
 
     def _poll_timeout_ms(self) -> float | None:
         with self._lock:
-            is_busy = self._idle < self._threads
+            is_busy = len(self._idle) < len(self._lanes)
         return _WATCH_INTERVAL_S * 1000 if is_busy else None
 
     def _send(self, message: object) -> None:
