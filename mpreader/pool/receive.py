@@ -1,25 +1,27 @@
 """One keep-alive connection of a worker, and the ranged GET that receives straight into shared memory.
 
-The only place where errors of ``http.client``, ``ssl`` and sockets are translated. An answer is accepted only if it
-names the right object version, offset and length; its bytes are counted, since ``readinto`` ends early without a word.
+The only place where errors of ``http``, ``ssl`` and sockets are translated. An answer is accepted only if it
+names the right object version, offset and length; its bytes are counted, since a body may end early without a word.
 """
 
 from __future__ import annotations
 
 import contextlib
-import http.client
 import os
 import random
 import re
 import select
 import socket
-import ssl
 import struct
 import time
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
+from mpreader.pool.http import Answer, HttpStream, MalformedAnswer
 from mpreader.pool.messages import Failed, FailureKind, Fetch
-from mpreader.pool.source import Route
+from mpreader.pool.source import Proxy, Route
+
+if TYPE_CHECKING:
+    import ssl
 
 __all__ = ["Connection", "GetFailed"]
 
@@ -63,19 +65,17 @@ class Connection:
         self.deadline = float("inf")
         self._connect_timeout_s = connect_timeout_s
         self._stall_timeout_s = stall_timeout_s
-        self._http: http.client.HTTPConnection | None = None
-        # http.client lets go of its own when the server says that it will close; `abort` needs it until then.
-        self._sock: socket.socket | None = None
+        self._stream: HttpStream | None = None
         self._peer: object = None
         self._abort_reason: FailureKind | None = None
 
     def abort(self, reason: FailureKind) -> None:
         """Make the GET that is under way, if any, end soon with ``reason``."""
         self._abort_reason = reason
-        sock = self._sock
-        if sock is not None:
+        stream = self._stream
+        if stream is not None:
             with contextlib.suppress(OSError):  # it may be closed already by its own thread
-                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+                socket.socket.shutdown(stream.sock, socket.SHUT_RDWR)
 
     def get(self, fetch: Fetch, into: memoryview) -> None:
         """Receive the part into ``into``, which has exactly its length.
@@ -99,81 +99,73 @@ class Connection:
 
     def close(self) -> None:
         """Close the connection; the next GET opens a new one."""
-        connection, self._http, self._sock = self._http, None, None
-        if connection is not None:
-            connection.close()
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            stream.close()
 
     # -- steps of a GET
 
     def _get(self, fetch: Fetch, into: memoryview) -> None:
         reused = self._is_reusable(fetch.route)
         try:
-            response = self._ask(fetch, reused)
+            answer = self._ask(fetch, reused)
         except GetFailed as failure:
             # A server may close a connection that it finds idle just when it is used again.
             if not reused or failure.kind is not FailureKind.BROKEN or self._abort_reason is not None:
                 raise
-            response = self._ask(fetch, reused=False)
-        check_response(response, fetch)
-        self._receive(response, into)
-        if response.will_close:
+            answer = self._ask(fetch, reused=False)
+        check_answer(answer, fetch)
+        self._receive(answer, into)
+        if answer.will_close:
             self.close()
 
     def _is_reusable(self, route: Route) -> bool:
-        if self._http is None or self._http.sock is None or self._peer != _peer_of(route):
+        if self._stream is None or self._stream.has_rest or self._peer != _peer_of(route):
             return False
         # Readable while idle: closed by the server, or bytes that nobody asked for.
         poll = select.poll()
-        poll.register(self._http.sock, select.POLLIN)
+        poll.register(self._stream.sock, select.POLLIN)
         return not poll.poll(0)
 
-    def _ask(self, fetch: Fetch, reused: bool) -> http.client.HTTPResponse:
+    def _ask(self, fetch: Fetch, reused: bool) -> Answer:
         if not reused:
             self.close()
-            self._http = self._connect(fetch.route)
-            self._sock = self._http.sock
+            self._stream = self._connect(fetch.route)
             self._peer = _peer_of(fetch.route)
-        connection = self._http
-        assert connection is not None  # for the type checker
+        stream = self._stream
+        assert stream is not None  # for the type checker
         try:
             self._touch()
-            connection.putrequest("GET", _target(fetch.route), skip_host=True, skip_accept_encoding=True)
-            for name, value in _headers(fetch):
-                connection.putheader(name, value)
-            connection.endheaders()
-            return connection.getresponse()
-        except (OSError, http.client.HTTPException) as error:
+            stream.send("GET", _target(fetch.route), _headers(fetch))
+            return stream.read_answer()
+        except (OSError, MalformedAnswer) as error:
             raise GetFailed(FailureKind.BROKEN, f"no answer: {_describe(error)}") from None
 
-    def _connect(self, route: Route) -> http.client.HTTPConnection:
+    def _connect(self, route: Route) -> HttpStream:
         try:
-            connection = _open(route, self._connect_timeout_s)
-        except (OSError, http.client.HTTPException, ValueError) as error:
+            stream = HttpStream(_open(route, self._connect_timeout_s))
+        except (OSError, MalformedAnswer, ValueError) as error:
             raise GetFailed(FailureKind.UNREACHABLE, f"{_where(route)}: {_describe(error)}") from None
-        _block(connection.sock, 2 * self._stall_timeout_s)
-        return connection
+        _block(stream.sock, 2 * self._stall_timeout_s)
+        return stream
 
-    def _receive(self, response: http.client.HTTPResponse, into: memoryview) -> None:
+    def _receive(self, answer: Answer, into: memoryview) -> None:
         # What arrives together is read together and counted at once: if the body breaks, no byte of it is lost.
-        read = response.readinto if response.chunked else response.fp.readinto1
         received, wanted, next_look = 0, len(into), CHUNK_BYTES
         try:
             while received < wanted:
-                got = read(into[received:])
-                if not response.chunked and self._sock is not None:
-                    read = self._sock.recv_into  # nothing is left of what http.client read with the headers
+                got = answer.receive_into(into[received:])
                 if not got:
                     raise GetFailed(FailureKind.BROKEN, f"the body ended after {received} of {wanted} bytes", received)
                 received += got
                 if received >= next_look:
                     self._touch()
                     next_look = received + CHUNK_BYTES
-            if response.chunked and response.read(1):  # a chunked body says its end only when asked
+            if answer.is_chunked and answer.read(1):  # a chunked body says its end only when asked
                 raise GetFailed(FailureKind.MALFORMED, "more bytes than asked for")
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, MalformedAnswer) as error:
             detail = f"the body broke after {received} of {wanted} bytes: {_describe(error)}"
             raise GetFailed(FailureKind.BROKEN, detail, received) from None
-        response.close()  # its connection stays open for the next one
 
     def _touch(self) -> None:
         self.deadline = time.monotonic() + self._stall_timeout_s
@@ -188,37 +180,26 @@ class Connection:
 # -- opening
 
 
-def _open(route: Route, timeout_s: float) -> http.client.HTTPConnection:
-    if route.proxy is not None:
-        return _open_through_proxy(route, timeout_s)
-    connection = http.client.HTTPConnection(route.host, route.port)
-    sock = _open_socket(route.host, route.port, timeout_s)
+def _open(route: Route, timeout_s: float) -> socket.socket:
+    server = (route.host, route.port) if route.proxy is None else (route.proxy.host, route.proxy.port)
+    sock = _open_socket(*server, timeout_s)
     try:
+        if route.proxy is not None and route.tls:
+            _ask_for_tunnel(sock, route, route.proxy)
         if route.tls:
             sock = _tls_context(route.ca_file).wrap_socket(sock, server_hostname=route.host)
     except BaseException:
         sock.close()
         raise
-    connection.sock = sock
-    return connection
+    return sock
 
 
-def _open_through_proxy(route: Route, timeout_s: float) -> http.client.HTTPConnection:
-    proxy = route.proxy
-    assert proxy is not None  # for the type checker
-    connection: http.client.HTTPConnection
-    if route.tls:
-        context = _tls_context(route.ca_file)
-        connection = http.client.HTTPSConnection(proxy.host, proxy.port, timeout=timeout_s, context=context)
-        connection.set_tunnel(route.host, route.port, dict(proxy.headers))
-    else:
-        connection = http.client.HTTPConnection(proxy.host, proxy.port, timeout=timeout_s)
-    try:
-        connection.connect()
-    except BaseException:
-        connection.close()
-        raise
-    return connection
+def _ask_for_tunnel(sock: socket.socket, route: Route, proxy: Proxy) -> None:
+    stream = HttpStream(sock)
+    stream.send("CONNECT", _host_and_port(route), [("Host", _host_and_port(route)), *proxy.headers])
+    answer = stream.read_answer()
+    if answer.status != 200:
+        raise OSError(f"the proxy refuses to connect: HTTP {answer.status}")
 
 
 def _open_socket(host: str, port: int, timeout_s: float) -> socket.socket:
@@ -240,6 +221,8 @@ def _open_socket(host: str, port: int, timeout_s: float) -> socket.socket:
 
 
 def _tls_context(ca_file: str | None) -> ssl.SSLContext:
+    import ssl  # costs a worker's start 10 ms
+
     context = _tls_contexts.get(ca_file)
     if context is None:
         if ca_file is None:
@@ -278,8 +261,12 @@ def _where(route: Route) -> str:
 def _target(route: Route) -> str:
     if route.proxy is None or route.tls:
         return route.target
+    return f"http://{_host_and_port(route)}{route.target}"
+
+
+def _host_and_port(route: Route) -> str:
     host = f"[{route.host}]" if ":" in route.host else route.host
-    return f"http://{host}:{route.port}{route.target}"
+    return f"{host}:{route.port}"
 
 
 def _headers(fetch: Fetch) -> list[tuple[str, str]]:
@@ -294,19 +281,19 @@ def _headers(fetch: Fetch) -> list[tuple[str, str]]:
 # -- the answer
 
 
-def check_response(response: http.client.HTTPResponse, fetch: Fetch) -> None:
+def check_answer(answer: Answer, fetch: Fetch) -> None:
     """Accept the answer to a GET only if the body to come is exactly what was asked for.
 
     Raises:
         GetFailed: It is not; nothing of a body that may be the object has been read.
     """
-    if response.status != http.HTTPStatus.PARTIAL_CONTENT:
-        raise _refusal(response)
+    if answer.status != 206:
+        raise _refusal(answer)
     expected = f"bytes {fetch.start}-{fetch.end - 1}/"
-    content_range = response.getheader("Content-Range", "")
+    content_range = answer.header("content-range")
     if not content_range.startswith(expected):
         raise GetFailed(FailureKind.MALFORMED, f"asked for {expected!r}, answered with Content-Range {content_range!r}")
-    etag = response.getheader("ETag", "")
+    etag = answer.header("etag")
     if fetch.etag and etag != fetch.etag:
         kind = FailureKind.CHANGED if etag else FailureKind.MALFORMED
         raise GetFailed(kind, f"the answer is for ETag {etag or '(none)'}, not {fetch.etag}")
@@ -315,21 +302,21 @@ def check_response(response: http.client.HTTPResponse, fetch: Fetch) -> None:
         # Under the right ETag it is a wrong answer, not another object.
         kind = FailureKind.MALFORMED if fetch.etag else FailureKind.CHANGED
         raise GetFailed(kind, f"the object has {total} bytes now, not {fetch.object_size}")
-    if response.getheader("Content-Encoding", "identity") not in ("identity", "", "aws-chunked"):
+    if answer.header("content-encoding", "identity") not in ("identity", "", "aws-chunked"):
         raise GetFailed(FailureKind.MALFORMED, "the answer is compressed, its bytes are not the object's")
-    if response.length is not None and response.length != fetch.end - fetch.start:
-        detail = f"Content-Length {response.length}, not the {fetch.end - fetch.start} bytes asked for"
+    if answer.length is not None and answer.length != fetch.end - fetch.start:
+        detail = f"Content-Length {answer.length}, not the {fetch.end - fetch.start} bytes asked for"
         raise GetFailed(FailureKind.MALFORMED, detail)
 
 
-def _refusal(response: http.client.HTTPResponse) -> GetFailed:
-    status = response.status
-    code, text = ("", "") if status < 300 else _error_body(response)
+def _refusal(answer: Answer) -> GetFailed:
+    status = answer.status
+    code, text = ("", "") if status < 300 else _error_body(answer)
     detail = f"HTTP {status}" + (f" {code}" if code else "") + (f" ({text})" if text else "")
     kind = _kind_of(status, code, text)
-    if status == http.HTTPStatus.OK:
+    if status == 200:
         detail += ": the server sends the whole object in place of a range"
-    return GetFailed(kind, detail, retry_after_s=_retry_after(response))
+    return GetFailed(kind, detail, retry_after_s=_retry_after(answer))
 
 
 def _kind_of(status: int, code: str, text: str) -> FailureKind:
@@ -348,18 +335,18 @@ def _kind_of(status: int, code: str, text: str) -> FailureKind:
     }.get(status, FailureKind.REFUSED)
 
 
-def _error_body(response: http.client.HTTPResponse) -> tuple[str, str]:
+def _error_body(answer: Answer) -> tuple[str, str]:
     # Only code and message are kept: the rest of S3's error document may echo what was signed.
     try:
-        body = response.read(_MAX_ERROR_BODY_BYTES).decode("utf-8", "replace")
-    except (OSError, http.client.HTTPException):
+        body = answer.read(_MAX_ERROR_BODY_BYTES).decode("utf-8", "replace")
+    except (OSError, MalformedAnswer):
         return "", ""
     code, message = (re.search(rf"<{tag}>([^<]*)</{tag}>", body) for tag in ("Code", "Message"))
     return (code[1][:100] if code else ""), (message[1][:300] if message else "")
 
 
-def _retry_after(response: http.client.HTTPResponse) -> float:
-    text = response.getheader("Retry-After", "")
+def _retry_after(answer: Answer) -> float:
+    text = answer.header("retry-after")
     return min(float(text), 60.0) if text.isdigit() else 0.0
 
 
