@@ -5,6 +5,8 @@ A client costs some 0.1 s to make, so that equal settings share a session (``sha
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import threading
 from collections.abc import Iterator
@@ -127,7 +129,8 @@ class Session:
             with self._lock:
                 client = self._clients.get(region)
                 if client is None:
-                    client = self._clients[region] = self._make_client(region)
+                    with _uncollected():
+                        client = self._clients[region] = self._make_client(region)
         return client
 
     def _make_client(self, region: str | None) -> BotoClient:
@@ -157,6 +160,22 @@ class Session:
         region = context.get("signing", {}).get("region")
         if bucket and region and not bucket.startswith("arn:") and http_response.status_code < 300:
             self._bucket_regions[bucket] = region
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Keep the garbage collector from running in the block.
+
+    botocore builds some 100,000 objects from its JSON; on the way the collector would go through all that the program
+    holds, which with torch loaded takes longer (0.14 s) than making the client.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _client_config(config: S3ClientConfig) -> Config:
