@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
+from mpreader.collector import collector_paused
 from mpreader.dcp.filesystem import Path, S3FileSystem
 from mpreader.dcp.metadata import load_metadata
 from mpreader.dcp.record import BufferItem, ItemBytes, RecordCorrupted, decode_layout
@@ -125,7 +126,9 @@ class S3StorageReader(FileSystemReader):
         rank = kwargs.get("rank")  # given where the ranks saved without telling each other
         name = ".metadata" if rank is None else f"__{rank}.metadata"
         with self._fs.create_stream(self._fs.concat_path(self.path, name), "rb") as stream:
-            metadata = load_metadata(cast("IO[bytes]", stream), allowed_globals=self._allowed_globals)
+            raw = cast("IO[bytes]", stream)
+            with collector_paused():
+                metadata = load_metadata(raw, allowed_globals=self._allowed_globals)
         if getattr(metadata, "storage_meta", None) is None:
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id  # type: ignore[union-attr]
@@ -133,12 +136,13 @@ class S3StorageReader(FileSystemReader):
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """Put the items in the order in which they are stored, and begin to read them ahead."""
-        plan = dataclasses.replace(plan, items=sorted(plan.items, key=self._place))
         if isinstance(self._reader_constructor, MultiprocessConstructor):
             # Not once and for all: another storage reader, of another service, may share the constructor.
             self._reader_constructor.use_client(self._fs.client)
-        if isinstance(self._reader_constructor, DCPS3ReaderConstructorProtocol):
-            self._reader_constructor.set_item_ranges_by_file(plan.items, self.storage_data, self.path)
+        with collector_paused():
+            plan = dataclasses.replace(plan, items=sorted(plan.items, key=self._place))
+            if isinstance(self._reader_constructor, DCPS3ReaderConstructorProtocol):
+                self._reader_constructor.set_item_ranges_by_file(plan.items, self.storage_data, self.path)
         return plan
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:

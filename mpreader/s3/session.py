@@ -5,8 +5,6 @@ A client costs some 0.1 s to make, so that equal settings share a session (``sha
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import os
 import threading
 from collections.abc import Iterator
@@ -20,6 +18,7 @@ from botocore.config import Config
 from botocore.httpsession import get_cert_path
 
 import mpreader
+from mpreader.collector import collector_paused
 from mpreader.config import S3ClientConfig
 from mpreader.errors import ConfigError
 from mpreader.pool.source import Proxy
@@ -129,7 +128,7 @@ class Session:
             with self._lock:
                 client = self._clients.get(region)
                 if client is None:
-                    with _uncollected():
+                    with collector_paused():
                         client = self._clients[region] = self._make_client(region)
         return client
 
@@ -160,22 +159,6 @@ class Session:
         region = context.get("signing", {}).get("region")
         if bucket and region and not bucket.startswith("arn:") and http_response.status_code < 300:
             self._bucket_regions[bucket] = region
-
-
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """Keep the garbage collector from running in the block.
-
-    botocore builds some 100,000 objects from its JSON; on the way the collector would go through all that the program
-    holds, which with torch loaded takes longer (0.14 s) than making the client.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _client_config(config: S3ClientConfig) -> Config:
