@@ -108,10 +108,28 @@ class RangeFetcher:
             ArenaExhausted: So many views are kept that ``PoolConfig.max_memory`` is used up.
             MpreaderError: As for :meth:`fetch`.
         """
-        orders = [(self._source(source), _to_item_ranges(ranges))]
-        self._check_room(max((item_range.size for item_range in orders[0][1]), default=0))
-        batches = self._plan(orders, max_gap_size)
-        return self._stream(orders[0][1], batches)
+        pieces = self.stream_many({source: ranges}, max_gap_size=max_gap_size)
+        return ((index, view) for _, index, view in pieces)
+
+    def stream_many(
+        self, ranges_by_source: Mapping[str, Iterable[RangeLike]], *, max_gap_size: float = DEFAULT_FETCH_GAP_SIZE
+    ) -> Iterator[tuple[str, int, memoryview]]:
+        """Fetch ranges of several objects one after the other, in bounded memory, without a pause between objects.
+
+        Args:
+            ranges_by_source: Ranges as for :meth:`fetch`, by source.
+            max_gap_size: Largest gap, in bytes, between two ranges that are fetched as one.
+
+        Yields:
+            ``(source, index, view)``: empty ranges first, then one object after the other, each as :meth:`stream` does.
+
+        Raises:
+            MpreaderError: As for :meth:`stream`.
+        """
+        uris = list(ranges_by_source)
+        orders = [(self._source(uri), _to_item_ranges(ranges)) for uri, ranges in ranges_by_source.items()]
+        self._check_room(max((item_range.size for _, ranges in orders for item_range in ranges), default=0))
+        return self._stream(uris, [ranges for _, ranges in orders], self._plan(orders, max_gap_size))
 
     def fetch_object(self, source: str) -> memoryview:
         """Fetch a whole object into one piece of memory; returns and raises as :meth:`fetch`."""
@@ -153,6 +171,7 @@ class RangeFetcher:
         if not isinstance(uri, str):
             raise ConfigError(f"a source is text such as s3://bucket/key or https://host/path, got {uri!r}")
         if uri.startswith("s3://"):
+            self._pool.start()  # while boto3 is imported and a client made
             from mpreader.s3 import S3Client, S3Source, parse_s3_uri
 
             bucket, key = parse_s3_uri(uri)
@@ -187,12 +206,15 @@ class RangeFetcher:
         finally:
             transfer.close()
 
-    def _stream(self, ranges: list[ItemRange], batches: list[_Batch]) -> Iterator[tuple[int, memoryview]]:
-        for index, item_range in enumerate(ranges):
-            if not item_range.size:
-                yield index, memoryview(b"")
-        for _, index, view in self._take(batches):
-            yield index, view
+    def _stream(
+        self, uris: list[str], orders: list[list[ItemRange]], batches: list[_Batch]
+    ) -> Iterator[tuple[str, int, memoryview]]:
+        for uri, ranges in zip(uris, orders, strict=True):
+            for index, item_range in enumerate(ranges):
+                if not item_range.size:
+                    yield uri, index, memoryview(b"")
+        for order, index, view in self._take(batches):
+            yield uris[order], index, view
             del view
 
 

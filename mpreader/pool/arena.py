@@ -11,6 +11,7 @@ then, never a SIGBUS later) and unlinked at once, so that no crash leaves anythi
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import mmap
 import os
@@ -45,8 +46,14 @@ class Segment:
         fd: Descriptor to pass to the workers.
     """
 
-    def __init__(self, number: int, size: int) -> None:
+    def __init__(self, number: int, size: int, *, is_reserved: bool = True) -> None:
         """Make and reserve it.
+
+        Args:
+            number: What coordinator and workers call it.
+            size: Bytes.
+            is_reserved: Reserve all of it now. Otherwise only ask whether there is room, and leave that to
+                :meth:`Slot.reserve`: a gigabyte takes a quarter of a second.
 
         Raises:
             OSError: There is no room (ENOSPC), or no descriptor.
@@ -65,7 +72,10 @@ class Segment:
             memory.close()
             memory.unlink()
         try:
-            os.posix_fallocate(self.fd, 0, size)
+            if is_reserved:
+                os.posix_fallocate(self.fd, 0, size)
+            elif _free_shm() < size:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             # Not SharedMemory's own mapping: that one must be closed by hand, and fails while views exist.
             self.map = mmap.mmap(self.fd, size)
         except BaseException:
@@ -93,6 +103,19 @@ class Slot:
 
     def __repr__(self) -> str:
         return f"Slot(segment={self.segment.number}, offset={self.offset}, nbytes={self.nbytes})"
+
+    def reserve(self, start: int, end: int) -> None:
+        """Make sure that bytes [start, end) of the slot can be written to.
+
+        Raises:
+            ArenaError: Something else has taken the memory.
+        """
+        if not self.is_alone:
+            return  # its segment was reserved as a whole
+        try:
+            os.posix_fallocate(self.segment.fd, start, end - start)
+        except OSError as error:
+            raise _shortage(end - start, error) from error
 
     def lease(self, on_end: Callable[[Slot], None]) -> memoryview:
         """A writable view of the slot.
@@ -209,7 +232,7 @@ class Arena:
         if nbytes > self._block_bytes:
             size = _round_up(nbytes, _PAGE_BYTES)
             self._drop_free_segments(size)
-            segment = self._make_segment(size, beyond_limit)
+            segment = self._make_segment(size, beyond_limit, is_reserved=False)
             return None if segment is None else Slot(segment, 0, size, is_alone=True)
         size = _round_up(nbytes, GRAIN_BYTES)
         place = self._holes.take(size)
@@ -256,11 +279,11 @@ class Arena:
         self._holes.add(segment.number, 0, segment.size)
         return True
 
-    def _make_segment(self, size: int, beyond_limit: bool) -> Segment | None:
+    def _make_segment(self, size: int, beyond_limit: bool, *, is_reserved: bool = True) -> Segment | None:
         if self.reserved_bytes + size > self.max_bytes and not beyond_limit:
             return None
         try:
-            segment = Segment(self._next_number, size)
+            segment = Segment(self._next_number, size, is_reserved=is_reserved)
         except OSError as error:
             self._go_on_without(size, error)
             return None
@@ -272,10 +295,7 @@ class Arena:
 
     def _go_on_without(self, size: int, error: OSError) -> None:
         if not self.segments:
-            raise ArenaError(
-                f"can't reserve {size} bytes of shared memory: {error.strerror}; /dev/shm has {_free_shm()} bytes "
-                "free. Enlarge it (docker run --shm-size=1g) or lower PoolConfig.max_memory (MPREADER_MAX_MEMORY)"
-            ) from error
+            raise _shortage(size, error) from error
         log.warning("shared memory is short (%s): going on with %d bytes", error.strerror, self.reserved_bytes)
         self.max_bytes = self.reserved_bytes
 
@@ -293,6 +313,13 @@ class Arena:
         self.reserved_bytes -= segment.size
         self._dropped.append(segment)
         segment.close()
+
+
+def _shortage(size: int, error: OSError) -> ArenaError:
+    return ArenaError(
+        f"can't reserve {size} bytes of shared memory: {error.strerror}; /dev/shm has {_free_shm()} bytes free. "
+        "Enlarge it (docker run --shm-size=1g) or lower PoolConfig.max_memory (MPREADER_MAX_MEMORY)"
+    )
 
 
 def _require_descriptors(count: int) -> None:

@@ -88,7 +88,7 @@ class Pace:
         faster = nbytes / seconds - experience.bytes_per_s
         experience.bytes_per_s += (1 if not experience.bytes_per_s else _SMOOTHING if faster > 0 else _FADING) * faster
         experience.pressure += _SMOOTHING * (min(1.0, stalled_s / seconds) - experience.pressure)
-        enough = math.ceil(self._workers * WORKER_BYTES_PER_S / experience.bytes_per_s) + self._workers
+        enough = math.ceil(self._workers * WORKER_BYTES_PER_S / experience.bytes_per_s)
         wanted = max(self._least, min(self._most, enough))
         if experience.limit > wanted or experience.pressure > _HIGH_PRESSURE:
             experience.limit = max(self._least, experience.limit - 1)

@@ -192,6 +192,8 @@ class Scheduler:
                 self._forget(part)
             elif source.error is not None:
                 self._fail(part, source.error)
+            elif not self._try_reserve(part):
+                continue
             elif source.is_renewing:
                 self._delay(part, now + _RENEWAL_POLL_S)
             else:
@@ -276,6 +278,16 @@ class Scheduler:
         except ArenaError as error:
             self._abandon(fill, error)
             return None
+
+    def _try_reserve(self, part: PartState) -> bool:
+        try:
+            if part.fill.slot is not None:
+                slot_offset = part.part.slot_offset
+                part.fill.slot.reserve(slot_offset, slot_offset + part.part.end - part.part.start)
+        except ArenaError as error:
+            self._fail(part, error)
+            return False
+        return True
 
     def _allocate_or_give_up(self, fill: FillState, now: float) -> Slot | None:
         if self._outstanding_bytes:  # what is in flight will be ready soon, and can be evicted then

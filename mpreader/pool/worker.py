@@ -121,14 +121,19 @@ class Worker:
     def _serve(self, lane: Lane) -> None:
         stalls = _Stalls()
         while True:
-            fetch = lane.work.get()
-            while True:
-                self._send(self._fetch(lane.connection, fetch, stalls))
-                with self._lock:
-                    if not self._waiting:
-                        self._idle.append(lane)
-                        break
-                    fetch = self._waiting.popleft()
+            fetch: Fetch | None = lane.work.get()
+            while fetch is not None:
+                news = self._fetch(lane.connection, fetch, stalls)
+                # Before the news is out: what the coordinator sends in return is for this lane, not for a new one.
+                fetch = self._next_for(lane)
+                self._send(news)
+
+    def _next_for(self, lane: Lane) -> Fetch | None:
+        with self._lock:
+            if self._waiting:
+                return self._waiting.popleft()
+            self._idle.append(lane)
+            return None
 
     def _fetch(self, connection: Connection, fetch: Fetch, stalls: _Stalls) -> Fetched | Failed:
         started, stalled_s = time.monotonic(), stalls.seconds()

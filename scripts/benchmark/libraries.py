@@ -89,10 +89,12 @@ class _Mpreader:
         return [Piece(key, 0, self._fetcher.fetch_object(_uri(key))) for key in sizes]
 
     def stream(self, sizes: Mapping[str, int], take: Take) -> None:
-        for key, size in sizes.items():
-            ranges = [(start, end) for _, start, end in parts_of({key: size})]
-            for index, view in self._fetcher.stream(_uri(key), ranges):
-                take(Piece(key, ranges[index][0], view))
+        ranges: dict[str, list[tuple[int, int]]] = {_uri(key): [] for key in sizes}
+        for key, start, end in parts_of(sizes):
+            ranges[_uri(key)].append((start, end))
+        keys = {_uri(key): key for key in sizes}
+        for uri, index, view in self._fetcher.stream_many(ranges):
+            take(Piece(keys[uri], ranges[uri][index][0], view))
 
     def scatter(self, ranges: Ranges) -> list[Piece]:
         views = self._fetcher.fetch_many({_uri(key): pairs for key, pairs in ranges.items()})
