@@ -31,6 +31,9 @@ class HttpStream:
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self._received = bytearray()
+        read = getattr(sock, "read", None)
+        self._is_tls = read is not None
+        self._read = read or sock.recv_into
 
     @property
     def has_rest(self) -> bool:
@@ -61,7 +64,7 @@ class HttpStream:
     def receive_into(self, into: memoryview) -> int:
         """Receive up to ``len(into)`` bytes, those first that are there already; 0: the server has closed."""
         if not self._received:
-            return self.sock.recv_into(into)
+            return self._read(len(into), into) if self._is_tls else self.sock.recv_into(into)
         count = min(len(into), len(self._received))
         into[:count] = self._received[:count]
         del self._received[:count]
