@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import socket
+from collections.abc import Callable
 
 __all__ = ["Answer", "HttpStream", "MalformedAnswer"]
 
@@ -31,9 +32,8 @@ class HttpStream:
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self._received = bytearray()
-        read = getattr(sock, "read", None)
-        self._is_tls = read is not None
-        self._read = read or sock.recv_into
+        # A TLS socket's own method: `recv_into` is a detour to it, which counts at 16 KiB a call.
+        self._read: Callable[[int, memoryview], int] | None = getattr(sock, "read", None)
 
     @property
     def has_rest(self) -> bool:
@@ -64,7 +64,7 @@ class HttpStream:
     def receive_into(self, into: memoryview) -> int:
         """Receive up to ``len(into)`` bytes, those first that are there already; 0: the server has closed."""
         if not self._received:
-            return self._read(len(into), into) if self._is_tls else self.sock.recv_into(into)
+            return self.sock.recv_into(into) if self._read is None else self._read(len(into), into)
         count = min(len(into), len(self._received))
         into[:count] = self._received[:count]
         del self._received[:count]
