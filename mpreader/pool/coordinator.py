@@ -308,7 +308,7 @@ class Coordinator:
 
     def _window_bytes(self) -> int:
         """What may be in flight, and some more that waits to be taken."""
-        return min(self.sizes.window_bytes, (self._limit + max(2, self._limit // 4)) * self.sizes.block_bytes)
+        return min(self.sizes.window_bytes, (self._limit + max(1, self._limit // 4)) * self.sizes.block_bytes)
 
     def _note_pace(self, part: PartState | None, fetched: Fetched, now: float) -> None:
         if part is not None and not part.received:  # otherwise this was only the rest of it

@@ -85,9 +85,12 @@ class Pace:
         """
         experience = self._experience(host, port, nbytes, now)
         seconds = max(seconds, 1e-6)
-        faster = nbytes / seconds - experience.bytes_per_s
-        experience.bytes_per_s += (1 if not experience.bytes_per_s else _SMOOTHING if faster > 0 else _FADING) * faster
-        experience.pressure += _SMOOTHING * (min(1.0, stalled_s / seconds) - experience.pressure)
+        bytes_per_s, pressure = nbytes / seconds, min(1.0, stalled_s / seconds)
+        if not experience.bytes_per_s:
+            experience.bytes_per_s, experience.pressure = bytes_per_s, pressure
+        is_faster = bytes_per_s > experience.bytes_per_s
+        experience.bytes_per_s += (_SMOOTHING if is_faster else _FADING) * (bytes_per_s - experience.bytes_per_s)
+        experience.pressure += _SMOOTHING * (pressure - experience.pressure)
         enough = math.ceil(self._workers * WORKER_BYTES_PER_S / experience.bytes_per_s)
         wanted = max(self._least, min(self._most, enough))
         if experience.limit > wanted or experience.pressure > _HIGH_PRESSURE:

@@ -26,7 +26,7 @@ MAX_WORKERS: Final = 8
 CONNECTIONS_PER_WORKER: Final = 16
 CONNECTION_BYTES_PER_S: Final = 90_000_000
 MIN_PARTS_IN_MEMORY: Final = 16
-SEGMENT_BYTES: Final = 32 * MiB
+SEGMENT_BYTES: Final = 16 * MiB
 MIN_SEGMENTS: Final = 8
 
 _CGROUP: Final = Path("/sys/fs/cgroup")
@@ -103,7 +103,7 @@ def size_pool(config: PoolConfig, s3client_config: S3ClientConfig, host: Host) -
         part_bytes=part_bytes,
         block_bytes=block_bytes,
         segment_bytes=max(block_bytes, segment_bytes // GRAIN_BYTES * GRAIN_BYTES),
-        window_bytes=min(max_bytes, in_flight + max(2 * block_bytes, in_flight // 4)),
+        window_bytes=min(max_bytes, in_flight + max(block_bytes, in_flight // 4)),
         max_bytes=max_bytes,
     )
 

@@ -29,6 +29,7 @@ from cells import CONTENDERS, SERVERS, TITLES, WORKLOADS, Cell, choose
 from charts import write_charts
 from checkpoints import checkpoint_of, make_checkpoints
 from compare import compare
+from coordinator import print_coordinator_cost
 from machine import machine_facts
 from report import NOTES, goal_table, main_table, plain_text, write_json, write_markdown
 from results import Results
@@ -45,6 +46,9 @@ def main() -> int:
     cells = _cells(options)
     if options.list:
         print(*cells, sep="\n")
+        return 0
+    if options.command == "coordinator":
+        print_coordinator_cost()
         return 0
     if not cells:
         print("nothing to run: no cell has all of that", file=sys.stderr)
@@ -110,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="scripts/bench", description=__doc__, epilog=_names(), formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", nargs="?", choices=("compare", "scaling", "big"), default="compare")
+    parser.add_argument("command", nargs="?", choices=("compare", "scaling", "big", "coordinator"), default="compare")
     parser.add_argument("--quick", action="store_true", help="one round; a few cells where no others are chosen")
     parser.add_argument("--all", action="store_true", help="choose from the whole cross product: takes hours")
     parser.add_argument("--rounds", type=_at_least_one, default=5, metavar="N", help="timed rounds (default: 5)")

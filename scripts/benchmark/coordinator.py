@@ -7,7 +7,6 @@ consumer's own work.
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +15,8 @@ from mpreader.pool import process
 from mpreader.pool.pool import Pool
 from mpreader.pool.source import ObjectVersion, Route
 from mpreader.pool.transfer import Fill, FillPart
+
+__all__ = ["print_coordinator_cost"]
 
 PART_BYTES = 8 * 1024 * 1024
 PARTS = 2000
@@ -54,8 +55,8 @@ def measure(workers: int, connections: int) -> tuple[float, float]:
     return results[-1][0] / PARTS, results[-1][1] / PARTS
 
 
-def main() -> int:
-    """Print a table."""
+def print_coordinator_cost() -> None:
+    """Measure it for some pools, print a table."""
     here = str(Path(__file__).resolve().parent)
     process._START = (  # type: ignore[misc]
         "import sys; sys.path.pop(0); sys.path[:0] = [" + repr(here) + ", {root!r}]; "
@@ -67,8 +68,3 @@ def main() -> int:
         each = statistics.median(seconds for seconds, _ in cpu)
         print(f"  {workers} workers x {connections:2} connections: {each * 1e6:5.0f} us; 25 GB/s would take "
               f"{each * 25e9 / PART_BYTES:.2f} of a core")  # fmt: skip
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
