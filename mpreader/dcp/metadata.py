@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import io
 import pickle
 from collections.abc import Iterable
@@ -88,6 +89,8 @@ class _Unpickler(pickle.Unpickler):
             for part in name.split("."):
                 found = getattr(found, part)
             return found
+        if (module, name) == ("builtins", "getattr"):
+            return _enum_member
         dtype = getattr(torch, name, None) if module == "torch" else None
         if isinstance(dtype, torch.dtype):
             return dtype
@@ -98,6 +101,13 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, _: Any) -> Any:
         raise MetadataRefused("the checkpoint's .metadata refers to an object outside of itself; nothing was loaded")
+
+
+def _enum_member(members: Any, name: Any) -> enum.Enum:
+    """What ``getattr`` may be used for: Python 3.11.0 to 3.11.3 pickle a member of an enumeration by it."""
+    if not (isinstance(members, type) and issubclass(members, enum.Enum)):
+        raise MetadataRefused("the checkpoint's .metadata reads an attribute, which DCP never does; nothing was loaded")
+    return members[name]
 
 
 def _check_places(storage_data: Any) -> None:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
     BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
@@ -70,6 +71,28 @@ def test_metadata_of_a_real_checkpoint_is_what_pickle_gives(tmp_path: Path) -> N
     save(state, storage_writer=FileSystemWriter(tmp_path), no_dist=True)
     data = (tmp_path / ".metadata").read_bytes()
     assert load_metadata(io.BytesIO(data)) == pickle.loads(data)
+
+
+class Attribute:
+    """Pickled as ``getattr(owner, name)``."""
+
+    def __init__(self, owner: object, name: str) -> None:
+        self.reduced = getattr, (owner, name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.reduced
+
+
+def test_metadata_of_python_3_11_0_to_3_names_enumerations_by_getattr() -> None:
+    metadata = metadata_with(planner_data=Attribute(_MEM_FORMAT_ENCODING, "TORCH_CHANNELS_LAST"))
+    loaded: Any = load_metadata(io.BytesIO(pickle.dumps(metadata)))
+    assert loaded.planner_data is _MEM_FORMAT_ENCODING.TORCH_CHANNELS_LAST
+
+
+@pytest.mark.parametrize(("owner", "name"), [(torch.Size, "__class__"), (_MEM_FORMAT_ENCODING, "__class__")])
+def test_metadata_reads_no_attribute(owner: object, name: str) -> None:
+    with pytest.raises(MetadataRefused):
+        load_metadata(io.BytesIO(pickle.dumps(metadata_with(planner_data=Attribute(owner, name)))))
 
 
 def test_metadata_that_needs_another_class_is_refused_and_named() -> None:
