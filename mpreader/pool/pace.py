@@ -108,7 +108,10 @@ class Pace:
 
 def is_host_busy() -> bool:
     """Whether as many threads can run now, on the whole host, as this process may use processors."""
-    with open("/proc/loadavg", "rb") as file:
-        runnable = int(file.read().split()[3].split(b"/")[0])
+    try:
+        with open("/proc/loadavg", "rb") as file:
+            runnable = int(file.read().split()[3].split(b"/")[0])
+    except (OSError, ValueError, IndexError):  # a sandbox without these numbers
+        return False
     # The thread that asks is one of them.
     return runnable > len(os.sched_getaffinity(0))

@@ -185,7 +185,8 @@ class _Stalls:
             self._fd = -1  # a kernel without these numbers
 
     def seconds(self) -> float:
-        return int(os.pread(self._fd, 96, 0).split()[1]) / 1e9 if self._fd >= 0 else 0.0
+        fields = os.pread(self._fd, 96, 0).split() if self._fd >= 0 else []
+        return int(fields[1]) / 1e9 if len(fields) > 1 else 0.0
 
 
 def main(fd: int, parent_pid: int, connections: int, connect_timeout_s: float, stall_timeout_s: float) -> None:

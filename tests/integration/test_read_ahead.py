@@ -67,6 +67,16 @@ def test_workers_stay_warm_for_the_next_reader_until_one_is_closed(stored: str) 
     assert not pool.is_running
 
 
+def test_a_gap_that_costs_more_than_a_request_is_not_fetched(stored: str) -> None:
+    last = len(DATA) - 1000
+    constructor = planned(stored, (0, 1000), (2000, 1000), (last, 1000))  # 2 MiB and more lie in between
+    with S3Client().get_object(stored, "ckpt/f0", reader_constructor=constructor) as reader:
+        for start in (0, 2000, last):
+            reader.seek(start)
+            assert bytes(reader.read(1000)) == DATA[start : start + 1000]
+    assert constructor._get_pool().stats().bytes == 4000
+
+
 def test_read_within_a_part_is_a_view_that_outlives_the_reader(stored: str) -> None:
     with S3Client().get_object(stored, "ckpt/f0", reader_constructor=planned(stored, (1000, 50), (1050, 50))) as reader:
         reader.seek(1000)

@@ -125,6 +125,14 @@ def test_fetch_many_gives_each_source_its_own(fetcher: RangeFetcher, server: Fau
     assert result[empty] == [b""]
 
 
+def test_stream_many_gives_one_object_after_the_other(fetcher: RangeFetcher, server: FaultServer) -> None:
+    server.put("/other", DATA[::-1])
+    one, other = server.url("/object"), server.url("/other")
+    pieces = fetcher.stream_many({one: [(5_000, 9_000), (3, 3), (0, 10)], other: [(7, 9)]}, max_gap_size=0)
+    got = [(uri, index, bytes(view)) for uri, index, view in pieces]
+    assert got == [(one, 1, b""), (one, 2, DATA[:10]), (one, 0, DATA[5_000:9_000]), (other, 0, DATA[::-1][7:9])]
+
+
 def test_fetch_object_gives_the_whole_in_one_piece(fetcher: RangeFetcher, server: FaultServer) -> None:
     view = fetcher.fetch_object(server.url("/object"))
     assert view.contiguous
