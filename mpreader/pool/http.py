@@ -17,6 +17,8 @@ _RECEIVE_BYTES = 4096
 _MAX_LINE_BYTES = 4096
 _STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9]{2})(?: .*)?")
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
 
 class MalformedAnswer(Exception):
     """What came is no HTTP/1.1 answer, or one that ends too early."""
@@ -45,8 +47,11 @@ class HttpStream:
 
         Raises:
             OSError: The connection is broken.
+            ValueError: A control character would make one line two; nothing was sent.
         """
         lines = [f"{method} {target} HTTP/1.1", *(f"{name}: {value}" for name, value in headers), "", ""]
+        if any(map(_CONTROL.search, lines)):
+            raise ValueError("a control character in the URL or in a header")
         self.sock.sendall("\r\n".join(lines).encode("latin-1"))
 
     def read_answer(self) -> Answer:

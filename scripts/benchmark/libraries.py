@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
@@ -108,14 +109,15 @@ class _Mpreader:
         self._fetcher.close()
 
 
-class _Threaded:
+class _Threaded(ABC):
     """A library that is called from threads, a part at a time."""
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(THREADS)
 
+    @abstractmethod
     def get(self, key: str, start: int, end: int) -> Any:
-        raise NotImplementedError
+        """Bytes [start, end) of an object."""
 
     def keep(self, sizes: Mapping[str, int]) -> list[Piece]:
         return list(self._threads.map(self._piece, parts_of(sizes)))

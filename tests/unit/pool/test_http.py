@@ -105,6 +105,16 @@ def test_no_bytes_do_anything_but_be_read_or_refused(head: bytes, rest: bytes) -
         body_of(head + rest)
 
 
+@pytest.mark.parametrize(("target", "value"), [("/a\r\nX: y", "v"), ("/a", "v\nX: y"), ("/a", "v\0")])
+def test_request_with_a_line_break_in_it_is_not_sent(target: str, value: str) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        with pytest.raises(ValueError, match="control character"):
+            HttpStream(ours).send("GET", target, [("If-Match", value)])
+        ours.shutdown(socket.SHUT_WR)
+        assert theirs.recv(100) == b""
+
+
 def test_rest_of_a_connection_is_noticed() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
