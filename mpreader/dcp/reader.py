@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-from mpreader.collector import collector_paused
+from mpreader.collector import collector_paused, spare_new_objects
 from mpreader.dcp.filesystem import Path, S3FileSystem
 from mpreader.dcp.metadata import load_metadata
 from mpreader.dcp.record import BufferItem, ItemBytes, RecordCorrupted, decode_layout
@@ -129,6 +129,7 @@ class S3StorageReader(FileSystemReader):
             raw = cast("IO[bytes]", stream)
             with collector_paused():
                 metadata = load_metadata(raw, allowed_globals=self._allowed_globals)
+                spare_new_objects()
         if getattr(metadata, "storage_meta", None) is None:
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id  # type: ignore[union-attr]
@@ -143,6 +144,7 @@ class S3StorageReader(FileSystemReader):
             plan = dataclasses.replace(plan, items=sorted(plan.items, key=self._place))
             if isinstance(self._reader_constructor, DCPS3ReaderConstructorProtocol):
                 self._reader_constructor.set_item_ranges_by_file(plan.items, self.storage_data, self.path)
+            spare_new_objects()
         return plan
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:

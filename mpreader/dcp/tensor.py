@@ -4,7 +4,7 @@ Memory stays bounded for every tensor that fills its storage without gaps, howev
 item is cut into pieces, and whatever the target's strides, dtype and device are:
 
 * Same dtype, and the wanted bytes lie in one run in both: bytes are copied piece by piece.
-* Otherwise, rows of at most 1 MiB are gathered, converted and copied.
+* Otherwise, rows of at most 512 KiB are gathered, converted and copied.
 
 Only a tensor with gaps or repeated elements (a slice of a larger storage, an expanded tensor) is gathered whole.
 """
@@ -29,8 +29,9 @@ from mpreader.errors import PlanError
 
 __all__ = ["check_archive", "copy_into", "load_whole"]
 
-# A block is still in the processor's cache when it is copied after its CRC was computed.
-_BLOCK_NBYTES: Final = 1024 * 1024
+# A block is still in the processor's own cache (1 MiB or more) when it is copied after its CRC was computed; and the C
+# library copies blocks smaller than that cache without reading the target first.
+_BLOCK_NBYTES: Final = 512 * 1024
 
 Box = tuple[tuple[int, int], ...]  # (start, length) of each dimension
 

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import gc
+import weakref
+from collections.abc import Iterator
 
 import pytest
 
-from mpreader.collector import collector_paused
+from mpreader.collector import collector_paused, spare_new_objects
 
 
 def test_collector_is_paused_and_goes_on_after_an_error_too() -> None:
@@ -29,3 +31,41 @@ def test_collector_that_the_program_has_switched_off_stays_off() -> None:
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+@pytest.fixture
+def _automatic_collections_off() -> Iterator[None]:
+    gc.disable()
+    yield
+    gc.enable()
+
+
+class _Node:
+    """Something that can be part of a cycle."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+@pytest.mark.usefixtures("_automatic_collections_off")
+def test_spared_objects_are_left_alone_until_everything_is_looked_at() -> None:
+    gc.collect()
+    garbage = weakref.ref(_Node())
+    spare_new_objects()
+    gc.collect(0)
+    gc.collect(1)
+    assert garbage() is not None
+    gc.collect()
+    assert garbage() is None
+
+
+@pytest.mark.usefixtures("_automatic_collections_off")
+def test_what_the_program_has_frozen_stays_frozen() -> None:
+    gc.freeze()
+    try:
+        frozen = gc.get_freeze_count()
+        assert frozen
+        spare_new_objects()
+        assert gc.get_freeze_count() == frozen
+    finally:
+        gc.unfreeze()
