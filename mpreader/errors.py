@@ -8,7 +8,11 @@ Each class carries its facts as attributes, says what to do in its message, and 
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = [
     "AccessDenied",
@@ -39,6 +43,12 @@ def _rebuild(cls: type[MpreaderError], args: tuple[Any, ...], facts: dict[str, A
 
 class MpreaderError(Exception):
     """The base of all errors of mpreader."""
+
+    def needed_for(self, tensor: str) -> Self:
+        """The same error, for somebody who knows tensors and not byte ranges."""
+        error = copy.copy(self)
+        error.args = (f"{self.args[0]} [needed for {tensor!r}]", *self.args[1:])
+        return error
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The default would call __init__ with args alone and lose the keyword-only facts.

@@ -27,7 +27,7 @@ from mpreader.dcp.filesystem import Path, S3FileSystem
 from mpreader.dcp.metadata import load_metadata
 from mpreader.dcp.record import BufferItem, ItemBytes, RecordCorrupted, decode_layout
 from mpreader.dcp.tensor import check_archive, copy_into, load_whole
-from mpreader.errors import ChecksumMismatch, ConfigError, PlanError
+from mpreader.errors import ArenaError, ChecksumMismatch, ConfigError, PlanError, PoolError, TransportError
 from mpreader.readers.constructor import S3ReaderConstructor
 from mpreader.readers.protocols import DCPS3ReaderConstructorProtocol
 from mpreader.readers.read_ahead import MultiprocessConstructor
@@ -182,6 +182,14 @@ class S3StorageReader(FileSystemReader):
         self.close()
 
     def _read_item(self, request: ReadItem, reader: _ItemReader, planner: LoadPlanner) -> None:
+        try:
+            self._load_checked(request, reader, planner)
+        except ChecksumMismatch:
+            raise  # names the tensor already
+        except (TransportError, PoolError, ArenaError) as error:
+            raise error.needed_for(request.storage_index.fqn) from error.__cause__
+
+    def _load_checked(self, request: ReadItem, reader: _ItemReader, planner: LoadPlanner) -> None:
         stored = self._stored(request)
         try:
             self._load_item(request, reader.item(stored.offset, stored.length), planner)

@@ -27,7 +27,8 @@ log = logging.getLogger(__name__)
 
 # Deaths in a row, with nothing received in between, that end the pool: no loop of restarts.
 _MAX_DEATHS_PER_WORKER: Final = 2
-_START_TIMEOUT_S: Final = 60.0
+# A worker that starts is given more time than one that works: four times as much, and no less than this.
+_LEAST_START_TIMEOUT_S: Final = 10.0
 _END_TIMEOUT_S: Final = 0.5
 
 
@@ -151,7 +152,7 @@ class Crew:
         self._unregister(member)
         stderr = member.process.stderr()
         exitcode = member.process.reap()
-        why = _describe_end(exitcode, member.was_silent, self._limits.worker_timeout_s)
+        why = _describe_end(exitcode, member.was_silent, self._patience_s(member))
         log.warning("worker process %d ended: %s%s", member.process.pid, why, f": {stderr}" if stderr else "")
         self._deaths += 1
         if self._deaths > _MAX_DEATHS_PER_WORKER * self._limits.workers:
@@ -166,7 +167,7 @@ class Crew:
         """Ask those that are silent whether they live; kill those that don't answer."""
         for member in self._members:
             silence_s = now - member.last_heard
-            patience_s = self._limits.worker_timeout_s if member.is_ready else _START_TIMEOUT_S
+            patience_s = self._patience_s(member)
             if silence_s > patience_s and (member.parts or not member.is_ready):
                 member.was_silent = True
                 self._kill(member)
@@ -189,6 +190,10 @@ class Crew:
         for member in self._members:
             member.process.close_descriptors()
         self._members.clear()
+
+    def _patience_s(self, member: Member) -> float:
+        timeout_s = self._limits.worker_timeout_s
+        return timeout_s if member.is_ready else max(_LEAST_START_TIMEOUT_S, 4 * timeout_s)
 
     def _can_take(self, member: Member) -> bool:
         # Not before it is ready: a part must not be blamed for workers that can't even start.

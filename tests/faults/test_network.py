@@ -64,6 +64,37 @@ def fetcher(make_fetcher: Callable[..., RangeFetcher]) -> RangeFetcher:
     return make_fetcher()
 
 
+ROW_OF = {
+    FaultKind.RESET: "connection reset in a body",
+    FaultKind.EARLY_CLOSE: "connection closed early (FIN) in a body",
+    FaultKind.CLOSE_ON_ACCEPT: "connection closed early (FIN) in a body",
+    FaultKind.WRONG_LENGTH: "wrong Content-Length, Content-Range or total size",
+    FaultKind.WRONG_RANGE: "wrong Content-Length, Content-Range or total size",
+    FaultKind.WRONG_TOTAL: "wrong Content-Length, Content-Range or total size",
+    FaultKind.WHOLE_OBJECT: "200 with the whole object instead of 206",
+    FaultKind.EXTRA_BYTES: "extra bytes after the body",
+    FaultKind.NO_ETAG: "ETag missing or different in a 206",
+    FaultKind.OTHER_ETAG: "ETag missing or different in a 206",
+    FaultKind.STALL: "server stalls, or trickles",
+    FaultKind.TRICKLE: "server stalls, or trickles",
+    FaultKind.DELAY: "server stalls, or trickles",
+}
+ROW_OF_STATUS = {
+    403: "403, 404, wrong region",
+    404: "403, 404, wrong region",
+    412: "object overwritten between GETs",
+    416: "object overwritten between GETs",  # by a shorter one
+}
+
+
+def proving(fault: Fault, *values: object) -> Any:
+    """Parameters of a test, marked with the row of the fault matrix that they prove."""
+    row = ROW_OF.get(fault.kind) or ROW_OF_STATUS.get(fault.status, "500, 503 SlowDown, a brown-out")
+    if fault.code:
+        row = "expired token or signature in a load"
+    return pytest.param(fault, *values, marks=pytest.mark.row(row))
+
+
 def starts(server: FaultServer) -> list[int]:
     """Where the GETs began, in the order in which they came."""
     gets = [request for request in server.requests if request.method == "GET"]
@@ -73,7 +104,10 @@ def starts(server: FaultServer) -> list[int]:
 # -- what goes well in the end
 
 
-@pytest.mark.parametrize("kind", [FaultKind.RESET, FaultKind.EARLY_CLOSE])
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=pytest.mark.row(ROW_OF[kind])) for kind in (FaultKind.RESET, FaultKind.EARLY_CLOSE)],
+)
 def test_body_that_breaks_is_resumed_where_it_broke(
     fetcher: RangeFetcher, server: FaultServer, kind: FaultKind
 ) -> None:
@@ -95,21 +129,21 @@ def test_body_that_breaks_is_resumed_where_it_broke(
 @pytest.mark.parametrize(
     "fault",
     [
-        Fault(FaultKind.WRONG_LENGTH, at=(1, 3), delta=-7),
-        Fault(FaultKind.WRONG_LENGTH, at=(1, 3), delta=7),
-        Fault(FaultKind.WRONG_RANGE, at=(1, 3)),
-        Fault(FaultKind.WRONG_TOTAL, at=(1, 3)),
-        Fault(FaultKind.WHOLE_OBJECT, at=(1, 3)),
-        Fault(FaultKind.EXTRA_BYTES, at=range(1, 5), delta=70_000),
-        Fault(FaultKind.NO_ETAG, at=(1, 3)),
-        Fault(FaultKind.CLOSE_ON_ACCEPT, at=(2, 4)),
-        Fault(FaultKind.STATUS, at=(1, 3), status=500),
-        Fault(FaultKind.STATUS, at=(1, 3), status=503),
-        Fault(FaultKind.STATUS, at=(1, 3), status=429),
-        Fault(FaultKind.STALL, at=(1, 3), seconds=60, after_bytes=1000),
-        Fault(FaultKind.STALL, at=(1, 3), seconds=60, after_bytes=0),
-        Fault(FaultKind.TRICKLE, at=(1, 3), seconds=0.02, after_bytes=300_000),
-        Fault(FaultKind.DELAY, at=(1, 3), seconds=60),
+        proving(Fault(FaultKind.WRONG_LENGTH, at=(1, 3), delta=-7)),
+        proving(Fault(FaultKind.WRONG_LENGTH, at=(1, 3), delta=7)),
+        proving(Fault(FaultKind.WRONG_RANGE, at=(1, 3))),
+        proving(Fault(FaultKind.WRONG_TOTAL, at=(1, 3))),
+        proving(Fault(FaultKind.WHOLE_OBJECT, at=(1, 3))),
+        proving(Fault(FaultKind.EXTRA_BYTES, at=range(1, 5), delta=70_000)),
+        proving(Fault(FaultKind.NO_ETAG, at=(1, 3))),
+        proving(Fault(FaultKind.CLOSE_ON_ACCEPT, at=(2, 4))),
+        proving(Fault(FaultKind.STATUS, at=(1, 3), status=500)),
+        proving(Fault(FaultKind.STATUS, at=(1, 3), status=503)),
+        proving(Fault(FaultKind.STATUS, at=(1, 3), status=429)),
+        proving(Fault(FaultKind.STALL, at=(1, 3), seconds=60, after_bytes=1000)),
+        proving(Fault(FaultKind.STALL, at=(1, 3), seconds=60, after_bytes=0)),
+        proving(Fault(FaultKind.TRICKLE, at=(1, 3), seconds=0.02, after_bytes=300_000)),
+        proving(Fault(FaultKind.DELAY, at=(1, 3), seconds=60)),
     ],
     ids=lambda fault: f"{fault.kind.name} {fault.delta if 'WRONG' in fault.kind.name else fault.status}",
 )
@@ -123,6 +157,7 @@ def test_fault_that_passes_is_survived(
     assert any(request.fault is fault for request in server.requests) or fault.kind is FaultKind.CLOSE_ON_ACCEPT
 
 
+@pytest.mark.row("500, 503 SlowDown, a brown-out")
 def test_brown_out_is_outlived_with_growing_delays(fetcher: RangeFetcher, server: FaultServer) -> None:
     server.inject(Fault(FaultKind.STATUS, status=503, until_s=1.5))
     [view] = fetcher.fetch(server.url("/object"), [(0, len(DATA))])
@@ -130,6 +165,7 @@ def test_brown_out_is_outlived_with_growing_delays(fetcher: RangeFetcher, server
     assert len(starts(server)) <= 4 * 5, "the server was asked over and over while it asked for less"
 
 
+@pytest.mark.row("server stalls, or trickles")
 def test_stalled_connection_is_replaced_in_time(make_fetcher: Callable[..., RangeFetcher], server: FaultServer) -> None:
     server.inject(Fault(FaultKind.STALL, at=(1,), seconds=60, after_bytes=300 * KiB))
     started = time.monotonic()
@@ -142,6 +178,7 @@ def test_stalled_connection_is_replaced_in_time(make_fetcher: Callable[..., Rang
 
 
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.row("random plans, faults and kills (storm)")
 def test_random_plan_under_random_faults_is_exact(
     make_fetcher: Callable[..., RangeFetcher], serve: Serve, seed: int
 ) -> None:
@@ -163,21 +200,21 @@ def test_random_plan_under_random_faults_is_exact(
 @pytest.mark.parametrize(
     ("fault", "cls", "text", "most_gets"),
     [
-        (Fault(FaultKind.RESET), ShortRead, "broke", 3),
-        (Fault(FaultKind.EARLY_CLOSE), ShortRead, "ended after 0", 3),
-        (Fault(FaultKind.WRONG_LENGTH, delta=-1), TransportError, "Content-Length", 3),
-        (Fault(FaultKind.WRONG_RANGE), TransportError, "Content-Range", 3),
-        (Fault(FaultKind.WRONG_TOTAL), TransportError, "bytes now", 3),
-        (Fault(FaultKind.WHOLE_OBJECT), TransportError, "whole object", 3),
-        (Fault(FaultKind.NO_ETAG), TransportError, "ETag", 3),
-        (Fault(FaultKind.OTHER_ETAG), ObjectChanged, "overwritten", 1),
-        (Fault(FaultKind.STATUS, status=503), TransportError, "SlowDown", 3),
-        (Fault(FaultKind.STALL, seconds=60), TransportError, "MPREADER_STALL_TIMEOUT_S", 3),
-        (Fault(FaultKind.STATUS, status=403), AccessDenied, "AccessDenied", 1),
-        (Fault(FaultKind.STATUS, status=404), ObjectMissing, "NoSuchKey", 1),
-        (Fault(FaultKind.STATUS, status=412), ObjectChanged, "PreconditionFailed", 1),
-        (Fault(FaultKind.STATUS, status=416), ObjectChanged, "InvalidRange", 1),
-        (Fault(FaultKind.STATUS, status=403, code="ExpiredToken"), AccessDenied, "ExpiredToken", 2),
+        proving(Fault(FaultKind.RESET), ShortRead, "broke", 3),
+        proving(Fault(FaultKind.EARLY_CLOSE), ShortRead, "ended after 0", 3),
+        proving(Fault(FaultKind.WRONG_LENGTH, delta=-1), TransportError, "Content-Length", 3),
+        proving(Fault(FaultKind.WRONG_RANGE), TransportError, "Content-Range", 3),
+        proving(Fault(FaultKind.WRONG_TOTAL), TransportError, "bytes now", 3),
+        proving(Fault(FaultKind.WHOLE_OBJECT), TransportError, "whole object", 3),
+        proving(Fault(FaultKind.NO_ETAG), TransportError, "ETag", 3),
+        proving(Fault(FaultKind.OTHER_ETAG), ObjectChanged, "overwritten", 1),
+        proving(Fault(FaultKind.STATUS, status=503), TransportError, "SlowDown", 3),
+        proving(Fault(FaultKind.STALL, seconds=60), TransportError, "MPREADER_STALL_TIMEOUT_S", 3),
+        proving(Fault(FaultKind.STATUS, status=403), AccessDenied, "AccessDenied", 1),
+        proving(Fault(FaultKind.STATUS, status=404), ObjectMissing, "NoSuchKey", 1),
+        proving(Fault(FaultKind.STATUS, status=412), ObjectChanged, "PreconditionFailed", 1),
+        proving(Fault(FaultKind.STATUS, status=416), ObjectChanged, "InvalidRange", 1),
+        proving(Fault(FaultKind.STATUS, status=403, code="ExpiredToken"), AccessDenied, "ExpiredToken", 2),
     ],
     ids=lambda value: (
         value.kind.name + (f" {value.code or value.status}" if value.status != 503 else "")
@@ -207,6 +244,7 @@ def test_fault_that_stays_is_one_error_after_few_attempts(
     assert view == DATA[5:1005], "the fetcher must go on after an error"
 
 
+@pytest.mark.row("object overwritten between GETs")
 def test_object_overwritten_between_two_gets_is_never_mixed(
     make_fetcher: Callable[..., RangeFetcher], server: FaultServer
 ) -> None:
@@ -222,6 +260,7 @@ def test_object_overwritten_between_two_gets_is_never_mixed(
     assert caught.value.attempts == 1
 
 
+@pytest.mark.row("server stalls, or trickles")
 def test_part_that_takes_too_long_in_all_is_a_timeout(
     make_fetcher: Callable[..., RangeFetcher], server: FaultServer
 ) -> None:
@@ -241,11 +280,13 @@ def test_parts_that_wait_for_their_turn_do_not_time_out(
     assert fetcher.fetch_object(server.url("/object")) == DATA
 
 
+@pytest.mark.row("403, 404, wrong region")
 def test_missing_object_is_a_file_not_found_error(fetcher: RangeFetcher, server: FaultServer) -> None:
     with pytest.raises(FileNotFoundError, match="nothing"):
         fetcher.fetch(server.url("/nothing"), [(0, 10)])
 
 
+@pytest.mark.row("100,000 tiny ranges; one 5 GB item; zero-length range; range past the end")
 def test_range_past_the_end_is_refused_before_any_get(fetcher: RangeFetcher, server: FaultServer) -> None:
     with pytest.raises(PlanError, match=str(len(DATA))):
         fetcher.fetch(server.url("/object"), [(0, len(DATA) + 1)])
@@ -297,6 +338,7 @@ def route(server: FaultServer, target: str = "/object", ca_file: str | None = No
 
 
 @pytest.mark.parametrize(("status", "code"), [(403, "ExpiredToken"), (400, "ExpiredToken"), (403, "RequestExpired")])
+@pytest.mark.row("expired token or signature in a load")
 def test_expired_signature_is_renewed_once_and_the_load_goes_on(
     read: Callable[[Routed], bytes], serve: Serve, status: int, code: str
 ) -> None:
@@ -308,6 +350,7 @@ def test_expired_signature_is_renewed_once_and_the_load_goes_on(
     assert [request.path for request in server.requests] == ["/object", "/renewed"]
 
 
+@pytest.mark.row("expired token or signature in a load")
 def test_signature_that_expires_again_at_once_is_access_denied(
     read: Callable[[Routed], bytes], server: FaultServer
 ) -> None:
@@ -319,6 +362,7 @@ def test_signature_that_expires_again_at_once_is_access_denied(
     assert len(server.requests) == 2
 
 
+@pytest.mark.row("refused connection, unknown host, TLS failure")
 def test_refused_connection_is_retried_and_then_named(read: Callable[[Routed], bytes]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as unused:
         port = unused.getsockname()[1]
@@ -326,11 +370,13 @@ def test_refused_connection_is_retried_and_then_named(read: Callable[[Routed], b
         read(Routed(Route(False, "127.0.0.1", port, "/object")))
 
 
+@pytest.mark.row("refused connection, unknown host, TLS failure")
 def test_unknown_host_is_retried_and_then_named(read: Callable[[Routed], bytes]) -> None:
     with pytest.raises(TransportError, match=r"no-such-host\.invalid:443.*2 attempts"):
         read(Routed(Route(True, "no-such-host.invalid", 443, "/object")))
 
 
+@pytest.mark.row("refused connection, unknown host, TLS failure")
 def test_tls_is_read_with_the_right_authority_and_refused_with_another(
     read: Callable[[Routed], bytes], serve: Serve
 ) -> None:
@@ -340,6 +386,7 @@ def test_tls_is_read_with_the_right_authority_and_refused_with_another(
         read(Routed(route(server, ca_file=str(other.ca_file))))
 
 
+@pytest.mark.row("connection reset in a body", "connection closed early (FIN) in a body")
 def test_tls_body_that_breaks_is_resumed(read: Callable[[Routed], bytes], serve: Serve) -> None:
     faults = [
         Fault(kind, at=(at,), after_bytes=300_000) for at, kind in ((1, FaultKind.RESET), (2, FaultKind.EARLY_CLOSE))

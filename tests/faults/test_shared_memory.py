@@ -39,6 +39,7 @@ except MpreaderError as error:
 
 
 @pytest.mark.parametrize("way", ["in place", "as a file"])
+@pytest.mark.row("small or full /dev/shm")
 def test_read_with_less_shared_memory_than_allowed_ends(bucket: str, way: str) -> None:
     unshare = shutil.which("unshare")
     mounted = "mount -t tmpfs -o size=4m tmpfs /dev/shm"

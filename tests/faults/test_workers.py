@@ -73,6 +73,7 @@ def slow_server(serve: Serve) -> FaultServer:
 
 
 @pytest.mark.parametrize("all_workers", [False, True], ids=["one", "all"])
+@pytest.mark.row("worker killed, or out of memory")
 def test_killed_worker_is_replaced_and_its_parts_are_read_again(
     make_fetcher: Callable[..., RangeFetcher], slow_server: FaultServer, *, all_workers: bool
 ) -> None:
@@ -85,6 +86,7 @@ def test_killed_worker_is_replaced_and_its_parts_are_read_again(
     assert len(pids(fetcher)) == 2
 
 
+@pytest.mark.row("worker killed, or out of memory")
 def test_worker_killed_while_idle_is_replaced(make_fetcher: Callable[..., RangeFetcher], serve: Serve) -> None:
     server = serve({"/object": DATA})
     fetcher = make_fetcher(workers=1)
@@ -98,6 +100,7 @@ def test_worker_killed_while_idle_is_replaced(make_fetcher: Callable[..., RangeF
             assert time.monotonic() < deadline, "its end was not noticed"
 
 
+@pytest.mark.row("worker stopped (stuck)")
 def test_stuck_worker_is_killed_and_its_parts_are_read_again(
     make_fetcher: Callable[..., RangeFetcher], slow_server: FaultServer
 ) -> None:
@@ -110,6 +113,7 @@ def test_stuck_worker_is_killed_and_its_parts_are_read_again(
     assert fetcher.stats.restarts == 1
 
 
+@pytest.mark.row("worker stopped (stuck)")
 def test_stuck_worker_does_not_delay_close(make_fetcher: Callable[..., RangeFetcher], serve: Serve) -> None:
     server = serve({"/object": DATA})
     fetcher = make_fetcher()
@@ -130,6 +134,7 @@ def test_worker_busy_with_a_slow_server_is_not_taken_for_stuck(
     assert fetcher.stats.restarts == 0
 
 
+@pytest.mark.row("worker killed, or out of memory")
 def test_part_that_kills_every_worker_is_one_error(make_fetcher: Callable[..., RangeFetcher], serve: Serve) -> None:
     server = serve({"/object": DATA}, Fault(FaultKind.STALL, seconds=60))
     fetcher = make_fetcher(workers=4)
@@ -173,6 +178,7 @@ def set_interpreter(tmp_path: Path) -> Iterator[Callable[[str], None]]:
     multiprocessing.spawn.set_executable(before)
 
 
+@pytest.mark.row("worker can't start")
 def test_workers_that_can_not_start_are_one_error_with_what_they_printed(
     make_fetcher: Callable[..., RangeFetcher], serve: Serve, set_interpreter: Callable[[str], None], tmp_path: Path
 ) -> None:
@@ -188,6 +194,7 @@ def test_workers_that_can_not_start_are_one_error_with_what_they_printed(
         fetcher.fetch_object(server.url("/object"))
 
 
+@pytest.mark.row("worker can't start")
 def test_worker_that_is_slow_to_start_delays_nobody(
     make_fetcher: Callable[..., RangeFetcher], serve: Serve, set_interpreter: Callable[[str], None], tmp_path: Path
 ) -> None:
@@ -199,6 +206,7 @@ def test_worker_that_is_slow_to_start_delays_nobody(
     assert time.monotonic() - started < 5
 
 
+@pytest.mark.row("worker can't start")
 def test_interpreter_that_is_not_there_is_a_clear_error(
     make_fetcher: Callable[..., RangeFetcher], serve: Serve, set_interpreter: Callable[[str], None]
 ) -> None:
@@ -225,6 +233,7 @@ def descriptors_left(spare: int) -> Iterator[None]:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+@pytest.mark.row("low ulimit -n")
 def test_too_few_descriptors_are_a_clear_error(make_fetcher: Callable[..., RangeFetcher], serve: Serve) -> None:
     fetcher = make_fetcher(workers=8)
     for spare in (*range(8), 11):

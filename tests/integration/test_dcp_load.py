@@ -314,6 +314,7 @@ def replace_bytes(uri: str, name: str, old: bytes, new: bytes) -> None:
 
 
 @pytest.mark.parametrize("extensions", [None, [ZStandard()]], ids=["plain", "compressed"])
+@pytest.mark.row("bit flipped in a tensor's bytes")
 def test_flipped_bit_raises_checksum_mismatch_naming_the_tensor(bucket: str, extensions: Any) -> None:
     uri = f"s3://{bucket}/damaged"
     noise = torch.randint(0, 256, (5000,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
@@ -336,6 +337,7 @@ def test_flipped_bit_raises_checksum_mismatch_naming_the_tensor(bucket: str, ext
     assert bytes(state["some.weight"][2000:2010].tolist()) == new
 
 
+@pytest.mark.row("bit flipped in a tensor's bytes")
 def test_flipped_bit_in_a_record_for_torch_load_raises_too(bucket: str) -> None:
     uri = f"s3://{bucket}/damaged"
     stored = torch.tensor([1 + 2j, 3 - 4j]).conj()  # not a plain tensor: saved with its conjugate bit
@@ -353,6 +355,7 @@ def test_flipped_bit_in_a_record_for_torch_load_raises_too(bucket: str) -> None:
         load(state, storage_reader=reader)
 
 
+@pytest.mark.row("bit flipped in a tensor's bytes")
 def test_flipped_bit_in_another_object_than_a_tensor_raises_too(bucket: str) -> None:
     uri = f"s3://{bucket}/damaged"
     save({"run": {"name": "marker of this run"}}, storage_writer=S3StorageWriter("us-east-1", uri))
@@ -378,6 +381,7 @@ def test_checkpoint_of_ranks_that_save_on_their_own(
     caplog.clear()  # torch logs that there is no common .metadata, and with it frames that hold connections
 
 
+@pytest.mark.row("hostile .metadata")
 def test_hostile_metadata_is_refused_before_anything_is_read(checkpoint: str, constructor: Any) -> None:
     data = files_with(checkpoint, ".metadata").popitem()[1]
     for hostile, reason in (

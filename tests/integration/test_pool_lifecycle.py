@@ -102,6 +102,7 @@ while not fetcher._pool.is_running:
     assert time.monotonic() - started < 10
 
 
+@pytest.mark.row("exception in the consumer; reader dropped without close")
 def test_exception_in_the_consumer_gives_everything_back(server: FaultServer, data: bytes) -> None:
     config = PoolConfig(workers=1, connections_per_worker=2, max_memory=1 * MiB, part_size=64 * KiB)
     ranges = [(start, start + 1000) for start in range(0, len(data), 65536)]
@@ -114,6 +115,7 @@ def test_exception_in_the_consumer_gives_everything_back(server: FaultServer, da
         assert fetcher.fetch(server.url("/object"), [(0, 512 * KiB)])[0] == data[: 512 * KiB]
 
 
+@pytest.mark.row("no __main__ guard, stdin, daemonic process")
 def test_process_of_multiprocessing_that_is_a_daemon_can_fetch(server: FaultServer, digest: str) -> None:
     program = """
 import multiprocessing
@@ -153,6 +155,7 @@ say("parent:", sum(len(view) for _, view in stream), digest(), fetcher.stats.res
 @pytest.mark.parametrize(
     "end", ["sys.exit(0)", "os._exit(0)", "fetcher.close(); sys.exit(0)", "del fetcher; sys.exit(0)"]
 )
+@pytest.mark.row("fork of the program after use")
 def test_forked_child_has_its_own_pool_and_leaves_the_parents_alone(
     server: FaultServer, data: bytes, digest: str, end: str
 ) -> None:
@@ -165,6 +168,7 @@ def test_forked_child_has_its_own_pool_and_leaves_the_parents_alone(
     ]
 
 
+@pytest.mark.row("fork of the program after use", within_s=60)
 def test_forks_in_the_middle_of_loads_never_hang(server: FaultServer, digest: str) -> None:
     program = """
 stopping = threading.Event()
@@ -195,6 +199,7 @@ say(digest(), fetcher.stats.restarts)
     assert run("warnings.simplefilter('ignore', DeprecationWarning)\n" + program, server) == [f"{digest} 0"]
 
 
+@pytest.mark.row("fork of the program after use", within_s=60)
 def test_locks_that_other_threads_hold_at_a_fork_do_not_hang_the_child(server: FaultServer, digest: str) -> None:
     program = """
 from mpreader.pool import pool
@@ -249,6 +254,7 @@ def loading(server: FaultServer) -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
+@pytest.mark.row("Ctrl-C")
 def test_ctrl_c_is_a_keyboard_interrupt_within_a_second(loading: subprocess.Popen[str]) -> None:
     started = time.monotonic()
     os.killpg(loading.pid, signal.SIGINT)
@@ -260,6 +266,7 @@ def test_ctrl_c_is_a_keyboard_interrupt_within_a_second(loading: subprocess.Pope
     assert workers_of(loading.pid) == []
 
 
+@pytest.mark.row("parent killed")
 def test_killed_parent_takes_its_workers_along_within_a_second(loading: subprocess.Popen[str]) -> None:
     names = set(os.listdir("/dev/shm"))
     loading.kill()
@@ -274,6 +281,7 @@ def test_terminated_parent_takes_its_workers_along(loading: subprocess.Popen[str
     wait_until(lambda: not workers_of(loading.pid), 1.0)
 
 
+@pytest.mark.row("Ctrl-C")
 def test_keyboard_interrupt_in_a_fetch_leaves_the_fetcher_usable(server: FaultServer, digest: str) -> None:
     server.inject(Fault(FaultKind.STALL, at=range(1, 5), seconds=60, after_bytes=1000))
     program = """
@@ -347,6 +355,7 @@ def test_workers_import_nothing_heavy(fetcher: RangeFetcher, server: FaultServer
     assert result.stdout == "\n"
 
 
+@pytest.mark.row("secrets")
 def test_workers_know_no_secret(monkeypatch: pytest.MonkeyPatch, server: FaultServer, data: bytes) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "sesame-key")
     monkeypatch.setenv("AWS_SESSION_TOKEN", "sesame-token")

@@ -184,6 +184,7 @@ def test_transfers_of_many_threads_in_random_order_all_end(
 # -- leases
 
 
+@pytest.mark.row("views held while the load goes on; close with live views")
 def test_views_that_are_held_end_in_an_error_that_names_the_knob(
     make_pool: MakePool, make_fills: MakeFills, data: bytes
 ) -> None:
@@ -253,6 +254,7 @@ def test_memory_of_a_large_view_is_really_gone_when_it_is_dropped(make_pool: Mak
     transfer.close()
 
 
+@pytest.mark.row("views held while the load goes on; close with live views")
 def test_views_stay_valid_after_close_and_take_their_memory_along(
     make_pool: MakePool, make_fills: MakeFills, data: bytes
 ) -> None:
@@ -396,6 +398,7 @@ def test_pool_that_is_in_use_is_not_idle(make_pool: MakePool, make_fills: MakeFi
     transfer.close()
 
 
+@pytest.mark.row("exception in the consumer; reader dropped without close")
 def test_pool_dropped_without_close_ends_its_workers(make_fills: MakeFills, data: bytes) -> None:
     from mpreader.config import PoolConfig
 

@@ -146,6 +146,7 @@ def test_client_that_can_not_connect_names_endpoint_and_advice(aws_environment: 
     assert caught.value.attempts == 2
 
 
+@pytest.mark.row("secrets")
 def test_errors_and_their_tracebacks_hold_no_secret(aws_environment: None, monkeypatch: pytest.MonkeyPatch) -> None:
     secret = "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY"  # from AWS's documentation, opens nothing
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)

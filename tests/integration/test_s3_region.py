@@ -101,6 +101,7 @@ def client(server: _Server, aws_environment: None) -> Iterator[S3Client]:
 
 
 @pytest.mark.parametrize("key", ["key", "moved"])
+@pytest.mark.row("403, 404, wrong region")
 def test_source_follows_the_bucket_and_signs_routes_for_its_region(client: S3Client, server: _Server, key: str) -> None:
     source = S3Source(client, "bucket", key)
     assert source.open() == (len(_DATA), '"etag"')
@@ -121,6 +122,7 @@ def test_reader_follows_the_bucket(client: S3Client) -> None:
     assert client.get_object("bucket", "moved").read() == _DATA
 
 
+@pytest.mark.row("403, 404, wrong region")
 def test_source_that_can_not_follow_says_which_setting_to_change(client: S3Client) -> None:
     with pytest.raises(TransportError, match=r"another region.*region=.*\[region us-east-1, endpoint http://127"):
         S3Source(client, "unhelpful", "moved").open()

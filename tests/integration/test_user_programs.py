@@ -74,12 +74,14 @@ def workers_of(endpoint_marker: str) -> list[int]:
     return found
 
 
+@pytest.mark.row("no __main__ guard, stdin, daemonic process")
 def test_script_without_main_guard_loads(checkpoint: str, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(LOAD + f"print(load({checkpoint!r}))\n")
     assert run([sys.executable, str(script)]) == "True\n"
 
 
+@pytest.mark.row("no __main__ guard, stdin, daemonic process")
 def test_program_from_stdin_loads(checkpoint: str) -> None:
     assert run([sys.executable], LOAD + f"print(load({checkpoint!r}))\n") == "True\n"
 
@@ -98,6 +100,7 @@ def test_module_named_like_the_standard_library_in_the_working_folder_does_no_ha
 
 
 @pytest.mark.parametrize("start_method", ["fork", "spawn"])
+@pytest.mark.row("no __main__ guard, stdin, daemonic process", "fork of the program after use", within_s=60)
 def test_dataloader_worker_loads(checkpoint: str, tmp_path: Path, start_method: str) -> None:
     module = tmp_path / "dataset.py"
     module.write_text(
@@ -117,6 +120,7 @@ if __name__ == "__main__":
     assert run([sys.executable, str(module)]) == "[True, True] True\n"
 
 
+@pytest.mark.row("parent killed")
 def test_killed_parent_leaves_no_worker_and_no_shared_memory(checkpoint: str, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(LOAD + f"print('loading', flush=True)\nwhile True:\n    assert load({checkpoint!r})\n")

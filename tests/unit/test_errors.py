@@ -68,3 +68,13 @@ def test_error_from_the_operating_system_family_has_a_plain_message() -> None:
     assert isinstance(error, OSError)
     assert str(error) == "what happened"
     assert error.errno is None
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_error_tells_what_it_is_needed_for_and_keeps_its_facts(cls: type[MpreaderError]) -> None:
+    error = example(cls)
+    told = error.needed_for("layer.0")
+    assert type(told) is cls
+    assert str(told) == "what happened [needed for 'layer.0']"
+    assert told.__dict__ == error.__dict__
+    assert str(error) == "what happened"

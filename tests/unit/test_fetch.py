@@ -218,6 +218,7 @@ def test_stream_whose_views_are_all_kept_ends_in_a_clear_error(server: FaultServ
     assert all(view == DATA[index * 64 * KiB :][: 64 * KiB] for index, view in kept)
 
 
+@pytest.mark.row("exception in the consumer; reader dropped without close")
 def test_stream_that_is_not_finished_stops_its_downloads(fetcher: RangeFetcher, server: FaultServer) -> None:
     stream = fetcher.stream(server.url("/object"), [(0, len(DATA))] * 2 + [(0, 10)])
     next(stream)

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import inspect
 import io
 import pickle
-from pathlib import Path, PurePosixPath
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path, PosixPath, PurePosixPath
 from typing import Any
 
 import pytest
@@ -103,6 +107,7 @@ def test_metadata_that_needs_another_class_is_refused_and_named() -> None:
     assert isinstance(load(metadata_with({}, Foreign()), allowed_globals=(name,)).planner_data, Foreign)
 
 
+@pytest.mark.row("hostile .metadata")
 def test_metadata_that_would_run_code_runs_nothing(tmp_path: Path) -> None:
     with pytest.raises(MetadataRefused, match=r"pathlib\.Path\.mkdir"):
         load(metadata_with({}, Evil(tmp_path / "marker")))
@@ -115,13 +120,88 @@ def test_metadata_that_would_run_code_runs_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "marker").exists()
 
 
+_BUILD_SLOTS = b"N}\x8c\x08pollutedK\x01s\x86b"  # BUILD of what is on the stack: setattr(it, "polluted", 1)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        b"ctorch.distributed.checkpoint.metadata\nMetadata\n",
+        b"cpathlib\nPosixPath\n",
+        b"ctorch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING\n",
+        b"ctorch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING\nK\x00\x85R",
+        b"ctorch.serialization\n_get_layout\n",
+        b"cbuiltins\ngetattr\n",
+    ],
+)
+@pytest.mark.row("hostile .metadata")
+def test_metadata_changes_nothing_that_is_not_its_own(made: bytes) -> None:
+    shared: list[Any] = [
+        Metadata,
+        PosixPath,
+        _MEM_FORMAT_ENCODING,
+        *_MEM_FORMAT_ENCODING,
+        torch.serialization._get_layout,
+    ]
+    before = [dict(vars(each)) for each in shared]
+    with pytest.raises(MetadataRefused):
+        load_metadata(io.BytesIO(b"\x80\x04" + made + _BUILD_SLOTS + b"."))
+    assert [dict(vars(each)) for each in shared] == before
+
+
+@pytest.mark.parametrize("protocol", range(3, pickle.HIGHEST_PROTOCOL + 1))
+def test_metadata_is_made_of_the_classes_themselves(protocol: int) -> None:
+    metadata = load(metadata_with({MetadataIndex("w"): _StorageInfo("a", 0, 1)}), protocol)
+    assert type(metadata) is Metadata
+    assert {type(index) for index in metadata.storage_data} == {MetadataIndex}
+    assert type(metadata.state_dict_metadata["weight.0"]) is TensorStorageMetadata
+
+
+@pytest.mark.row("hostile .metadata")
+def test_metadata_of_few_bytes_reserves_few() -> None:
+    for hostile in (b"Nr\xff\xff\xff\x00.", b"\x96" + (2**31).to_bytes(8, "little") + b"."):
+        tracemalloc.start()
+        try:
+            with pytest.raises(MetadataRefused, match="damaged"):
+                load_metadata(io.BytesIO(b"\x80\x05" + hostile))
+            assert tracemalloc.get_traced_memory()[1] < 1_000_000
+        finally:
+            tracemalloc.stop()
+
+
+def test_metadata_imports_no_module_of_torch() -> None:
+    program = (
+        "import io, sys\n"
+        "from mpreader.dcp.metadata import MetadataRefused, load_metadata\n"
+        "try: load_metadata(io.BytesIO(b'ctorch\\nonnx\\n.'))\n"
+        "except MetadataRefused: sys.exit('torch.onnx' in sys.modules)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_metadata_with_an_index_too_deep_to_be_named_is_refused() -> None:
+    deep: tuple[Any, ...] = ()
+    for _ in range(300):
+        deep = (deep,)
+    data = pickle.dumps(metadata_with({deep: _StorageInfo("../x", 0, 1)}))
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack(0)) + 150)
+    try:
+        with pytest.raises(MetadataRefused):
+            load_metadata(io.BytesIO(data))
+    finally:
+        sys.setrecursionlimit(before)
+
+
 @pytest.mark.parametrize("path", ["", "/etc/passwd", "../x", "a/../../x", "a/..", "./a", "a\0b", 3, b"x"])
+@pytest.mark.row("hostile .metadata")
 def test_metadata_that_names_a_file_outside_is_refused(path: Any) -> None:
     with pytest.raises(MetadataRefused, match="outside"):
         load(metadata_with({MetadataIndex("w"): _StorageInfo(path, 0, 1)}))
 
 
 @pytest.mark.parametrize("numbers", [(-1, 1), (0, -1), (0, 1.0), (True, 1), ("0", 1)])
+@pytest.mark.row("hostile .metadata")
 def test_metadata_with_impossible_numbers_is_refused(numbers: tuple[Any, Any]) -> None:
     with pytest.raises(MetadataRefused, match="impossible"):
         load(metadata_with({MetadataIndex("w"): _StorageInfo("a", *numbers)}))

@@ -167,6 +167,7 @@ def test_lease_ends_only_with_the_last_thing_made_from_it(arena: Arena, use: obj
     assert ended == [slot]
 
 
+@pytest.mark.row("views held while the load goes on; close with live views")
 def test_lease_view_outlives_slot_and_arena(arena: Arena) -> None:
     slot = taken(arena, 64 * KiB)
     view = slot.lease(lambda _: None)
@@ -207,6 +208,7 @@ def in_small_shm(size: str, program: str) -> str:
     return result.stdout + result.stderr
 
 
+@pytest.mark.row("small or full /dev/shm")
 def test_arena_on_a_full_dev_shm_says_what_to_do() -> None:
     out = in_small_shm(
         "2m",
@@ -225,6 +227,7 @@ def test_arena_on_a_full_dev_shm_says_what_to_do() -> None:
     assert "MPREADER_MAX_MEMORY" in out
 
 
+@pytest.mark.row("small or full /dev/shm")
 def test_arena_that_meets_a_full_dev_shm_goes_on_smaller_with_a_warning() -> None:
     out = in_small_shm(
         "5m",
@@ -246,6 +249,7 @@ def test_arena_that_meets_a_full_dev_shm_goes_on_smaller_with_a_warning() -> Non
     assert "WARNING:mpreader.pool.arena:shared memory is short" in out
 
 
+@pytest.mark.row("small or full /dev/shm")
 def test_pool_fits_itself_to_a_small_dev_shm() -> None:
     out = in_small_shm(
         "4m",

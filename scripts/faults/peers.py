@@ -1,0 +1,300 @@
+"""What boto3, s3torchconnector, obstore and mpreader do with the same faults of a server.
+
+  scripts/peers                        every library with every fault: about 2 minutes
+  scripts/peers --markdown FILE        the same, and writes the table as Markdown
+  scripts/peers --one obstore reset    one of them, with the requests that the server got
+
+mpreader.testing.FaultServer plays S3. Each attempt has a process and a server of its own, and the library's default
+settings; it fetches known bytes, and they are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import queue
+import random
+import subprocess
+import sys
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+from mpreader.testing import Fault, FaultedRequest, FaultKind, FaultServer
+
+MIB: Final = 1024 * 1024
+BUCKET, KEY = "bucket", "object"
+PATH: Final = f"/{BUCKET}/{KEY}"
+REGION: Final = "us-east-1"
+LIMIT_S: Final = 75  # botocore's 60 s for a silent connection are the longest of the defaults
+AT_ONCE: Final = 4  # attempts, which wait more than they work
+
+# s3torchconnector's reader fetches 8 MiB where it is asked for less: there must be two GETs for two ranges, and the
+# last range must end with the object, so that all fetch the same.
+OLD, NEW = (random.Random(seed).randbytes(12 * MIB) for seed in (1, 2))
+Ranges = Sequence[tuple[int, int]]
+LAST: Final[Ranges] = ((11 * MIB, 12 * MIB),)
+TWO: Final[Ranges] = ((0, MIB), *LAST)
+
+Read = Callable[[int, int], bytes]
+Table = list[list[str]]
+
+
+class Peer(ABC):
+    """A library, with a client made from the environment."""
+
+    @abstractmethod
+    def open(self) -> Read:
+        """What reads bytes [start, end) of the object, which it opens once if the library can."""
+
+    def fetch(self, ranges: Ranges) -> list[bytes]:
+        """The ranges, in one call if the library can."""
+        read = self.open()
+        return [read(start, end) for start, end in ranges]
+
+
+class Mpreader(Peer):
+    def open(self) -> Read:
+        from mpreader import S3Client, S3ReaderConstructor
+
+        return _read_of(S3Client().get_object(BUCKET, KEY, reader_constructor=S3ReaderConstructor.range_based()))
+
+    def fetch(self, ranges: Ranges) -> list[bytes]:
+        from mpreader import RangeFetcher
+
+        with RangeFetcher() as fetcher:
+            return list(map(bytes, fetcher.fetch(f"s3://{BUCKET}/{KEY}", ranges)))
+
+
+class Connector(Peer):
+    def __init__(self) -> None:
+        from s3torchconnector import S3ClientConfig
+        from s3torchconnector._s3client import S3Client
+
+        self._client = S3Client(REGION, s3client_config=S3ClientConfig(force_path_style=True))
+
+    def open(self) -> Read:
+        from s3torchconnector import S3ReaderConstructor
+
+        return _read_of(self._client.get_object(BUCKET, KEY, reader_constructor=S3ReaderConstructor.range_based()))
+
+
+class Obstore(Peer):
+    def __init__(self) -> None:
+        from obstore.store import S3Store
+
+        options: Any = {"allow_http": True}
+        self._store = S3Store(BUCKET, region=REGION, virtual_hosted_style_request=False, client_options=options)
+
+    def open(self) -> Read:
+        import obstore
+
+        return _read_of(obstore.open_reader(self._store, KEY))
+
+    def fetch(self, ranges: Ranges) -> list[bytes]:
+        starts, ends = zip(*ranges, strict=True)
+        return list(map(bytes, self._store.get_ranges(KEY, starts=starts, ends=ends)))
+
+
+class Boto3(Peer):
+    def __init__(self) -> None:
+        import boto3
+
+        self._client = boto3.client("s3")
+
+    def open(self) -> Read:
+        return self._get
+
+    def _get(self, start: int, end: int) -> bytes:
+        body: bytes = self._client.get_object(Bucket=BUCKET, Key=KEY, Range=f"bytes={start}-{end - 1}")["Body"].read()
+        return body
+
+
+def _read_of(file: Any) -> Read:
+    def read(start: int, end: int) -> bytes:
+        file.seek(start)
+        return bytes(file.read(end - start))
+
+    return read
+
+
+PEERS: Final[dict[str, type[Peer]]] = {
+    "mpreader": Mpreader, "s3torchconnector": Connector, "obstore": Obstore, "boto3": Boto3,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """What goes wrong, and the reading that it strikes.
+
+    Args:
+        title: What the table calls it.
+        faults: What the server does.
+        ranges: What is read.
+        is_lie: The bytes are right, but what the last of the faults says of them is not: who looks must not take them.
+        overwrites: Another object is put in place of the first after the first range was read.
+    """
+
+    title: str
+    faults: tuple[Fault, ...] = ()
+    ranges: Ranges = LAST
+    is_lie: bool = False
+    overwrites: bool = False
+
+
+def _first(kind: FaultKind, **details: Any) -> tuple[Fault, ...]:
+    return (Fault(kind, at=(1,), **details),)
+
+
+RESET: Final = _first(FaultKind.RESET, after_bytes=300_000)
+ANOTHER_ETAG: Final = (Fault(FaultKind.OTHER_ETAG, at=range(2, 100)),)
+
+ROWS: Final = {
+    "none": Row("no fault"),
+    "reset": Row("connection reset within the body", RESET),
+    "close": Row("connection closed within the body", _first(FaultKind.EARLY_CLOSE, after_bytes=300_000)),
+    "short": Row("Content-Length and body too short", _first(FaultKind.WRONG_LENGTH, delta=-1000)),
+    "extra": Row("extra bytes after the body", _first(FaultKind.EXTRA_BYTES, delta=1000)),
+    "whole": Row("200 and the whole object for a range", _first(FaultKind.WHOLE_OBJECT)),
+    "range": Row("Content-Range of another range", _first(FaultKind.WRONG_RANGE, delta=-MIB), is_lie=True),
+    "total": Row("Content-Range of a larger object", _first(FaultKind.WRONG_TOTAL), is_lie=True),
+    "no-etag": Row("no ETag", _first(FaultKind.NO_ETAG), is_lie=True),
+    "rest": Row("reset, and then another ETag", RESET + ANOTHER_ETAG, is_lie=True),
+    "etag": Row("two ranges, the second of another ETag", ANOTHER_ETAG, TWO, is_lie=True),
+    "overwritten": Row("object overwritten between two reads", ranges=TWO, overwrites=True),
+    "503": Row("503 three times", (Fault(FaultKind.STATUS, at=(1, 2, 3)),)),
+    "stall": Row("body stalls", _first(FaultKind.STALL, after_bytes=300_000, seconds=120)),
+    "trickle": Row("body trickles, a byte each 0.1 s", _first(FaultKind.TRICKLE, after_bytes=300_000, seconds=0.1)),
+}  # fmt: skip
+
+NOTES: Final = f"""\
+The fault strikes the first GET only, where nothing else is said. The libraries have their default settings, and
+{LIMIT_S} s for an attempt. GETs are all that the server got for it, those that failed too.
+
+- right: the bytes are those of the object.
+- not noticed: so they are here, but the answer said that they were others, or did not say what they were.
+- WRONG BYTES accepted: shorter, longer or different ones were returned, and no error.
+- error: the exception's class.
+- hung: neither bytes nor an error in {LIMIT_S} s.
+
+mpreader: RangeFetcher.fetch; s3torchconnector: the range_based reader; obstore: get_ranges; boto3: get_object with a
+Range, and read() of its body. Two reads: of one reader that was opened before; obstore has open_reader, mpreader its
+range_based reader, boto3 none: it is for the caller to pass IfMatch.
+
+After a reset s3torchconnector fetches all of the part anew, so that its bytes are of one version; obstore resumes, and
+compares the ETags. s3torchconnector's reader returns zeros in place of what is missing from a body that is too short.
+Each of its reads is a request of its own; the parts of one request, more than 8 MiB, are fetched with If-Match.
+"""
+
+
+def main() -> None:
+    options = _parser().parse_args()
+    if options.one:
+        _run_one(*options.one)
+        return
+    table = _compare()
+    print(f"{_plain(table)}\n\n{NOTES}", end="")
+    if options.markdown:
+        options.markdown.write_text(f"# {__doc__.splitlines()[0]}\n\n{_markdown(table)}\n\n{NOTES}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="scripts/peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="where to write the table as Markdown")
+    parser.add_argument("--one", nargs=2, metavar=("LIBRARY", "FAULT"), help=f"{', '.join(PEERS)}; {', '.join(ROWS)}")
+    return parser
+
+
+# -- one attempt, in a process of its own
+
+
+def _run_one(peer_name: str, row_name: str) -> None:
+    row = ROWS[row_name]
+    with FaultServer({PATH: OLD}, row.faults) as server:
+        os.environ.update(server.environment())
+        outcome = _outcome(PEERS[peer_name](), row, server)
+        for request in server.requests:
+            condition, struck = request.headers.get("if-match"), request.fault.kind.name if request.fault else "-"
+            print(f"{request.method} {request.range} If-Match: {condition}; status {request.status}, fault {struck}")
+        gets = len(_gets(server))
+        print(f"{outcome} ({gets} GET{'s' * (gets != 1)})", flush=True)
+        os._exit(0)  # what hangs would not let go of the process
+
+
+def _outcome(peer: Peer, row: Row, server: FaultServer) -> str:
+    answers: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=lambda: answers.put(_attempt(peer, row, server)), daemon=True).start()
+    try:
+        return answers.get(timeout=LIMIT_S)
+    except queue.Empty:
+        return "hung"
+
+
+def _attempt(peer: Peer, row: Row, server: FaultServer) -> str:
+    try:
+        pieces = _overtaken(peer, row.ranges, server) if row.overwrites else peer.fetch(row.ranges)
+    except Exception as error:  # noqa: BLE001  # whatever a library raises is what is asked for
+        print(f"{type(error).__module__}.{type(error).__qualname__}: {error}")
+        return f"error: {type(error).__name__}"
+    got, wanted = b"".join(pieces), b"".join(OLD[start:end] for start, end in row.ranges)
+    if got != wanted:
+        how = "different" if len(got) == len(wanted) else "shorter" if len(got) < len(wanted) else "longer"
+        return f"WRONG BYTES accepted: {how}"
+    return "not noticed" if row.is_lie and _is_taken_in(row, server) else "right"
+
+
+def _is_taken_in(row: Row, server: FaultServer) -> bool:
+    """Whether bytes were taken from an answer with a fault; not where all of the range was fetched anew with it."""
+    gets = _gets(server)
+    was_begun_anew = len(gets) > len(row.ranges) and gets[-1].range == gets[0].range
+    return gets[-1].fault is not None and not was_begun_anew
+
+
+def _overtaken(peer: Peer, ranges: Ranges, server: FaultServer) -> list[bytes]:
+    read, (first, second) = peer.open(), ranges
+    before = read(*first)
+    server.put(PATH, NEW)
+    return [before, read(*second)]
+
+
+def _gets(server: FaultServer) -> list[FaultedRequest]:
+    return [request for request in server.requests if request.method == "GET"]
+
+
+# -- all of them
+
+
+def _compare() -> Table:
+    attempts = [(peer, row) for row in ROWS for peer in PEERS]
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        outcomes = list(pool.map(lambda attempt: _run_apart(*attempt), attempts))
+    head = ["", *(f"{name} {version(name)}" for name in PEERS)]
+    lines = [outcomes[first : first + len(PEERS)] for first in range(0, len(outcomes), len(PEERS))]
+    return [head, *([row.title, *line] for row, line in zip(ROWS.values(), lines, strict=True))]
+
+
+def _run_apart(peer_name: str, row_name: str) -> str:
+    """Have it run by a process without the user's settings; the last line that it prints."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "MPREADER_"))}
+    command = [sys.executable, __file__, "--one", peer_name, row_name]
+    return subprocess.check_output(command, env=environment, text=True).splitlines()[-1]
+
+
+def _plain(table: Table) -> str:
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in table)
+
+
+def _markdown(table: Table) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in [table[0], ["---"] * len(table[0]), *table[1:]])
+
+
+if __name__ == "__main__":
+    main()

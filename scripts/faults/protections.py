@@ -1,0 +1,442 @@
+"""What each protection is for: without it, a test of the fault matrix fails.
+
+mpreader and its tests are copied to a temporary folder. There the tests pass; then one protection at a time is removed,
+its test must fail, and the protection is put back. A test that passes without the protection that it is said to prove
+would prove nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+COPIED = ("mpreader", "tests", "pyproject.toml")
+TEST_TIMEOUT_S = 20  # a test that waits for ever without the protection
+PYTEST_TIMEOUT_S = 120
+BASELINE_TIMEOUT_S = 600
+
+NETWORK = "tests/faults/test_network.py"
+WORKERS = "tests/faults/test_workers.py"
+RECEIVE = "mpreader/pool/receive.py"
+
+
+class Protection(NamedTuple):
+    """A protection, how it is removed, and the test that then fails."""
+
+    row: str  # of the fault matrix
+    name: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+PROTECTIONS = (
+    Protection(
+        "connection closed early (FIN) in a body",
+        "a body that ends early is noticed",
+        RECEIVE,
+        'raise GetFailed(FailureKind.BROKEN, f"the body ended after {received} of {wanted} bytes", received)',
+        "break",
+        f"{NETWORK}::test_body_that_breaks_is_resumed_where_it_broke[FaultKind.EARLY_CLOSE]",
+    ),
+    Protection(
+        "connection closed early (FIN) in a body",
+        "a part is resumed where it broke",
+        "mpreader/pool/coordinator.py",
+        "start=part.start + state.received,",
+        "start=part.start,",
+        f"{NETWORK}::test_body_that_breaks_is_resumed_where_it_broke[FaultKind.EARLY_CLOSE]",
+    ),
+    Protection(
+        "object overwritten between GETs",
+        "If-Match is sent",
+        RECEIVE,
+        'headers.append(("If-Match", fetch.etag))',
+        "pass",
+        f"{NETWORK}::test_body_that_breaks_is_resumed_where_it_broke[FaultKind.EARLY_CLOSE]",
+    ),
+    Protection(
+        "ETag missing or different in a 206",
+        "the ETag of the answer is compared",
+        RECEIVE,
+        "if fetch.etag and etag != fetch.etag:",
+        "if False:",
+        f"{NETWORK}::test_fault_that_stays_is_one_error_after_few_attempts[OTHER_ETAG---]",
+    ),
+    Protection(
+        "wrong Content-Length, Content-Range or total size",
+        "the range of the answer is compared",
+        RECEIVE,
+        'expected = f"bytes {fetch.start}-{fetch.end - 1}/"',
+        'expected = answer.header("content-range").partition("/")[0] + "/"',
+        f"{NETWORK}::test_fault_that_stays_is_one_error_after_few_attempts[WRONG_RANGE---]",
+    ),
+    Protection(
+        "wrong Content-Length, Content-Range or total size",
+        "the total size of the answer is compared",
+        RECEIVE,
+        'if total not in (str(fetch.object_size), "*"):',
+        "if False:",
+        f"{NETWORK}::test_fault_that_stays_is_one_error_after_few_attempts[WRONG_TOTAL---]",
+    ),
+    Protection(
+        "wrong Content-Length, Content-Range or total size",
+        "Content-Length is compared",
+        RECEIVE,
+        "if answer.length is not None and answer.length != fetch.end - fetch.start:",
+        "if False:",
+        f"{NETWORK}::test_fault_that_stays_is_one_error_after_few_attempts[WRONG_LENGTH---]",
+    ),
+    Protection(
+        "200 with the whole object instead of 206",
+        "only status 206 is accepted",
+        RECEIVE,
+        "    if answer.status != 206:\n        raise _refusal(answer)\n",
+        "    if answer.status == 200:\n        return\n    if answer.status != 206:\n        raise _refusal(answer)\n",
+        f"{NETWORK}::test_fault_that_stays_is_one_error_after_few_attempts[WHOLE_OBJECT---]",
+    ),
+    Protection(
+        "500, 503 SlowDown, a brown-out",
+        "a busy server is asked again",
+        "mpreader/pool/retry.py",
+        "        FailureKind.BUSY,\n        FailureKind.MALFORMED,\n",
+        "        FailureKind.MALFORMED,\n",
+        f"{NETWORK}::test_brown_out_is_outlived_with_growing_delays",
+    ),
+    Protection(
+        "server stalls, or trickles",
+        "connections that bring too little are ended",
+        "mpreader/pool/worker.py",
+        "if lane.connection.deadline < now:",
+        "if False:",
+        f"{NETWORK}::test_fault_that_passes_is_survived[TRICKLE 503]",
+    ),
+    Protection(
+        "server stalls, or trickles",
+        "a part has a deadline",
+        "mpreader/pool/scheduler.py",
+        "late = [part for part in self._parts.values() if part.deadline < now]",
+        "late: list[PartState] = []",
+        f"{NETWORK}::test_part_that_takes_too_long_in_all_is_a_timeout",
+    ),
+    Protection(
+        "refused connection, unknown host, TLS failure",
+        "the server's certificate is checked",
+        RECEIVE,
+        "context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)",
+        "context = ssl._create_unverified_context()",
+        f"{NETWORK}::test_tls_is_read_with_the_right_authority_and_refused_with_another",
+    ),
+    Protection(
+        "expired token or signature in a load",
+        "an expired signature is renewed",
+        "mpreader/pool/scheduler.py",
+        "elif failure.kind is FailureKind.EXPIRED and not part.is_resigned:",
+        "elif False:",
+        f"{NETWORK}::test_expired_signature_is_renewed_once_and_the_load_goes_on[403-ExpiredToken]",
+    ),
+    Protection(
+        "bit flipped in a tensor's bytes",
+        "the CRC of a tensor is compared",
+        "mpreader/dcp/tensor.py",
+        "if saved is not None and saved != self._crc:",
+        "if False:",
+        "tests/integration/test_dcp_load.py::test_flipped_bit_raises_checksum_mismatch_naming_the_tensor[plain]",
+    ),
+    Protection(
+        "worker killed, or out of memory",
+        "the parts of a dead worker are given to others",
+        "mpreader/pool/coordinator.py",
+        "            self._scheduler.lost(lost.parts, lost.exitcode, lost.why)\n",
+        "            self._scheduler.lost((), lost.exitcode, lost.why)\n",
+        f"{WORKERS}::test_killed_worker_is_replaced_and_its_parts_are_read_again[one]",
+    ),
+    Protection(
+        "worker killed, or out of memory",
+        "a part that kills workers is given up",
+        "mpreader/pool/scheduler.py",
+        "elif part.crashes >= _MAX_CRASHES:",
+        "elif False:",
+        f"{WORKERS}::test_part_that_kills_every_worker_is_one_error",
+    ),
+    Protection(
+        "worker stopped (stuck)",
+        "a worker that is silent is killed",
+        "mpreader/pool/crew.py",
+        "                member.was_silent = True\n                self._kill(member)\n",
+        "                member.was_silent = True\n",
+        f"{WORKERS}::test_stuck_worker_is_killed_and_its_parts_are_read_again",
+    ),
+    Protection(
+        "worker can't start",
+        "restarts are bounded",
+        "mpreader/pool/crew.py",
+        "if self._deaths > _MAX_DEATHS_PER_WORKER * self._limits.workers:",
+        "if False:",
+        f"{WORKERS}::test_workers_that_can_not_start_are_one_error_with_what_they_printed",
+    ),
+    Protection(
+        "parent killed",
+        "a worker ends with its parent",
+        "mpreader/pool/worker.py",
+        "            if parent_pidfd in ready:\n                return\n"
+        "            if ready and not self._handle_message():\n                return\n",
+        "            if self._sock.fileno() in ready:\n                self._handle_message()\n",
+        "tests/integration/test_pool_lifecycle.py::test_killed_parent_takes_its_workers_along_within_a_second",
+    ),
+    Protection(
+        "parent killed",
+        "shared memory has no name",
+        "mpreader/pool/arena.py",
+        "            memory.close()\n            memory.unlink()\n",
+        "            memory.close()\n",
+        "tests/unit/pool/test_arena.py::test_arena_gives_the_warmest_slot_first",
+    ),
+    Protection(
+        "small or full /dev/shm",
+        "shared memory is reserved before it is used",
+        "mpreader/pool/arena.py",
+        "os.posix_fallocate(self.fd, 0, size)",
+        "pass",
+        "tests/faults/test_shared_memory.py::test_read_with_less_shared_memory_than_allowed_ends[in place]",
+    ),
+    Protection(
+        "100,000 tiny ranges; one 5 GB item; zero-length range; range past the end",
+        "a range past the end is refused",
+        "mpreader/pool/scheduler.py",
+        "if past_end > source.version.size:",
+        "if False:",
+        f"{NETWORK}::test_range_past_the_end_is_refused_before_any_get",
+    ),
+    Protection(
+        "hostile .metadata",
+        "a path must stay inside of the checkpoint",
+        "mpreader/dcp/metadata.py",
+        "if not is_inside(path):",
+        "if False:",
+        "tests/integration/test_dcp_load.py::test_hostile_metadata_is_refused_before_anything_is_read[multiprocess]",
+    ),
+    Protection(
+        "hostile .metadata",
+        "only the classes of a checkpoint are made",
+        "mpreader/dcp/metadata.py",
+        "if name in _CLASSES_BY_MODULE.get(module, ()):",
+        "if True:",
+        "tests/unit/dcp/test_metadata.py::test_metadata_that_would_run_code_runs_nothing",
+    ),
+    Protection(
+        "hostile .metadata",
+        "nothing is changed that the whole process shares",
+        "mpreader/dcp/metadata.py",
+        "return self._stand_in(_find(module, name))",
+        "return _find(module, name)",
+        "tests/unit/dcp/test_metadata.py::test_metadata_changes_nothing_that_is_not_its_own",
+    ),
+    Protection(
+        "hostile .metadata",
+        "ten bytes can't reserve gigabytes",
+        "mpreader/dcp/metadata.py",
+        "        check_bounds(data)\n",
+        "",
+        "tests/unit/dcp/test_metadata.py::test_metadata_of_few_bytes_reserves_few",
+    ),
+    Protection(
+        "secrets",
+        "a worker's environment is chosen",
+        "mpreader/pool/process.py",
+        "env=_environment(),",
+        "env=dict(os.environ),",
+        "tests/integration/test_pool_lifecycle.py::test_workers_know_no_secret",
+    ),
+)
+
+
+class Outcome(NamedTuple):
+    """What became of a run of pytest."""
+
+    status: int
+    said: str
+    output: str
+    seconds: float
+
+
+class Failure(Exception):
+    """A protection can't be removed, or is not missed."""
+
+
+class Copy:
+    """A copy of mpreader and its tests, in which they can be changed and run."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        listed = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *COPIED]
+        for name in subprocess.run(listed, check=True, capture_output=True, text=True).stdout.split("\0"):
+            if name and (ROOT / name).is_file():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(ROOT / name, folder / name)
+        self._wait_less()
+        self._require_own_package()
+
+    @contextlib.contextmanager
+    def without(self, protection: Protection) -> Iterator[None]:
+        """Remove a protection, and put it back.
+
+        Raises:
+            Failure: It is not there, or more than once.
+        """
+        file = self._folder / protection.file
+        text = file.read_text()
+        count = text.count(protection.old)
+        if count != 1:
+            raise Failure(f"{protection.file} holds it {count} times: {protection.old.strip()!r}")
+        file.write_text(text.replace(protection.old, protection.new))
+        try:
+            yield
+        finally:
+            file.write_text(text)
+            for cache in self._folder.rglob("__pycache__"):  # a file that is changed twice a second looks unchanged
+                shutil.rmtree(cache)
+
+    def run(self, tests: list[str], timeout_s: float) -> Outcome:
+        """Run tests until one fails."""
+        options = ["-x", "-q", "--tb=short", "-p", "no:cacheprovider", f"--timeout={TEST_TIMEOUT_S}"]
+        started = time.monotonic()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pytest", *options, *tests],
+            cwd=self._folder,
+            env=self._environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        try:
+            output, _ = process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output = process.communicate()[0] + "\nE   it had to be killed\n"
+        self._end_orphans()
+        failure = output[max(0, output.find("= FAILURES =")) :]  # behind what its clearing up has led to
+        said = re.search(r"^E +(\S.*)$", failure, re.MULTILINE)
+        return Outcome(process.returncode, said[1] if said else "", output, time.monotonic() - started)
+
+    def _wait_less(self) -> None:
+        """Without their protections, tests wait as long as they may."""
+        for file in self._folder.glob("tests/**/test_*.py"):
+            text = re.sub(r"mark\.timeout\(\d+\)", f"mark.timeout({TEST_TIMEOUT_S})", file.read_text())
+            file.write_text(text)
+
+    def _require_own_package(self) -> None:
+        """The copy must be what is tested, by workers too, and not the installed package."""
+        program = "import mpreader.pool.process as p, pathlib; print(pathlib.Path(p.__file__).resolve().parents[2])"
+        command = [sys.executable, "-c", program]
+        found = subprocess.run(command, cwd="/", env=self._environment(), capture_output=True, text=True, check=True)
+        if Path(found.stdout.strip()) != self._folder:
+            raise Failure(f"mpreader is imported from {found.stdout.strip()}, not from its copy")
+
+    def _environment(self) -> dict[str, str]:
+        return {**os.environ, "PYTHONPATH": str(self._folder), "PYTHONDONTWRITEBYTECODE": "1"}
+
+    def _end_orphans(self) -> None:
+        """End the workers of the copy that have outlived their parent for want of a protection."""
+        for entry in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                if f"sys.path.append('{self._folder}')" in entry.read_text(errors="replace"):
+                    os.kill(int(entry.parent.name), signal.SIGKILL)
+
+
+def check(copy: Copy, protection: Protection) -> Outcome:
+    """Run a protection's test without it.
+
+    Raises:
+        Failure: The test does not fail.
+    """
+    with copy.without(protection):
+        outcome = copy.run([protection.test], PYTEST_TIMEOUT_S)
+    if outcome.status == 0:
+        raise Failure(f"{protection.test} passes all the same")
+    if not outcome.said:
+        raise Failure(f"{protection.test} did not fail, but could not be run:\n{outcome.output[-3000:]}")
+    return outcome
+
+
+def cells(protection: Protection, outcome: Outcome) -> tuple[str, ...]:
+    """A line of the table."""
+    said = re.sub(r"/tmp/[\w./-]*/", "…/", outcome.said)
+    said = re.sub(r"\b0x[0-9a-f]{6,}", "0x…", said)
+    said = re.sub(r"127\.0\.0\.1:\d+", "127.0.0.1", said)
+    said = said if len(said) <= 110 else said[:109] + "…"
+    return protection.row, protection.name, protection.test.rpartition("::")[2], said, f"{outcome.seconds:.1f}"
+
+
+def markdown(lines: list[tuple[str, ...]]) -> str:
+    """The table, and what it is."""
+    head = ("what goes wrong", "protection removed", "test that then fails", "what it says", "s")
+    rows = [head, ("---", "---", "---", "---", "---:")]
+    for row, name, test, said, seconds in lines:
+        rows.append((row, name, f"`{test}`", f"`{said.replace('`', chr(39)).replace('|', chr(92) + '|')}`", seconds))
+    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return (
+        "# What each protection is for\n\n"
+        f"Written by `scripts/protections --markdown FILE`. Unchanged, all these tests pass; with one of the "
+        f"{len(lines)} protections removed, its test fails.\n\n{table}\n"
+    )
+
+
+def main() -> int:
+    """Remove the protections one by one; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--markdown", type=Path, metavar="FILE", help="write the table there, if all is as it should be"
+    )
+    parser.add_argument("words", nargs="*", help="remove only protections whose entry holds all of these words")
+    options = parser.parse_args()
+    chosen = [entry for entry in PROTECTIONS if all(word in " ".join(entry) for word in options.words)]
+    with tempfile.TemporaryDirectory(prefix="mpreader-protections-") as folder:
+        try:
+            return show(Copy(Path(folder).resolve()), chosen, options.markdown)
+        except Failure as failure:
+            print(failure, file=sys.stderr)
+            return 1
+
+
+def show(copy: Copy, chosen: list[Protection], file: Path | None) -> int:
+    """Print what becomes of each, and write the table; the exit status."""
+    started = time.monotonic()
+    unchanged = copy.run([entry.test for entry in chosen], BASELINE_TIMEOUT_S)
+    if unchanged.status:
+        raise Failure(f"the tests don't pass as they are:\n{unchanged.output[-6000:]}")
+    print(f"{len(chosen)} protections; with all of them the tests pass in {unchanged.seconds:.0f} s", flush=True)
+    lines, failures = [], 0
+    for number, protection in enumerate(chosen, 1):
+        try:
+            line = cells(protection, check(copy, protection))
+        except Failure as failure:
+            failures += 1
+            print(f"{number:2} NOT MISSED: {protection.name}: {failure}", flush=True)
+            continue
+        lines.append(line)
+        row, name, test, said, seconds = line
+        print(f"{number:2} {row}\n   without: {name}\n   {test} fails in {seconds} s: {said}", flush=True)
+    print(f"{len(lines)} of {len(chosen)} protections are missed when removed; {time.monotonic() - started:.0f} s")
+    if file is not None and not failures:
+        file.write_text(markdown(lines))
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,27 @@
+"""The global promise: whatever happens, exact bytes or one typed error, in time, and nothing left behind."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from mpreader.testing import storm
+
+SEED = 20261125
+SCHEDULES = 256
+
+
+@pytest.mark.row("random plans, faults and kills (storm)", within_s=150)
+@pytest.mark.timeout(170)
+def test_storm_ends_in_exact_bytes_or_one_typed_error(capsys: pytest.CaptureFixture[str]) -> None:
+    outcomes = storm.run_storm(SEED, SCHEDULES)
+    with capsys.disabled():
+        sys.stdout.write(f"\nstorm, seed {SEED}: {storm.summary(outcomes)}\n")
+    assert len(outcomes) == SCHEDULES
+    # Or it would prove nothing: what passes must mostly be survived, and there must have been something to survive.
+    passing = [outcome for outcome in outcomes if outcome.is_transient]
+    assert sum(outcome.result == "exact" for outcome in passing) >= 0.9 * len(passing)
+    assert sum(outcome.faults for outcome in outcomes) >= SCHEDULES // 2
+    assert sum(outcome.kills for outcome in outcomes) >= SCHEDULES // 10
+    assert {outcome.plan for outcome in outcomes} == {"fetch", "stream", "fetch_object", "fetch_many", "load"}
