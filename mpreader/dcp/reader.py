@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from typing import IO, TYPE_CHECKING, Any, Protocol, cast
+import os
+import threading
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import torch
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
@@ -62,8 +64,18 @@ class _Stored(Protocol):
     length: int
 
 
+class _Item(NamedTuple):
+    """An item of the plan, and where it is stored."""
+
+    request: ReadItem
+    stored: _Stored
+
+
 class S3StorageReader(FileSystemReader):
     """Pass it as ``storage_reader`` to ``torch.distributed.checkpoint.load``; serves any number of loads.
+
+    It serves one at a time: a load that another thread overtakes on the same reader ends in ``PlanError``. Give each
+    thread a reader of its own.
 
     Args:
         region: The bucket's region. None: the configuration's, or the environment's.
@@ -107,11 +119,17 @@ class S3StorageReader(FileSystemReader):
         self._fs = S3FileSystem(s3_client=client, reader_constructor=reader_constructor)
         self.fs = self._fs  # type: ignore[assignment]
         self.path = self._fs.init_path(path)
+        self._loader: tuple[int, int] | None = None  # process and thread of the load that began last
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Path) -> bool:
         """Whether it is a URI of S3."""
         return S3FileSystem.validate_checkpoint_id(checkpoint_id)
+
+    def reset(self, checkpoint_id: Path | None = None) -> None:
+        """Begin another load, of another checkpoint if one is named; ``load`` calls it first."""
+        self._loader = os.getpid(), threading.get_ident()
+        super().reset(checkpoint_id)
 
     def read_metadata(self, *_: Any, **kwargs: Any) -> Metadata:
         """Read ``.metadata`` through an allowlist.
@@ -136,14 +154,20 @@ class S3StorageReader(FileSystemReader):
         return metadata
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Put the items in the order in which they are stored, and begin to read them ahead."""
+        """Put the items in the order in which they are stored, and begin to read them ahead.
+
+        Raises:
+            PlanError: Another thread has begun a load on this reader meanwhile.
+        """
+        path, storage_data = self._place_of_load()
         if isinstance(self._reader_constructor, MultiprocessConstructor):
             # Not once and for all: another storage reader, of another service, may share the constructor.
             self._reader_constructor.use_client(self._fs.client)
         with collector_paused():
-            plan = dataclasses.replace(plan, items=sorted(plan.items, key=self._place))
+            items = sorted(plan.items, key=lambda request: _place(storage_data[request.storage_index]))
+            plan = dataclasses.replace(plan, items=items)
             if isinstance(self._reader_constructor, DCPS3ReaderConstructorProtocol):
-                self._reader_constructor.set_item_ranges_by_file(plan.items, self.storage_data, self.path)
+                self._reader_constructor.set_item_ranges_by_file(plan.items, storage_data, path)
             spare_new_objects()
         return plan
 
@@ -152,18 +176,22 @@ class S3StorageReader(FileSystemReader):
 
         Raises:
             ChecksumMismatch: An item's bytes don't match their CRC-32, also when received again.
-            PlanError: A target has not the shape of what it is to be read into it.
+            PlanError: A target has not the shape of what it is to be read into it; or another thread has begun a load
+                on this reader meanwhile.
             TransportError: Bytes can't be had.
         """
+        path, storage_data = self._place_of_load()
         if not isinstance(self._reader_constructor, MultiprocessConstructor):
             return super().read_data(plan, planner)
-        requests_by_file: dict[str, list[ReadItem]] = {}
+        items_by_file: dict[str, list[_Item]] = {}
         for request in plan.items:
-            requests_by_file.setdefault(self._stored(request).relative_path, []).append(request)
-        for relative_path, requests in requests_by_file.items():
-            with self._fs.create_stream(self._fs.concat_path(self.path, relative_path), "rb") as reader:
-                for request in requests:
-                    self._read_item(request, cast("_ItemReader", reader), planner)
+            stored = storage_data[request.storage_index]
+            items_by_file.setdefault(stored.relative_path, []).append(_Item(request, stored))
+        for relative_path, items in items_by_file.items():
+            uri = self._fs.concat_path(path, relative_path)
+            with self._fs.create_stream(uri, "rb") as reader:
+                for item in items:
+                    self._read_item(item, uri, cast("_ItemReader", reader), planner)
         done: Future[None] = Future()
         done.set_result(None)
         return done
@@ -181,78 +209,86 @@ class S3StorageReader(FileSystemReader):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _read_item(self, request: ReadItem, reader: _ItemReader, planner: LoadPlanner) -> None:
+    def _place_of_load(self) -> tuple[Path, dict[MetadataIndex, _Stored]]:
+        """Where the checkpoint is, and what is where in it, for the load of this thread."""
+        place = self.path, cast("dict[MetadataIndex, _Stored]", self.storage_data)
+        # After they were taken: from then on, what another thread begins can't exchange them.
+        if self._loader not in (None, (os.getpid(), threading.get_ident())):
+            raise PlanError(
+                "another thread has begun a load on this S3StorageReader: it serves one load at a time; give each "
+                "thread a reader of its own"
+            )
+        return place
+
+    def _read_item(self, item: _Item, uri: str, reader: _ItemReader, planner: LoadPlanner) -> None:
         try:
-            self._load_checked(request, reader, planner)
+            self._load_checked(item, uri, reader, planner)
         except ChecksumMismatch:
             raise  # names the tensor already
         except (TransportError, PoolError, ArenaError) as error:
-            raise error.needed_for(request.storage_index.fqn) from error.__cause__
+            raise error.needed_for(item.request.storage_index.fqn) from error.__cause__
 
-    def _load_checked(self, request: ReadItem, reader: _ItemReader, planner: LoadPlanner) -> None:
-        stored = self._stored(request)
+    def _load_checked(self, item: _Item, uri: str, reader: _ItemReader, planner: LoadPlanner) -> None:
+        offset, length = item.stored.offset, item.stored.length
         try:
-            self._load_item(request, reader.item(stored.offset, stored.length), planner)
+            self._load_item(item, reader.item(offset, length), planner)
         except RecordCorrupted:
             # Bits may have flipped on the way; if they did in the bucket, they are the same again.
             try:
-                self._load_item(request, reader.refetch(stored.offset, stored.length), planner)
+                self._load_item(item, reader.refetch(offset, length), planner)
             except RecordCorrupted as error:
-                raise self._mismatch(request, error) from error
+                raise _mismatch(item, uri, error) from error
 
-    def _load_item(self, request: ReadItem, item: ItemBytes, planner: LoadPlanner) -> None:
-        item = self._transformed(request, item)
+    def _load_item(self, item: _Item, stored_bytes: ItemBytes, planner: LoadPlanner) -> None:
+        request = item.request
+        content = self._transformed(item, stored_bytes)
         if request.type == LoadItemType.BYTE_IO:
-            value = io.BytesIO(item.view(0, item.size))
+            value = io.BytesIO(content.view(0, content.size))
             if self._verify:
                 check_archive(value)
             planner.load_bytes(request, value)
             return
-        layout = decode_layout(item)
+        layout = decode_layout(content)
         if layout is not None:
             target = planner.resolve_tensor(request).detach()
             offsets, lengths = request.storage_offsets, request.lengths
-            copy_into(item, layout, target, offsets, lengths, verify=self._verify)
+            copy_into(content, layout, target, offsets, lengths, verify=self._verify)
         else:
-            loaded = load_whole(item, verify=self._verify)
+            loaded = load_whole(content, verify=self._verify)
             loaded = narrow_tensor_by_index(loaded, request.storage_offsets, request.lengths)
             target = planner.resolve_tensor(request).detach()
             _check_shape(loaded, target)
             target.copy_(loaded)
         planner.commit_tensor(request, target)
 
-    def _transformed(self, request: ReadItem, item: ItemBytes) -> ItemBytes:
+    def _transformed(self, item: _Item, stored_bytes: ItemBytes) -> ItemBytes:
         """The item as it was before the extensions of the save (compression, say)."""
-        descriptors = getattr(self._stored(request), "transform_descriptors", None)
+        descriptors = getattr(item.stored, "transform_descriptors", None)
         if not descriptors:
-            return item
-        raw = io.BytesIO(item.view(0, item.size))
-        stream = self.transforms.transform_load_stream(request, descriptors, raw)
+            return stored_bytes
+        raw = io.BytesIO(stored_bytes.view(0, stored_bytes.size))
+        stream = self.transforms.transform_load_stream(item.request, descriptors, raw)
         try:
             return BufferItem(bytearray(stream.read(-1)))
         except Exception as error:  # each extension has its own types
             raise RecordCorrupted(f"{', '.join(descriptors)} can't read it: {error}") from error
 
-    def _stored(self, request: ReadItem) -> _Stored:
-        return cast("_Stored", self.storage_data[request.storage_index])
 
-    def _place(self, request: ReadItem) -> tuple[str, int]:
-        stored = self._stored(request)
-        return stored.relative_path, stored.offset
+def _place(stored: _Stored) -> tuple[str, int]:
+    return stored.relative_path, stored.offset
 
-    def _mismatch(self, request: ReadItem, error: RecordCorrupted) -> ChecksumMismatch:
-        stored = self._stored(request)
-        uri = self._fs.concat_path(self.path, stored.relative_path)
-        bucket, key = parse_s3_uri(uri)
-        start, end = stored.offset, stored.offset + stored.length
-        return ChecksumMismatch(
-            f"{request.storage_index.fqn!r} is damaged in {uri}, bytes {start}-{end}, also when received again: "
-            f"{error}. Restore the file, or load from another checkpoint; verify=False does not check tensors",
-            bucket=bucket,
-            key=key,
-            range=(start, end),
-            attempts=2,
-        )
+
+def _mismatch(item: _Item, uri: str, error: RecordCorrupted) -> ChecksumMismatch:
+    bucket, key = parse_s3_uri(uri)
+    start, end = item.stored.offset, item.stored.offset + item.stored.length
+    return ChecksumMismatch(
+        f"{item.request.storage_index.fqn!r} is damaged in {uri}, bytes {start}-{end}, also when received again: "
+        f"{error}. Restore the file, or load from another checkpoint; verify=False does not check tensors",
+        bucket=bucket,
+        key=key,
+        range=(start, end),
+        attempts=2,
+    )
 
 
 def _check_shape(loaded: torch.Tensor, target: torch.Tensor) -> None:

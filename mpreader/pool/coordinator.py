@@ -157,8 +157,9 @@ class Coordinator:
 
     def tell(self, message: object) -> None:
         """Put a message into the inbox; lost once the coordinator has ended."""
-        self._inbox.append(message)
-        self._wakeup.set()
+        if not self._is_ended:  # or a closed pool would keep the transfers that it names, and their memory
+            self._inbox.append(message)
+            self._wakeup.set()
 
     def lease_ended(self, slot: Slot) -> None:
         """For ``Slot.lease``: may be called from a garbage collection at any moment, so it takes no lock of ours."""

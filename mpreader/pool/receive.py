@@ -22,6 +22,7 @@ from mpreader.pool.source import Proxy, Route
 
 if TYPE_CHECKING:
     import ssl
+    from collections.abc import Container
 
 __all__ = ["Connection", "GetFailed"]
 
@@ -77,8 +78,13 @@ class Connection:
             with contextlib.suppress(OSError):  # it may be closed already by its own thread
                 socket.socket.shutdown(stream.sock, socket.SHUT_RDWR)
 
-    def get(self, fetch: Fetch, into: memoryview) -> None:
+    def get(self, fetch: Fetch, into: memoryview, cancelled: Container[int] = ()) -> None:
         """Receive the part into ``into``, which has exactly its length.
+
+        Args:
+            fetch: What to receive.
+            into: Where to.
+            cancelled: Numbers of parts that are not wanted any more, perhaps this one.
 
         Raises:
             GetFailed: It was not, or not wholly, received; says how many bytes are right.
@@ -87,12 +93,10 @@ class Connection:
         self._touch()
         self.part = fetch.part
         try:
-            self._get(fetch, into)
-        except GetFailed as failure:
-            self.close()
-            if self._abort_reason is not None:
-                raise self._aborted(failure.received) from None
-            raise
+            # Looked at when `part` is set: whoever cancels it later finds it there, and aborts.
+            if fetch.part in cancelled:
+                raise GetFailed(FailureKind.CANCELLED, "cancelled")
+            self._get_or_close(fetch, into)
         finally:
             self.part = None
             self.deadline = float("inf")
@@ -104,6 +108,15 @@ class Connection:
             stream.close()
 
     # -- steps of a GET
+
+    def _get_or_close(self, fetch: Fetch, into: memoryview) -> None:
+        try:
+            self._get(fetch, into)
+        except GetFailed as failure:
+            self.close()
+            if self._abort_reason is not None:
+                raise self._aborted(failure.received) from None
+            raise
 
     def _get(self, fetch: Fetch, into: memoryview) -> None:
         reused = self._is_reusable(fetch.route)
@@ -134,6 +147,8 @@ class Connection:
             self._peer = _peer_of(fetch.route)
         stream = self._stream
         assert stream is not None  # for the type checker
+        if self._abort_reason is not None:  # it came before this stream was there to be shut down
+            raise GetFailed(FailureKind.BROKEN, "aborted")
         try:
             self._touch()
             stream.send("GET", _target(fetch.route), _headers(fetch))

@@ -138,10 +138,8 @@ class Worker:
     def _fetch(self, connection: Connection, fetch: Fetch, stalls: _Stalls) -> Fetched | Failed:
         started, stalled_s = time.monotonic(), stalls.seconds()
         try:
-            if fetch.part in self._cancelled:
-                raise GetFailed(FailureKind.CANCELLED, "cancelled")
             into = self._segments[fetch.segment][fetch.segment_offset :][: fetch.end - fetch.start]
-            connection.get(fetch, into)
+            connection.get(fetch, into, self._cancelled)
         except GetFailed as failure:
             return failure.message(fetch.part)
         except Exception as error:  # noqa: BLE001  # a bug must reach the coordinator, not end a thread silently

@@ -33,6 +33,7 @@ class ReadAhead:
     def __init__(self, pool: Pool, client: S3Client, ranges_by_file: Mapping[str, Sequence[ItemRange]], gap: float):
         from mpreader.s3 import S3Source, parse_s3_uri
 
+        self.ranges_by_file = ranges_by_file
         self.parts_by_file: dict[str, tuple[int, list[Part]]] = {}
         fills: list[Fill] = []
         gap = min(gap, WORTHWHILE_GAP_SIZE)
@@ -164,7 +165,9 @@ class MultiprocessConstructor(ItemRangeConstructor):
         if ahead is None or ahead.is_over or uri not in ahead.parts_by_file:
             ahead = self._order({uri: item_ranges})
             self._set_read_ahead(ahead)
-        return MultiprocessS3Reader(bucket, key, item_ranges, get_object_info, get_stream, read_ahead=ahead)
+        # Not item_ranges: another thread's plan may have come meanwhile, and none of them may be on its way.
+        ordered = ahead.ranges_by_file[uri]
+        return MultiprocessS3Reader(bucket, key, ordered, get_object_info, get_stream, read_ahead=ahead)
 
     def _order(self, ranges_by_file: Mapping[str, Sequence[ItemRange]]) -> ReadAhead:
         if self._client is None:

@@ -17,7 +17,7 @@ class ObjectInfo:
         key: The object's key.
         size: Bytes of the whole object.
         etag: ETag as S3 wrote it, quotes included.
-        last_modified: Seconds since the epoch.
+        last_modified: Seconds since the epoch; 0 where the service does not say.
         storage_class: Such as ``"STANDARD"``.
     """
 
@@ -40,8 +40,9 @@ class ObjectInfo:
     @classmethod
     def _of(cls, key: str, size: int, answer: Mapping[str, Any]) -> ObjectInfo:
         # A HEAD names the storage class only where it is not the standard one.
-        modified = int(answer["LastModified"].timestamp())
-        return cls(key, size, answer.get("ETag", ""), modified, answer.get("StorageClass", "STANDARD"))
+        modified = answer.get("LastModified")  # some S3-compatible services leave it out
+        modified_s = int(modified.timestamp()) if modified is not None else 0
+        return cls(key, size, answer.get("ETag", ""), modified_s, answer.get("StorageClass", "STANDARD"))
 
 
 @dataclass(frozen=True, slots=True)

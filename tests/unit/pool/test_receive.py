@@ -7,9 +7,11 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
+from mpreader.pool import receive
 from mpreader.pool.messages import FailureKind, Fetch
 from mpreader.pool.receive import CHUNK_BYTES, Connection, GetFailed
 from mpreader.pool.source import Route
@@ -179,6 +181,29 @@ def test_get_can_be_aborted_from_another_thread(connection: Connection, server: 
     assert "5 s" in failure.detail
     assert connection.part is None
     assert connection.deadline == float("inf")
+
+
+def test_get_that_is_cancelled_before_it_begins_asks_for_nothing(connection: Connection, server: FaultServer) -> None:
+    port = int(server.endpoint_url.rpartition(":")[2])
+    failure = failure_of(lambda: connection.get(fetch_from(port, 0, 100), memoryview(bytearray(100)), {7}))
+    assert failure.kind is FailureKind.CANCELLED
+    assert server.requests == []
+    assert connection.part is None
+
+
+def test_get_that_is_aborted_while_it_connects_asks_for_nothing(
+    connection: Connection, server: FaultServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_socket = receive._open
+
+    def open_late(*arguments: Any) -> socket.socket:
+        sock = open_socket(*arguments)
+        connection.abort(FailureKind.CANCELLED)
+        return sock
+
+    monkeypatch.setattr(receive, "_open", open_late)
+    assert failure_of(lambda: get(connection, server)).kind is FailureKind.CANCELLED
+    assert server.requests == []
 
 
 def test_get_sets_a_deadline_for_whoever_watches(connection: Connection, server: FaultServer) -> None:
