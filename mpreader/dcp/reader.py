@@ -74,8 +74,8 @@ class _Item(NamedTuple):
 class S3StorageReader(FileSystemReader):
     """Pass it as ``storage_reader`` to ``torch.distributed.checkpoint.load``; serves any number of loads.
 
-    It serves one at a time: a load that another thread overtakes on the same reader ends in ``PlanError``. Give each
-    thread a reader of its own.
+    It serves one at a time: a load that another thread overtakes on the same reader, before it reads, ends in
+    ``PlanError``. Give each thread a reader of its own.
 
     Args:
         region: The bucket's region. None: the configuration's, or the environment's.

@@ -23,7 +23,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from mpreader import MpreaderError, PoolConfig, RangeFetcher, S3ClientConfig
 from mpreader.config import KiB, MiB
@@ -337,11 +337,7 @@ class _Mischief:
         self._server = server
         self._objects = objects
         self._over = threading.Event()
-        self._deeds: list[tuple[int, Callable[[], None]]] = []
-        asked = len(server.requests)
-        for _ in range(0 if chance is None else chance.choice((0, 1, 1, 2))):
-            asked += chance.randrange(1, 8) if chance else 0
-            self._deeds.append((asked, self._choose(chance)))
+        self._deeds = [] if chance is None else self._plan(chance)
         self._thread = threading.Thread(target=self._run, daemon=True, name="mpreader-mischief")
 
     def __enter__(self) -> Self:
@@ -352,7 +348,15 @@ class _Mischief:
         self._over.set()
         self._thread.join()
 
-    def _choose(self, chance: Any) -> Callable[[], None]:
+    def _plan(self, chance: random.Random) -> list[tuple[int, Callable[[], None]]]:
+        """What to do, and after how many requests of the server's."""
+        deeds, asked = [], len(self._server.requests)
+        for _ in range(chance.choice((0, 1, 1, 2))):
+            asked += chance.randrange(1, 8)
+            deeds.append((asked, self._choose(chance)))
+        return deeds
+
+    def _choose(self, chance: random.Random) -> Callable[[], None]:
         if self._objects and chance.random() < 0.3:
             versions = chance.choice(self._objects)
             content = chance.randbytes(versions.size)
@@ -380,8 +384,7 @@ class _Mischief:
 
 
 def _worker_pids() -> list[int]:
-    children = Path(f"/proc/self/task/{os.getpid()}/children")
-    everyone = children.read_text().split() if children.exists() else []
+    everyone: list[str] = []
     for task in Path("/proc/self/task").iterdir():  # a child belongs to the thread that started it
         with contextlib.suppress(OSError):
             everyone += (task / "children").read_text().split()
