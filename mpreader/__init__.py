@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mpreader.aio import AsyncRangeFetcher as AsyncRangeFetcher
     from mpreader.config import PoolConfig as PoolConfig
     from mpreader.config import S3ClientConfig as S3ClientConfig
     from mpreader.errors import AccessDenied as AccessDenied
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from mpreader.errors import TransportError as TransportError
     from mpreader.errors import WorkerCrashed as WorkerCrashed
     from mpreader.fetch import RangeFetcher as RangeFetcher
+    from mpreader.fetch import RangeStream as RangeStream
     from mpreader.fetch import fetch_ranges as fetch_ranges
     from mpreader.ranges import ItemRange as ItemRange
     from mpreader.ranges import RangeGroup as RangeGroup
@@ -46,7 +48,9 @@ __version__ = "0.1.0"
 _HOME_OF = {
     "S3ClientConfig": "mpreader.config",
     "PoolConfig": "mpreader.config",
+    "AsyncRangeFetcher": "mpreader.aio",
     "RangeFetcher": "mpreader.fetch",
+    "RangeStream": "mpreader.fetch",
     "fetch_ranges": "mpreader.fetch",
     "ItemRange": "mpreader.ranges",
     "RangeGroup": "mpreader.ranges",

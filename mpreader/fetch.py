@@ -2,152 +2,212 @@
 
 from __future__ import annotations
 
-import itertools
-import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Final, NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Final
 
+from mpreader.batches import StreamOrder
 from mpreader.config import MiB, PoolConfig, S3ClientConfig, check_type
-from mpreader.errors import ArenaExhausted, ConfigError, PlanError
+from mpreader.engine import Engine, Ranges, deadline_of
 from mpreader.pool.pool import Pool, release_shared_pool, shared_pool
-from mpreader.pool.source import ObjectVersion, Route, Source
+from mpreader.pool.source import ObjectVersion
 from mpreader.pool.stats import PoolStats
-from mpreader.pool.transfer import Fill, FillPart
-from mpreader.ranges import ItemRange, RangeGroup, check_max_gap, coalesce, coverage, partition
+from mpreader.stream import Collected, Filled, RangeStream
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
     from mpreader.s3 import S3Client
 
-__all__ = ["DEFAULT_FETCH_GAP_SIZE", "RangeFetcher", "fetch_ranges"]
+__all__ = ["DEFAULT_FETCH_GAP_SIZE", "RangeFetcher", "RangeStream", "fetch_ranges"]
 
 # A gap is worth fetching when that is cheaper than a request: 90 MB/s for some 10 ms.
 DEFAULT_FETCH_GAP_SIZE: Final = 1 * MiB
-_ALIGNMENT: Final = 64  # of each group in its slot, so that arrays of any type can be made on it
-
-RangeLike = ItemRange | tuple[int, int]
 
 
 class RangeFetcher:
     """Fetches byte ranges with a pool of worker processes of its own.
 
     Thread-safe. Workers start at the first fetch, and end with ``close()``, the context manager, or the program.
+    ``mpreader.AsyncRangeFetcher`` is the same for asyncio.
+
+    In all methods a *source* is ``s3://bucket/key`` or an http(s) URL, and *ranges* are ``(start, end)`` pairs or
+    :class:`~mpreader.ItemRange`, in bytes, end exclusive, in any order; they may repeat, overlap and be empty. As in a
+    slice, an end of None is the end of the object, and negative numbers are counted from there: ``(-8, None)`` is the
+    last 8 bytes. None instead of ranges is the whole object.
+
+    ``timeout_s`` bounds a whole call, in seconds; when it is up the call ends in ``PoolTimeout``.
 
     Args:
         s3client_config: How S3 is reached. None: the defaults and the usual ``AWS_*`` environment.
         pool_config: Settings of the worker pool. None: the defaults.
+        progress: Whether calls that take long show a progress bar on stderr. False: never. None: on a terminal or in
+            a notebook, and only in the first of several ranks. True: always.
 
     Raises:
         ConfigError: A setting is wrong, or the host has too little memory.
         TypeError: An argument is something else.
     """
 
-    def __init__(self, s3client_config: S3ClientConfig | None = None, pool_config: PoolConfig | None = None) -> None:
+    def __init__(
+        self,
+        s3client_config: S3ClientConfig | None = None,
+        pool_config: PoolConfig | None = None,
+        *,
+        progress: bool | None = False,
+    ) -> None:
         check_type("s3client_config", s3client_config, S3ClientConfig)
-        self._s3client_config = s3client_config or S3ClientConfig()
-        self._pool = Pool(pool_config, self._s3client_config)
-        self._client: S3Client | None = None
+        s3client_config = s3client_config or S3ClientConfig()
+        self._engine = Engine(Pool(pool_config, s3client_config), s3client_config, progress=progress)
 
     def fetch(
-        self, source: str, ranges: Iterable[RangeLike], *, max_gap_size: float = DEFAULT_FETCH_GAP_SIZE
+        self,
+        source: str,
+        ranges: Ranges,
+        *,
+        out: object = None,
+        max_gap_size: float = DEFAULT_FETCH_GAP_SIZE,
+        timeout_s: float | None = None,
     ) -> list[memoryview]:
         """Fetch ranges of one object.
 
         Args:
-            source: ``s3://bucket/key`` or an http(s) URL.
-            ranges: ``(start, end)`` pairs or :class:`~mpreader.ItemRange`, in bytes, end exclusive; in any order,
-                may repeat, overlap and be empty.
+            source: The object.
+            ranges: The ranges; None: one, the whole object.
+            out: Where to put the bytes: one writable buffer (numpy array, CPU tensor, mmap, bytearray, …) that takes
+                the ranges one after the other, in the order of the input, or a list of one for each range. They are
+                copied there piece by piece, so that ``max_memory`` does not bound their size. None: shared memory is
+                handed out.
             max_gap_size: Largest gap, in bytes, between two ranges that are fetched as one.
+            timeout_s: Seconds for the whole call. None: no limit.
 
         Returns:
-            A view for each range, in the order of the input. A view is the caller's until its last reference dies;
-            its memory is given back with that of its neighbours. Views of overlapping ranges share their bytes.
+            A view for each range, in the order of the input: of ``out``, or of shared memory. The latter is the
+            caller's until its last reference dies; its memory is given back with that of its neighbours. Views of
+            overlapping ranges share their bytes.
 
         Raises:
-            PlanError: A range is malformed, or ends past the end of the object.
+            PlanError: A range is malformed, or ends past the end of the object; or ``out`` has another size.
             ObjectMissing: There is no such object or bucket.
             AccessDenied: The service refused.
             ArenaExhausted: More bytes are asked for than ``PoolConfig.max_memory`` allows.
+            PoolTimeout: The time was up.
             TransportError: The bytes could not be had.
             PoolClosed: The fetcher was closed.
         """
-        return self.fetch_many({source: ranges}, max_gap_size=max_gap_size)[source]
+        many = {source: ranges}
+        outs = None if out is None else {source: out}
+        return self.fetch_many(many, out=outs, max_gap_size=max_gap_size, timeout_s=timeout_s)[source]
 
     def fetch_many(
-        self, ranges_by_source: Mapping[str, Iterable[RangeLike]], *, max_gap_size: float = DEFAULT_FETCH_GAP_SIZE
+        self,
+        ranges_by_source: Mapping[str, Ranges],
+        *,
+        out: Mapping[str, object] | None = None,
+        max_gap_size: float = DEFAULT_FETCH_GAP_SIZE,
+        timeout_s: float | None = None,
     ) -> dict[str, list[memoryview]]:
-        """Fetch ranges of several objects at once; see :meth:`fetch`."""
-        orders = [(self._source(uri), _to_item_ranges(ranges)) for uri, ranges in ranges_by_source.items()]
-        results = [[memoryview(b"")] * len(ranges) for _, ranges in orders]
-        # Before they are cut into parts: a mistaken range of terabytes would be millions.
-        wanted = sum(interval.size for _, item_ranges in orders for interval in coverage(item_ranges))
-        self._check_room(wanted)
-        batches = self._plan(orders, max_gap_size)
-        self._check_room(sum(batch.fill.nbytes for batch in batches))
-        for order, index, view in self._take(batches):
-            results[order][index] = view
-        return dict(zip(ranges_by_source, results, strict=True))
+        """Fetch ranges of several objects at once; see :meth:`fetch`. ``out`` has an entry for each source."""
+        deadline = deadline_of(timeout_s)
+        order = self._engine.plan_fetch(ranges_by_source, max_gap_size, deadline, has_room=out is not None)
+        result = Collected(order) if out is None else Filled(order, out)
+        with RangeStream(self._engine, order, "completion", deadline, _as_it_is) as pieces:
+            for piece in pieces:
+                result.put(*piece)
+        return dict(zip(order.uris, result.views, strict=True))
 
     def stream(
-        self, source: str, ranges: Iterable[RangeLike], *, max_gap_size: float = DEFAULT_FETCH_GAP_SIZE
-    ) -> Iterator[tuple[int, memoryview]]:
+        self,
+        source: str,
+        ranges: Ranges,
+        *,
+        order: StreamOrder = "offset",
+        max_gap_size: float = DEFAULT_FETCH_GAP_SIZE,
+        timeout_s: float | None = None,
+    ) -> RangeStream[tuple[int, memoryview]]:
         """Fetch ranges of one object one after the other, in bounded memory.
 
         Args:
-            source: ``s3://bucket/key`` or an http(s) URL.
-            ranges: As for :meth:`fetch`.
+            source: The object.
+            ranges: The ranges.
+            order: In which order they come. ``"offset"``: that of their offsets, empty ranges first; ``"input"``: that
+                of the input, where only neighbours that ascend are fetched as one; ``"completion"``: what has arrived
+                first.
             max_gap_size: Largest gap, in bytes, between two ranges that are fetched as one.
+            timeout_s: Seconds until the last range must have been taken. None: no limit.
 
-        Yields:
-            ``(index, view)``: the position of the range in the input, and its bytes. Empty ranges come first, the
-            others in the order of their offsets in the object. Memory stays bounded as long as views are dropped;
-            those that are kept stay valid.
+        Returns:
+            An iterator of ``(index, view)``: the position of the range in the input, and its bytes. Memory stays
+            bounded as long as views are dropped; those that are kept stay valid. Its ``close()`` ends it, from any
+            thread.
 
         Raises:
             ArenaExhausted: So many views are kept that ``PoolConfig.max_memory`` is used up.
             MpreaderError: As for :meth:`fetch`.
         """
-        pieces = self.stream_many({source: ranges}, max_gap_size=max_gap_size)
-        return ((index, view) for _, index, view in pieces)
+        deadline = deadline_of(timeout_s)
+        planned = self._engine.plan_stream({source: ranges}, max_gap_size, order, deadline)
+        return RangeStream(self._engine, planned, order, deadline, lambda _, index, view: (index, view))
 
     def stream_many(
-        self, ranges_by_source: Mapping[str, Iterable[RangeLike]], *, max_gap_size: float = DEFAULT_FETCH_GAP_SIZE
-    ) -> Iterator[tuple[str, int, memoryview]]:
+        self,
+        ranges_by_source: Mapping[str, Ranges],
+        *,
+        order: StreamOrder = "offset",
+        max_gap_size: float = DEFAULT_FETCH_GAP_SIZE,
+        timeout_s: float | None = None,
+    ) -> RangeStream[tuple[str, int, memoryview]]:
         """Fetch ranges of several objects one after the other, in bounded memory, without a pause between objects.
 
         Args:
-            ranges_by_source: Ranges as for :meth:`fetch`, by source.
+            ranges_by_source: Ranges by source.
+            order: As for :meth:`stream`; but for ``"completion"`` one object comes after the other.
             max_gap_size: Largest gap, in bytes, between two ranges that are fetched as one.
+            timeout_s: Seconds until the last range must have been taken. None: no limit.
 
-        Yields:
-            ``(source, index, view)``: empty ranges first, then one object after the other, each as :meth:`stream` does.
+        Returns:
+            An iterator of ``(source, index, view)``.
 
         Raises:
             MpreaderError: As for :meth:`stream`.
         """
-        uris = list(ranges_by_source)
-        orders = [(self._source(uri), _to_item_ranges(ranges)) for uri, ranges in ranges_by_source.items()]
-        self._check_room(max((item_range.size for _, ranges in orders for item_range in ranges), default=0))
-        return self._stream(uris, [ranges for _, ranges in orders], self._plan(orders, max_gap_size))
+        deadline = deadline_of(timeout_s)
+        planned = self._engine.plan_stream(ranges_by_source, max_gap_size, order, deadline)
+        uris = planned.uris
+        return RangeStream(
+            self._engine, planned, order, deadline, lambda number, index, view: (uris[number], index, view)
+        )
 
-    def fetch_object(self, source: str) -> memoryview:
-        """Fetch a whole object into one piece of memory; returns and raises as :meth:`fetch`."""
-        opened = self._source(source)
-        pinned = _PinnedSource(opened, opened.open())
-        whole = [ItemRange(0, pinned.version.size)]
-        for _, _, view in self._take(self._plan([(pinned, whole)], 0)):
-            return view
-        return memoryview(b"")
+    def fetch_object(self, source: str, *, out: object = None, timeout_s: float | None = None) -> memoryview:
+        """Fetch a whole object into one piece of memory; see :meth:`fetch`."""
+        return self.fetch(source, None, out=out, timeout_s=timeout_s)[0]
+
+    def stat(self, source: str, *, timeout_s: float | None = None) -> ObjectVersion:
+        """Ask for the size, in bytes, and the ETag ("" where there is none) of an object.
+
+        Raises:
+            TransportError: It could not be found out.
+            PoolTimeout: The time was up.
+        """
+        return self._engine.stat(source, deadline_of(timeout_s))
+
+    def client(self) -> S3Client:
+        """The S3 client that it uses, for listing and the like."""
+        return self._engine.client()
+
+    @property
+    def part_size(self) -> int:
+        """Most bytes of one request; longer ranges are fetched by several."""
+        return self._engine.pool.sizes.part_bytes
 
     @property
     def stats(self) -> PoolStats:
         """What the workers have done so far: bytes, requests, retries, seconds, and the numbers of each."""
-        return self._pool.stats()
+        return self._engine.pool.stats()
 
     def close(self) -> None:
         """End the workers and wait until they are gone. Views that were handed out stay valid. Idempotent."""
-        self._pool.close()
+        self._engine.pool.close()
+        self._engine.close_client()
 
     def __enter__(self) -> Self:
         return self
@@ -156,66 +216,7 @@ class RangeFetcher:
         self.close()
 
     def __repr__(self) -> str:
-        return f"RangeFetcher({self._pool!r})"
-
-    # -- steps
-
-    def _check_room(self, wanted: int) -> None:
-        if wanted > self._pool.sizes.max_bytes:
-            raise ArenaExhausted(
-                f"{wanted} bytes are asked for at one time, {self._pool.sizes.max_bytes} may be held: use stream() "
-                "with smaller ranges, or raise PoolConfig.max_memory (MPREADER_MAX_MEMORY)"
-            )
-
-    def _source(self, uri: str) -> Source:
-        if not isinstance(uri, str):
-            raise ConfigError(f"a source is text such as s3://bucket/key or https://host/path, got {uri!r}")
-        if uri.startswith("s3://"):
-            self._pool.start()  # while boto3 is imported and a client made
-            from mpreader.s3 import S3Client, S3Source, parse_s3_uri
-
-            bucket, key = parse_s3_uri(uri)
-            if not key:
-                raise ConfigError(f"{uri!r} names a bucket, not an object in it; write s3://bucket/key")
-            if self._client is None:
-                self._client = S3Client(s3client_config=self._s3client_config)
-            return S3Source(self._client, bucket, key)
-        from mpreader.web import HttpSource
-
-        return HttpSource(uri, max_attempts=self._s3client_config.max_attempts)
-
-    def _plan(self, orders: Sequence[tuple[Source, list[ItemRange]]], max_gap_size: float) -> list[_Batch]:
-        check_max_gap(max_gap_size)
-        sizes = self._pool.sizes
-        return [
-            batch
-            for number, (source, ranges) in enumerate(orders)
-            for batch in _pack(number, source, coalesce(ranges, max_gap_size), sizes.part_bytes, sizes.block_bytes)
-        ]
-
-    def _take(self, batches: list[_Batch]) -> Iterator[tuple[int, int, memoryview]]:
-        if not batches:
-            return
-        transfer = self._pool.read([batch.fill for batch in batches])
-        try:
-            for number, batch in enumerate(batches):
-                slot_view = transfer.take(number)
-                for index, slot_offset, size in batch.members:
-                    yield batch.order, index, slot_view[slot_offset : slot_offset + size]
-                del slot_view  # or it would keep the slot while the next one is waited for
-        finally:
-            transfer.close()
-
-    def _stream(
-        self, uris: list[str], orders: list[list[ItemRange]], batches: list[_Batch]
-    ) -> Iterator[tuple[str, int, memoryview]]:
-        for uri, ranges in zip(uris, orders, strict=True):
-            for index, item_range in enumerate(ranges):
-                if not item_range.size:
-                    yield uri, index, memoryview(b"")
-        for order, index, view in self._take(batches):
-            yield uris[order], index, view
-            del view
+        return f"RangeFetcher({self._engine.pool!r})"
 
 
 class _SharedPoolFetcher(RangeFetcher):
@@ -223,19 +224,20 @@ class _SharedPoolFetcher(RangeFetcher):
 
     def __init__(self, s3client_config: S3ClientConfig | None, pool_config: PoolConfig | None) -> None:
         check_type("s3client_config", s3client_config, S3ClientConfig)
-        self._s3client_config = s3client_config or S3ClientConfig()
-        self._pool = shared_pool(pool_config, self._s3client_config)
-        self._client = None
+        s3client_config = s3client_config or S3ClientConfig()
+        self._engine = Engine(shared_pool(pool_config, s3client_config), s3client_config)
 
     def close(self) -> None:
-        release_shared_pool(self._pool, keep_warm=True)
+        release_shared_pool(self._engine.pool, keep_warm=True)
 
 
 def fetch_ranges(
     source: str,
-    ranges: Iterable[RangeLike],
+    ranges: Ranges,
     *,
+    out: object = None,
     max_gap_size: float = DEFAULT_FETCH_GAP_SIZE,
+    timeout_s: float | None = None,
     s3client_config: S3ClientConfig | None = None,
     pool_config: PoolConfig | None = None,
 ) -> list[memoryview]:
@@ -246,8 +248,10 @@ def fetch_ranges(
     Args:
         source: ``s3://bucket/key`` or an http(s) URL.
         ranges: ``(start, end)`` pairs or :class:`~mpreader.ItemRange`, in bytes, end exclusive; in any order, may
-            repeat, overlap and be empty.
+            repeat, overlap and be empty; ``(-8, None)`` is the last 8 bytes. None: the whole object.
+        out: Where to put the bytes; see :meth:`RangeFetcher.fetch`. None: shared memory is handed out.
         max_gap_size: Largest gap, in bytes, between two ranges that are fetched as one.
+        timeout_s: Seconds for the whole call. None: no limit.
         s3client_config: How S3 is reached. None: the defaults and the usual ``AWS_*`` environment.
         pool_config: Settings of the worker pool. None: the defaults.
 
@@ -255,91 +259,8 @@ def fetch_ranges(
         A view for each range, in the order of the input; see :meth:`RangeFetcher.fetch`, also for what is raised.
     """
     with _SharedPoolFetcher(s3client_config, pool_config) as fetcher:
-        return fetcher.fetch(source, ranges, max_gap_size=max_gap_size)
+        return fetcher.fetch(source, ranges, out=out, max_gap_size=max_gap_size, timeout_s=timeout_s)
 
 
-class _Batch(NamedTuple):
-    """A fill, and where in its slot the ranges of order number ``order`` are: (index, slot offset, bytes)."""
-
-    order: int
-    fill: Fill
-    members: tuple[tuple[int, int, int], ...]
-
-
-class _PinnedSource:
-    """A source whose version is known already: it needs no second HEAD."""
-
-    def __init__(self, source: Source, version: ObjectVersion) -> None:
-        self.version = version
-        self.bucket = source.bucket
-        self.key = source.key
-        self.uri = source.uri
-        self.max_attempts = source.max_attempts
-        self._source = source
-
-    def open(self) -> ObjectVersion:
-        return self.version
-
-    def route(self) -> Route:
-        return self._source.route()
-
-
-def _pack(
-    order: int, source: Source, groups: Iterable[RangeGroup], part_bytes: int, slot_bytes: int
-) -> Iterator[_Batch]:
-    """Put groups into slots: as many together as fit into ``slot_bytes``, a larger range into a slot of its own."""
-    parts: list[FillPart] = []
-    members: list[tuple[int, int, int]] = []
-    nbytes = 0
-    for group in itertools.chain.from_iterable(_cut_between_ranges(group, slot_bytes) for group in groups):
-        size = group.end - group.start
-        slot_offset = -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-        if parts and slot_offset + size > slot_bytes:
-            yield _Batch(order, Fill(source, nbytes, tuple(parts)), tuple(members))
-            parts, members, slot_offset = [], [], 0
-        for part in partition(group, part_bytes):
-            parts.append(FillPart(part.start, part.end, slot_offset + part.start - group.start))
-        for index, item_range in zip(group.indices, group.item_ranges, strict=True):
-            members.append((index, slot_offset + item_range.start - group.start, item_range.size))
-        nbytes = slot_offset + size
-    if parts:
-        yield _Batch(order, Fill(source, nbytes, tuple(parts)), tuple(members))
-
-
-def _cut_between_ranges(group: RangeGroup, most_bytes: int) -> Iterator[RangeGroup]:
-    # Or a thousand small ranges side by side would need one slot for all of them, and be given back together.
-    first, end = 0, group.start
-    for position, item_range in enumerate(group.item_ranges):
-        start = group.item_ranges[first].start
-        if position > first and item_range.start >= end and item_range.end - start > most_bytes:
-            yield RangeGroup(start, end, group.item_ranges[first:position], group.indices[first:position])
-            first = position
-        end = max(end, item_range.end)
-    yield RangeGroup(group.item_ranges[first].start, end, group.item_ranges[first:], group.indices[first:])
-
-
-def _to_item_ranges(ranges: Iterable[RangeLike]) -> list[ItemRange]:
-    item_ranges = []
-    for item_range in ranges:
-        if isinstance(item_range, ItemRange):
-            item_ranges.append(item_range)
-            continue
-        try:
-            start, end = map(_to_int, item_range)
-        except (TypeError, ValueError):
-            raise PlanError(
-                f"a range is a pair (start, end) of whole numbers or an ItemRange, got {item_range!r}"
-            ) from None
-        item_ranges.append(ItemRange(start, end))
-    return item_ranges
-
-
-def _to_int(number: object) -> int:
-    """A plain int of any whole number, numpy's included.
-
-    Raises:
-        TypeError: It is none; True and False are none either.
-    """
-    if isinstance(number, bool):
-        raise TypeError(f"not a whole number: {number!r}")
-    return operator.index(number)  # type: ignore[arg-type]  # raises for what has no index
+def _as_it_is(number: int, index: int, view: memoryview) -> tuple[int, int, memoryview]:
+    return number, index, view

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from mpreader.errors import PlanError
@@ -78,10 +78,12 @@ class Part:
     Attributes:
         start: First byte.
         end: One past the last byte.
+        over_read: How many of them are in gaps, and belong to no item.
     """
 
     start: int
     end: int
+    over_read: int = field(default=0, compare=False)
 
     @property
     def size(self) -> int:
@@ -146,7 +148,8 @@ def partition(group: RangeGroup, part_size: int) -> list[Part]:
     parts: list[Part] = []
     for cluster in clusters(group.item_ranges):
         if parts and cluster.end - parts[-1].start <= part_size:
-            parts[-1] = Part(parts[-1].start, cluster.end)
+            last = parts[-1]
+            parts[-1] = Part(last.start, cluster.end, last.over_read + cluster.start - last.end)
         else:
             parts.extend(_cut_evenly(cluster, part_size))
     return parts

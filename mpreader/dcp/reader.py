@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import logging
 import os
 import threading
+import time
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import torch
@@ -30,6 +32,7 @@ from mpreader.dcp.metadata import load_metadata
 from mpreader.dcp.record import BufferItem, ItemBytes, RecordCorrupted, decode_layout
 from mpreader.dcp.tensor import check_archive, copy_into, load_whole
 from mpreader.errors import ArenaError, ChecksumMismatch, ConfigError, PlanError, PoolError, TransportError
+from mpreader.pool.stats import PoolStats
 from mpreader.readers.constructor import S3ReaderConstructor
 from mpreader.readers.protocols import DCPS3ReaderConstructorProtocol
 from mpreader.readers.read_ahead import MultiprocessConstructor
@@ -44,6 +47,8 @@ if TYPE_CHECKING:
     from mpreader.readers.protocols import S3ReaderConstructorProtocol
 
 __all__ = ["S3StorageReader"]
+
+log = logging.getLogger(__name__)
 
 
 class _ItemReader(Protocol):
@@ -86,11 +91,13 @@ class S3StorageReader(FileSystemReader):
         verify: Whether the CRC-32s that ``torch.save`` wrote are checked, where the default (or another
             multiprocess) constructor is used; torch itself does not look at them.
         allowed_globals: Classes, such as ``"package.module.Name"``, that ``.metadata`` may make besides DCP's own.
+        progress: Whether a load shows a progress bar on stderr, where the default constructor is used. None: on a
+            terminal or in a notebook, and only in the first of several ranks.
         kwargs: What torch's ``FileSystemReader`` takes besides, according to torch's version.
 
     Raises:
         ValueError: ``path`` is not an ``s3://`` URI.
-        ConfigError: ``pool_config`` is given, but also a constructor, which has its own.
+        ConfigError: ``pool_config`` or ``progress`` is given, but also a constructor, which has its own.
     """
 
     def __init__(
@@ -103,12 +110,15 @@ class S3StorageReader(FileSystemReader):
         pool_config: PoolConfig | None = None,
         verify: bool = True,
         allowed_globals: Iterable[str] = (),
+        progress: bool | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(path, **kwargs)
         client = S3Client(region, s3client_config=s3client_config)
         if reader_constructor is None:
-            reader_constructor = S3ReaderConstructor.multiprocess(pool_config=pool_config)
+            reader_constructor = S3ReaderConstructor.multiprocess(pool_config=pool_config, progress=progress)
+        elif progress is not None:
+            raise ConfigError("give progress to the reader_constructor: S3ReaderConstructor.multiprocess(…)")
         elif pool_config is not None:
             raise ConfigError("give pool_config to the reader_constructor: S3ReaderConstructor.multiprocess(…)")
         self._reader_constructor = reader_constructor
@@ -119,6 +129,7 @@ class S3StorageReader(FileSystemReader):
         self._fs = S3FileSystem(s3_client=client, reader_constructor=reader_constructor)
         self.fs = self._fs  # type: ignore[assignment]
         self.path = self._fs.init_path(path)
+        self._began_s = time.monotonic()
         self._loader: tuple[int, int] | None = None  # process and thread of the load that began last
 
     @classmethod
@@ -129,6 +140,7 @@ class S3StorageReader(FileSystemReader):
     def reset(self, checkpoint_id: Path | None = None) -> None:
         """Begin another load, of another checkpoint if one is named; ``load`` calls it first."""
         self._loader = os.getpid(), threading.get_ident()
+        self._began_s = time.monotonic()
         super().reset(checkpoint_id)
 
     def read_metadata(self, *_: Any, **kwargs: Any) -> Metadata:
@@ -192,9 +204,19 @@ class S3StorageReader(FileSystemReader):
             with self._fs.create_stream(uri, "rb") as reader:
                 for item in items:
                     self._read_item(item, uri, cast("_ItemReader", reader), planner)
+        log.info("loaded %s in %.2f s: %s", path, time.monotonic() - self._began_s, self.stats)
         done: Future[None] = Future()
         done.set_result(None)
         return done
+
+    @property
+    def stats(self) -> PoolStats:
+        """What the worker processes did for the last load so far: bytes, over-read, requests, retries, waits.
+
+        All zero with another constructor than the multiprocess one.
+        """
+        constructor = self._reader_constructor
+        return constructor.stats() if isinstance(constructor, MultiprocessConstructor) else PoolStats()
 
     def close(self) -> None:
         """End what is under way, the use of the worker pool, and connections. A later load starts anew. Idempotent."""

@@ -24,13 +24,14 @@ import selectors
 import threading
 import time
 from collections import deque
-from copy import copy
 from typing import Final, NamedTuple
 
 from mpreader.errors import MpreaderError, PoolClosed, PoolError
+from mpreader.pool import observer
 from mpreader.pool.arena import Arena, Slot
 from mpreader.pool.crew import Crew, CrewLimits, Member
-from mpreader.pool.messages import Cancel, Fetch, Fetched
+from mpreader.pool.messages import Cancel, Failed, Fetch, Fetched
+from mpreader.pool.observer import Observer, RequestEvent
 from mpreader.pool.pace import Pace, is_host_busy
 from mpreader.pool.scheduler import Scheduler, SchedulerLimits
 from mpreader.pool.sizing import PoolSizes
@@ -146,9 +147,7 @@ class Coordinator:
 
     def stats(self) -> PoolStats:
         """What this run has done so far."""
-        return PoolStats(
-            self._scheduler.retries, self.crew.restarts, self._scheduler.wait_s, tuple(map(copy, self.crew.stats))
-        )
+        return self._scheduler.stats(self.crew.restarts)
 
     @property
     def reserved_bytes(self) -> int:
@@ -202,6 +201,7 @@ class Coordinator:
                 self._read_inbox()
                 self._watch()
                 self._dispatch()
+                self._scheduler.note_held_up(time.monotonic())
         except MpreaderError as broken:
             error = broken
         except Exception as bug:
@@ -259,6 +259,7 @@ class Coordinator:
     def _hear(self, member: Member, has_ended: bool) -> None:
         now = time.monotonic()
         for news in self.crew.receive(member, now):
+            self._note_request(member.process.number, news, now)
             if isinstance(news, Fetched):
                 self._note_pace(self._scheduler.fetched(news.part), news, now)
             else:
@@ -266,6 +267,26 @@ class Coordinator:
         if has_ended:
             lost = self.crew.bury(member, self._arena.segments.values())
             self._scheduler.lost(lost.parts, lost.exitcode, lost.why)
+
+    def _note_request(self, worker: int, news: Fetched | Failed, now: float) -> None:
+        part = self._scheduler.find(news.part)
+        nbytes = news.received if isinstance(news, Failed) else 0 if part is None else _rest(part)
+        self._scheduler.note_request(part, worker, nbytes, news.seconds if isinstance(news, Fetched) else 0.0)
+        if part is not None and (observer.observers or log.isEnabledFor(logging.DEBUG)):
+            event = RequestEvent(
+                uri=part.fill.fill.source.uri,
+                worker=worker,
+                connection=news.connection,
+                start=part.part.start + part.received,
+                end=part.part.end,
+                received=nbytes,
+                started_s=news.started_s,
+                first_byte_s=news.answered_s or now,
+                ended_s=now,
+                outcome=news.kind.name.lower() if isinstance(news, Failed) else "ok",
+                attempt=part.requests,
+            )
+            _report(event)
 
     def _read_inbox(self) -> None:
         while self._inbox:
@@ -306,6 +327,7 @@ class Coordinator:
             if self._is_paced or not self.crew.send(_fetch_message(part), now):
                 self._scheduler.unsend(part)
                 return
+            part.requests += 1
 
     def _window_bytes(self) -> int:
         """What may be in flight, and some more that waits to be taken."""
@@ -323,6 +345,37 @@ class Coordinator:
     def _cancel(self, parts: list[int]) -> None:
         for part in parts:
             self.crew.send_to_holder(part, Cancel(part))
+
+
+def _rest(part: PartState) -> int:
+    """Bytes of a part that had not been received before its last request."""
+    return part.part.end - part.part.start - part.received
+
+
+def _report(event: RequestEvent) -> None:
+    for observe in observer.observers:
+        _call(observe, event)
+    log.debug(
+        "request %s: %s bytes=%d-%d received=%d worker=%d connection=%d attempt=%d first_byte_ms=%.1f ms=%.1f",
+        event.outcome,
+        event.uri,
+        event.start,
+        event.end,
+        event.received,
+        event.worker,
+        event.connection,
+        event.attempt,
+        1e3 * (event.first_byte_s - event.started_s),
+        1e3 * (event.ended_s - event.started_s),
+        extra={"mpreader": event._asdict()},
+    )
+
+
+def _call(observe: Observer, event: RequestEvent) -> None:
+    try:
+        observe(event)
+    except Exception:  # whoever looks on must not stop a load
+        log.exception("an observer of requests failed")
 
 
 def _kind(part: PartState) -> tuple[str, int, int]:

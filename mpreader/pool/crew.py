@@ -19,7 +19,6 @@ from mpreader.errors import WorkerCrashed
 from mpreader.pool.arena import Segment
 from mpreader.pool.messages import Failed, Fetch, Fetched, MapSegment, Ping, Ready, UnmapSegment
 from mpreader.pool.process import WorkerProcess
-from mpreader.pool.stats import WorkerStats
 
 __all__ = ["Crew", "CrewLimits", "Lost"]
 
@@ -55,7 +54,7 @@ class Member:
 
     def __init__(self, process: WorkerProcess, now: float) -> None:
         self.process = process
-        self.parts: dict[int, int] = {}  # number of a part: its bytes
+        self.parts: dict[int, None] = {}  # numbers of the parts it has in hand, in the order in which it got them
         self.is_ready = False
         self.is_ending = False  # it has closed its socket, or was killed: it gets nothing more
         self.was_silent = False
@@ -72,7 +71,6 @@ class Crew:
         self._members: list[Member] = []
         self._deaths = 0  # since a part was last received
         self.restarts = 0
-        self.stats = [WorkerStats() for _ in range(limits.workers)]
         # A few parts wait at each worker, so that a connection has the next one at once.
         self._most_parts = limits.connections_per_worker + max(1, limits.connections_per_worker // 4)
 
@@ -106,7 +104,7 @@ class Crew:
             if not member.parts:
                 member.last_heard = member.last_asked = now  # its silence counts from now
             if member.process.send(fetch):
-                member.parts[fetch.part] = fetch.end - fetch.start
+                member.parts[fetch.part] = None
                 return True
         return False
 
@@ -211,15 +209,9 @@ class Crew:
                 self._kill(member)
 
     def _note(self, member: Member, message: Fetched | Failed) -> None:
-        nbytes = member.parts.pop(message.part, 0)
-        stats = self.stats[member.process.number]
-        stats.requests += 1
+        member.parts.pop(message.part, None)
         if isinstance(message, Fetched):
             self._deaths = 0
-            stats.bytes += nbytes
-            stats.seconds += message.seconds
-        else:
-            stats.bytes += message.received
 
     def _kill(self, member: Member) -> None:
         member.is_ending = True

@@ -97,17 +97,23 @@ class Fetched(NamedTuple):
     """All bytes of a part are in its segment.
 
     It took ``seconds``; in ``stalled_s`` of them the receiving thread could have run, and waited for a processor.
+    The request was begun at ``started_s``, and its answer at ``answered_s``, by the monotonic clock, on ``connection``,
+    counted within the worker.
     """
 
     part: int
     seconds: float
     stalled_s: float
+    connection: int = 0
+    started_s: float = 0.0
+    answered_s: float = 0.0
 
 
 class Failed(NamedTuple):
     """A part is not, or not wholly, in its segment; its first ``received`` bytes are.
 
-    ``detail`` is for people and holds no secret. ``retry_after_s`` is the server's wish, 0 where it has none.
+    ``detail`` is for people and holds no secret. ``retry_after_s`` is the server's wish, 0 where it has none. The rest
+    is as for :class:`Fetched`; ``answered_s`` is 0 where there was no answer.
     """
 
     part: int
@@ -115,3 +121,6 @@ class Failed(NamedTuple):
     received: int
     detail: str
     retry_after_s: float = 0.0
+    connection: int = 0
+    started_s: float = 0.0
+    answered_s: float = 0.0

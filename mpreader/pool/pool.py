@@ -62,6 +62,11 @@ class Pool:
         return self._coordinator is not None and not self._coordinator.is_ended
 
     @property
+    def is_closed(self) -> bool:
+        """Whether it was closed by its owner."""
+        return self._is_closed
+
+    @property
     def coordinator(self) -> Coordinator | None:
         """The run that is under way, or the last one; None if there was none."""
         return self._coordinator

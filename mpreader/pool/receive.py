@@ -59,11 +59,13 @@ class Connection:
     Attributes:
         part: The part that is being received; None while idle.
         deadline: When the next chunk must be there, by the monotonic clock; infinite while idle.
+        answered_s: When the answer to the last GET began, by the same clock; 0 if there was none.
     """
 
     def __init__(self, connect_timeout_s: float, stall_timeout_s: float) -> None:
         self.part: int | None = None
         self.deadline = float("inf")
+        self.answered_s = 0.0
         self._connect_timeout_s = connect_timeout_s
         self._stall_timeout_s = stall_timeout_s
         self._stream: HttpStream | None = None
@@ -90,6 +92,7 @@ class Connection:
             GetFailed: It was not, or not wholly, received; says how many bytes are right.
         """
         self._abort_reason = None
+        self.answered_s = 0.0
         self._touch()
         self.part = fetch.part
         try:
@@ -127,6 +130,7 @@ class Connection:
             if not reused or failure.kind is not FailureKind.BROKEN or self._abort_reason is not None:
                 raise
             answer = self._ask(fetch, reused=False)
+        self.answered_s = time.monotonic()
         check_answer(answer, fetch)
         self._receive(answer, into)
         if answer.will_close:

@@ -11,6 +11,7 @@ import heapq
 import itertools
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Final, NamedTuple
 
 from mpreader.errors import ArenaError, ArenaExhausted, MpreaderError, PlanError, WorkerCrashed
@@ -19,6 +20,7 @@ from mpreader.pool.arena import Arena, Slot
 from mpreader.pool.messages import Failed, FailureKind
 from mpreader.pool.sourcebook import SourceBook
 from mpreader.pool.state import FillState, FillStatus, PartState, Reading
+from mpreader.pool.stats import PoolStats, Tally
 from mpreader.pool.transfer import Fill, Transfer
 
 __all__ = ["Scheduler", "SchedulerLimits"]
@@ -53,13 +55,15 @@ class Scheduler:
         self._leased: set[Slot] = set()
         self._outstanding_bytes = 0  # of fills that are filling or ready
         self._numbers = itertools.count(1)
-        self.retries = 0
-        self._past_wait_s = 0.0  # of transfers that are closed
+        self._tally = Tally()
+        self._held_up: list[Reading] = []
+        self._held_up_since: float | None = None
 
-    @property
-    def wait_s(self) -> float:
-        """Seconds that consumers have waited for fills."""
-        return self._past_wait_s + sum(reading.transfer.wait_s for reading in list(self._readings.values()))
+    def stats(self, restarts: int) -> PoolStats:
+        """What was done so far; ``restarts`` is the number of workers that were replaced."""
+        waits = [reading.transfer.tally.seconds for reading in list(self._readings.values())]
+        stats = self._tally.stats(restarts)
+        return replace(stats, seconds=stats.seconds + sum(waits))
 
     # -- what consumers say
 
@@ -82,7 +86,7 @@ class Scheduler:
         if reading is None:
             return []
         self._turn.remove(reading)
-        self._past_wait_s += transfer.wait_s
+        self._tally.seconds += transfer.tally.seconds
         for fill in reading.fills:
             self._drop(fill)
             self._sources.release(fill.source)
@@ -120,7 +124,7 @@ class Scheduler:
         """The pool is broken, or closed: let every consumer know, and hold on to no memory."""
         for reading in self._readings.values():
             reading.transfer.fail_all(error)
-            self._past_wait_s += reading.transfer.wait_s
+            self._tally.seconds += reading.transfer.tally.seconds
         for held in (
             self._readings,
             self._turn,
@@ -129,10 +133,21 @@ class Scheduler:
             self._delayed,
             self._parts,
             self._leased,
+            self._held_up,
         ):
             held.clear()
 
     # -- what workers and sources say
+
+    def find(self, number: int) -> PartState | None:
+        """The part of this number, unless it is forgotten."""
+        return self._parts.get(number)
+
+    def note_request(self, part: PartState | None, worker: int, nbytes: int, seconds: float) -> None:
+        """A request of a worker has ended; ``part`` is None where it was forgotten meanwhile."""
+        self._tally.note(worker, nbytes, seconds)
+        if part is not None:
+            part.fill.reading.transfer.tally.note(worker, nbytes, seconds)
 
     def fetched(self, number: int) -> PartState | None:
         """All bytes of a part are there; returns the part, if it is known."""
@@ -176,7 +191,7 @@ class Scheduler:
                 )
                 self._fail(part, error)
             else:
-                self.retries += 1
+                self._count_retry(part)
                 self._queued.appendleft(part)
 
     # -- what to do next
@@ -214,6 +229,18 @@ class Scheduler:
                 error = retry.timeout_error(part.fill.fill.source, part.byte_range, timeout_s, part.last_failure)
                 self._abandon(part.fill, error)
         return [part.number for part in late]
+
+    def note_held_up(self, now: float) -> None:
+        """Keep account of the time in which nothing is received, though more is wanted, since memory is full."""
+        waiting: list[Reading] = []
+        if not self._parts and self._outstanding_bytes:
+            waiting = [reading for reading in self._turn if reading.next_pending() is not None]
+        if self._held_up_since is not None:
+            seconds = now - self._held_up_since
+            self._tally.consumer_seconds += seconds
+            for reading in self._held_up:
+                reading.transfer.tally.consumer_seconds += seconds
+        self._held_up, self._held_up_since = waiting, now if waiting else None
 
     def next_event(self) -> float:
         """When, by the monotonic clock, a delayed part is due; infinite if there is none."""
@@ -341,6 +368,8 @@ class Scheduler:
         if fill.slot is None or not fill.reading.transfer.deliver(fill.index, fill.slot):
             fill.status = FillStatus.DROPPED
             self._free(fill)
+        self._tally.over_read += fill.fill.over_read
+        fill.reading.transfer.tally.over_read += fill.fill.over_read
 
     def _retry_or_fail(self, part: PartState, failure: Failed, now: float) -> None:
         source = part.fill.fill.source
@@ -348,8 +377,12 @@ class Scheduler:
         if delay_s is None:
             self._fail(part, retry.error_after(failure, source, part.byte_range, part.attempts))
         else:
-            self.retries += 1
+            self._count_retry(part)
             self._delay(part, now + delay_s)
+
+    def _count_retry(self, part: PartState) -> None:
+        self._tally.retries += 1
+        part.fill.reading.transfer.tally.retries += 1
 
     def _delay(self, part: PartState, until: float) -> None:
         heapq.heappush(self._delayed, (until, part.number, part))

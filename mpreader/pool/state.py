@@ -40,7 +40,18 @@ class FillState:
 class PartState:
     """A part and how often it was tried."""
 
-    __slots__ = ("attempts", "crashes", "deadline", "fill", "is_resigned", "last_failure", "number", "part", "received")
+    __slots__ = (
+        "attempts",
+        "crashes",
+        "deadline",
+        "fill",
+        "is_resigned",
+        "last_failure",
+        "number",
+        "part",
+        "received",
+        "requests",
+    )
 
     def __init__(self, number: int, fill: FillState, part: FillPart) -> None:
         self.number = number
@@ -48,6 +59,7 @@ class PartState:
         self.part = part
         self.deadline = float("inf")  # set when it is first sent: a large fill's last part may wait for long
         self.received = 0
+        self.requests = 0  # all of them; `attempts` begins anew when bytes have come
         self.attempts = 0
         self.crashes = 0
         self.is_resigned = False

@@ -1,11 +1,12 @@
-"""What a pool has done so far, in numbers."""
+"""What a pool, or one reading of it, has done so far, in numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import copy
 from dataclasses import dataclass, field
 
-__all__ = ["PoolStats", "WorkerStats"]
+__all__ = ["PoolStats", "Tally", "WorkerStats", "total"]
 
 
 @dataclass(slots=True)
@@ -25,18 +26,24 @@ class WorkerStats:
 
 @dataclass(frozen=True, slots=True)
 class PoolStats:
-    """What a pool has done.
+    """What a pool, or one reading of it, has done.
 
     Attributes:
         retries: GETs that were made again.
-        restarts: Workers that died and were replaced.
-        seconds: Time during which somebody was waiting for bytes, summed over the threads that waited.
+        restarts: Workers that died and were replaced; 0 for one reading.
+        seconds: Time of waiting for the network: that in which somebody waited for bytes, summed over the threads
+            that waited.
+        consumer_seconds: Time of waiting for the consumer: that in which nothing was received, though more was
+            wanted, because memory was full of bytes that nobody had taken.
+        over_read: Bytes received that nobody had asked for: gaps between ranges that were fetched as one.
         workers: The numbers of each worker.
     """
 
     retries: int = 0
     restarts: int = 0
     seconds: float = 0.0
+    consumer_seconds: float = 0.0
+    over_read: int = 0
     workers: tuple[WorkerStats, ...] = field(default=())
 
     @property
@@ -49,17 +56,63 @@ class PoolStats:
         """GETs made by all workers."""
         return sum(worker.requests for worker in self.workers)
 
+    def __str__(self) -> str:
+        """For a log: one line."""
+        share = 100 * self.over_read / self.bytes if self.bytes else 0.0
+        return (
+            f"{self.bytes} bytes in {self.requests} requests by {len(self.workers)} workers, {self.retries} retries, "
+            f"{self.over_read} bytes over-read ({share:.1f} %), waited {self.seconds:.2f} s for the network and "
+            f"{self.consumer_seconds:.2f} s for the consumer"
+        )
+
+
+class Tally:
+    """Counts what a :class:`PoolStats` tells. Written by the coordinator's thread only."""
+
+    __slots__ = ("consumer_seconds", "over_read", "retries", "seconds", "workers")
+
+    def __init__(self) -> None:
+        self.retries = 0
+        self.seconds = 0.0
+        self.consumer_seconds = 0.0
+        self.over_read = 0
+        self.workers: list[WorkerStats] = []
+
+    def note(self, worker: int, nbytes: int, seconds: float) -> None:
+        """A request of a worker has ended."""
+        while len(self.workers) <= worker:
+            self.workers.append(WorkerStats())
+        stats = self.workers[worker]
+        stats.requests += 1
+        stats.bytes += nbytes
+        stats.seconds += seconds
+
+    def stats(self, restarts: int = 0) -> PoolStats:
+        """The numbers now."""
+        return PoolStats(
+            self.retries,
+            restarts,
+            self.seconds,
+            self.consumer_seconds,
+            self.over_read,
+            tuple(map(copy, self.workers)),
+        )
+
 
 def total(runs: Iterable[PoolStats]) -> PoolStats:
-    """The numbers of several runs of one pool together."""
+    """The numbers of several runs together."""
     runs = list(runs)
-    most = max((len(run.workers) for run in runs), default=0)
-    workers = tuple(WorkerStats() for _ in range(most))
+    workers = tuple(WorkerStats() for _ in range(max((len(run.workers) for run in runs), default=0)))
     for run in runs:
         for ours, theirs in zip(workers, run.workers, strict=False):
             ours.bytes += theirs.bytes
             ours.requests += theirs.requests
             ours.seconds += theirs.seconds
     return PoolStats(
-        sum(run.retries for run in runs), sum(run.restarts for run in runs), sum(run.seconds for run in runs), workers
+        sum(run.retries for run in runs),
+        sum(run.restarts for run in runs),
+        sum(run.seconds for run in runs),
+        sum(run.consumer_seconds for run in runs),
+        sum(run.over_read for run in runs),
+        workers,
     )

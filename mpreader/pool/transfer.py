@@ -8,14 +8,17 @@ one day.
 from __future__ import annotations
 
 import copy
+import math
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from mpreader.errors import MpreaderError, PlanError, PoolClosed
+from mpreader.errors import MpreaderError, PlanError, PoolClosed, PoolTimeout
+from mpreader.pool.stats import PoolStats, Tally
+from mpreader.progress import Progress
 
 if TYPE_CHECKING:
     from mpreader.pool.arena import Slot
@@ -36,6 +39,8 @@ class FillPart(NamedTuple):
 class Fill:
     """One slot's worth of work: ``parts`` of one object into ``nbytes`` of contiguous memory.
 
+    ``over_read`` of its bytes are gaps that nobody asked for.
+
     Raises:
         PlanError: It has no parts, or one that doesn't lie within the slot.
     """
@@ -43,6 +48,7 @@ class Fill:
     source: Source
     nbytes: int
     parts: tuple[FillPart, ...]
+    over_read: int = 0
 
     def __post_init__(self) -> None:
         for part in self.parts:
@@ -100,7 +106,10 @@ class Transfer:
             whole item.
 
     Attributes:
-        wait_s: Seconds that consumers have waited in ``take``.
+        tally: What was done for it so far.
+        on_arrival: Called, from the coordinator's thread, when something has arrived or the reading has failed; for
+            those who use ``try_take_first``.
+        progress: Is told of each fill that was taken, and closed with the transfer.
     """
 
     def __init__(
@@ -113,11 +122,14 @@ class Transfer:
     ) -> None:
         self.fills = fills
         self.grows = grows
-        self.wait_s = 0.0
+        self.tally = Tally()
         self._tell = tell
         self._on_lease_end = on_lease_end
         self._arrived: dict[int, Slot | MpreaderError] = {}
         self._awaited: list[int] = []
+        self._polled: tuple[int, float] | None = None  # what try_take_first waits for, and since when
+        self.on_arrival: Callable[[], object] = _nothing
+        self.progress = Progress()
         self._broken: MpreaderError | None = None
         self._condition = threading.Condition()
         self._pid = os.getpid()
@@ -127,37 +139,104 @@ class Transfer:
 
     # -- the consumer's side
 
-    def take(self, index: int) -> memoryview:
+    def take(self, index: int, deadline: float = math.inf) -> memoryview:
         """Wait for a fill and take it: a writable view of its ``nbytes``, the caller's until its last reference dies.
 
         A fill that is taken a second time is read a second time.
 
+        Args:
+            index: The fill.
+            deadline: How long to wait for it, by the monotonic clock.
+
         Raises:
+            PoolTimeout: It had not arrived by then.
             MpreaderError: It can't be had.
         """
+        return self.take_first((index,), deadline)[1]
+
+    def take_first(self, wanted: Collection[int], deadline: float = math.inf) -> tuple[int, memoryview]:
+        """Like :meth:`take`, for whichever of the fills ``wanted``, at least one, has arrived first.
+
+        Returns:
+            The fill's index, and its view.
+        """
+        self._check_process()
+        with self._condition:
+            index = self._arrived_of(wanted)
+            if index is None and self._broken is None:
+                index = self._wait_for(wanted, deadline)
+            taken = self._take_arrived(index, wanted)
+        self.progress.advance(len(taken[1]))
+        return taken
+
+    def try_take_first(self, wanted: Collection[int]) -> tuple[int, memoryview] | None:
+        """Like :meth:`take_first`, but don't wait: None where none of them is there.
+
+        The first of them is asked for, then; ``on_arrival`` is called when it is worth another try.
+        """
+        self._check_process()
+        with self._condition:
+            index = self._arrived_of(wanted)
+            if index is None and self._broken is None:
+                first = next(iter(wanted))
+                if self._polled is None:
+                    self._polled = first, time.monotonic()
+                    self._awaited.append(first)
+                self._tell(Demand(self, first))
+                return None
+            if self._polled is not None:
+                self._awaited.remove(self._polled[0])
+                self.tally.seconds += time.monotonic() - self._polled[1]
+                self._polled = None
+            taken = self._take_arrived(index, wanted)
+        self.progress.advance(len(taken[1]))
+        return taken
+
+    def _check_process(self) -> None:
         if os.getpid() != self._pid:
             raise PoolClosed("this read was begun before a fork; begin a new one in the child process")
-        with self._condition:
-            if index not in self._arrived and self._broken is None:
-                self._wait_for(index)
-            arrived = self._arrived.pop(index, self._broken)
-            if arrived is None or isinstance(arrived, MpreaderError):
-                # A copy: an exception that is raised twice would drag the frames of both along.
-                raise copy.copy(arrived) if arrived is not None else PoolClosed("this read was closed")
-            # Within the lock: the demand of another thread that waits for the same fill must come after it.
-            self._tell(Taken(self, index))
-        return arrived.lease(self._on_lease_end)[: self.fills[index].nbytes]
 
-    def _wait_for(self, index: int) -> None:
+    def _arrived_of(self, wanted: Collection[int]) -> int | None:
+        few, many = (wanted, self._arrived) if len(wanted) == 1 else (self._arrived, wanted)
+        return next((index for index in few if index in many), None)
+
+    def _take_arrived(self, index: int | None, wanted: Collection[int]) -> tuple[int, memoryview]:
+        arrived = self._broken if index is None else self._arrived.pop(index, self._broken)
+        if arrived is None:
+            raise self.late(wanted)
+        if index is None or isinstance(arrived, MpreaderError):
+            # A copy: an exception that is raised twice would drag the frames of both along.
+            raise copy.copy(arrived)  # type: ignore[misc]  # without an index it is an error
+        # Within the lock: the demand of another thread that waits for the same fill must come after it.
+        self._tell(Taken(self, index))
+        return index, arrived.lease(self._on_lease_end)[: self.fills[index].nbytes]
+
+    def _wait_for(self, wanted: Collection[int], deadline: float) -> int | None:
         started = time.monotonic()
-        self._awaited.append(index)
+        first = next(iter(wanted))
+        self._awaited.append(first)
         try:
-            while index not in self._arrived and self._broken is None:
-                self._tell(Demand(self, index))
-                self._condition.wait()
+            while (index := self._arrived_of(wanted)) is None and self._broken is None:
+                self._tell(Demand(self, first))
+                left_s = deadline - time.monotonic()
+                if left_s <= 0 or not self._condition.wait(None if left_s == math.inf else left_s):
+                    return None
+            return index
         finally:
-            self._awaited.remove(index)
-            self.wait_s += time.monotonic() - started
+            self._awaited.remove(first)
+            self.tally.seconds += time.monotonic() - started
+
+    def late(self, wanted: Collection[int]) -> PoolTimeout:
+        """The error for those whose time is up."""
+        fill = self.fills[next(iter(wanted))]
+        return PoolTimeout(
+            f"{fill.source.uri} bytes {fill.parts[0].start}-{fill.parts[-1].end} had not arrived when the time given "
+            "to the call was up (timeout_s)"
+        )
+
+    def stats(self) -> PoolStats:
+        """What was done for it so far."""
+        return self.tally.stats()
 
     def discard(self, start: int, stop: int) -> None:
         """Say that the fills [start, stop) won't be taken any more."""
@@ -165,6 +244,7 @@ class Transfer:
 
     def close(self) -> None:
         """Stop downloads and give back what was not taken. Views that were taken stay valid. Idempotent."""
+        self.progress.close()
         if self._broken is None and os.getpid() == self._pid:
             self.fail_all(PoolClosed("this read was closed"))
             self._tell(Close(self))
@@ -178,6 +258,7 @@ class Transfer:
                 return False
             self._arrived[index] = arrived
             self._condition.notify_all()
+            self.on_arrival()
             return True
 
     def is_awaited(self, index: int) -> bool:
@@ -198,3 +279,8 @@ class Transfer:
             if self._broken is None:
                 self._broken = error
             self._condition.notify_all()
+            self.on_arrival()
+
+
+def _nothing() -> None:
+    pass

@@ -39,9 +39,10 @@ _WATCH_INTERVAL_S = 0.25
 
 
 class Lane:
-    """A connection, the thread that owns it, and what it is given to do."""
+    """A connection, its number, the thread that owns it, and what it is given to do."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, number: int, connection: Connection) -> None:
+        self.number = number
         self.connection = connection
         self.work: queue.SimpleQueue[Fetch] = queue.SimpleQueue()
 
@@ -51,7 +52,9 @@ class Worker:
 
     def __init__(self, sock: socket.socket, connections: int, connect_timeout_s: float, stall_timeout_s: float) -> None:
         self._sock = sock
-        self._unused = [Lane(Connection(connect_timeout_s, stall_timeout_s)) for _ in range(connections)]
+        self._unused = [
+            Lane(number, Connection(connect_timeout_s, stall_timeout_s)) for number in reversed(range(connections))
+        ]
         self._lanes: list[Lane] = []
         # The lane that became idle last is used next: its connection has its window open, its server's attention, and
         # its buffers warm. Guarded by _lock, as is _waiting.
@@ -123,7 +126,7 @@ class Worker:
         while True:
             fetch: Fetch | None = lane.work.get()
             while fetch is not None:
-                news = self._fetch(lane.connection, fetch, stalls)
+                news = self._fetch(lane, fetch, stalls)
                 # Before the news is out: what the coordinator sends in return is for this lane, not for a new one.
                 fetch = self._next_for(lane)
                 self._send(news)
@@ -135,19 +138,22 @@ class Worker:
             self._idle.append(lane)
             return None
 
-    def _fetch(self, connection: Connection, fetch: Fetch, stalls: _Stalls) -> Fetched | Failed:
-        started, stalled_s = time.monotonic(), stalls.seconds()
+    def _fetch(self, lane: Lane, fetch: Fetch, stalls: _Stalls) -> Fetched | Failed:
+        connection = lane.connection
+        started_s, stalled_s = time.monotonic(), stalls.seconds()
         try:
             into = self._segments[fetch.segment][fetch.segment_offset :][: fetch.end - fetch.start]
             connection.get(fetch, into, self._cancelled)
         except GetFailed as failure:
-            return failure.message(fetch.part)
+            failed = failure.message(fetch.part)
+            return failed._replace(connection=lane.number, started_s=started_s, answered_s=connection.answered_s)
         except Exception as error:  # noqa: BLE001  # a bug must reach the coordinator, not end a thread silently
             connection.close()
             return Failed(fetch.part, FailureKind.REFUSED, 0, f"worker error: {type(error).__name__}: {error}")
         finally:
             self._cancelled.discard(fetch.part)
-        return Fetched(fetch.part, time.monotonic() - started, stalls.seconds() - stalled_s)
+        seconds, stalled_s = time.monotonic() - started_s, stalls.seconds() - stalled_s
+        return Fetched(fetch.part, seconds, stalled_s, lane.number, started_s, connection.answered_s)
 
     def _cancel(self, part: int) -> None:
         self._cancelled.add(part)

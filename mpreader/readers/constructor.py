@@ -167,6 +167,7 @@ class S3ReaderConstructor:
         *,
         s3client_config: S3ClientConfig | None = None,
         pool_config: PoolConfig | None = None,
+        progress: bool | None = None,
     ) -> MultiprocessConstructor:
         """The items of a load plan, read ahead by worker processes into shared memory.
 
@@ -174,6 +175,8 @@ class S3ReaderConstructor:
             max_gap_size: Largest gap, in bytes, between two items that are fetched as one.
             s3client_config: How S3 is reached. None: the defaults.
             pool_config: Settings of the worker pool. None: the defaults.
+            progress: Whether a load shows a progress bar on stderr. None: on a terminal or in a notebook, and only in
+                the first of several ranks.
 
         Raises:
             TypeError: ``max_gap_size`` is not a number.
@@ -181,7 +184,9 @@ class S3ReaderConstructor:
         """
         from mpreader.readers.read_ahead import MultiprocessConstructor
 
-        return MultiprocessConstructor(max_gap_size, s3client_config=s3client_config, pool_config=pool_config)
+        return MultiprocessConstructor(
+            max_gap_size, s3client_config=s3client_config, pool_config=pool_config, progress=progress
+        )
 
     @staticmethod
     def default() -> S3ReaderConstructorProtocol:

@@ -14,11 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from mpreader.config import PoolConfig, S3ClientConfig, check_type
 from mpreader.pool.pool import Pool, release_shared_pool, shared_pool, use_shared_pool
+from mpreader.pool.stats import PoolStats
 from mpreader.pool.transfer import Fill, FillPart, Transfer
-from mpreader.ranges import DEFAULT_MAX_GAP_SIZE, WORTHWHILE_GAP_SIZE, ItemRange, Part, coalesce, partition
+from mpreader.progress import progress_bar
+from mpreader.ranges import DEFAULT_MAX_GAP_SIZE, ItemRange, Part
 from mpreader.readers.base import S3Reader
 from mpreader.readers.constructor import ItemRangeConstructor
 from mpreader.readers.multiprocess import MultiprocessS3Reader
+from mpreader.readers.plan import plan_files
 from mpreader.readers.protocols import GetObjectInfo, GetStream, PlanItem, StoredItem
 
 if TYPE_CHECKING:
@@ -30,24 +33,34 @@ __all__ = ["MultiprocessConstructor", "ReadAhead"]
 class ReadAhead:
     """The parts of one plan on their way, shared by the readers of its files."""
 
-    def __init__(self, pool: Pool, client: S3Client, ranges_by_file: Mapping[str, Sequence[ItemRange]], gap: float):
+    def __init__(
+        self,
+        pool: Pool,
+        client: S3Client,
+        ranges_by_file: Mapping[str, Sequence[ItemRange]],
+        gap: float,
+        *,
+        progress: bool | None = False,
+    ) -> None:
         from mpreader.s3 import S3Source, parse_s3_uri
 
         self.ranges_by_file = ranges_by_file
         self.parts_by_file: dict[str, tuple[int, list[Part]]] = {}
         fills: list[Fill] = []
-        gap = min(gap, WORTHWHILE_GAP_SIZE)
-        for uri, ranges in ranges_by_file.items():
-            parts = [part for group in coalesce(ranges, gap) for part in partition(group, pool.sizes.part_bytes)]
-            self.parts_by_file[uri] = (len(fills), parts)
+        for uri, plan in plan_files(ranges_by_file, gap, pool.sizes.part_bytes).items():
+            self.parts_by_file[uri] = (len(fills), plan.parts)
             source = S3Source(client, *parse_s3_uri(uri))
-            fills.extend(Fill(source, part.size, (FillPart(part.start, part.end, 0),)) for part in parts)
+            fills.extend(
+                Fill(source, part.size, (FillPart(part.start, part.end, 0),), part.over_read) for part in plan.parts
+            )
         self._unread = {uri for uri, (_, parts) in self.parts_by_file.items() if parts}
         self._readers = 0
         self._is_retired = not fills
         self.max_bytes = pool.sizes.max_bytes
         # torch.load needs the whole of an item at a time, however large it is.
         self.transfer: Transfer | None = pool.read(fills, grows=True) if fills else None
+        if self.transfer is not None:
+            self.transfer.progress = progress_bar(sum(fill.nbytes for fill in fills), "load", show=progress)
         # Its own use of the pool: readers that are open outlive the constructor that made them.
         use_shared_pool(pool)
         self._release_pool = weakref.finalize(self, release_shared_pool, pool, keep_warm=True)
@@ -94,6 +107,8 @@ class MultiprocessConstructor(ItemRangeConstructor):
         s3client_config: How S3 is reached. None: the storage reader's own settings in mpreader's ``S3StorageReader``,
             the defaults and the usual ``AWS_*`` environment in any other.
         pool_config: Settings of the worker pool. None: the defaults.
+        progress: Whether a load shows a progress bar on stderr. None: on a terminal or in a notebook, and only in the
+            first of several ranks.
 
     Raises:
         TypeError: An argument has a wrong type.
@@ -114,12 +129,14 @@ class MultiprocessConstructor(ItemRangeConstructor):
         *,
         s3client_config: S3ClientConfig | None = None,
         pool_config: PoolConfig | None = None,
+        progress: bool | None = None,
     ) -> None:
         super().__init__(max_gap_size)
         check_type("s3client_config", s3client_config, S3ClientConfig)
         check_type("pool_config", pool_config, PoolConfig)
         self._s3client_config = s3client_config
         self._pool_config = pool_config
+        self._progress = progress
         self._forget_state()
 
     def use_client(self, client: S3Client) -> None:
@@ -144,6 +161,11 @@ class MultiprocessConstructor(ItemRangeConstructor):
         """Take over the ranges of a load plan and begin to read ahead; see the base class."""
         super().set_item_ranges_by_file(plan_items, storage_data, base_path)
         self._set_read_ahead(self._order(self._item_ranges_by_file) if self._item_ranges_by_file else None)
+
+    def stats(self) -> PoolStats:
+        """What was done for the last plan so far: bytes, over-read, requests, retries, waits, each worker's share."""
+        ahead = self._read_ahead
+        return PoolStats() if ahead is None or ahead.transfer is None else ahead.transfer.stats()
 
     def close(self) -> None:
         """End the downloads and this constructor's use of the pool; the next plan starts anew. Idempotent."""
@@ -174,7 +196,7 @@ class MultiprocessConstructor(ItemRangeConstructor):
             from mpreader.s3 import S3Client
 
             self._client = S3Client(s3client_config=self._s3client_config)
-        return ReadAhead(self._get_pool(), self._client, ranges_by_file, self._max_gap_size)
+        return ReadAhead(self._get_pool(), self._client, ranges_by_file, self._max_gap_size, progress=self._progress)
 
     def _get_pool(self) -> Pool:
         if self._pool is None:

@@ -47,7 +47,7 @@ def make_fetcher() -> Iterator[Callable[..., RangeFetcher]]:
 
 
 def pids(fetcher: RangeFetcher) -> list[int]:
-    coordinator = fetcher._pool.coordinator
+    coordinator = fetcher._engine.pool.coordinator
     assert coordinator is not None
     return coordinator.crew.pids
 
@@ -143,7 +143,7 @@ def test_part_that_kills_every_worker_is_one_error(make_fetcher: Callable[..., R
     def kill_holders() -> None:
         crew = None
         while not ended.wait(0.01):
-            coordinator = fetcher._pool.coordinator
+            coordinator = fetcher._engine.pool.coordinator
             crew = coordinator.crew if coordinator is not None else None
             for member in list(crew._members) if crew is not None else []:
                 if member.parts:
@@ -238,6 +238,6 @@ def test_too_few_descriptors_are_a_clear_error(make_fetcher: Callable[..., Range
     fetcher = make_fetcher(workers=8)
     for spare in (*range(8), 11):
         with descriptors_left(spare), pytest.raises(PoolError, match="ulimit -n"):
-            fetcher._pool.start()
+            fetcher._engine.pool.start()
     server = serve({"/object": DATA})
     assert fetcher.fetch_object(server.url("/object")) == DATA, "the same fetcher must work when there are enough"

@@ -128,8 +128,8 @@ def test_64_workers_share_one_fetch_of_the_roles_credentials(
     store.inject(Fault(FaultKind.DELAY, seconds=0.2))  # so slow that every worker gets something to do
     config = PoolConfig(workers=64, connections_per_worker=1, max_memory=16 * MiB, part_size=64 * KiB)
     with RangeFetcher(pool_config=config) as fetcher:
-        fetcher._pool.start()
-        coordinator = fetcher._pool.coordinator
+        fetcher._engine.pool.start()
+        coordinator = fetcher._engine.pool.coordinator
         assert coordinator is not None
         wait_until(lambda: all(member.is_ready for member in coordinator.crew._members), 20)
         for _ in range(2):

@@ -96,7 +96,7 @@ def load():
     except PoolClosed:  # the program has ended
         pass
 threading.Thread(target=load, daemon=True).start()
-while not fetcher._pool.is_running:
+while not fetcher._engine.pool.is_running:
     time.sleep(0.01)
 """
     run(program, server)
@@ -207,7 +207,7 @@ from mpreader.pool import pool
 digest()
 held, forked = threading.Barrier(2), threading.Event()
 def hold():
-    with pool._shared_lock, fetcher._pool._lock, fetcher._pool.coordinator._wakeup._lock:
+    with pool._shared_lock, fetcher._engine.pool._lock, fetcher._engine.pool.coordinator._wakeup._lock:
         held.wait()
         forked.wait()
 thread = threading.Thread(target=hold)
@@ -308,7 +308,7 @@ def fetcher() -> Iterator[RangeFetcher]:
 
 
 def pids(fetcher: RangeFetcher) -> list[int]:
-    coordinator = fetcher._pool.coordinator
+    coordinator = fetcher._engine.pool.coordinator
     assert coordinator is not None
     return coordinator.crew.pids
 
@@ -328,8 +328,8 @@ def test_workers_start_fast_and_stay_small(
     fetcher: RangeFetcher, server: FaultServer, data: bytes, record_property: Callable[[str, object], None]
 ) -> None:
     started = time.monotonic()
-    fetcher._pool.start()
-    coordinator = fetcher._pool.coordinator
+    fetcher._engine.pool.start()
+    coordinator = fetcher._engine.pool.coordinator
     assert coordinator is not None
     wait_until(lambda: all(member.is_ready for member in coordinator.crew._members), 5.0)
     start_s = time.monotonic() - started

@@ -199,7 +199,7 @@ def test_stream_dropped_in_another_thread_stops_its_downloads(
     server.inject(*(Fault(FaultKind.DELAY, covering=start, seconds=60) for start, _ in ranges[1:]))
     streams = [fetcher.stream(server.url("/object"), ranges, max_gap_size=0)]
     assert next(streams[0])[1] == data[:size]
-    coordinator = fetcher._pool.coordinator
+    coordinator = fetcher._engine.pool.coordinator
     assert coordinator is not None
     assert not coordinator._scheduler.is_idle
     threads.submit(streams.clear).result(10)

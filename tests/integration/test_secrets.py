@@ -84,7 +84,7 @@ def shown(thing: object) -> Iterator[str]:
 
 
 def pids(fetcher: RangeFetcher) -> list[int]:
-    coordinator = fetcher._pool.coordinator
+    coordinator = fetcher._engine.pool.coordinator
     assert coordinator is not None
     return coordinator.crew.pids
 
@@ -115,7 +115,7 @@ def test_fetch_shows_no_secret_in_logs_reprs_and_processes(
                 texts += told_by_processes(fetcher)
                 os.kill(pids(fetcher)[0], signal.SIGKILL)  # that is logged
         texts += told_by_processes(fetcher)  # of the worker that took over
-        for thing in (fetcher, fetcher._pool, fetcher._pool.coordinator, fetcher._client, fetcher.stats, CONFIG):
+        for thing in (fetcher, fetcher._engine.pool, fetcher._engine.pool.coordinator, fetcher.client(), fetcher.stats, CONFIG):
             texts.extend(shown(thing))
         assert fetcher.stats.retries >= 2
     formatter = logging.Formatter("%(name)s %(message)s")
@@ -277,7 +277,7 @@ def test_shared_memory_has_no_name_and_is_its_owners_alone(server: FaultServer, 
                 *fetcher.fetch(server.url("/object"), [(0, 1000)]),
                 *fetcher.fetch(server.url("/object"), [(0, MiB)]),  # in a segment of its own
             ]
-            coordinator = fetcher._pool.coordinator
+            coordinator = fetcher._engine.pool.coordinator
             assert coordinator is not None
             segments = list(coordinator._arena.segments.values())
             assert len(segments) >= 2

@@ -105,7 +105,7 @@ def test_fetch_of_nothing_asks_nobody(fetcher: RangeFetcher, server: FaultServer
     [(index, view)] = fetcher.stream(server.url("/object"), [(9, 9)])
     assert (index, bytes(view)) == (0, b"")
     assert not server.requests
-    assert not fetcher._pool.is_running
+    assert not fetcher._engine.pool.is_running
 
 
 def test_fetch_joins_near_ranges_and_leaves_far_ones_apart(fetcher: RangeFetcher, server: FaultServer) -> None:
@@ -200,7 +200,7 @@ def test_stream_of_ranges_side_by_side_stays_in_bounded_memory(
         for index, view in fetcher.stream(server.url("/object"), ranges, max_gap_size=max_gap_size):
             start, end = ranges[index]
             assert view == data[start:end]
-            coordinator = fetcher._pool.coordinator
+            coordinator = fetcher._engine.pool.coordinator
             assert coordinator is not None
             assert coordinator.reserved_bytes <= 2 * MiB
 
@@ -222,7 +222,7 @@ def test_stream_whose_views_are_all_kept_ends_in_a_clear_error(server: FaultServ
 def test_stream_that_is_not_finished_stops_its_downloads(fetcher: RangeFetcher, server: FaultServer) -> None:
     stream = fetcher.stream(server.url("/object"), [(0, len(DATA))] * 2 + [(0, 10)])
     next(stream)
-    coordinator = fetcher._pool.coordinator
+    coordinator = fetcher._engine.pool.coordinator
     assert coordinator is not None
     is_idle = [coordinator._scheduler.is_idle]
     del stream

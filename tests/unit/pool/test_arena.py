@@ -262,7 +262,7 @@ def test_pool_fits_itself_to_a_small_dev_shm() -> None:
             ranges = [(start, start + 100_000) for start in range(0, 3_000_000, 100_000)]
             for index, view in fetcher.stream(server.url("/o"), ranges):
                 assert view == data[index * 100_000 :][:100_000]
-            print("all", fetcher._pool.sizes.max_bytes)
+            print("all", fetcher._engine.pool.sizes.max_bytes)
         """,
     )
     assert "all" in out

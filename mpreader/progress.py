@@ -1,0 +1,130 @@
+"""A progress bar for long work: bytes, rate and time left."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import sys
+import threading
+import warnings
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["Progress", "progress_bar"]
+
+_DELAY_S: Final = 0.5  # what is done sooner shows none
+_OFF: Final = ("0", "false", "no", "off")
+
+_log = logging.getLogger(__name__)
+
+
+class Progress:
+    """What :func:`progress_bar` returns. Thread-safe; a bar that can't be drawn is drawn no more, and harms nothing."""
+
+    def __init__(self, bar: Any = None, total_bytes: int = 0) -> None:
+        self._bar = bar
+        self._left = total_bytes
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether there is a bar."""
+        return self._bar is not None
+
+    def advance(self, nbytes: int) -> None:
+        """So many bytes more are done; those beyond the total, received a second time, are not counted."""
+        if self._bar is not None:
+            nbytes = min(nbytes, self._left)
+            self._left -= nbytes
+            try:
+                self._bar.update(nbytes)
+            except Exception:  # noqa: BLE001  # a terminal that was closed, say
+                self._give_up()
+
+    def close(self) -> None:
+        """The work is over. Idempotent."""
+        bar, self._bar = self._bar, None
+        if bar is not None:
+            try:
+                bar.close()
+            except Exception:  # noqa: BLE001
+                self._give_up()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _give_up(self) -> None:
+        self._bar = None
+        _log.debug("the progress bar can't be drawn", exc_info=True)
+
+
+def progress_bar(total_bytes: int, description: str, *, show: bool | None = None, leave: bool = False) -> Progress:
+    """Begin a bar on stderr; it appears when the work takes longer than half a second.
+
+    Args:
+        total_bytes: Bytes of the whole work.
+        description: What is done, in a word or two.
+        show: None: on a terminal or in a notebook, and in the first of several ranks only. True: always. False: never.
+            ``MPREADER_PROGRESS=0`` in the environment turns all of them off.
+        leave: Whether the bar stays on the screen when the work is over.
+    """
+    if not _is_shown(show):
+        return Progress()
+    try:
+        bar = _bar_class()(
+            total=total_bytes,
+            desc=description,
+            leave=leave,
+            delay=_DELAY_S,
+            unit="B",
+            unit_scale=True,
+            dynamic_ncols=True,
+        )
+    except Exception:  # noqa: BLE001  # a missing widget, a closed stderr: no reason not to do the work
+        _log.debug("the progress bar can't be drawn", exc_info=True)
+        return Progress()
+    return Progress(bar, total_bytes)
+
+
+def _is_shown(show: bool | None) -> bool:
+    if show is False or os.environ.get("MPREADER_PROGRESS", "").strip().lower() in _OFF:
+        return False
+    if show:
+        return True
+    return os.environ.get("RANK", "0") == "0" and (_is_notebook() or _is_terminal())
+
+
+def _is_terminal() -> bool:
+    try:
+        return sys.stderr.isatty()
+    except (AttributeError, ValueError):  # there is none, or it was closed
+        return False
+
+
+def _is_notebook() -> bool:
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return shell is not None and hasattr(shell, "kernel")
+
+
+@functools.cache
+def _bar_class() -> Any:
+    if _is_notebook():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of missing widgets: then the bar is text
+            from tqdm.autonotebook import tqdm as base
+    else:
+        from tqdm import tqdm as base
+
+    class Bar(base):  # type: ignore[type-arg]  # chosen at run time
+        """Without tqdm's thread that watches it, and without its lock between processes."""
+
+        monitor_interval = 0
+        _lock = threading.RLock()
+
+    return Bar
