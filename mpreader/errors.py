@@ -117,8 +117,8 @@ class PoolClosed(PoolError):
     """The pool, fetcher or reader was closed by its owner."""
 
 
-class PoolTimeout(PoolError):
-    """Work was not done within its deadline (``PoolConfig.timeout_s``)."""
+class PoolTimeout(PoolError, TimeoutError):
+    """Work was not done within its deadline (``PoolConfig.timeout_s``, or a call's ``timeout_s``)."""
 
 
 class WorkerCrashed(PoolError):

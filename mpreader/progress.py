@@ -63,7 +63,7 @@ class Progress:
         _log.debug("the progress bar can't be drawn", exc_info=True)
 
 
-def progress_bar(total_bytes: int, description: str, *, show: bool | None = None, leave: bool = False) -> Progress:
+def progress_bar(total_bytes: int, description: str, *, show: bool | None = None, leave: bool = True) -> Progress:
     """Begin a bar on stderr; it appears when the work takes longer than half a second.
 
     Args:

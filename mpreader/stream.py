@@ -151,9 +151,10 @@ class Filled:
         self._owners = order.owners
 
     def put(self, number: int, index: int, view: memoryview) -> None:
-        """Copy one piece of one range."""
-        owner, offset = self._owners[number][index]
-        self.views[number][owner][offset : offset + len(view)] = view
+        """Copy one piece of one range; what is empty has none."""
+        if view.nbytes:
+            owner, offset = self._owners[number][index]
+            self.views[number][owner][offset : offset + len(view)] = view
 
 
 def in_order(

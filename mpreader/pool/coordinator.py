@@ -259,7 +259,7 @@ class Coordinator:
     def _hear(self, member: Member, has_ended: bool) -> None:
         now = time.monotonic()
         for news in self.crew.receive(member, now):
-            self._note_request(member.process.number, news, now)
+            self._note_request(member.process.number, news)
             if isinstance(news, Fetched):
                 self._note_pace(self._scheduler.fetched(news.part), news, now)
             else:
@@ -268,11 +268,12 @@ class Coordinator:
             lost = self.crew.bury(member, self._arena.segments.values())
             self._scheduler.lost(lost.parts, lost.exitcode, lost.why)
 
-    def _note_request(self, worker: int, news: Fetched | Failed, now: float) -> None:
+    def _note_request(self, worker: int, news: Fetched | Failed) -> None:
         part = self._scheduler.find(news.part)
         nbytes = news.received if isinstance(news, Failed) else 0 if part is None else _rest(part)
         self._scheduler.note_request(part, worker, nbytes, news.seconds if isinstance(news, Fetched) else 0.0)
         if part is not None and (observer.observers or log.isEnabledFor(logging.DEBUG)):
+            ended_s = news.started_s + news.seconds
             event = RequestEvent(
                 uri=part.fill.fill.source.uri,
                 worker=worker,
@@ -281,8 +282,8 @@ class Coordinator:
                 end=part.part.end,
                 received=nbytes,
                 started_s=news.started_s,
-                first_byte_s=news.answered_s or now,
-                ended_s=now,
+                first_byte_s=news.answered_s or ended_s,
+                ended_s=ended_s,
                 outcome=news.kind.name.lower() if isinstance(news, Failed) else "ok",
                 attempt=part.requests,
             )

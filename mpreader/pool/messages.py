@@ -121,6 +121,7 @@ class Failed(NamedTuple):
     received: int
     detail: str
     retry_after_s: float = 0.0
+    seconds: float = 0.0
     connection: int = 0
     started_s: float = 0.0
     answered_s: float = 0.0

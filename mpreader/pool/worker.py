@@ -146,7 +146,12 @@ class Worker:
             connection.get(fetch, into, self._cancelled)
         except GetFailed as failure:
             failed = failure.message(fetch.part)
-            return failed._replace(connection=lane.number, started_s=started_s, answered_s=connection.answered_s)
+            return failed._replace(
+                seconds=time.monotonic() - started_s,
+                connection=lane.number,
+                started_s=started_s,
+                answered_s=connection.answered_s,
+            )
         except Exception as error:  # noqa: BLE001  # a bug must reach the coordinator, not end a thread silently
             connection.close()
             return Failed(fetch.part, FailureKind.REFUSED, 0, f"worker error: {type(error).__name__}: {error}")

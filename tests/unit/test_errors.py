@@ -24,7 +24,7 @@ PARENTS = {
     "ChecksumMismatch": ("TransportError",),
     "PoolError": ("MpreaderError",),
     "PoolClosed": ("PoolError",),
-    "PoolTimeout": ("PoolError",),
+    "PoolTimeout": ("PoolError", "TimeoutError"),
     "WorkerCrashed": ("PoolError",),
     "ArenaError": ("MpreaderError",),
     "ArenaExhausted": ("ArenaError",),
