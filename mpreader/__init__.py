@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from mpreader.readers.read_ahead import MultiprocessConstructor as MultiprocessConstructor
     from mpreader.readers.sequential import SequentialS3Reader as SequentialS3Reader
     from mpreader.s3 import S3Client as S3Client
+    from mpreader.timeline import Timeline as Timeline
+    from mpreader.timeline import record_timeline as record_timeline
 
 __version__ = "0.1.0"
 
@@ -63,6 +65,8 @@ _HOME_OF = {
     "DCPOptimizedS3Reader": "mpreader.readers.dcp_optimized",
     "MultiprocessS3Reader": "mpreader.readers.multiprocess",
     "S3Client": "mpreader.s3",
+    "Timeline": "mpreader.timeline",
+    "record_timeline": "mpreader.timeline",
     "AccessDenied": "mpreader.errors",
     "ArenaClosed": "mpreader.errors",
     "ArenaError": "mpreader.errors",

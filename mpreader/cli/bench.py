@@ -1,0 +1,243 @@
+"""``mpreader bench``: this host against this bucket, and the settings that are worth it."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from mpreader.cli.options import BYTES, json_option, progress_option, s3_options
+from mpreader.cli.output import human_bytes, print_json, print_table
+from mpreader.config import MiB
+
+if TYPE_CHECKING:
+    from mpreader.sweep import Results, Sweep
+    from mpreader.trials import Measurement, Settings
+
+__all__ = ["command"]
+
+_HEADERS: Final = (
+    *("heat", "workers", "connections", "part size", "GB/s", "min", "max"),
+    *("CPU s/GB", "GETs", "retries", "memory", ""),
+)
+_SHORT_S: Final = 0.3
+_WIDE: Final = 0.1
+
+
+class _List(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.3
+    """Values with commas between them."""
+
+    name = "list"
+
+    def __init__(self, item: click.ParamType) -> None:  # type: ignore[type-arg]
+        self._item = item
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """Read it."""
+        if isinstance(value, tuple):
+            return value
+        return tuple(self._item.convert(item.strip(), param, ctx) for item in value.split(","))
+
+
+_COUNTS: Final = _List(click.IntRange(1))
+
+
+@click.command("bench")
+@click.argument("source")
+@click.option("--workers", type=_COUNTS, metavar="N,N,…", help="Worker processes to try.  [default: 1 to 16, by cores]")
+@click.option("--connections", type=_COUNTS, metavar="N,N,…", help="Connections of a worker.  [default: 4,8,16,32]")
+@click.option(
+    "--part-size", type=_List(BYTES), metavar="N,N,…", help="Bytes of one request.  [default: 4MiB,8MiB,16MiB]"
+)
+@click.option("--full", is_flag=True, help="Try all combinations, not one setting after the other.")
+@click.option(
+    "--bytes",
+    "nbytes",
+    type=BYTES,
+    help="How much is read for each measurement, again and again if the source has less.  "
+    "[default: 1GiB, or what the source has]",
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0, min_open=True),
+    default=15.0,
+    show_default=True,
+    help="About how long all measurements of one setting may take in a heat; less is read where that is too little.",
+)
+@click.option("--repeat", type=click.IntRange(1), default=3, show_default=True, help="Measurements of each setting.")
+@click.option("--chart", type=click.Path(dir_okay=False, writable=True), help="Draw the result into this file, a .png.")
+@progress_option
+@json_option
+@s3_options
+def command(
+    source: str,
+    workers: tuple[int, ...] | None,
+    connections: tuple[int, ...] | None,
+    part_size: tuple[int, ...] | None,
+    chart: str | None,
+    as_json: bool,
+    **arguments: Any,
+) -> None:
+    """Measure how fast this host reads from this bucket with different settings, and recommend some.
+
+    SOURCE is s3://bucket/key, an http(s) URL, or s3://bucket/prefix, such as a checkpoint's, whose largest objects are
+    read. Bytes are dropped as they come. Workers are tried first, then connections, then part sizes, each with what
+    was found to be enough before; in a last heat, what has won is measured once more. The defaults are measured
+    together with all of them. Recommended are the fewest connections, and the smallest parts, that are at most 3 %
+    slower than the best.
+
+    \b
+    Examples:
+      mpreader bench s3://my-bucket/checkpoint --chart bench.png
+      mpreader bench s3://my-bucket/data.bin --workers 2,4,8 --connections 8,16 --bytes 4GiB --json
+    """  # noqa: D301  # click reads the \b
+    draw = _chart_writer(chart)
+    from mpreader.sweep import sweep
+
+    asked = {"workers": workers, "connections_per_worker": connections, "part_size": part_size}
+    done = sweep(source, grid={axis: values for axis, values in asked.items() if values}, **arguments)
+    if chart:
+        draw(done, chart)
+    if as_json:
+        print_json(_document(done))
+    else:
+        _print(done)
+        if chart:
+            click.echo(f"\n{chart} shows it")
+
+
+def _chart_writer(chart: str | None) -> Any:
+    """What draws; found before there is something to draw, so that no long measurement is in vain."""
+    if chart is None:
+        return None
+    folder = Path(chart).parent
+    if not chart.endswith(".png"):
+        raise click.UsageError(f"--chart writes a .png, not {chart}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise click.UsageError(f"--chart can't be written: {folder} is no folder that you may write to")
+    from mpreader.chart import save_chart
+
+    return save_chart
+
+
+def _print(sweep: Sweep) -> None:
+    for line in _introduction(sweep):
+        click.echo(line)
+    click.echo()
+    print_table(_HEADERS, [_row(sweep, name, settings) for name, heat in sweep.heats.items() for settings in heat])
+    click.echo("(medians; compare within a heat; memory: what workers and shared memory took)\n")
+    for line in _verdict(sweep):
+        click.echo(line)
+
+
+def _introduction(sweep: Sweep) -> Iterator[str]:
+    many = f"the {sweep.objects} largest objects of " if sweep.objects > 1 else ""
+    yield f"{many}{sweep.source}: each measurement reads {human_bytes(sweep.nbytes)}"
+    if sweep.nbytes > sweep.source_nbytes:
+        times = sweep.nbytes / sweep.source_nbytes
+        yield f"the source has {human_bytes(sweep.source_nbytes)}: it is read {times:.3g} times, one after the other"
+    if sweep.nbytes < sweep.wanted_nbytes:
+        yield f"{human_bytes(sweep.wanted_nbytes)} would take longer than --seconds allows"
+    variables = [name for name in sweep.defaults.environment() if os.environ.get(name, "").strip()]
+    if variables:
+        yield f"the defaults are those of your environment: {', '.join(variables)}"
+
+
+def _row(sweep: Sweep, heat: str, settings: Settings) -> tuple[object, ...]:
+    numbers = _numbers(sweep.heats[heat][settings])
+    marks = {"recommended": settings == sweep.recommended, "defaults": settings == sweep.defaults}
+    return (
+        heat,
+        settings.workers,
+        settings.connections_per_worker,
+        settings.environment()["MPREADER_PART_SIZE"],
+        numbers["gb_per_s"],
+        numbers["min_gb_per_s"],
+        numbers["max_gb_per_s"],
+        numbers["cpu_s_per_gb"],
+        round(numbers["requests"]),
+        round(numbers["retries"]),
+        human_bytes(numbers["memory_bytes"]),
+        ", ".join(mark for mark, applies in marks.items() if applies),
+    )
+
+
+def _verdict(sweep: Sweep) -> Iterator[str]:
+    best, numbers = sweep.recommended, _numbers(sweep.last_heat[sweep.recommended])
+    code = ", ".join(f"{name}={_in_python(value)}" for name, value in asdict(best).items())
+    yield (
+        f"recommended: {numbers['gb_per_s']:.2f} GB/s ({numbers['min_gb_per_s']:.2f} to "
+        f"{numbers['max_gb_per_s']:.2f}), the best has {sweep.best_gb_per_s:.2f}"
+    )
+    yield f"  PoolConfig({code})"
+    yield f"  {' '.join(f'{name}={value}' for name, value in best.environment().items())}"
+    usual = _numbers(sweep.last_heat[sweep.defaults])
+    rate = f"{usual['gb_per_s']:.2f} GB/s ({usual['min_gb_per_s']:.2f} to {usual['max_gb_per_s']:.2f})"
+    if sweep.defaults_are_fine:
+        leaner = "" if best == sweep.defaults else "; those recommended are as fast, and leaner"
+        yield f"the defaults are fine here: {rate}{leaner}"
+    else:
+        noisy = ", which they reached at times" if usual["max_gb_per_s"] >= sweep.best_gb_per_s else ""
+        yield f"the defaults have {rate}, {1 - usual['gb_per_s'] / sweep.best_gb_per_s:.0%} below the best{noisy}"
+    yield from _doubts(sweep)
+
+
+def _doubts(sweep: Sweep) -> Iterator[str]:
+    everything = [measurements for heat in sweep.heats.values() for measurements in heat.values()]
+    spread = max(map(_spread, everything))
+    shortest = min(statistics.median(each.seconds for each in measurements) for measurements in everything)
+    if spread > _WIDE:
+        yield f"measurements of the same settings differ by up to {spread:.0%}: --repeat more for steadier medians"
+    if shortest < _SHORT_S:
+        yield f"the shortest measurement took {shortest:.2f} s: more --bytes give steadier figures"
+    if any(each.nbytes < sweep.nbytes for measurements in everything for each in measurements):
+        yield "measurements of slow settings were cut off after twice their time: --seconds allows more"
+
+
+def _document(sweep: Sweep) -> dict[str, Any]:
+    return {
+        "source": sweep.source,
+        "objects": sweep.objects,
+        "source_bytes": sweep.source_nbytes,
+        "bytes_per_measurement": sweep.nbytes,
+        "bytes_asked_for": sweep.wanted_nbytes,
+        "best_gb_per_s": sweep.best_gb_per_s,
+        "defaults": _entry(sweep.last_heat, sweep.defaults),
+        "defaults_are_fine": sweep.defaults_are_fine,
+        "recommended": {**_entry(sweep.last_heat, sweep.recommended), "environment": sweep.recommended.environment()},
+        "heats": [
+            {"name": name, "results": [_with_measurements(heat, settings) for settings in heat]}
+            for name, heat in sweep.heats.items()
+        ],
+    }
+
+
+def _with_measurements(heat: Results, settings: Settings) -> dict[str, Any]:
+    measurements = [{**asdict(each), "gb_per_s": each.gb_per_s} for each in heat[settings]]
+    return {**_entry(heat, settings), "measurements": measurements}
+
+
+def _entry(heat: Results, settings: Settings) -> dict[str, Any]:
+    return {**asdict(settings), **_numbers(heat[settings])}
+
+
+def _numbers(measurements: Sequence[Measurement]) -> dict[str, float]:
+    """Medians, and the span of the rates."""
+    rates = [each.gb_per_s for each in measurements]
+    names = ("gb_per_s", "cpu_s_per_gb", "requests", "retries", "memory_bytes")
+    medians = {name: statistics.median(getattr(each, name) for each in measurements) for name in names}
+    return {**medians, "min_gb_per_s": min(rates), "max_gb_per_s": max(rates)}
+
+
+def _spread(measurements: Sequence[Measurement]) -> float:
+    numbers = _numbers(measurements)
+    return (numbers["max_gb_per_s"] - numbers["min_gb_per_s"]) / (numbers["gb_per_s"] or 1)
+
+
+def _in_python(value: int) -> str:
+    return f"{value // MiB} * 1024 * 1024" if value % MiB == 0 else str(value)

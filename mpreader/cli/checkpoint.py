@@ -1,0 +1,55 @@
+"""What the commands for checkpoints share: their argument and options."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from mpreader.cli.options import BYTES, pool_options, s3_options
+from mpreader.ranges import DEFAULT_MAX_GAP_SIZE
+
+__all__ = ["checkpoint_options"]
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def checkpoint_options(command: Command) -> Command:
+    """Add a checkpoint's URI and how it is read.
+
+    The command gets it as ``uri``, and ``settings``: the keyword arguments that all functions of ``mpreader.dcp`` for
+    whole checkpoints take.
+    """
+
+    @click.argument("uri", metavar="URI")
+    @click.option(
+        "--match",
+        multiple=True,
+        metavar="GLOB",
+        help="Only what has a name like this, such as 'model.*'; may be given several times.",
+    )
+    @click.option(
+        "--max-gap-size",
+        type=BYTES,
+        default=DEFAULT_MAX_GAP_SIZE,
+        help="Largest gap between two tensors that are fetched as one; 2MiB at most count.  [default: 32MiB]",
+    )
+    @click.option(
+        "--allow-global",
+        "allowed_globals",
+        multiple=True,
+        metavar="NAME",
+        help="A class, such as package.module.Name, that .metadata may make besides DCP's own.",
+    )
+    @s3_options
+    @pool_options
+    @functools.wraps(command)
+    def with_settings(**arguments: Any) -> Any:
+        names = ("max_gap_size", "allowed_globals", "s3client_config", "pool_config")
+        settings = {name: arguments.pop(name) for name in names}
+        settings["match"] = arguments.pop("match") or None
+        return command(settings=settings, **arguments)
+
+    return with_settings  # type: ignore[return-value]  # click's decorators keep no signature

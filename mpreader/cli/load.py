@@ -1,0 +1,73 @@
+"""``mpreader load``: timed loads of a checkpoint into memory."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from mpreader.cli.checkpoint import checkpoint_options
+from mpreader.cli.options import json_option
+from mpreader.cli.output import human_bytes, print_json, print_table
+
+if TYPE_CHECKING:
+    from mpreader.dcp.trial import TimedLoad
+
+__all__ = ["command"]
+
+_HEADERS: Final = (
+    *("load", "seconds", "GB/s", "received", "over-read", "GETs", "retries"),
+    *("network wait, s", "consumer wait, s", "extra memory"),
+)
+
+
+@click.command("load")
+@checkpoint_options
+@click.option("--repeat", type=click.IntRange(1), default=1, show_default=True, help="How many loads.")
+@click.option("--no-verify", is_flag=True, help="Do not check the CRC-32 of every tensor.")
+@json_option
+def command(uri: str, settings: dict[str, Any], repeat: int, no_verify: bool, as_json: bool) -> None:
+    r"""Load a checkpoint into memory, check it, and say how fast that was: what this host can do.
+
+    Its memory is allocated before the clock starts, and used again by every load. The first load also starts the
+    worker processes. Items that are no tensors are received and checked, but never unpickled.
+
+    \b
+    mpreader load s3://my-bucket/checkpoint --repeat 3
+    mpreader load s3://my-bucket/checkpoint --match 'model.layers.0.*' --workers 4 --json
+    """
+    from mpreader.dcp.trial import time_loads
+
+    loads = list(time_loads(uri, repeat, verify=not no_verify, **settings))
+    if as_json:
+        print_json(
+            {
+                "uri": uri,
+                "is_verified": not no_verify,
+                "loads": [{**dataclasses.asdict(load), "gb_per_s": load.gb_per_s} for load in loads],
+            }
+        )
+    else:
+        _print(uri, loads, verified=not no_verify)
+
+
+def _print(uri: str, loads: list[TimedLoad], *, verified: bool) -> None:
+    click.echo(f"{uri}: {human_bytes(loads[0].nbytes)} of tensors, {'verified' if verified else 'not verified'}\n")
+    print_table(_HEADERS, [_row(number, load) for number, load in enumerate(loads, start=1)])
+    click.echo("(extra memory: what this process and its workers took besides the tensors; shared memory once)")
+
+
+def _row(number: int, load: TimedLoad) -> tuple[object, ...]:
+    return (
+        f"{number}, starts workers" if load.starts_workers else f"{number}",
+        load.seconds,
+        load.gb_per_s,
+        human_bytes(load.received_nbytes),
+        human_bytes(load.over_read_nbytes),
+        load.requests,
+        load.retries,
+        load.network_wait_s,
+        load.consumer_wait_s,
+        human_bytes(load.extra_memory_bytes),
+    )

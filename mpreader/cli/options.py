@@ -1,0 +1,84 @@
+"""Options that several commands share, and the settings made of them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from mpreader.config import PoolConfig, S3ClientConfig, parse_bytes
+
+__all__ = ["BYTES", "json_option", "pool_options", "progress_option", "s3_options", "timeline_option"]
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class _Bytes(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.3
+    """A number of bytes, such as ``64MiB``."""
+
+    name = "bytes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Read it."""
+        if isinstance(value, int):
+            return value
+        try:
+            return parse_bytes(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+BYTES = _Bytes()
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document, for programs.")
+progress_option = click.option(
+    "--progress/--no-progress", default=None, help="Show a progress bar.  [default: on a terminal]"
+)
+
+timeline_option = click.option(
+    "--timeline",
+    type=click.Path(dir_okay=False, writable=True),
+    help="Write what each connection did when to this file: .png, or .json for chrome://tracing or Perfetto.",
+)
+
+
+def s3_options(command: Command) -> Command:
+    """Add the options of ``S3ClientConfig``; the command gets it as ``s3client_config``."""
+
+    @click.option("--region", help="The bucket's region.  [default: the AWS configuration's]")
+    @click.option("--endpoint-url", help="An S3-compatible service.  [default: the AWS configuration's]")
+    @click.option("--profile", help="A profile of the AWS configuration files.")
+    @click.option("--unsigned", is_flag=True, help="Send no credentials: for public buckets.")
+    @click.option("--force-path-style", is_flag=True, help="Put the bucket into the path, not into the host name.")
+    @click.option("--requester-pays", is_flag=True, help="Accept to pay for the requests.")
+    @functools.wraps(command)
+    def with_config(**arguments: Any) -> Any:
+        names = ("region", "endpoint_url", "profile", "unsigned", "force_path_style", "requester_pays")
+        config = S3ClientConfig(**{name: arguments.pop(name) for name in names})
+        return command(s3client_config=config, **arguments)
+
+    return with_config  # type: ignore[return-value]  # click's decorators keep no signature
+
+
+def pool_options(command: Command) -> Command:
+    """Add the most used options of ``PoolConfig``; the command gets it as ``pool_config``."""
+
+    @click.option("--workers", type=click.IntRange(1), help="Worker processes.  [default: from the host's cores]")
+    @click.option(
+        "--connections", type=click.IntRange(1), help="Connections of each worker.  [default: at most 16, as needed]"
+    )
+    @click.option("--max-memory", type=BYTES, help="Shared memory, such as 64MiB.  [default: what the host can spare]")
+    @click.option("--part-size", type=BYTES, help="Most bytes of one request.  [default: 8MiB]")
+    @functools.wraps(command)
+    def with_config(**arguments: Any) -> Any:
+        config = PoolConfig(
+            workers=arguments.pop("workers"),
+            connections_per_worker=arguments.pop("connections"),
+            max_memory=arguments.pop("max_memory"),
+            part_size=arguments.pop("part_size"),
+        )
+        return command(pool_config=config, **arguments)
+
+    return with_config  # type: ignore[return-value]  # click's decorators keep no signature
