@@ -1,0 +1,106 @@
+"""What there is in S3, told as fsspec tells it: files, and the folders that their names make.
+
+A path is ``bucket/key``, without a slash at its end.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from mpreader.errors import ConfigError, ObjectMissing
+
+if TYPE_CHECKING:
+    from mpreader.s3 import ObjectInfo, S3Client
+
+__all__ = ["Info", "describe", "list_below", "list_folder"]
+
+Info = dict[str, Any]
+
+
+def describe(client: S3Client, path: str) -> Info:
+    """What is known of a file, else of a folder of that name: ``name``, ``type``, ``size``.
+
+    Of a file also ``ETag``, ``LastModified`` (in UTC; None where the service does not say) and ``StorageClass``.
+
+    Raises:
+        ObjectMissing: There is neither.
+        MpreaderError: S3 refuses, or can't be asked.
+    """
+    bucket, _, key = path.partition("/")
+    if not key:
+        if bucket:
+            client.call("head_bucket", bucket)
+        return _folder(path)
+    try:
+        return _file(bucket, client.head_object(bucket, key))
+    except ObjectMissing:
+        page = next(client.list_objects(bucket, f"{key}/", max_keys=1))
+        if not page.object_info:
+            raise
+        return _folder(path)
+
+
+def list_folder(client: S3Client, path: str) -> list[Info]:
+    """The files and folders in a folder, by name; of a file, itself.
+
+    Raises:
+        ObjectMissing: There is no such file or folder.
+        ConfigError: No bucket is named.
+        MpreaderError: S3 refuses, or can't be asked.
+    """
+    bucket, prefix = _prefix(path)
+    infos: list[Info] = []
+    is_folder = not prefix
+    for page in client.list_objects(bucket, prefix, "/"):
+        is_folder |= bool(page.object_info or page.common_prefixes)
+        infos += (_file(bucket, listed) for listed in page.object_info if not listed.key.endswith("/"))
+        infos += (_folder(f"{bucket}/{name.removesuffix('/')}") for name in page.common_prefixes)
+    if not is_folder:
+        return [describe(client, path)]
+    return sorted(infos, key=lambda info: str(info["name"]))
+
+
+def list_below(client: S3Client, path: str) -> Iterator[Info]:
+    """The files and folders below a folder, at any depth, the folder included; nothing where there is none.
+
+    Raises:
+        ConfigError: No bucket is named.
+        MpreaderError: As for :func:`list_folder`.
+    """
+    bucket, prefix = _prefix(path)
+    folders: set[str] = set()
+    for page in client.list_objects(bucket, prefix):
+        for listed in page.object_info:
+            name = f"{bucket}/{listed.key}"
+            for end in (end for end, letter in enumerate(name) if letter == "/" and end >= len(path)):
+                if name[:end] not in folders:
+                    folders.add(name[:end])
+                    yield _folder(name[:end])
+            if not name.endswith("/"):
+                yield _file(bucket, listed)
+
+
+def _prefix(path: str) -> tuple[str, str]:
+    """The bucket, and what the keys below a folder begin with."""
+    bucket, _, key = path.partition("/")
+    if not bucket:
+        raise ConfigError("name a bucket: bucket/key; what buckets there are is not listed")
+    return bucket, f"{key}/" if key else ""
+
+
+def _folder(path: str) -> Info:
+    return {"name": path, "size": 0, "type": "directory"}
+
+
+def _file(bucket: str, found: ObjectInfo) -> Info:
+    modified_s = found.last_modified
+    return {
+        "name": f"{bucket}/{found.key}",
+        "size": found.size,
+        "type": "file",
+        "ETag": found.etag,
+        "LastModified": datetime.datetime.fromtimestamp(modified_s, datetime.timezone.utc) if modified_s else None,
+        "StorageClass": found.storage_class,
+    }

@@ -1,0 +1,150 @@
+"""Every program in scripts/examples runs as it is, and prints what is true."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import boto3
+import pytest
+import torch
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from mpreader.dcp import S3StorageWriter
+
+EXAMPLES = Path(__file__).parents[2] / "scripts" / "examples"
+MiB = 1024 * 1024
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+
+
+def put(bucket: str, **objects: bytes) -> None:
+    with contextlib.closing(boto3.client("s3")) as client:
+        for key, content in objects.items():
+            client.put_object(Bucket=bucket, Key=key, Body=content)
+
+
+def run(name: str, *arguments: str) -> list[str]:
+    """The lines that an example prints; it must succeed."""
+    program = [sys.executable, str(EXAMPLES / name), *arguments]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout.splitlines()
+
+
+def check_safetensors_load(bucket: str, folder: Path) -> None:
+    tensors = {
+        "model.weight": torch.arange(200_000, dtype=torch.float32).reshape(400, 500),
+        "model.bias": torch.arange(9).to(torch.bfloat16),
+        "model.none": torch.empty(0, 3),
+        "other": torch.ones(3, 2, dtype=torch.int64),
+    }
+    header, body = {"__metadata__": {"format": "pt"}}, b""
+    names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64"}
+    for name, tensor in tensors.items():
+        content = tensor.view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+        place = [len(body), len(body) + len(content)]
+        header[name] = {"dtype": names[tensor.dtype], "shape": [*tensor.shape], "data_offsets": place}  # type: ignore[dict-item]
+        body += content
+    text = json.dumps(header).encode()
+    put(bucket, model=len(text).to_bytes(8, "little") + text + body)
+    lines = [
+        f"{name} {tuple(tensor.shape)} {tensor.dtype} sum={tensor.double().sum().item():g}"
+        for name, tensor in tensors.items()
+    ]
+    assert run("safetensors_load.py", f"s3://{bucket}/model") == lines
+    assert run("safetensors_load.py", f"s3://{bucket}/model", "model.") == lines[:3]
+
+
+def check_async_fetch(bucket: str, folder: Path) -> None:
+    large, small = random.Random(1).randbytes(20 * MiB + 5), b"small"
+    put(bucket, large=large, small=small)
+    uris = [f"s3://{bucket}/large", f"s3://{bucket}/small"]
+    assert run("async_fetch.py", *uris) == [
+        f"sha256 {hashlib.sha256(large).hexdigest()} {uris[0]}",
+        f"begins {large[:4].hex()} {uris[0]}",
+        f"begins {small[:4].hex()} {uris[1]}",
+    ]
+
+
+def check_convert_checkpoint(bucket: str, folder: Path) -> None:
+    model = {"weight": torch.randn(300, 100), "bias": torch.randn(100)}
+    uri, path = f"s3://{bucket}/checkpoint", folder / "checkpoint.pt"
+    save({"model": model, "step": 7}, storage_writer=S3StorageWriter(None, uri), no_dist=True)
+    [line] = run("convert_checkpoint.py", uri, str(path), "model.*")
+    assert line == f"{path}: {path.stat().st_size} bytes, model"
+    loaded = torch.load(path, weights_only=True)
+    assert {name: tensor.tolist() for name, tensor in loaded["model"].items()} == {
+        name: tensor.tolist() for name, tensor in model.items()
+    }
+
+
+def check_fsspec_read(bucket: str, folder: Path) -> None:
+    put(bucket, **{"folder/a.txt": b"line one\nline two\n", "folder/below/b": bytes(range(50)), "not-this": b"x"})
+    assert run("fsspec_read.py", f"mpreader://{bucket}/folder") == [
+        "2 files, 68 bytes",
+        f"{bucket}/folder/a.txt ends with {b'two'.hex()}0a",
+        f"{bucket}/folder/below/b ends with 2e2f3031",
+        "first line: line one",
+    ]
+
+
+def check_timeline(bucket: str, folder: Path) -> None:
+    put(bucket, large=bytes(5 * MiB))
+    picture = folder / "timeline.png"
+    assert run("timeline.py", f"s3://{bucket}/large", str(picture)) == [f"{5 * MiB} bytes received, drawn in {picture}"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def check_torchtitan_style(bucket: str, folder: Path) -> None:
+    [first] = run("torchtitan_style.py", f"s3://{bucket}/run", "3")
+    [resumed] = run("torchtitan_style.py", f"s3://{bucket}/run", "2")
+    [at_once] = run("torchtitan_style.py", f"s3://{bucket}/other", "5")
+    assert re.match(r"from step 0 to 3: loss \d", first)
+    assert resumed == at_once.replace("from step 0", "from step 3"), "it goes on where it stopped, to the last bit"
+
+
+def check_lightning_checkpoint(bucket: str, folder: Path) -> None:
+    pytest.importorskip("pytorch_lightning")
+    *_, first = run("lightning_checkpoint.py", f"s3://{bucket}/run", "1")
+    *_, resumed = run("lightning_checkpoint.py", f"s3://{bucket}/run", "1")
+    *_, at_once = run("lightning_checkpoint.py", f"s3://{bucket}/other", "2")
+    assert first.startswith(f"s3://{bucket}/run/epochs=1.ckpt: 64 steps")
+    assert resumed == at_once.replace("other", "run"), "it goes on where it stopped, to the last bit"
+    assert "128 steps" in resumed
+    with contextlib.closing(boto3.client("s3")) as client:
+        keys = [entry["Key"] for entry in client.list_objects_v2(Bucket=bucket, Prefix="run/")["Contents"]]
+    assert {key.split("/")[1] for key in keys} == {"epochs=2.ckpt"}, "the older one is removed"
+
+
+CHECKS: dict[str, Callable[[str, Path], None]] = {
+    "async_fetch.py": check_async_fetch,
+    "convert_checkpoint.py": check_convert_checkpoint,
+    "fsspec_read.py": check_fsspec_read,
+    "lightning_checkpoint.py": check_lightning_checkpoint,
+    "safetensors_load.py": check_safetensors_load,
+    "timeline.py": check_timeline,
+    "torchtitan_style.py": check_torchtitan_style,
+}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_example_runs_as_it_is_and_prints_what_is_true(name: str, bucket: str, tmp_path: Path) -> None:
+    CHECKS[name](bucket, tmp_path)
+
+
+def test_every_example_has_a_check_and_says_how_it_is_run() -> None:
+    examples = sorted(path for path in EXAMPLES.iterdir() if path.is_file())
+    assert [path.name for path in examples] == sorted(CHECKS)
+    for path in examples:
+        text = path.read_text()
+        assert f"python scripts/examples/{path.name} " in text, path.name
+        assert len(text.splitlines()) <= 60, path.name
