@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -44,29 +43,37 @@ class Engine:
         pool: Its workers fetch.
         s3client_config: How S3 is reached.
         progress: Whether calls show a progress bar; see :func:`~mpreader.progress.progress_bar`.
+        known: Sources to use for these URIs.
     """
 
-    def __init__(self, pool: Pool, s3client_config: S3ClientConfig, *, progress: bool | None = False) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        s3client_config: S3ClientConfig,
+        *,
+        progress: bool | None = False,
+        known: Mapping[str, Source] | None = None,
+    ) -> None:
         self.pool = pool
         self._s3client_config = s3client_config
         self._progress = progress
+        self._known = known or {}
         self._client: S3Client | None = None
-        self._lock = threading.Lock()
 
     def client(self) -> S3Client:
         """The S3 client, made when it is first needed."""
-        with self._lock:
-            if self._client is None:
-                from mpreader.s3 import S3Client
+        client = self._client
+        if client is None:
+            from mpreader.s3 import S3Client
 
-                self._client = S3Client(s3client_config=self._s3client_config)
-            return self._client
+            # Without a lock, which a fork could leave closed: two of them would share a session all the same.
+            client = self._client = S3Client(s3client_config=self._s3client_config)
+        return client
 
     def close_client(self) -> None:
         """Close the connections of the S3 client."""
-        with self._lock:
-            if self._client is not None:
-                self._client.close()
+        if self._client is not None:
+            self._client.close()
 
     def stat(self, uri: str, deadline: float) -> ObjectVersion:
         """Ask for the version of an object."""
@@ -150,6 +157,8 @@ class Engine:
             )
 
     def _source(self, uri: str) -> Source:
+        if uri in self._known:
+            return self._known[uri]
         if not isinstance(uri, str):
             raise ConfigError(f"a source is text such as s3://bucket/key or https://host/path, got {uri!r}")
         if uri.startswith("s3://"):

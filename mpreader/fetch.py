@@ -9,7 +9,7 @@ from mpreader.batches import StreamOrder
 from mpreader.config import MiB, PoolConfig, S3ClientConfig, check_type
 from mpreader.engine import Engine, Ranges, deadline_of
 from mpreader.pool.pool import Pool, release_shared_pool, shared_pool
-from mpreader.pool.source import ObjectVersion
+from mpreader.pool.source import ObjectVersion, Source
 from mpreader.pool.stats import PoolStats
 from mpreader.stream import Collected, Filled, RangeStream
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from mpreader.s3 import S3Client
 
-__all__ = ["DEFAULT_FETCH_GAP_SIZE", "RangeFetcher", "RangeStream", "fetch_ranges"]
+__all__ = ["DEFAULT_FETCH_GAP_SIZE", "RangeFetcher", "RangeStream", "SharedPoolFetcher", "fetch_ranges"]
 
 # A gap is worth fetching when that is cheaper than a request: 90 MB/s for some 10 ms.
 DEFAULT_FETCH_GAP_SIZE: Final = 1 * MiB
@@ -219,15 +219,27 @@ class RangeFetcher:
         return f"RangeFetcher({self._engine.pool!r})"
 
 
-class _SharedPoolFetcher(RangeFetcher):
-    """A fetcher on the process's shared pool, which stays warm for the next call."""
+class SharedPoolFetcher(RangeFetcher):
+    """A fetcher on the process's shared pool, which stays warm for the next call.
 
-    def __init__(self, s3client_config: S3ClientConfig | None, pool_config: PoolConfig | None) -> None:
+    Args:
+        s3client_config: As for :class:`RangeFetcher`.
+        pool_config: As for :class:`RangeFetcher`.
+        known: Sources to use for these URIs, of versions that are known already, say.
+    """
+
+    def __init__(
+        self,
+        s3client_config: S3ClientConfig | None,
+        pool_config: PoolConfig | None,
+        known: Mapping[str, Source] | None = None,
+    ) -> None:
         check_type("s3client_config", s3client_config, S3ClientConfig)
         s3client_config = s3client_config or S3ClientConfig()
-        self._engine = Engine(shared_pool(pool_config, s3client_config), s3client_config)
+        self._engine = Engine(shared_pool(pool_config, s3client_config), s3client_config, known=known)
 
     def close(self) -> None:
+        """Leave the pool, which stays warm."""
         release_shared_pool(self._engine.pool, keep_warm=True)
 
 
@@ -258,7 +270,7 @@ def fetch_ranges(
     Returns:
         A view for each range, in the order of the input; see :meth:`RangeFetcher.fetch`, also for what is raised.
     """
-    with _SharedPoolFetcher(s3client_config, pool_config) as fetcher:
+    with SharedPoolFetcher(s3client_config, pool_config) as fetcher:
         return fetcher.fetch(source, ranges, out=out, max_gap_size=max_gap_size, timeout_s=timeout_s)
 
 

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Final
 
 from mpreader.batches import PinnedSource
 from mpreader.config import PoolConfig, S3ClientConfig
-from mpreader.engine import Engine
 from mpreader.errors import MpreaderError
-from mpreader.fetch import RangeFetcher, _SharedPoolFetcher
+from mpreader.fetch import RangeFetcher, SharedPoolFetcher
 from mpreader.pool.pool import release_shared_pool, shared_pool
 from mpreader.pool.source import ObjectVersion, Source
 
@@ -67,10 +66,7 @@ class SliceReader:
 
     def fetcher(self, sources: Mapping[str, PinnedSource]) -> RangeFetcher:
         """A fetcher of the files at these paths: it makes no HEAD, and gives no byte of a later version."""
-        fetcher = _SharedPoolFetcher(self._s3client_config, self._pool_config)
-        fetcher._engine = _PinnedEngine(fetcher._engine.pool, self._s3client_config)
-        fetcher._engine.sources = sources
-        return fetcher
+        return SharedPoolFetcher(self._s3client_config, self._pool_config, sources)
 
     def read(self, sources: Mapping[str, PinnedSource], wanted: Slices, max_gap: float) -> dict[int, bytes]:
         """Read slices of files, all at the same time.
@@ -164,13 +160,6 @@ class SliceReader:
             return self.read({path: source}, wanted, max_gap)
         except MpreaderError as error:
             return dict.fromkeys(wanted[path], error.with_traceback(None))  # its frames would keep views
-
-
-class _PinnedEngine(Engine):
-    sources: Mapping[str, PinnedSource]
-
-    def _source(self, uri: str) -> Source:
-        return self.sources[uri]
 
 
 def is_url(path: str) -> bool:
