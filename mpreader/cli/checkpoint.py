@@ -34,7 +34,7 @@ def checkpoint_options(command: Command) -> Command:
         "--max-gap-size",
         type=BYTES,
         default=DEFAULT_MAX_GAP_SIZE,
-        help="Largest gap between two tensors that are fetched as one; 2MiB at most count.  [default: 32MiB]",
+        help="Largest gap between two tensors that are fetched as one; more than 2MiB never is.  [default: 32MiB]",
     )
     @click.option(
         "--allow-global",

@@ -12,7 +12,7 @@ __all__ = ["command"]
 _SHELLS: Final = {"bash": BashComplete, "zsh": ZshComplete, "fish": FishComplete}
 
 
-@click.command("completion")
+@click.command("completion", short_help="Print what makes a shell complete commands.")
 @click.argument("shell", type=click.Choice(list(_SHELLS)))
 def command(shell: str) -> None:
     """Print what makes a shell complete mpreader's commands and options.

@@ -58,7 +58,7 @@ def command(
         verify=not no_verify,
         weights_only=not trust,
         overwrite=overwrite,
-        progress=False if as_json and progress is None else progress,
+        progress=progress,
         **settings,
     )
     seconds, nbytes = time.monotonic() - started, os.path.getsize(file)

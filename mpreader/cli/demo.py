@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 
-@click.command("demo")
+@click.command("demo", short_help="Save and load a checkpoint on this machine alone, and compare.")
 @click.option(
     "--size-mb", type=click.IntRange(1), default=400, show_default=True, help="Size of the checkpoint in megabytes."
 )

@@ -42,7 +42,7 @@ class _Range(click.ParamType):  # type: ignore[type-arg]  # generic since click 
         return start, end
 
 
-@click.command("fetch")
+@click.command("fetch", short_help="Fetch an object, or ranges of it, into a file or a pipe.")
 @click.argument("source")
 @click.option(
     "--range",

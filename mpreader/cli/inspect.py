@@ -30,13 +30,14 @@ __all__ = ["command"]
 )
 @json_option
 def command(uri: str, settings: dict[str, Any], parts: bool, sort: str, limit: int, as_json: bool) -> None:
-    r"""Show what a checkpoint holds, and what a load of it would ask S3 for. Only .metadata is read.
+    """Show what a checkpoint holds, and what a load of it would ask S3 for. Only .metadata is read.
 
     \b
-    mpreader inspect s3://my-bucket/checkpoint --sort size
-    mpreader inspect s3://my-bucket/checkpoint --match 'model.layers.0.*' --parts
-    mpreader inspect s3://my-bucket/checkpoint --part-size 16MiB --json
-    """
+    Examples:
+      mpreader inspect s3://my-bucket/checkpoint --sort size
+      mpreader inspect s3://my-bucket/checkpoint --match 'model.layers.0.*' --parts
+      mpreader inspect s3://my-bucket/checkpoint --part-size 16MiB --json
+    """  # noqa: D301  # click reads the \b
     from mpreader.dcp import describe_checkpoint
 
     summary = describe_checkpoint(uri, **settings)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from mpreader.cli.checkpoint import checkpoint_options
-from mpreader.cli.options import json_option
+from mpreader.cli.options import json_option, progress_option, timeline_option
 from mpreader.cli.output import human_bytes, print_json, print_table
 
 if TYPE_CHECKING:
@@ -26,20 +27,33 @@ _HEADERS: Final = (
 @checkpoint_options
 @click.option("--repeat", type=click.IntRange(1), default=1, show_default=True, help="How many loads.")
 @click.option("--no-verify", is_flag=True, help="Do not check the CRC-32 of every tensor.")
+@timeline_option
+@progress_option
 @json_option
-def command(uri: str, settings: dict[str, Any], repeat: int, no_verify: bool, as_json: bool) -> None:
-    r"""Load a checkpoint into memory, check it, and say how fast that was: what this host can do.
+def command(
+    uri: str,
+    settings: dict[str, Any],
+    repeat: int,
+    no_verify: bool,
+    timeline: str | None,
+    progress: bool | None,
+    as_json: bool,
+) -> None:
+    """Load a checkpoint into memory, check it, and say how fast that was: what this host can do.
 
     Its memory is allocated before the clock starts, and used again by every load. The first load also starts the
     worker processes. Items that are no tensors are received and checked, but never unpickled.
 
     \b
-    mpreader load s3://my-bucket/checkpoint --repeat 3
-    mpreader load s3://my-bucket/checkpoint --match 'model.layers.0.*' --workers 4 --json
-    """
-    from mpreader.dcp.trial import time_loads
+    Examples:
+      mpreader load s3://my-bucket/checkpoint --repeat 3
+      mpreader load s3://my-bucket/checkpoint --match 'model.layers.0.*' --workers 4 --json
+      mpreader load s3://my-bucket/checkpoint --timeline load.png
+    """  # noqa: D301  # click reads the \b
+    with _recorded(timeline):
+        from mpreader.dcp.trial import time_loads
 
-    loads = list(time_loads(uri, repeat, verify=not no_verify, **settings))
+        loads = list(time_loads(uri, repeat, verify=not no_verify, progress=progress, **settings))
     if as_json:
         print_json(
             {
@@ -50,6 +64,15 @@ def command(uri: str, settings: dict[str, Any], repeat: int, no_verify: bool, as
         )
     else:
         _print(uri, loads, verified=not no_verify)
+
+
+def _recorded(timeline: str | None) -> AbstractContextManager[object]:
+    """Records the requests of the block where that was asked for."""
+    if timeline is None:
+        return nullcontext()
+    from mpreader.timeline import timeline_to
+
+    return timeline_to(timeline)
 
 
 def _print(uri: str, loads: list[TimedLoad], *, verified: bool) -> None:

@@ -14,6 +14,7 @@ from botocore.exceptions import ClientError
 
 from mpreader.config import S3ClientConfig, check_type
 from mpreader.pool.source import Route
+from mpreader.s3.checksum import StoredChecksums
 from mpreader.s3.failure import Target, translated
 from mpreader.s3.objects import ListObjectsPage, ObjectInfo
 from mpreader.s3.session import Session, shared_session
@@ -105,6 +106,14 @@ class S3Client:
         """
         with translated(self._target(bucket, key)):
             return ObjectInfo.of_head(key, self._head(bucket, key))
+
+    def checksums(self, bucket: str, key: str) -> StoredChecksums:
+        """Ask which checksums of a whole object S3 has stored.
+
+        Raises:
+            TransportError: As for :meth:`head_object`.
+        """
+        return StoredChecksums.of_head(bucket, self.call("head_object", bucket, Key=key, ChecksumMode="ENABLED"))
 
     def list_objects(
         self, bucket: str, prefix: str = "", delimiter: str = "", max_keys: int = 1000

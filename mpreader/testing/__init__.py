@@ -1,7 +1,7 @@
 """Servers to try things against: an embedded S3 and a range server that misbehaves on demand.
 
 Both are context managers that leave nothing behind, need no network and no credentials, and are meant for
-users' own tests as much as for mpreader's. ``python -m mpreader.testing.demo`` shows a whole load.
+users' own tests as much as for mpreader's. ``mpreader demo`` shows a whole load.
 """
 
 from __future__ import annotations

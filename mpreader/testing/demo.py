@@ -1,20 +1,17 @@
 """The whole way of a checkpoint: written to an embedded S3, loaded back, compared bit by bit, and timed.
 
-``python -m mpreader.testing.demo`` needs no network and no credentials. Its exit status is 1 if any byte came back
-different. S3 is played by a process of the same machine, so the seconds compare ways of
-loading; they are not those of a load from AWS.
+S3 is played by a process of the same machine, so the seconds compare ways of loading; they are not those of a load
+from AWS. No network and no credentials are needed.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
 import os
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -23,11 +20,11 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from mpreader import ConfigError, PoolConfig, S3ReaderConstructor
-from mpreader.config import parse_bytes
+from mpreader.pool.sizing import Host
 from mpreader.testing.memory import TreeMemory
 from mpreader.testing.s3_server import REGION, S3Server
 
-__all__ = ["differing", "main", "make_state"]
+__all__ = ["DemoLoad", "differing", "make_state", "run_demo"]
 
 BUCKET: Final = "demo-bucket"
 CHECKPOINT: Final = f"s3://{BUCKET}/checkpoint"
@@ -46,42 +43,86 @@ _ITEMS: Final = {"step": 12_000, "lr": 3e-4, "name": "demo", "betas": [0.9, 0.95
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One line of the table: a way of loading, and how it went."""
+class DemoLoad:
+    """One load of the checkpoint, and how it went.
+
+    Attributes:
+        way: What it was loaded with, and whether it was the first time.
+        nbytes: Bytes of all tensors together.
+        seconds: How long it took.
+        extra_memory_bytes: What this process and its workers took besides the checkpoint, at most; shared memory is
+            counted once.
+        differing: Names of what was not the same to the bit.
+    """
 
     way: str
+    nbytes: int
     seconds: float
-    extra_memory: int
+    extra_memory_bytes: int
     differing: list[str]
 
+    @property
+    def gb_per_s(self) -> float:
+        """Gigabytes (1e9 bytes) per second."""
+        return self.nbytes / self.seconds / 1e9
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the demo; the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m mpreader.testing.demo", description=__doc__)
-    parser.add_argument("--size-mb", type=int, default=400, help="size of the checkpoint in MB (default: 400)")
-    parser.add_argument("--max-memory", type=_bytes, help="shared memory of the pool, such as 64MiB")
-    parser.add_argument("--workers", type=int, help="worker processes of the pool")
-    parser.add_argument("--every-reader", action="store_true", help="load with the other kinds of readers, too")
-    options = parser.parse_args(arguments)
-    if options.size_mb < 1:
-        parser.error("--size-mb must be at least 1")
-    try:
-        pool_config = PoolConfig(workers=options.workers, max_memory=options.max_memory)
-    except ConfigError as error:
-        parser.error(str(error))
-    # One process is what this demo is about; torch warns all the same.
-    warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-    print("Starting an embedded S3 server …", flush=True)
-    with S3Server() as server, _environment(server.environment()):
+
+def run_demo(
+    size_mb: int,
+    pool_config: PoolConfig | None = None,
+    *,
+    every_reader: bool = False,
+    say: Callable[[str], object] = lambda _: None,
+) -> list[DemoLoad]:
+    """Write a checkpoint to an embedded S3 and load it back in each way that is installed, twice.
+
+    Args:
+        size_mb: Size of the checkpoint in megabytes (1e6 bytes), at least 1.
+        pool_config: Settings of the worker pool. None: the defaults.
+        every_reader: Load with the other kinds of readers, too.
+        say: Is called with a line for people before and after each step.
+
+    Returns:
+        The loads, in the order in which they were made.
+
+    Raises:
+        ConfigError: The checkpoint would not fit into this machine's memory.
+    """
+    _check_memory(size_mb)
+    with warnings.catch_warnings(), ExitStack() as stack:
+        # One process is what this demo is about; torch warns all the same.
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        say("Starting an embedded S3 server …")
+        server = stack.enter_context(S3Server())
+        stack.enter_context(_environment(server.environment()))
         server.create_bucket(BUCKET)
-        return _run(server, options.size_mb, lambda: _ways(pool_config, every_reader=options.every_reader))
+        ways = _ways(pool_config or PoolConfig(), every_reader=every_reader)
+        state = make_state(size_mb)
+        tensors = [tensor for part in ("model", "odd") for tensor in state[part].values()]
+        size = sum(tensor.nbytes for tensor in tensors)
+        say(f"Writing {size / _MB:.0f} MB, {len(tensors)} tensors, to {CHECKPOINT} at {server.endpoint_url} …")
+        say(f"  written in {_save(state):.1f} s")
+        loads = []
+        for way, open_reader in ways.items():
+            say(f"Loading it with {way} …")
+            with open_reader() as reader:
+                for load_name in _LOADS:
+                    loads.append(_load(state, f"{way}, {load_name}", size, reader, server.pid))
+                    say(f"  loaded in {loads[-1].seconds:.2f} s; {_verdict(loads[-1])}")
+        if not _has_connector():
+            say("(s3torchconnector[dcp] is not installed, so it is not compared)")
+        return loads
 
 
-def _bytes(text: str) -> int:
-    try:
-        return parse_bytes(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+def _check_memory(size_mb: int) -> None:
+    needed = 2 * size_mb * _MB  # what is saved, and what it is loaded into
+    free = Host.now().free_memory
+    if needed > free:
+        raise ConfigError(f"{size_mb} MB need {needed / _MB:.0f} MB of memory, {free / _MB:.0f} MB are free")
+
+
+def _verdict(done: DemoLoad) -> str:
+    return f"DIFFERS: {', '.join(done.differing)}" if done.differing else "every bit is right"
 
 
 def make_state(size_mb: int) -> dict[str, Any]:
@@ -109,66 +150,58 @@ def _random_bits(shape: tuple[int, ...], generator: torch.Generator) -> torch.Te
     return torch.empty(shape, dtype=torch.int16).random_(-(1 << 15), 1 << 15, generator=generator).view(torch.bfloat16)
 
 
-def _run(server: S3Server, size_mb: int, ways: Callable[[], Iterator[tuple[str, Any]]]) -> int:
-    state = make_state(size_mb)
-    tensors = [tensor for part in ("model", "odd") for tensor in state[part].values()]
-    size = sum(tensor.nbytes for tensor in tensors)
-    print(
-        f"Writing {size / _MB:.0f} MB, {len(tensors)} tensors, to {CHECKPOINT} at {server.endpoint_url} …", flush=True
-    )
-    started = time.perf_counter()
-    _save(state)
-    print(f"  written in {time.perf_counter() - started:.1f} s")
-    rows = []
-    for way, reader in ways():
-        print(f"Loading it with {way} …", flush=True)
-        for load_name in _LOADS:
-            rows.append(_load(state, f"{way}, {load_name}", reader, server.pid))
-            verdict = f"DIFFERS: {', '.join(rows[-1].differing)}" if rows[-1].differing else "every bit is right"
-            print(f"  loaded in {rows[-1].seconds:.2f} s; {verdict}", flush=True)
-    _print_table(rows, size)
-    return 1 if any(row.differing for row in rows) else 0
-
-
-def _save(state: dict[str, Any]) -> None:
+def _save(state: dict[str, Any]) -> float:
     from mpreader.dcp import S3StorageWriter
 
-    writer = S3StorageWriter(REGION, CHECKPOINT, thread_count=4)
-    save(state, storage_writer=writer, no_dist=True)
+    started = time.perf_counter()
+    save(state, storage_writer=S3StorageWriter(REGION, CHECKPOINT, thread_count=4), no_dist=True)
+    return time.perf_counter() - started
 
 
-def _ways(pool_config: PoolConfig, *, every_reader: bool) -> Iterator[tuple[str, Any]]:
-    """Names of the ways of loading that are installed, and their storage readers."""
+def _ways(pool_config: PoolConfig, *, every_reader: bool) -> dict[str, Callable[[], AbstractContextManager[Any]]]:
+    """The ways of loading that are installed: what opens a storage reader, by name."""
     from mpreader.dcp import S3StorageReader
 
-    with S3StorageReader(REGION, CHECKPOINT, pool_config=pool_config) as reader:
-        yield "mpreader", reader
+    def own(constructor: Any) -> Callable[[], AbstractContextManager[Any]]:
+        return lambda: S3StorageReader(REGION, CHECKPOINT, reader_constructor=constructor)
+
+    ways: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+        "mpreader": lambda: S3StorageReader(REGION, CHECKPOINT, pool_config=pool_config)
+    }
     if every_reader:
-        others = {
-            "sequential()": S3ReaderConstructor.sequential(),
-            "range_based()": S3ReaderConstructor.range_based(),
-            "dcp_optimized()": S3ReaderConstructor.dcp_optimized(),
-        }
-        for name, other in others.items():
-            with S3StorageReader(REGION, CHECKPOINT, reader_constructor=other) as reader:
-                yield f"mpreader with {name}", reader
+        ways["mpreader with sequential()"] = own(S3ReaderConstructor.sequential())
+        ways["mpreader with range_based()"] = own(S3ReaderConstructor.range_based())
+        ways["mpreader with dcp_optimized()"] = own(S3ReaderConstructor.dcp_optimized())
+    if _has_connector():
+        ways["s3torchconnector with multiprocess()"] = lambda: _connector(pool_config)
+        ways["s3torchconnector by default"] = lambda: _connector(None)
+    return ways
+
+
+def _has_connector() -> bool:
     try:
-        from s3torchconnector import S3ClientConfig
-        from s3torchconnector.dcp import S3StorageReader as ConnectorReader
+        import s3torchconnector.dcp  # noqa: F401
     except ImportError:
-        print("(s3torchconnector[dcp] is not installed, so it is not compared)")
-        return
+        return False
+    return True
+
+
+@contextmanager
+def _connector(pool_config: PoolConfig | None) -> Iterator[Any]:
+    """s3torchconnector's storage reader, with mpreader dropped in where there is a ``pool_config``."""
+    from s3torchconnector import S3ClientConfig
+    from s3torchconnector.dcp import S3StorageReader as ConnectorReader
+
     config = S3ClientConfig(force_path_style=True)
+    if pool_config is None:
+        yield ConnectorReader(REGION, CHECKPOINT, config)
+        return
     with closing(S3ReaderConstructor.multiprocess(pool_config=pool_config)) as constructor:
         drop_in: Any = constructor
-        yield (
-            "s3torchconnector with multiprocess()",
-            ConnectorReader(REGION, CHECKPOINT, config, reader_constructor=drop_in),
-        )
-    yield "s3torchconnector by default", ConnectorReader(REGION, CHECKPOINT, config)
+        yield ConnectorReader(REGION, CHECKPOINT, config, reader_constructor=drop_in)
 
 
-def _load(state: dict[str, Any], way: str, reader: Any, server_pid: int) -> Row:
+def _load(state: dict[str, Any], way: str, size: int, reader: Any, server_pid: int) -> DemoLoad:
     # Filled, so that the memory of the targets is there before the clock starts, and nothing is right by chance.
     target = {
         part: {name: torch.full_like(tensor, 1) for name, tensor in state[part].items()} for part in ("model", "odd")
@@ -179,7 +212,7 @@ def _load(state: dict[str, Any], way: str, reader: Any, server_pid: int) -> Row:
         started = time.perf_counter()
         load(target, storage_reader=reader, no_dist=True)
         seconds = time.perf_counter() - started
-    return Row(way, seconds, memory.peak_extra_bytes, differing(state, target))
+    return DemoLoad(way, size, seconds, memory.peak_extra_bytes, differing(state, target))
 
 
 def differing(state: dict[str, Any], loaded: dict[str, Any]) -> list[str]:
@@ -198,16 +231,6 @@ def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
     return torch.equal(left.reshape(-1).view(torch.uint8), right.reshape(-1).view(torch.uint8))
 
 
-def _print_table(rows: list[Row], size: int) -> None:
-    width = max(len(row.way) for row in rows)
-    print(f"\n{'loaded with':{width}}  seconds    GB/s  extra memory  bits")
-    for row in rows:
-        memory = f"{row.extra_memory / _MB:.0f} MB"
-        verdict = "DIFFER" if row.differing else "same"
-        print(f"{row.way:{width}}  {row.seconds:7.2f}  {size / row.seconds / 1e9:6.2f}  {memory:>12}  {verdict}")
-    print("(extra memory: what this process and its workers took besides the checkpoint; shared memory counted once)")
-
-
 @contextmanager
 def _environment(variables: dict[str, str]) -> Iterator[None]:
     """Set ``variables``, and no other AWS_* and no proxy, until the block ends."""
@@ -222,7 +245,3 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ.update(before)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

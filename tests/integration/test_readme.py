@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import boto3
 import pytest
+import torch
+from torch.distributed.checkpoint.state_dict_saver import save
 
 import mpreader
 from mpreader import PoolConfig, RangeFetcher, S3Client, S3ReaderConstructor, fetch_ranges
 from mpreader.config import POOL_SETTINGS
+from mpreader.dcp import S3StorageWriter
 from mpreader.testing import S3Server
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 BUCKET = "my-bucket"
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Detected an existing checkpoint:UserWarning"),
+]
 
 
 @pytest.fixture
@@ -30,13 +40,17 @@ def my_bucket(s3_server: S3Server, aws_environment: None) -> None:
     client.close()
 
 
-def test_readme_snippets_run_as_they_are(my_bucket: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_readme_snippets_run_as_they_are(
+    my_bucket: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in ("torch", "fsspec", "s3torchconnector.dcp"):
+        pytest.importorskip(module)
+    monkeypatch.chdir(tmp_path)
     snippets = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(snippets) >= 3
+    assert len(snippets) >= 7
     names: dict[str, Any] = {}
     for snippet in snippets:
         if "s3torchconnector" in snippet:
-            pytest.importorskip("s3torchconnector.dcp")
             # An endpoint of this machine has no bucket.localhost: s3torchconnector must be told.
             snippet = snippet.replace(
                 '"us-east-1", "s3://my-bucket/checkpoint", reader',
@@ -48,9 +62,35 @@ def test_readme_snippets_run_as_they_are(my_bucket: None, capsys: pytest.Capture
         exec(compile(snippet, "README.md", "exec"), names)
     assert names["state"]["step"] == 100
     assert bool((names["state"]["weight"] == 1).all())
-    assert bytes(names["first"]) == bytes(range(100))
-    assert len(names["whole"]) == 10_000
-    assert "PoolStats" in capsys.readouterr().out
+    names["filesystem"].clear_instance_cache()  # which fsspec keeps, and with it an S3 client
+    data = bytes(range(250)) * 40
+    assert (bytes(names["first"]), bytes(names["tail"]), bytes(names["whole"])) == (data[:100], data[-8:], data)
+    assert [bytes(view) for view in names["views"]] == [data[900:1_000], data[:10], data[:10]]
+    assert names["rows"].tobytes() == data[:4_000]
+    assert names["pieces"] == [data[:10], data[500:600]]
+    assert json.loads((tmp_path / "load.json").read_text())["traceEvents"]
+    printed = capsys.readouterr().out
+    assert "1 5000\n" in printed
+    assert "WorkerStats(bytes=4002838, requests=1" in printed
+
+
+def test_readme_commands_run_as_they_are(my_bucket: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = {"weight": torch.ones(1000, 1000), "step": 100}
+    save(state, storage_writer=S3StorageWriter("us-east-1", "s3://my-bucket/checkpoint"), no_dist=True)
+    monkeypatch.setenv("PATH", os.path.dirname(sys.executable), prepend=os.pathsep)
+    rows = re.findall(r"^\| `(mpreader .*?)` \|", README, re.MULTILINE)
+    assert len(rows) >= 8
+    for row in rows:
+        if row == "mpreader demo":
+            continue  # it takes long, and is run by scripts/demo, and by test_cli_demo in small
+        quickly = "--repeat 1 --workers 1 --connections 4 --part-size 8MiB".split() if " bench " in row else []
+        result = subprocess.run(
+            [*row.split(), *quickly], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert result.returncode == 0, (row, result.stdout, result.stderr)
+        assert result.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"load.png", "bench.png", "model.pt", "head.bin"}
+    assert (tmp_path / "head.bin").read_bytes() == bytes(range(100))
 
 
 def test_readme_settings_are_those_of_the_code() -> None:

@@ -115,7 +115,14 @@ def test_fetch_shows_no_secret_in_logs_reprs_and_processes(
                 texts += told_by_processes(fetcher)
                 os.kill(pids(fetcher)[0], signal.SIGKILL)  # that is logged
         texts += told_by_processes(fetcher)  # of the worker that took over
-        for thing in (fetcher, fetcher._engine.pool, fetcher._engine.pool.coordinator, fetcher.client(), fetcher.stats, CONFIG):
+        for thing in (
+            fetcher,
+            fetcher._engine.pool,
+            fetcher._engine.pool.coordinator,
+            fetcher.client(),
+            fetcher.stats,
+            CONFIG,
+        ):
             texts.extend(shown(thing))
         assert fetcher.stats.retries >= 2
     formatter = logging.Formatter("%(name)s %(message)s")

@@ -1,0 +1,171 @@
+"""Converts a checkpoint on S3 to one local file for ``torch.load``.
+
+The file grows under another name, beside its place, and takes that when all of it is on the disk. It is there before
+anything is loaded, so that a place that can't be written to costs no load.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import torch
+
+from mpreader.dcp.reader import S3StorageReader
+from mpreader.dcp.state import state_bytes
+from mpreader.dcp.whole import load_through
+from mpreader.errors import ConfigError, PlanError
+from mpreader.progress import Progress, progress_bar
+from mpreader.ranges import DEFAULT_MAX_GAP_SIZE
+from mpreader.readers.constructor import S3ReaderConstructor
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    from mpreader.config import PoolConfig, S3ClientConfig
+
+__all__ = ["dcp_to_torch_save"]
+
+
+def dcp_to_torch_save(
+    uri: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    *,
+    region: str | None = None,
+    s3client_config: S3ClientConfig | None = None,
+    pool_config: PoolConfig | None = None,
+    max_gap_size: float = DEFAULT_MAX_GAP_SIZE,
+    match: str | Iterable[str] | None = None,
+    verify: bool = True,
+    weights_only: bool = True,
+    allowed_globals: Iterable[str] = (),
+    overwrite: bool = True,
+    progress: bool | None = None,
+) -> None:
+    """Convert a checkpoint to one local file for ``torch.load``, as torch's function of this name does for a folder.
+
+    The file is there once all of it is on the disk, never half of it. All of the state must fit in memory.
+
+    Args:
+        uri: ``s3://`` URI of the checkpoint.
+        path: The file.
+        region: As for :func:`load_checkpoint`, like all that follow.
+        s3client_config: How S3 is reached.
+        pool_config: Settings of the worker pool.
+        max_gap_size: Largest gap, in bytes, between two items that are fetched as one.
+        match: Convert only what these patterns select.
+        verify: Whether CRC-32s are checked.
+        weights_only: Whether items that are no tensors must be of plain types; torch's function, which has no such
+            choice, unpickles whatever there is, as with False.
+        allowed_globals: Classes that ``.metadata`` may make.
+        overwrite: Whether a file that is there when this is called is replaced, in the end, as torch does it.
+        progress: Whether progress bars are shown: one for the load, one for the file.
+
+    Raises:
+        ConfigError: There is no such folder, ``path`` is not that of a file, or is there and is not to be replaced.
+        PlanError: The disk, or the memory, has less room than it takes.
+        OSError: The file can't be written.
+        MpreaderError: As for :func:`load_checkpoint`. Of all of these nothing is left behind.
+    """
+    target = _target(path, overwrite=overwrite)
+    constructor = S3ReaderConstructor.multiprocess(max_gap_size, pool_config=pool_config, progress=progress)
+    with _new_file(target) as file:
+        with S3StorageReader(
+            region, uri, s3client_config, constructor, verify=verify, allowed_globals=allowed_globals
+        ) as reader:
+            check = partial(_check_disk, file, target)
+            state, nbytes = load_through(reader, pool_config, match, weights_only=weights_only, check=check)
+        with _named(target), progress_bar(nbytes, "write", show=progress) as bar:
+            _write(state, _Counted(file, bar))
+
+
+class _Counted:
+    """A file of which the progress is shown."""
+
+    def __init__(self, file: BinaryIO, progress: Progress) -> None:
+        self._file = file
+        self._progress = progress
+
+    def write(self, data: Buffer) -> int:
+        written = self._file.write(data)
+        self._progress.advance(written)
+        return written
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def _target(path: str | os.PathLike[str], *, overwrite: bool) -> str:
+    # Of a link the file behind it is replaced, as if it were written to.
+    target = os.path.realpath(path)
+    if os.path.exists(target):
+        if not os.path.isfile(target):
+            raise ConfigError(f"{os.fspath(path)!r} is a folder or a device, not a file")
+        if not overwrite:
+            raise ConfigError(f"{os.fspath(path)!r} is there already; overwrite=True (--overwrite) replaces it")
+    folder = os.path.dirname(target)
+    if not os.path.isdir(folder):
+        raise ConfigError(f"there is no folder {folder!r} to write {os.path.basename(target)!r} to; make it first")
+    return target
+
+
+@contextlib.contextmanager
+def _new_file(target: str) -> Iterator[BinaryIO]:
+    """A file that takes the place of ``target`` when the block ends; it is gone where the block raises."""
+    temporary = os.path.join(os.path.dirname(target), f".mpreader-{secrets.token_hex(8)}.part")
+    with _named(target):
+        file = open(temporary, "xb")  # noqa: SIM115  # closed below, where its errors are told apart
+    try:
+        yield file
+        with _named(target):
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(temporary, target)
+            _sync_folder(os.path.dirname(target))  # the new name, too, must survive a crash
+    finally:
+        with contextlib.suppress(OSError):  # after fsync there is nothing left to fail
+            file.close()
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+
+
+@contextlib.contextmanager
+def _named(target: str) -> Iterator[None]:
+    """Errors name the file that was asked for."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, target) from error
+
+
+def _check_disk(file: BinaryIO, target: str, state: Mapping[str, Any]) -> None:
+    status = os.fstatvfs(file.fileno())
+    needed, free = state_bytes(state), status.f_bavail * status.f_frsize
+    if needed > free:
+        raise PlanError(
+            f"{target}: the tensors take {needed} bytes, but only {free} bytes are free on its disk; select some of "
+            "them (match=, --match), or another disk"
+        )
+
+
+def _write(state: dict[str, Any], file: _Counted) -> None:
+    try:
+        torch.save(state, file)  # type: ignore[arg-type]  # all that it needs of a file
+        file.flush()
+    except RuntimeError as error:
+        # Of a full disk torch says no more than "unexpected pos".
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+
+
+def _sync_folder(folder: str) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

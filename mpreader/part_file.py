@@ -1,0 +1,189 @@
+"""A file that grows as ``FILE.part`` until it is whole, and what an earlier call has left of it."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from io import FileIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
+
+from mpreader.config import MiB
+from mpreader.errors import ConfigError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["PartFile", "write_all"]
+
+_READ_BYTES: Final = 1 * MiB
+# Some network file systems have no locks; a download to them is worth more than the protection against a second one.
+_HAS_NO_LOCKS: Final = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK})
+
+_log = logging.getLogger(__name__)
+
+
+class PartFile:
+    """``FILE.part``, locked, with what an earlier call that wanted the same has left in it. A context manager.
+
+    ``FILE.part.json`` beside it says what it is a part of. Both stay when the block ends in an error, so that another
+    call can go on, unless nothing was written; :meth:`finish` and :meth:`discard` take them away.
+
+    Args:
+        path: FILE; where it is a link, the file behind it is meant.
+        identity: What must be the same for a call to go on: ``source``, ``etag``, ``size`` and ``ranges``.
+        resume: Keep what is there, if it is of use.
+
+    Attributes:
+        started_over: Why what was there was of no use, in words; None if there was nothing or it was.
+
+    Raises:
+        OSError: It can't be written, or another process is writing it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], identity: dict[str, Any], *, resume: bool = True) -> None:
+        self._final, self._path, self._state = _paths(path)
+        self.started_over: str | None = None
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        self._file = open(os.open(self._path, flags, 0o666), "r+b", buffering=0)  # noqa: SIM115  # closed by __exit__
+        try:
+            self._lock()
+            left = os.fstat(self._file.fileno()).st_size
+            self.started_over = self._why_useless(left, identity) if resume and left else None
+            if not resume or not left or self.started_over is not None:
+                self._file.truncate(0)
+                self._state.write_text(json.dumps(identity, indent=2) + "\n")
+        except BaseException:
+            self._file.close()
+            raise
+
+    @staticmethod
+    def check(path: str | os.PathLike[str]) -> None:
+        """Say before anything is fetched that nothing can become of it.
+
+        Raises:
+            ConfigError: ``path`` is a folder or a device, or lies in no folder.
+        """
+        final, _, _ = _paths(path)
+        if final.is_dir():
+            raise ConfigError(f"{os.fspath(path)!r} is a folder; name a file in it")
+        if final.exists() and not final.is_file():
+            raise ConfigError(f"{os.fspath(path)!r} is a device or a pipe, not a file")
+        if not final.parent.is_dir():
+            raise ConfigError(f"{os.fspath(path)!r} can't be written: there is no folder {str(final.parent)!r}")
+
+    @staticmethod
+    def try_size(path: str | os.PathLike[str]) -> int | None:
+        """How many bytes an earlier call has left; None if there is nothing."""
+        try:
+            return _paths(path)[1].stat().st_size
+        except OSError:
+            return None
+
+    def take_kept(self, use: Callable[[bytes], object]) -> int:
+        """Hand what is there already to ``use``, piece by piece; how many bytes that is."""
+        kept = 0
+        while chunk := self._file.read(_READ_BYTES):
+            use(chunk)
+            kept += len(chunk)
+        if kept:
+            _log.info("%s has %d bytes already", self._path, kept)
+        return kept
+
+    def write(self, data: memoryview) -> None:
+        """Append these bytes."""
+        with self._named():
+            write_all(self._file, data)
+
+    def finish(self) -> None:
+        """Bring it to the disk, and give it its name."""
+        with self._named():
+            os.fsync(self._file.fileno())
+        os.replace(self._path, self._final)
+        self._state.unlink(missing_ok=True)
+        folder = os.open(self._final.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def discard(self) -> None:
+        """Remove it."""
+        self._path.unlink(missing_ok=True)
+        self._state.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._file:
+            if not os.fstat(self._file.fileno()).st_size and self._is_there():
+                self.discard()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Let errors of the open file say which one it was, as those of paths do."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from None
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Its former owner may have renamed it meanwhile: then it is the finished file.
+            is_ours = self._is_there()
+        except OSError as error:
+            is_ours = error.errno in _HAS_NO_LOCKS
+            if not is_ours and not isinstance(error, BlockingIOError):
+                raise
+        if not is_ours:
+            raise OSError(f"another process is writing {self._path}; wait for it, or choose another file")
+
+    def _is_there(self) -> bool:
+        try:
+            return os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno()))
+        except FileNotFoundError:
+            return False
+
+    def _why_useless(self, left: int, identity: dict[str, Any]) -> str | None:
+        try:
+            state = json.loads(self._state.read_text())
+        except (OSError, ValueError):
+            return f"{self._state} is missing or damaged"
+        if not isinstance(state, dict) or state.get("source") != identity["source"]:
+            return f"{self._path} is of another object"
+        if not identity["etag"]:
+            return "the server gives no ETag, so nobody knows whether the object is still the same"
+        if (state.get("etag"), state.get("size")) != (identity["etag"], identity["size"]):
+            return "the object was overwritten since"
+        if state.get("ranges") != identity["ranges"]:
+            return f"{self._path} is of other ranges"
+        if left > sum(end - start for start, end in identity["ranges"]):
+            return f"{self._path} is larger than it should be"
+        return None
+
+
+def write_all(file: BinaryIO | FileIO, data: memoryview) -> None:
+    """Write all of it, even to a file without a buffer, which may take less at one time.
+
+    Raises:
+        OSError: It can't be written; BlockingIOError where the file does not wait.
+    """
+    while data:
+        written = file.write(data)
+        if written is None:
+            raise BlockingIOError(errno.EAGAIN, "it would have to be waited for")
+        data = data[written:]
+
+
+def _paths(path: str | os.PathLike[str]) -> tuple[Path, Path, Path]:
+    """The file, its part, and what says of what that is."""
+    # Of a link the file behind it is replaced, as if it were written to.
+    final = Path(os.path.realpath(path))
+    return final, Path(f"{final}.part"), Path(f"{final}.part.json")
