@@ -1,32 +1,42 @@
-"""What is wrong with a host's set-up, and what mends it."""
+"""What is wrong with a host's set-up, and what mends it: what is found (``Surroundings``), and what it is worth.
+
+What needs the network is in :mod:`mpreader.access`.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import resource
+import shlex
+import ssl
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Final, Literal
 
+from mpreader import __version__
+from mpreader.cgroup import Cgroup
 from mpreader.config import POOL_SETTINGS, MiB, PoolConfig, S3ClientConfig
 from mpreader.errors import ConfigError
 from mpreader.pool.sizing import Host, PoolSizes, size_pool
 
 __all__ = ["Finding", "Surroundings", "examine", "examine_host"]
 
-Status = Literal["ok", "warn", "fail"]
-
 _GiB: Final = 1024 * MiB
-_SMALL_SHM: Final = 256 * MiB
-_SMALL_MEMORY: Final = 1 * _GiB
-# Of each worker besides its connections, and of the main process: pipes, files of shared memory, boto3's connections.
-_OWN_FILES: Final = 64
-_FILES_PER_WORKER: Final = 8
-_PACKAGES: Final = ("torch", "boto3", "isal")
-_OTHER_VARIABLES: Final = ("MPREADER_PROGRESS",)
+_PLENTY: Final = 1 << 60
+_PACKAGES: Final = {
+    "torch": "checkpoints can't be loaded without it; ranges can be fetched",
+    "isal": "CRC-32 is some eight times slower without it",
+}
+# Open at one time besides a pool's own: boto3's connections; and what an interpreter opens in passing.
+_CLIENT_FILES: Final = 32
+_SPARE_FILES: Final = 16
+_KNOWN_VARIABLES: Final = [*(f"MPREADER_{name.upper()}" for name in POOL_SETTINGS), "MPREADER_PROGRESS"]
 _CA_VARIABLES: Final = ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
 
 
@@ -38,15 +48,15 @@ class Finding:
         name: What.
         status: ``"ok"``; ``"warn"``: it works, but worse than it could; ``"fail"``: it does not.
         value: What was found.
-        problem: What is wrong with it; "" if nothing is.
-        remedy: The command, or the setting, that mends it; "" if nothing is wrong.
+        problem: What is wrong with it; None if nothing is.
+        remedy: The command, or the setting, that mends it; None if nothing is wrong.
     """
 
     name: str
-    status: Status
+    status: Literal["ok", "warn", "fail"]
     value: str
-    problem: str = ""
-    remedy: str = ""
+    problem: str | None = None
+    remedy: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,19 +64,23 @@ class Surroundings:
     """What this process finds around it.
 
     Attributes:
-        platform: As ``sys.platform`` says.
         all_cores: Cores of the host, whoever may use them.
-        host: What this process may use.
-        shm_bytes: Size of ``/dev/shm``.
+        memory_bytes: Memory of the host.
+        host: What this process may use, as the pool's sizes are made from.
+        cgroup: The limits of its control groups.
+        shm_bytes: Size of ``/dev/shm``; 0: there is none.
+        open_files: Descriptors that are open now.
         files: How many descriptors it may have open, and how many it may ask for.
         versions: Of packages; None: not installed.
         environment: The environment variables.
     """
 
-    platform: str
     all_cores: int
+    memory_bytes: int
     host: Host
+    cgroup: Cgroup
     shm_bytes: int
+    open_files: int
     files: tuple[int, int]
     versions: Mapping[str, str | None]
     environment: Mapping[str, str]
@@ -74,14 +88,20 @@ class Surroundings:
     @classmethod
     def now(cls) -> Surroundings:
         """Look around."""
-        status = os.statvfs("/dev/shm")  # noqa: S108  # asked about, not written to
+        shm_bytes = 0
+        with contextlib.suppress(OSError):
+            status = os.statvfs("/dev/shm")  # noqa: S108  # asked about, not written to
+            shm_bytes = status.f_blocks * status.f_frsize
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         return cls(
-            platform=sys.platform,
             all_cores=os.cpu_count() or 1,
-            host=Host.now(),
-            shm_bytes=status.f_blocks * status.f_frsize,
+            memory_bytes=memory,
+            host=Host.now() if shm_bytes else Host(len(os.sched_getaffinity(0)), memory, 0),
+            cgroup=Cgroup.of(Path("/")),
+            shm_bytes=shm_bytes,
+            open_files=len(os.listdir("/proc/self/fd")) - 1,
             files=resource.getrlimit(resource.RLIMIT_NOFILE),
-            versions={name: _version(name) for name in _PACKAGES},
+            versions={name: _version(name) for name in ("boto3", *_PACKAGES)},
             environment=os.environ,
         )
 
@@ -91,7 +111,7 @@ def examine(
     s3client_config: S3ClientConfig | None = None,
     pool_config: PoolConfig | None = None,
 ) -> list[Finding]:
-    """Look at the host, the settings, the credentials and the way to S3. Takes some seconds at most.
+    """Look at the host, the settings, the credentials and the way to S3. Takes six seconds at most.
 
     Args:
         source: ``s3://bucket`` or ``s3://bucket/prefix`` that is to be read. None: only the service is asked.
@@ -101,6 +121,8 @@ def examine(
     Raises:
         ConfigError: ``source`` is no ``s3://`` URI.
     """
+    if sys.platform != "linux":
+        return [Finding("system", "fail", sys.platform, "mpreader runs on Linux only", "docker run -it python:3.12")]
     from mpreader.access import examine_access
 
     s3client_config = s3client_config or S3ClientConfig()
@@ -108,25 +130,185 @@ def examine(
     return [*findings, *examine_access(source, s3client_config)]
 
 
-def examine_host(
-    surroundings: Surroundings, s3client_config: S3ClientConfig, pool_config: PoolConfig
-) -> Iterator[Finding]:
+def examine_host(around: Surroundings, s3client_config: S3ClientConfig, pool_config: PoolConfig) -> Iterator[Finding]:
     """Look at what needs no network."""
-    host = surroundings.host
-    if surroundings.platform != "linux":
-        yield Finding("system", "fail", surroundings.platform, "mpreader runs on Linux only", "use a Linux host")
-    yield from _packages(surroundings.versions)
-    yield _cores(surroundings)
-    yield _memory(host)
-    yield _shared_memory(surroundings)
-    yield from _variables(surroundings.environment)
+    yield from _packages(around.versions)
+    yield from _variables(around.environment)
+    yield from _certificates(around.environment)
+    roomy = replace(around.host, free_memory=_PLENTY, free_shm=_PLENTY)
     try:
-        sizes = size_pool(pool_config, s3client_config, host)
+        wanted = size_pool(pool_config, s3client_config, roomy)
+        asked_for = (pool_config.value("max_memory") or 0) * around.host.sharers
     except ConfigError as error:
-        yield Finding("pool", "fail", "can't be made", str(error), "give it more memory, or correct the setting")
+        wrong = " ".join(f"MPREADER_{name.upper()}" for name in POOL_SETTINGS if _is_wrong(name))
+        remedy = f"correct it, or: unset {wrong}"
+        yield Finding("pool", "fail", "a setting is wrong", str(error), remedy)
         return
-    yield _pool(sizes)
-    yield _files(surroundings.files, sizes)
+    yield _cores(around, wanted)
+    window = wanted.window_bytes * around.host.sharers
+    yield _memory(around, max(2 * window, asked_for), asked_for)
+    yield _shared_memory(around, max(window * 10 // 8, asked_for), asked_for)
+    try:
+        sizes = size_pool(pool_config, s3client_config, around.host)
+    except ConfigError as error:
+        yield Finding("pool", "fail", "can't be made", str(error), "see memory and shared memory above")
+        return
+    yield _pool(around, sizes)
+    yield _files(around, sizes)
+
+
+# -- what it is worth
+
+
+def _packages(versions: Mapping[str, str | None]) -> Iterator[Finding]:
+    yield Finding(
+        "versions", "ok", f"mpreader {__version__}, Python {sys.version.split()[0]}, boto3 {versions['boto3']}"
+    )
+    for name, problem in _PACKAGES.items():
+        number = versions[name]
+        if number is None:
+            remedy = f"{shlex.quote(sys.executable or 'python')} -m pip install {name}"
+            yield Finding(name, "warn", "not installed", problem, remedy)
+        else:
+            yield Finding(name, "ok", number)
+
+
+def _variables(environment: Mapping[str, str]) -> Iterator[Finding]:
+    for name in sorted(environment):
+        if name.startswith("MPREADER_") and name not in _KNOWN_VARIABLES:
+            near = get_close_matches(name, _KNOWN_VARIABLES, 1)
+            remedy = f"unset {name}" + (f"; did you mean {near[0]}?" if near else "")
+            yield Finding("settings", "warn", name, "no setting has this name: it does nothing", remedy)
+
+
+def _is_wrong(setting: str) -> bool:
+    try:
+        PoolConfig().value(setting)
+    except ConfigError:
+        return True
+    return False
+
+
+def _certificates(environment: Mapping[str, str]) -> Iterator[Finding]:
+    given = {name: environment[name] for name in _CA_VARIABLES if environment.get(name)}
+    for name, path in given.items():
+        problem = _try_certificates(path)
+        if problem is not None:
+            remedy = f"unset {name}, or: export {name}=/path/to/authorities.pem"
+            yield Finding("certificates", "fail", f"{name}={path}", problem, remedy)
+        else:
+            yield Finding("certificates", "ok", f"those of {name}={path}")
+    if not given:
+        yield Finding("certificates", "ok", "the usual ones")
+    if environment.get("AWS_CA_BUNDLE") == "":
+        yield Finding(
+            "certificates", "warn", "AWS_CA_BUNDLE=", "newer boto3 refuses an empty one", "unset AWS_CA_BUNDLE"
+        )
+
+
+def _cores(around: Surroundings, wanted: PoolSizes) -> Finding:
+    cores, quota, sharers = around.host.cores, around.cgroup.cores, around.host.sharers
+    value = f"{cores} of {around.all_cores} usable, CPU quota " + ("none" if quota is None else f"{quota:g}")
+    value += f", shared by {sharers} ranks" if sharers > 1 else ""
+    allowed = cores if quota is None else max(1, math.ceil(quota))
+    if allowed < cores and wanted.workers > max(1, allowed // sharers):
+        problem = f"{wanted.workers} workers are too many: this quota (cgroup v{around.cgroup.version}) goes unseen"
+        return Finding("cores", "warn", value, problem, f"export MPREADER_WORKERS={max(1, allowed // sharers)}")
+    if min(cores, allowed) < 2 <= around.all_cores:
+        problem = "receiving and decoding take turns on one core"
+        free = f"taskset -c 0-{around.all_cores - 1} python …"
+        remedy = f"docker run --cpus=4 …, srun --cpus-per-task=4 …, or where there is no limit: {free}"
+        return Finding("cores", "warn", value, problem, remedy)
+    return Finding("cores", "ok", value)
+
+
+def _memory(around: Surroundings, wanted: int, asked_for: int) -> Finding:
+    free, cgroup = around.host.free_memory, around.cgroup
+    limit = "none" if cgroup.memory_bytes is None else _size(cgroup.memory_bytes)
+    kind = f" (cgroup v{cgroup.version})" if cgroup.version else ""
+    # What it is measured at twice differs a little.
+    is_unseen = cgroup.free_memory is not None and cgroup.free_memory < free * 9 // 10
+    is_too_much = cgroup.free_memory is not None and (asked_for or free // 2) > cgroup.free_memory * 6 // 10
+    free = min(free, free if cgroup.free_memory is None else cgroup.free_memory)
+    value = f"{_size(free)} free of {_size(around.memory_bytes)}, limit {limit}{kind}"
+    if is_unseen and is_too_much:
+        problem = "the limit is one that goes unseen: of a group above, or of cgroup v1"
+        share = max(1, free // 2 // around.host.sharers // MiB)
+        return Finding("memory", "warn", value, problem, f"export MPREADER_MAX_MEMORY={share}MiB")
+    if free < wanted:
+        remedy = "end what takes the memory: ps aux --sort=-rss | head"
+        if cgroup.memory_bytes is not None:
+            remedy = f"docker run --memory={_gib(cgroup.memory_bytes - free + wanted)}g …, or {remedy}"
+        return _shortage("memory", value, around, wanted, asked_for, free // 2, remedy)
+    return Finding("memory", "ok", value)
+
+
+def _shared_memory(around: Surroundings, wanted: int, asked_for: int) -> Finding:
+    free, size = around.host.free_shm, around.shm_bytes
+    value = f"{_size(free)} free of {_size(size)} in /dev/shm"
+    larger = f"docker run --shm-size={_gib(wanted)}g …, or: sudo mount -o remount,size={_gib(wanted)}g /dev/shm"
+    if not size:
+        remedy = "sudo mkdir -p /dev/shm && sudo mount -t tmpfs -o mode=1777 tmpfs /dev/shm"
+        return Finding("shared memory", "fail", "no /dev/shm", "there is nothing to receive into", remedy)
+    if free >= wanted:
+        return Finding("shared memory", "ok", value)
+    remedy = f"remove what is stale: ls -lS /dev/shm; or: {larger}" if size >= wanted else larger
+    return _shortage("shared memory", value, around, wanted, asked_for, free * 8 // 10, remedy)
+
+
+def _shortage(
+    name: str, value: str, around: Surroundings, wanted: int, asked_for: int, spare: int, remedy: str
+) -> Finding:
+    if asked_for == wanted:
+        problem = f"{_size(asked_for)} are asked for (max_memory): a load that needs them fails"
+        remedy = f"export MPREADER_MAX_MEMORY={max(1, spare // around.host.sharers // MiB)}MiB; or: {remedy}"
+    else:
+        problem = f"the pool wants {_size(wanted)}: with less, fewer connections are busy, with smaller requests"
+    return Finding(name, "warn", value, problem, remedy)
+
+
+def _pool(around: Surroundings, sizes: PoolSizes) -> Finding:
+    ranks = f", for each of {around.host.sharers} ranks" if around.host.sharers > 1 else ""
+    workers = "1 worker" if sizes.workers == 1 else f"{sizes.workers} workers"
+    return Finding(
+        "pool",
+        "ok",
+        f"{workers} with up to {sizes.connections_per_worker} connections, requests of {_size(sizes.part_bytes)}, "
+        f"{_size(sizes.window_bytes)} read ahead, at most {_size(sizes.max_bytes)} of shared memory{ranks}",
+    )
+
+
+def _files(around: Surroundings, sizes: PoolSizes) -> Finding:
+    soft, hard = (_PLENTY if limit == resource.RLIM_INFINITY else limit for limit in around.files)
+    needed = files_needed(sizes, around.open_files)
+    value = f"{'any number' if soft == _PLENTY else soft} allowed, {needed} needed"
+    if soft >= needed:
+        return Finding("descriptors", "ok", value)
+    # Half as many again, since the program has files of its own.
+    ask = 1 << (needed * 3 // 2).bit_length()
+    if hard >= needed:
+        remedy = f"ulimit -n {min(ask, hard)}"
+    else:
+        remedy = f"docker run --ulimit nofile={ask} …, LimitNOFILE={ask} of the service, or /etc/security/limits.conf"
+    return Finding("descriptors", "fail", value, "workers and connections fail for want of descriptors", remedy)
+
+
+def files_needed(sizes: PoolSizes, open_files: int) -> int:
+    """Descriptors that the main process, or a worker if it needs more, may have open at one time.
+
+    Args:
+        sizes: Those of the pool.
+        open_files: What the main process has open without it.
+    """
+    segments = -(-sizes.window_bytes // sizes.segment_bytes)
+    # Of a worker: socket, pidfd, stderr. Of a segment: itself and its mapping. Besides: epoll and wake-up.
+    main = open_files + 3 * sizes.workers + 2 * segments + _CLIENT_FILES
+    # Of a connection: itself and its thread's statistics.
+    worker = 2 * sizes.connections_per_worker + segments
+    return max(main, worker) + _SPARE_FILES
+
+
+# -- what there is
 
 
 def _version(package: str) -> str | None:
@@ -136,89 +318,21 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _packages(versions: Mapping[str, str | None]) -> Iterator[Finding]:
-    from mpreader import __version__
-
-    found = ", ".join(f"{name} {number}" for name, number in versions.items() if number)
-    value = f"mpreader {__version__}, Python {sys.version.split()[0]}, {found}"
-    missing = [name for name in ("torch", "isal") if not versions.get(name)]
-    if missing:
-        problem = f"checkpoints can't be loaded without {' and '.join(missing)}; ranges can be fetched"
-        yield Finding("versions", "warn", value, problem, "pip install 'mpreader[dcp]'")
-    else:
-        yield Finding("versions", "ok", value)
-
-
-def _cores(surroundings: Surroundings) -> Finding:
-    cores, sharers = surroundings.host.cores, surroundings.host.sharers
-    value = f"{cores} of {surroundings.all_cores}" + (f", shared by {sharers} ranks" if sharers > 1 else "")
-    if cores < 2:
-        return Finding(
-            "cores",
-            "warn",
-            value,
-            "receiving and decoding take turns on one core",
-            "give the process more: docker run --cpus=4 …, taskset, or the job's CPU request",
-        )
-    return Finding("cores", "ok", value)
+def _try_certificates(path: str) -> str | None:
+    """What is wrong with a file, or folder, of certificate authorities."""
+    if not os.path.exists(path):
+        return "there is no such file"
+    try:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.load_verify_locations(**({"capath": path} if os.path.isdir(path) else {"cafile": path}))
+    except OSError as error:  # SSLError is one
+        return f"it can't be read as PEM certificates: {error.strerror or error}"
+    return None
 
 
-def _memory(host: Host) -> Finding:
-    value = f"{_mib(host.free_memory)} free under the memory limit"
-    if host.free_memory < _SMALL_MEMORY:
-        problem = "that is little besides the tensors of a checkpoint"
-        return Finding("memory", "warn", value, problem, "raise the limit: docker run --memory=…, or the job's request")
-    return Finding("memory", "ok", value)
-
-
-def _shared_memory(surroundings: Surroundings) -> Finding:
-    free = surroundings.host.free_shm
-    value = f"{_mib(free)} of {_mib(surroundings.shm_bytes)} free in /dev/shm"
-    if free >= _SMALL_SHM:
-        return Finding("shared memory", "ok", value)
-    if surroundings.shm_bytes >= _SMALL_SHM:
-        problem, remedy = "other programs fill it, so that less is read ahead", "ls -lS /dev/shm; remove what is stale"
-    else:
-        problem, remedy = "it is small, so that less is read ahead", "docker run --shm-size=1g …"
-    remedy += "; or: mount -o remount,size=1g /dev/shm"
-    return Finding("shared memory", "warn", value, problem, remedy)
-
-
-def _variables(environment: Mapping[str, str]) -> Iterator[Finding]:
-    known = [f"MPREADER_{name.upper()}" for name in POOL_SETTINGS] + [*_OTHER_VARIABLES]
-    for name in sorted(environment):
-        if name.startswith("MPREADER_") and name not in known:
-            near = get_close_matches(name, known, 1)
-            remedy = f"unset {name}" + (f"; did you mean {near[0]}?" if near else "")
-            yield Finding("settings", "warn", name, "no setting has this name: it does nothing", remedy)
-    for name in _CA_VARIABLES:
-        path = environment.get(name)
-        if path and not os.path.exists(path):
-            yield Finding("certificates", "fail", f"{name}={path}", "there is no such file", f"unset {name}")
-
-
-def _pool(sizes: PoolSizes) -> Finding:
-    return Finding(
-        "pool",
-        "ok",
-        f"{sizes.workers} workers with up to {sizes.connections_per_worker} connections, parts of "
-        f"{_mib(sizes.part_bytes)}, at most {_mib(sizes.max_bytes)} of shared memory, {_mib(sizes.window_bytes)} of it "
-        "to read ahead",
-    )
-
-
-def _files(limits: tuple[int, int], sizes: PoolSizes) -> Finding:
-    soft, hard = (sys.maxsize if limit == resource.RLIM_INFINITY else limit for limit in limits)
-    segments = -(-sizes.window_bytes // sizes.segment_bytes)
-    needed = _OWN_FILES + max(sizes.connections_per_worker + segments, _FILES_PER_WORKER * sizes.workers + segments)
-    value = f"{'any number of' if soft == sys.maxsize else soft} descriptors, some {needed} are needed"
-    if soft >= needed:
-        return Finding("files", "ok", value)
-    remedy = f"ulimit -n {needed}" if hard >= needed else f"docker run --ulimit nofile={needed} …, or limits.conf"
-    return Finding("files", "fail", value, "workers would fail for want of descriptors", remedy)
-
-
-def _mib(nbytes: int) -> str:
-    if nbytes >= 1 << 60:
-        return "any amount"
+def _size(nbytes: int) -> str:
     return f"{nbytes / MiB:,.0f} MiB" if nbytes < 10 * _GiB else f"{nbytes / _GiB:,.0f} GiB"
+
+
+def _gib(nbytes: int) -> int:
+    return max(1, -(-nbytes // _GiB))

@@ -14,7 +14,7 @@ from mpreader.doctor import Finding, examine
 
 __all__ = ["command"]
 
-_MARKS: Final = {"ok": ("ok  ", "green"), "warn": ("warn", "yellow"), "fail": ("FAIL", "red")}
+_COLORS: Final = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
 @click.command("doctor")
@@ -23,30 +23,31 @@ _MARKS: Final = {"ok": ("ok  ", "green"), "warn": ("warn", "yellow"), "fail": ("
 @pool_options
 @json_option
 def command(source: str | None, s3client_config: S3ClientConfig, pool_config: PoolConfig, as_json: bool) -> None:
-    r"""Say what is wrong with this host's set-up, and what mends it.
+    """Say what is wrong with this host's set-up, and what mends it.
 
-    Looks at cores, memory, /dev/shm, descriptors, settings, credentials, names, clocks and regions; and at SOURCE,
-    s3://bucket or s3://bucket/prefix, if one is given. Fails if something does. Shows no secret.
+    Looks at packages, cores, memory, /dev/shm, descriptors, settings, certificates, names, proxies, the clock,
+    credentials and the region; and at SOURCE, s3://bucket or s3://bucket/prefix, if one is given. Takes a few seconds
+    at most, shows no secret, and exits with 1 if anything fails.
 
     \b
-    mpreader doctor s3://my-bucket/checkpoint
-    mpreader doctor --endpoint-url http://localhost:9000 --json
-    """
+    Examples:
+      mpreader doctor s3://my-bucket/checkpoint
+      mpreader doctor --endpoint-url http://localhost:9000 --json
+    """  # noqa: D301  # click reads the \b
     findings = examine(source, s3client_config, pool_config)
     is_well = all(finding.status != "fail" for finding in findings)
     if as_json:
-        print_json({"ok": is_well, "findings": [dataclasses.asdict(finding) for finding in findings]})
+        print_json({"findings": [dataclasses.asdict(finding) for finding in findings], "ok": is_well})
     else:
-        width = max(len(finding.name) for finding in findings)
-        for finding in findings:
-            _print(finding, width)
+        _print(findings)
     if not is_well:
         raise click.exceptions.Exit(1)
 
 
-def _print(finding: Finding, width: int) -> None:
-    mark, color = _MARKS[finding.status]
-    click.echo(f"{click.style(mark, fg=color)}  {finding.name:{width}}  {finding.value}")
-    if finding.problem:
-        indent = " " * (len(mark) + width + 4)
-        click.echo(f"{indent}{finding.problem}\n{indent}-> {finding.remedy}")
+def _print(findings: list[Finding]) -> None:
+    width = max(len(finding.name) for finding in findings)
+    for finding in findings:
+        mark = click.style(f"{finding.status:4}", fg=_COLORS[finding.status])
+        click.echo(f"{mark}  {finding.name:{width}}  {finding.value}")
+        for text in filter(None, (finding.problem, finding.remedy and f"-> {finding.remedy}")):
+            click.echo(f"{'':{width + 8}}{text}")

@@ -9,12 +9,8 @@ import difflib
 import json
 import logging
 import os
-import signal
 import sys
-import threading
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, Final
 
@@ -46,7 +42,6 @@ _COMMANDS: Final = {
 _FAILED: Final = 1
 _USAGE: Final = 2
 _INTERRUPTED: Final = 130
-_AGAIN_S: Final = 0.02  # the callback must be over
 _EXIT_CODES: Final[tuple[tuple[type[Exception], int], ...]] = (
     (ConfigError, _USAGE),
     (PlanError, _USAGE),
@@ -130,8 +125,7 @@ def main(arguments: list[str] | None = None) -> None:
     if sys.stdout is None:  # it was closed by whoever started us
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
-        with _no_interrupt_lost():
-            code = _run(arguments)
+        code = _run(arguments)
         sys.stdout.flush()
     except OSError as error:
         # Nobody reads our output, or there is no room for it; the interpreter must not complain when it flushes.
@@ -140,27 +134,6 @@ def main(arguments: list[str] | None = None) -> None:
             click.echo(f"mpreader: can't write to stdout: {_message(error)}", err=True)
         code = _FAILED
     sys.exit(code)
-
-
-@contextmanager
-def _no_interrupt_lost() -> Iterator[None]:
-    """Let Ctrl-C end the program wherever it strikes.
-
-    In a callback at the end of an object's life, such as that of a view, Python would only print KeyboardInterrupt.
-    """
-    report = sys.unraisablehook
-
-    def send_again(unraisable: Any) -> None:
-        if isinstance(unraisable.exc_value, KeyboardInterrupt):
-            threading.Timer(_AGAIN_S, os.kill, (os.getpid(), signal.SIGINT)).start()
-        else:
-            report(unraisable)
-
-    sys.unraisablehook = send_again
-    try:
-        yield
-    finally:
-        sys.unraisablehook = report
 
 
 def _run(arguments: list[str]) -> int:

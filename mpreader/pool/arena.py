@@ -27,7 +27,7 @@ from mpreader.errors import ArenaError
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["Arena", "Segment", "Slot"]
+__all__ = ["Arena", "Lease", "Segment", "Slot"]
 
 log = logging.getLogger(__name__)
 
@@ -89,17 +89,28 @@ class Segment:
             self.fd = -1
 
 
+class Lease(weakref.ref[object]):
+    """A slot is in use until what this refers to is gone.
+
+    Attributes:
+        slot: Weak, too: a lease that nobody asks after must not keep memory.
+    """
+
+    __slots__ = ("slot",)
+    slot: weakref.ref[Slot]
+
+
 class Slot:
     """A contiguous piece of a segment, leased as a whole."""
 
-    __slots__ = ("_array_reference", "is_alone", "nbytes", "offset", "segment")
+    __slots__ = ("__weakref__", "_lease", "is_alone", "nbytes", "offset", "segment")
 
     def __init__(self, segment: Segment, offset: int, nbytes: int, *, is_alone: bool) -> None:
         self.segment = segment
         self.offset = offset
         self.nbytes = nbytes
         self.is_alone = is_alone  # the segment was made for it, and goes with it
-        self._array_reference: weakref.ref[object] | None = None
+        self._lease: Lease | None = None
 
     def __repr__(self) -> str:
         return f"Slot(segment={self.segment.number}, offset={self.offset}, nbytes={self.nbytes})"
@@ -117,24 +128,21 @@ class Slot:
         except OSError as error:
             raise _shortage(end - start, error) from error
 
-    def lease(self, on_end: Callable[[Slot], None]) -> memoryview:
+    def lease(self, on_end: Callable[[Lease], object]) -> memoryview:
         """A writable view of the slot.
 
         Args:
             on_end: Called once, from whatever thread drops the last reference to the view, to a slice of it, or to
                 an array or tensor made from either; not called if the slot object itself is gone by then. It must
-                not block or take a lock that this thread may hold.
+                not block or take a lock that this thread may hold. And it should not be written in Python: a Ctrl-C
+                that strikes in such a callback is printed, and then lost.
         """
         import numpy as np
 
         # The array, not the view: slices of a view hold on to what is below it, and only that can be watched.
         array = np.frombuffer(self.segment.map, np.uint8, self.nbytes, self.offset)
-
-        def end(_: weakref.ref[object]) -> None:
-            self._array_reference = None
-            on_end(self)
-
-        self._array_reference = weakref.ref(array, end)
+        self._lease = Lease(array, on_end)
+        self._lease.slot = weakref.ref(self)
         return memoryview(cast("Buffer", array))
 
 

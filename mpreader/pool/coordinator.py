@@ -11,6 +11,7 @@
                                          └──────────┬────────────┘ ◄── pidfd: a worker is gone
     Transfer.take ◄──────── deliver(slot | error) ──┘
 
+(A view's last reference goes into a queue first, which a second thread reads: nothing written in Python may run there.)
 The thread decides and sends; it never waits for the network, for a consumer or for a worker. It ends when it is told
 to, when the pool has been idle for long enough, or when it breaks; then every consumer gets an error.
 """
@@ -20,15 +21,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import queue
 import selectors
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Final, NamedTuple
 
 from mpreader.errors import MpreaderError, PoolClosed, PoolError
 from mpreader.pool import observer
-from mpreader.pool.arena import Arena, Slot
+from mpreader.pool.arena import Arena, Lease
 from mpreader.pool.crew import Crew, CrewLimits, Member
 from mpreader.pool.messages import Cancel, Failed, Fetch, Fetched
 from mpreader.pool.observer import Observer, RequestEvent
@@ -58,12 +61,6 @@ class Timeouts(NamedTuple):
     worker_timeout_s: float
     lease_timeout_s: float
     idle_timeout_s: float
-
-
-class LeaseEnded(NamedTuple):
-    """The last reference to a view of the slot is gone."""
-
-    slot: Slot
 
 
 class Wakeup:
@@ -108,6 +105,9 @@ class Coordinator:
         self._idle_timeout_s = timeouts.idle_timeout_s
         self._pid = os.getpid()
         self._inbox: deque[object] = deque()
+        # For ``Slot.lease``: it may be told at any moment, from a garbage collection or while a Ctrl-C strikes.
+        self._ended_leases: queue.SimpleQueue[Lease | None] = queue.SimpleQueue()
+        self.lease_ended: Callable[[Lease], object] = self._ended_leases.put
         self._lock = threading.Lock()  # guards the decision that nothing more is taken on
         self._is_ended = False
         self._is_told_to_stop = False
@@ -128,8 +128,10 @@ class Coordinator:
         crew_limits = CrewLimits(sizes.workers, sizes.connections_per_worker, *timeouts[:2], timeouts.worker_timeout_s)
         self.crew = Crew(crew_limits, self._selector)
         self._thread = threading.Thread(target=self._run, name="mpreader-coordinator", daemon=True)
+        self._lease_thread = threading.Thread(target=self._pass_on_leases, name="mpreader-leases", daemon=True)
         try:
             self.crew.start(())
+            self._lease_thread.start()
             self._thread.start()
         except RuntimeError as error:
             self._give_back_everything()
@@ -160,11 +162,6 @@ class Coordinator:
             self._inbox.append(message)
             self._wakeup.set()
 
-    def lease_ended(self, slot: Slot) -> None:
-        """For ``Slot.lease``: may be called from a garbage collection at any moment, so it takes no lock of ours."""
-        if not self._is_ended:
-            self.tell(LeaseEnded(slot))
-
     def try_open(self, transfer: Transfer) -> bool:
         """Take a transfer on; False if the coordinator has ended, or is about to."""
         with self._lock:
@@ -191,7 +188,11 @@ class Coordinator:
         self._selector.close()
         self._wakeup.abandon()
 
-    # -- the thread
+    # -- the threads
+
+    def _pass_on_leases(self) -> None:
+        while (lease := self._ended_leases.get()) is not None:
+            self.tell(lease)
 
     def _run(self) -> None:
         error: MpreaderError = PoolClosed("the pool was closed")
@@ -224,6 +225,7 @@ class Coordinator:
 
     def _give_back_everything(self) -> None:
         self.crew.stop()
+        self._ended_leases.put(None)
         self._sources.close()
         self._arena.close()
         self._selector.close()
@@ -294,8 +296,10 @@ class Coordinator:
             message = self._inbox.popleft()
             if isinstance(message, Taken):
                 self._scheduler.taken(message.transfer, message.fill)
-            elif isinstance(message, LeaseEnded):
-                self._scheduler.lease_ended(message.slot)
+            elif isinstance(message, Lease):
+                slot = message.slot()
+                if slot is not None:
+                    self._scheduler.lease_ended(slot)
             elif isinstance(message, Demand):
                 self._scheduler.demand(message.transfer, message.fill)
             elif isinstance(message, Discard):

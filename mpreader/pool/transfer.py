@@ -21,7 +21,7 @@ from mpreader.pool.stats import PoolStats, Tally
 from mpreader.progress import Progress
 
 if TYPE_CHECKING:
-    from mpreader.pool.arena import Slot
+    from mpreader.pool.arena import Lease, Slot
     from mpreader.pool.source import Source
 
 __all__ = ["Close", "Demand", "Discard", "Fill", "FillPart", "Open", "Taken", "Transfer"]
@@ -116,7 +116,7 @@ class Transfer:
         self,
         fills: Sequence[Fill],
         tell: Callable[[object], None],
-        on_lease_end: Callable[[Slot], None],
+        on_lease_end: Callable[[Lease], object],
         *,
         grows: bool = False,
     ) -> None:

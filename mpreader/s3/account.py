@@ -1,24 +1,44 @@
-"""Who we are to S3, and what it says to us: what ``mpreader doctor`` asks. Holds no secret."""
+"""What S3 is to given settings: who we are to it, whether it answers, what of a bucket may be read.
+
+For ``mpreader doctor``. Nothing that leaves here holds a secret, not even the id of an access key.
+"""
 
 from __future__ import annotations
 
-import datetime
+import contextlib
 import os
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
 from email.utils import parsedate_to_datetime
-from typing import Any, Final
+from typing import Any, Final, Literal
+from urllib.parse import urlsplit
 
 import botocore.session
-from botocore import UNSIGNED
+from botocore import UNSIGNED, exceptions
+from botocore.awsrequest import AWSRequest
 from botocore.config import Config
+from botocore.credentials import Credentials
 from botocore.exceptions import BotoCoreError, ClientError
+from botocore.httpsession import URLLib3Session, get_cert_path
+from botocore.utils import get_environ_proxies, parse_timestamp
 
+from mpreader.collector import collector_paused
 from mpreader.config import S3ClientConfig
-from mpreader.errors import ConfigError
+from mpreader.errors import AccessDenied, ConfigError, PlanError
+from mpreader.s3.failure import Target, translated
 
-__all__ = ["Answer", "Identity", "ask", "identify", "service_url"]
+__all__ = ["Account", "Answer", "Identity", "Readable", "Silence", "code_of"]
 
-_TIMEOUT_S: Final = 4
+# Of one request; all of them together are bounded by who asks.
+_TIMEOUT_S: Final = 3
+# All others botocore fetches, and fetches anew before they expire.
+_UNRENEWED: Final = ("env", "shared-credentials-file", "config-file")
+# Shorter ones are those of test servers, such as "test"; what is to be told may hold such a word.
+_LEAST_SECRET: Final = 8
+
+_Cause = Literal["tls", "proxy", "timeout", "connection"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,109 +47,264 @@ class Identity:
 
     Attributes:
         source: Where they come from, in botocore's words, such as ``"env"``; "" if there are none.
+        profile: The profile in force.
         expires: When they do, in UTC; None: never, or nobody knows.
+        is_renewed: Whether botocore fetches new ones by itself before that.
+        lacks_token: Whether they are temporary ones without their session token.
     """
 
     source: str
-    expires: datetime.datetime | None
+    profile: str
+    expires: datetime | None = None
+    is_renewed: bool = False
+    lacks_token: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the service said to one small request.
+    """What the service said to a request without a signature; that it refuses is an answer, too.
 
     Attributes:
-        status: HTTP status; 0: there was no answer.
-        date: The service's clock, in UTC; None where it did not say.
-        received: Our clock then, in UTC.
-        bucket_region: Region of the bucket; None where it did not say.
-        error: Why there was no answer, in words.
+        status: HTTP status.
+        seconds: How long it took, name and connection included.
+        skew: How far our clock is ahead of the service's; None where that told no time.
+        bucket_region: Region of the bucket; None where it told none.
     """
 
     status: int
-    date: datetime.datetime | None
-    received: datetime.datetime
+    seconds: float
+    skew: timedelta | None
     bucket_region: str | None
-    error: str = ""
 
 
-def identify(config: S3ClientConfig) -> Identity:
-    """Find credentials, as a client of these settings would.
+@dataclass(frozen=True, slots=True)
+class Readable:
+    """What of a bucket may be done.
+
+    Attributes:
+        is_listed: Whether it may be listed.
+        key: Key of an object that was read; None: there is none below the prefix.
+    """
+
+    is_listed: bool
+    key: str | None
+
+
+class Silence(Exception):
+    """The service did not answer.
+
+    Attributes:
+        cause: What was in the way.
+    """
+
+    def __init__(self, cause: _Cause, message: str) -> None:
+        super().__init__(message)
+        self.cause = cause
+
+
+class Account:
+    """S3, as it is with these settings; each method makes a request at most, or a few, without patience.
+
+    Args:
+        config: How S3 is reached.
+        bucket: The bucket that is asked about. "": the service itself.
 
     Raises:
-        ConfigError: The profile does not exist, or a file can't be read.
+        ConfigError: A profile, region, URL or name is wrong.
     """
-    try:
-        credentials = _session(config).get_credentials()
-        if credentials is None:
-            return Identity("", None)
-        expires = getattr(credentials, "_expiry_time", None)  # botocore tells it to nobody else
-        if credentials.method == "env" and os.environ.get("AWS_CREDENTIAL_EXPIRATION"):
-            expires = datetime.datetime.fromisoformat(os.environ["AWS_CREDENTIAL_EXPIRATION"].replace("Z", "+00:00"))
-        return Identity(credentials.method, expires)
-    except BotoCoreError as error:
-        raise ConfigError(str(error)) from error
 
+    def __init__(self, config: S3ClientConfig, bucket: str = "") -> None:
+        self._config = config
+        self._bucket = bucket
+        self._secrets: tuple[str, ...] = ()
+        self._session = botocore.session.Session(profile=config.profile)
+        with contextlib.closing(self._make_client(signature=UNSIGNED)) as client:
+            self.region: str = client.meta.region_name
+            self._endpoint = self._url = str(client.meta.endpoint_url)
+            if bucket:
+                with translated(self._target()):
+                    self._url = str(client.generate_presigned_url("head_bucket", Params={"Bucket": bucket}))
 
-def service_url(config: S3ClientConfig) -> tuple[str, str]:
-    """URL of the service, and the region that is configured.
+    @property
+    def url(self) -> str:
+        """Where the bucket, or the service, is asked, without the secrets that an endpoint's URL may hold."""
+        parts = urlsplit(self._url)
+        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
-    Raises:
-        ConfigError: A setting is wrong.
-    """
-    client = _client(config, is_signed=False)
-    try:
-        return client.meta.endpoint_url, client.meta.region_name
-    finally:
-        client.close()
+    @property
+    def ca_file(self) -> str:
+        """The file, or directory, of certificate authorities that are trusted."""
+        configured = self._session.get_config_variable("ca_bundle") or os.environ.get("REQUESTS_CA_BUNDLE")
+        return str(configured or get_cert_path(True))
 
+    def identify(self) -> Identity:
+        """Find the credentials, and fetch them where they must be fetched.
 
-def ask(config: S3ClientConfig, bucket: str, *, is_signed: bool) -> Answer:
-    """Ask for a bucket, or where none is named for the list of them; once, and not for long.
+        Raises:
+            ConfigError: They can't be had; it says why.
+        """
+        try:
+            return self._identify()
+        except (BotoCoreError, ClientError, ValueError) as error:
+            raise ConfigError(self.clean(str(error))) from None
 
-    Raises:
-        ConfigError: A setting is wrong.
-    """
-    client = _client(config, is_signed=is_signed)
-    error = ""
-    try:
-        answer: dict[str, Any] = client.head_bucket(Bucket=bucket) if bucket else client.list_buckets()
-        facts = answer["ResponseMetadata"]
-    except ClientError as refused:  # that is an answer, too
-        facts = refused.response.get("ResponseMetadata", {})
-    except BotoCoreError as failed:
-        facts, error = {}, " ".join(str(failed).split())
-    finally:
-        client.close()
-    headers = facts.get("HTTPHeaders", {})
-    return Answer(
-        status=facts.get("HTTPStatusCode", 0),
-        date=parsedate_to_datetime(headers["date"]) if "date" in headers else None,
-        received=_now(),
-        bucket_region=headers.get("x-amz-bucket-region"),
-        error=error,
-    )
+    def knock(self) -> Answer:
+        """Ask the service for the bucket, once and without a signature.
 
-
-def _now() -> datetime.datetime:
-    return datetime.datetime.now(datetime.timezone.utc)
-
-
-def _session(config: S3ClientConfig) -> botocore.session.Session:
-    return botocore.session.Session(profile=config.profile)
-
-
-def _client(config: S3ClientConfig, *, is_signed: bool) -> Any:
-    settings = Config(
-        signature_version=None if is_signed else UNSIGNED,
-        connect_timeout=_TIMEOUT_S,
-        read_timeout=_TIMEOUT_S,
-        retries={"total_max_attempts": 1},
-        s3={"addressing_style": "path"} if config.force_path_style else None,
-    )
-    try:
-        return _session(config).create_client(
-            "s3", region_name=config.region, endpoint_url=config.endpoint_url, config=settings
+        Raises:
+            Silence: There was no answer.
+        """
+        trusted: Any = self.ca_file  # the stubs know no file
+        http = URLLib3Session(verify=trusted, proxies=get_environ_proxies(self._url), timeout=_TIMEOUT_S)
+        before = datetime.now(timezone.utc)
+        try:
+            response = http.send(AWSRequest("HEAD", self._url).prepare())
+        except BotoCoreError as error:
+            raise Silence(_cause(error), self.clean(_reason(error))) from None
+        finally:
+            http.close()
+        after = datetime.now(timezone.utc)
+        return Answer(
+            status=response.status_code,
+            seconds=(after - before).total_seconds(),
+            skew=_skew(before + (after - before) / 2, response.headers),
+            bucket_region=response.headers.get("x-amz-bucket-region"),
         )
-    except (BotoCoreError, ValueError) as error:
-        raise ConfigError(" ".join(str(error).split())) from error
+
+    def read(self, prefix: str) -> Readable:
+        """List what begins with ``prefix``, and read a byte of it.
+
+        Raises:
+            ConfigError: A setting is wrong.
+            TransportError: It is refused, or does not work.
+        """
+        with contextlib.closing(self._make_client(UNSIGNED if self._config.unsigned else None)) as client:
+            try:
+                found = self._call(client.list_objects_v2, Prefix=prefix, MaxKeys=20).get("Contents", ())
+            except AccessDenied:
+                return Readable(False, self._read_any(client, prefix))
+            if not found:
+                return Readable(True, None)
+            key: str = max(found, key=lambda entry: bool(entry["Size"]))["Key"]
+            self._read_byte(client, key)
+            return Readable(True, key)
+
+    def clean(self, text: str) -> str:
+        """``text`` in one line, without anything in it that is secret."""
+        text = re.sub(r"//\S*@", "//", " ".join(text.split()))
+        # The objects whose names urllib3 begins its reasons with.
+        text = re.sub(r"<urllib3\S* object at \w+>: |\w+Connection\([^)]*\): ", "", text)
+        for secret in self._secrets:
+            text = text.replace(secret, "…")
+        return text
+
+    def _identify(self) -> Identity:
+        profile = self._session.get_config_variable("profile") or "default"
+        settings = self._session.get_scoped_config()
+        if "mfa_serial" in settings and "role_arn" in settings:
+            # Botocore would ask for it on the terminal, and wait.
+            raise ConfigError(f"the profile {profile} asks for an MFA code each time, which a job can't give")
+        credentials = self._session.get_credentials()
+        if credentials is None:
+            return Identity("", profile)
+        key, token = self._fetch(credentials)
+        expires = getattr(credentials, "_expiry_time", None)  # told in no other way
+        return Identity(
+            source=credentials.method,
+            profile=profile,
+            expires=expires or _noted_expiry(credentials.method, settings),
+            is_renewed=credentials.method not in _UNRENEWED,
+            lacks_token=key.startswith("ASIA") and not token,
+        )
+
+    def _fetch(self, credentials: Credentials) -> tuple[str, str]:
+        """The id of the access key and the session token; "" where they have expired."""
+        try:
+            frozen = credentials.get_frozen_credentials()
+        except RuntimeError:  # how botocore says that what it has fetched has expired
+            return "", ""
+        key, token = frozen.access_key or "", frozen.token or ""
+        secrets = (frozen.secret_key or "", token, key)
+        self._secrets = tuple(secret for secret in secrets if len(secret) >= _LEAST_SECRET)
+        return key, token
+
+    def _read_any(self, client: Any, prefix: str) -> str:
+        """Read what a loader would that may not list: the object of this name, or a checkpoint's metadata."""
+        folder = prefix.rstrip("/")
+        with contextlib.suppress(AccessDenied):
+            self._read_byte(client, f"{folder}/.metadata" if folder else ".metadata")
+            return f"{folder}/.metadata".lstrip("/")
+        self._read_byte(client, prefix or ".metadata")
+        return prefix
+
+    def _read_byte(self, client: Any, key: str) -> None:
+        with contextlib.suppress(PlanError):  # it is empty
+            self._call(client.get_object, Key=key, Range="bytes=0-0")["Body"].close()
+
+    def _call(self, method: Callable[..., dict[str, Any]], **parameters: Any) -> dict[str, Any]:
+        payer = {"RequestPayer": "requester"} if self._config.requester_pays else {}
+        with translated(self._target(parameters.get("Key", parameters.get("Prefix", "")))):
+            return method(Bucket=self._bucket, **parameters, **payer)
+
+    def _target(self, key: str = "") -> Target:
+        return Target(self._bucket, key, lambda _: self.clean(f"region {self.region}, endpoint {self._endpoint}"), 1)
+
+    def _make_client(self, signature: Any) -> Any:
+        settings: dict[str, Any] = {"s3": {"addressing_style": "path"}} if self._config.force_path_style else {}
+        config = Config(
+            signature_version=signature,
+            connect_timeout=_TIMEOUT_S,
+            read_timeout=_TIMEOUT_S,
+            retries={"total_max_attempts": 1},
+            **settings,
+        )
+        try:
+            with collector_paused():
+                return self._session.create_client(
+                    "s3", region_name=self._config.region, endpoint_url=self._config.endpoint_url, config=config
+                )
+        except (BotoCoreError, ValueError) as error:
+            raise ConfigError(self.clean(str(error))) from None
+
+
+def code_of(error: BaseException) -> str:
+    """S3's own code for a refusal, such as ``"AccessDenied"``; "" where it gave none."""
+    refusal = error.__cause__
+    return str(refusal.response.get("Error", {}).get("Code", "")) if isinstance(refusal, ClientError) else ""
+
+
+def _noted_expiry(source: str, settings: Mapping[str, object]) -> datetime | None:
+    """When credentials expire, as the tools that wrote them into the file have noted it there."""
+    if source not in _UNRENEWED[1:]:
+        return None
+    for name, value in settings.items():
+        if "expir" in name.lower() and isinstance(value, str):
+            with contextlib.suppress(ValueError, RuntimeError):
+                expires: datetime = parse_timestamp(value)
+                return expires if expires.tzinfo else expires.replace(tzinfo=timezone.utc)
+    return None
+
+
+def _skew(now: datetime, headers: Mapping[str, str]) -> timedelta | None:
+    try:
+        theirs = parsedate_to_datetime(headers.get("Date", ""))
+    except (TypeError, ValueError):
+        return None
+    return now - (theirs if theirs.tzinfo else theirs.replace(tzinfo=timezone.utc))
+
+
+def _cause(error: BotoCoreError) -> _Cause:
+    if isinstance(error, exceptions.SSLError):
+        return "tls"
+    if isinstance(error, exceptions.ProxyConnectionError):
+        return "proxy"
+    if isinstance(error, (exceptions.ConnectTimeoutError, exceptions.ReadTimeoutError)):
+        return "timeout"
+    return "connection"
+
+
+def _reason(error: BotoCoreError) -> str:
+    """What lies behind botocore's error, which itself says little more than the URL."""
+    if isinstance(error, exceptions.ProxyConnectionError):
+        return str(error)  # names the proxy, without its password
+    return str(error.kwargs.get("error") or error)

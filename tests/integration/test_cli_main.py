@@ -6,10 +6,8 @@ import json
 import logging
 import os
 import re
-import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -156,29 +154,6 @@ def test_bug_shows_its_place_only_where_that_is_asked_for(
 
 def test_keyboard_interrupt_ends_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert fail(monkeypatch, KeyboardInterrupt()) == 130
-    assert capsys.readouterr().err.strip() == "mpreader: interrupted"
-
-
-def test_keyboard_interrupt_in_a_callback_is_not_lost(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    class Dying:
-        def __del__(self) -> None:
-            raise KeyboardInterrupt
-
-    def die(source: str) -> str:
-        Dying()
-        threading.Event().wait(30)
-        return source
-
-    monkeypatch.setattr(fetch, "name_of", die)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(SystemExit) as ended:
-            main(["fetch", "s3://bucket/key"])
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert ended.value.code == 130
     assert capsys.readouterr().err.strip() == "mpreader: interrupted"
 
 

@@ -83,7 +83,7 @@ def test_readme_commands_run_as_they_are(my_bucket: None, tmp_path: Path, monkey
     for row in rows:
         if row == "mpreader demo":
             continue  # it takes long, and is run by scripts/demo, and by test_cli_demo in small
-        quickly = "--repeat 1 --workers 1 --connections 4 --part-size 8MiB".split() if " bench " in row else []
+        quickly = ["--repeat=1", "--workers=1", "--connections=4", "--part-size=8MiB"] if " bench " in row else []
         result = subprocess.run(
             [*row.split(), *quickly], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
         )

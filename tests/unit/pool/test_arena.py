@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import _thread
+import contextlib
 import gc
 import os
+import queue
 import random
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpreader.config import KiB, MiB
-from mpreader.pool.arena import Arena, Slot
+from mpreader.pool.arena import Arena, Lease, Slot
 
 BLOCK = 256 * KiB
 SEGMENT = 1 * MiB
@@ -156,7 +160,7 @@ def test_arena_leaves_no_name_in_dev_shm(arena: Arena) -> None:
     ],
 )
 def test_lease_ends_only_with_the_last_thing_made_from_it(arena: Arena, use: object) -> None:
-    ended: list[Slot] = []
+    ended: list[Lease] = []
     slot = taken(arena, 64 * KiB)
     view = slot.lease(ended.append)
     last = use(view)  # type: ignore[operator]
@@ -164,7 +168,7 @@ def test_lease_ends_only_with_the_last_thing_made_from_it(arena: Arena, use: obj
     gc.collect()
     assert not ended
     del last
-    assert ended == [slot]
+    assert [lease.slot() for lease in ended] == [slot]
 
 
 @pytest.mark.row("views held while the load goes on; close with live views")
@@ -180,12 +184,50 @@ def test_lease_view_outlives_slot_and_arena(arena: Arena) -> None:
 
 
 def test_lease_can_be_made_again_for_the_next_user(arena: Arena) -> None:
-    ended: list[Slot] = []
+    ended: list[Lease] = []
     slot = taken(arena, 64 * KiB)
     for _ in range(2):
         view = slot.lease(ended.append)
         del view
-    assert ended == [slot, slot]
+    assert [lease.slot() for lease in ended] == [slot, slot]
+
+
+def test_lease_that_has_ended_keeps_no_memory(arena: Arena) -> None:
+    ended: list[Lease] = []
+    slot = taken(arena, 64 * KiB)
+    view = slot.lease(ended.append)
+    del view
+    assert [lease.slot() for lease in ended] == [slot]
+    del slot
+    assert [lease.slot() for lease in ended] == [None]
+
+
+@pytest.mark.row("Ctrl-C")
+def test_ctrl_c_is_not_lost_at_the_end_of_a_lease(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
+    lost: list[object] = []
+    monkeypatch.setattr("sys.unraisablehook", lambda unraisable: lost.append(unraisable.exc_value))
+    ended: queue.SimpleQueue[Lease] = queue.SimpleQueue()
+    slot = taken(arena, 64 * KiB)
+    is_ready = threading.Semaphore(0)
+
+    def press() -> None:
+        for _ in range(200):
+            is_ready.acquire()
+            if not lost:
+                _thread.interrupt_main()
+
+    gc.disable()  # who runs Python code at its beginning and end loses a Ctrl-C there
+    presser = threading.Thread(target=press)
+    presser.start()
+    for _ in range(200):
+        with contextlib.suppress(KeyboardInterrupt):
+            is_ready.release()
+            while not lost:
+                slot.lease(ended.put)
+    is_ready.release(200)
+    presser.join()
+    gc.enable()
+    assert not lost
 
 
 # -- a /dev/shm that is too small

@@ -9,7 +9,7 @@ import pytest
 
 from mpreader.config import KiB
 from mpreader.errors import MpreaderError, TransportError
-from mpreader.pool.arena import Arena
+from mpreader.pool.arena import Arena, Lease
 from mpreader.pool.messages import Failed, FailureKind
 from mpreader.pool.scheduler import Scheduler, SchedulerLimits
 from mpreader.pool.source import ObjectVersion, Route
@@ -63,9 +63,14 @@ class Bench:
             self.inbox.remove(message)
         return message
 
+    def _end_lease(self, lease: Lease) -> None:
+        slot = lease.slot()
+        if slot is not None:
+            self.scheduler.lease_ended(slot)
+
     def open(self, count: int) -> Transfer:
         fills = [Fill(self.source, PART, (FillPart(n * PART, (n + 1) * PART, 0),)) for n in range(count)]
-        transfer = Transfer(fills, self.tell, self.scheduler.lease_ended)
+        transfer = Transfer(fills, self.tell, self._end_lease)
         is_first = not self.scheduler._readings
         self.scheduler.open(transfer)
         if is_first:
