@@ -15,7 +15,7 @@ from mpreader.engine import Ranges, deadline_of
 from mpreader.fetch import DEFAULT_FETCH_GAP_SIZE, RangeFetcher
 from mpreader.pool.source import ObjectVersion
 from mpreader.pool.stats import PoolStats
-from mpreader.pool.transfer import Transfer
+from mpreader.pool.transfer import REDRAW_S, Transfer
 from mpreader.stream import Collected, Filled, Order, in_order_async, members_of
 
 if TYPE_CHECKING:
@@ -177,11 +177,14 @@ async def _take_first(
         taken = transfer.try_take_first(wanted)
         if taken is not None:
             return taken
-        left_s = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
+        left_s = deadline - time.monotonic()
+        wait_s = min(left_s, REDRAW_S) if transfer.progress.is_shown else left_s
         try:
-            await asyncio.wait_for(arrived.wait(), left_s)
+            await asyncio.wait_for(arrived.wait(), None if wait_s == math.inf else max(0.0, wait_s))
         except asyncio.TimeoutError:  # another class before Python 3.11
-            raise transfer.late(wanted) from None
+            transfer.show_progress()
+            if time.monotonic() >= deadline:
+                raise transfer.late(wanted) from None
 
 
 def _wake(loop: asyncio.AbstractEventLoop, arrived: asyncio.Event) -> None:

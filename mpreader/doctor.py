@@ -6,7 +6,6 @@ What needs the network is in :mod:`mpreader.access`.
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import resource
 import shlex
@@ -144,7 +143,7 @@ def examine_host(around: Surroundings, s3client_config: S3ClientConfig, pool_con
         remedy = f"correct it, or: unset {wrong}"
         yield Finding("pool", "fail", "a setting is wrong", str(error), remedy)
         return
-    yield _cores(around, wanted)
+    yield _cores(around)
     window = wanted.window_bytes * around.host.sharers
     yield _memory(around, max(2 * window, asked_for), asked_for)
     yield _shared_memory(around, max(window * 10 // 8, asked_for), asked_for)
@@ -206,15 +205,11 @@ def _certificates(environment: Mapping[str, str]) -> Iterator[Finding]:
         )
 
 
-def _cores(around: Surroundings, wanted: PoolSizes) -> Finding:
+def _cores(around: Surroundings) -> Finding:
     cores, quota, sharers = around.host.cores, around.cgroup.cores, around.host.sharers
     value = f"{cores} of {around.all_cores} usable, CPU quota " + ("none" if quota is None else f"{quota:g}")
     value += f", shared by {sharers} ranks" if sharers > 1 else ""
-    allowed = cores if quota is None else max(1, math.ceil(quota))
-    if allowed < cores and wanted.workers > max(1, allowed // sharers):
-        problem = f"{wanted.workers} workers are too many: this quota (cgroup v{around.cgroup.version}) goes unseen"
-        return Finding("cores", "warn", value, problem, f"export MPREADER_WORKERS={max(1, allowed // sharers)}")
-    if min(cores, allowed) < 2 <= around.all_cores:
+    if cores < 2 <= around.all_cores:
         problem = "receiving and decoding take turns on one core"
         free = f"taskset -c 0-{around.all_cores - 1} python …"
         remedy = f"docker run --cpus=4 …, srun --cpus-per-task=4 …, or where there is no limit: {free}"
@@ -226,15 +221,7 @@ def _memory(around: Surroundings, wanted: int, asked_for: int) -> Finding:
     free, cgroup = around.host.free_memory, around.cgroup
     limit = "none" if cgroup.memory_bytes is None else _size(cgroup.memory_bytes)
     kind = f" (cgroup v{cgroup.version})" if cgroup.version else ""
-    # What it is measured at twice differs a little.
-    is_unseen = cgroup.free_memory is not None and cgroup.free_memory < free * 9 // 10
-    is_too_much = cgroup.free_memory is not None and (asked_for or free // 2) > cgroup.free_memory * 6 // 10
-    free = min(free, free if cgroup.free_memory is None else cgroup.free_memory)
     value = f"{_size(free)} free of {_size(around.memory_bytes)}, limit {limit}{kind}"
-    if is_unseen and is_too_much:
-        problem = "the limit is one that goes unseen: of a group above, or of cgroup v1"
-        share = max(1, free // 2 // around.host.sharers // MiB)
-        return Finding("memory", "warn", value, problem, f"export MPREADER_MAX_MEMORY={share}MiB")
     if free < wanted:
         remedy = "end what takes the memory: ps aux --sort=-rss | head"
         if cgroup.memory_bytes is not None:

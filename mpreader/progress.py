@@ -26,7 +26,8 @@ class Progress:
 
     def __init__(self, bar: Any = None, total_bytes: int = 0) -> None:
         self._bar = bar
-        self._left = total_bytes
+        self._total = total_bytes
+        self._done = 0
 
     @property
     def is_shown(self) -> bool:
@@ -34,12 +35,18 @@ class Progress:
         return self._bar is not None
 
     def advance(self, nbytes: int) -> None:
-        """So many bytes more are done; those beyond the total, received a second time, are not counted."""
+        """So many bytes more are done."""
+        self.advance_to(self._done + nbytes)
+
+    def advance_to(self, done_bytes: int) -> None:
+        """So many bytes are done, or are on their way; less than before, or more than all, is not counted."""
         if self._bar is not None:
-            nbytes = min(nbytes, self._left)
-            self._left -= nbytes
+            added = min(done_bytes, self._total) - self._done
+            if added <= 0:
+                return
+            self._done += added
             try:
-                self._bar.update(nbytes)
+                self._bar.update(added)
             except Exception:  # noqa: BLE001  # a terminal that was closed, say
                 self._give_up()
 

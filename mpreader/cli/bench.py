@@ -47,7 +47,7 @@ class _List(click.ParamType):  # type: ignore[type-arg]  # generic since click 8
 _COUNTS: Final = _List(click.IntRange(1))
 
 
-@click.command("bench")
+@click.command("bench", short_help="Find the fastest settings for this host and bucket.")
 @click.argument("source")
 @click.option("--workers", type=_COUNTS, metavar="N,N,…", help="Worker processes to try.  [default: 1 to 16, by cores]")
 @click.option("--connections", type=_COUNTS, metavar="N,N,…", help="Connections of a worker.  [default: 4,8,16,32]")

@@ -15,7 +15,7 @@ from mpreader.cli.output import human_bytes, print_json
 __all__ = ["command"]
 
 
-@click.command("convert")
+@click.command("convert", short_help="Make one local file of a checkpoint, for torch.load.")
 @checkpoint_options
 @click.argument("file", metavar="FILE", type=click.Path(dir_okay=False))
 @click.option("--overwrite", is_flag=True, help="Replace FILE if it is there; without it, that is an error.")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 
-@click.command("inspect")
+@click.command("inspect", short_help="Show what a checkpoint holds, and what its load requests.")
 @checkpoint_options
 @click.option("--parts", is_flag=True, help="Show every request of the load, as a range of bytes, its end exclusive.")
 @click.option(

@@ -23,7 +23,7 @@ _HEADERS: Final = (
 )
 
 
-@click.command("load")
+@click.command("load", short_help="Load a checkpoint into memory: verified, timed.")
 @checkpoint_options
 @click.option("--repeat", type=click.IntRange(1), default=1, show_default=True, help="How many loads.")
 @click.option("--no-verify", is_flag=True, help="Do not check the CRC-32 of every tensor.")

@@ -9,13 +9,13 @@ bounds what callers hold on to (``RangeFetcher.fetch``, views that are kept).
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from mpreader.cgroup import Cgroup
 from mpreader.config import MIN_PART_BYTES, MiB, PoolConfig, S3ClientConfig
 from mpreader.errors import ConfigError
 from mpreader.pool.arena import GRAIN_BYTES
@@ -28,8 +28,6 @@ CONNECTION_BYTES_PER_S: Final = 90_000_000
 MIN_PARTS_IN_MEMORY: Final = 16
 SEGMENT_BYTES: Final = 16 * MiB
 MIN_SEGMENTS: Final = 8
-
-_CGROUP: Final = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +50,11 @@ class Host:
     def now(cls) -> Host:
         """Measure it."""
         status = os.statvfs("/dev/shm")  # noqa: S108  # asked about, not written to
+        limits = Cgroup.of(Path("/"))
+        cores, free = len(os.sched_getaffinity(0)), _available_memory()
         return cls(
-            cores=_cores(),
-            free_memory=min(_available_memory(), _cgroup_headroom()),
+            cores=cores if limits.cores is None else min(cores, max(1, math.ceil(limits.cores))),
+            free_memory=free if limits.free_memory is None else min(free, limits.free_memory),
             free_shm=status.f_bavail * status.f_frsize,
             sharers=_local_world_size(),
         )
@@ -138,43 +138,11 @@ def _part_bytes(wanted: int, max_bytes: int) -> int:
 # -- what the host has
 
 
-def _cores() -> int:
-    cores = len(os.sched_getaffinity(0))
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = (_CGROUP / "cpu.max").read_text().split()
-        if quota != "max":
-            cores = min(cores, max(1, math.ceil(int(quota) / int(period))))
-    return cores
-
-
 def _available_memory() -> int:
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _cgroup_headroom() -> int:
-    # cgroup v2, then v1; page cache that can be dropped counts as free.
-    for limit_file, used_file, cache_key in (
-        ("memory.max", "memory.current", "inactive_file"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
-    ):
-        with contextlib.suppress(OSError, ValueError):
-            limit = (_CGROUP / limit_file).read_text().strip()
-            if limit == "max":
-                continue
-            used = int((_CGROUP / used_file).read_text()) - _cgroup_cache(used_file, cache_key)
-            return max(0, int(limit) - used)
-    return 1 << 62
-
-
-def _cgroup_cache(used_file: str, key: str) -> int:
-    with contextlib.suppress(OSError):
-        for line in (_CGROUP / used_file).with_name("memory.stat").read_text().splitlines():
-            if line.startswith(key + " "):
-                return int(line.split()[1])
-    return 0
 
 
 def _local_world_size() -> int:

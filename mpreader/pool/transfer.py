@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from mpreader.errors import MpreaderError, PlanError, PoolClosed, PoolTimeout
 from mpreader.pool.stats import PoolStats, Tally
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from mpreader.pool.source import Source
 
 __all__ = ["Close", "Demand", "Discard", "Fill", "FillPart", "Open", "Taken", "Transfer"]
+
+REDRAW_S: Final = 0.2  # of a progress bar, while one fill is waited for
 
 
 class FillPart(NamedTuple):
@@ -130,6 +132,7 @@ class Transfer:
         self._polled: tuple[int, float] | None = None  # what try_take_first waits for, and since when
         self.on_arrival: Callable[[], object] = _nothing
         self.progress = Progress()
+        self._taken_bytes = 0
         self._broken: MpreaderError | None = None
         self._condition = threading.Condition()
         self._pid = os.getpid()
@@ -161,13 +164,18 @@ class Transfer:
             The fill's index, and its view.
         """
         self._check_process()
-        with self._condition:
-            index = self._arrived_of(wanted)
-            if index is None and self._broken is None:
-                index = self._wait_for(wanted, deadline)
-            taken = self._take_arrived(index, wanted)
-        self.progress.advance(len(taken[1]))
-        return taken
+        while True:
+            redraw = time.monotonic() + REDRAW_S if self.progress.is_shown else math.inf
+            with self._condition:
+                index = self._arrived_of(wanted)
+                if index is None and self._broken is None:
+                    index = self._wait_for(wanted, min(deadline, redraw))
+                taken = self._take_arrived(index)
+            self.show_progress(taken)
+            if taken is not None:
+                return taken
+            if time.monotonic() >= deadline:
+                raise self.late(wanted)
 
     def try_take_first(self, wanted: Collection[int]) -> tuple[int, memoryview] | None:
         """Like :meth:`take_first`, but don't wait: None where none of them is there.
@@ -188,9 +196,15 @@ class Transfer:
                 self._awaited.remove(self._polled[0])
                 self.tally.seconds += time.monotonic() - self._polled[1]
                 self._polled = None
-            taken = self._take_arrived(index, wanted)
-        self.progress.advance(len(taken[1]))
+            taken = self._take_arrived(index)
+        self.show_progress(taken)
         return taken
+
+    def show_progress(self, taken: tuple[int, memoryview] | None = None) -> None:
+        """Draw the progress bar anew, if there is one, with what was just taken and what has arrived."""
+        if self.progress.is_shown:  # not under the lock: a terminal may keep one waiting
+            self._taken_bytes += len(taken[1]) if taken is not None else 0
+            self.progress.advance_to(max(self._taken_bytes, self.tally.stats().bytes))
 
     def _check_process(self) -> None:
         if os.getpid() != self._pid:
@@ -200,10 +214,10 @@ class Transfer:
         few, many = (wanted, self._arrived) if len(wanted) == 1 else (self._arrived, wanted)
         return next((index for index in few if index in many), None)
 
-    def _take_arrived(self, index: int | None, wanted: Collection[int]) -> tuple[int, memoryview]:
+    def _take_arrived(self, index: int | None) -> tuple[int, memoryview] | None:
         arrived = self._broken if index is None else self._arrived.pop(index, self._broken)
         if arrived is None:
-            raise self.late(wanted)
+            return None
         if index is None or isinstance(arrived, MpreaderError):
             # A copy: an exception that is raised twice would drag the frames of both along.
             raise copy.copy(arrived)  # type: ignore[misc]  # without an index it is an error

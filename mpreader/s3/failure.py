@@ -91,13 +91,13 @@ _CREDENTIALS: Final = (
     boto.PartialCredentialsError,
     boto.CredentialRetrievalError,
     boto.RefreshWithMFAUnsupportedError,
-    boto.InvalidConfigError,
     boto.SSOError,
     boto.TokenRetrievalError,
 )
 _SETTINGS: Final = (
     boto.ProfileNotFound,
     boto.ConfigParseError,
+    boto.InvalidConfigError,
     boto.ConfigNotFound,
     boto.NoRegionError,
     boto.InvalidRegionError,
@@ -122,6 +122,11 @@ def translated(target: Target) -> Iterator[None]:
         raise _refusal(error, target) from error
     except BotoCoreError as error:
         raise _failure(error, target) from error
+    except RuntimeError as error:
+        if "credentials" not in str(error):
+            raise
+        # botocore's way to say that those in the environment, or of a role, have expired.
+        raise target.error(AccessDenied, f"{error} {_GIVE_CREDENTIALS}", attempts=0) from error
 
 
 def _refusal(error: ClientError, target: Target) -> MpreaderError:

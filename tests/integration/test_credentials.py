@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from mpreader import PoolConfig, RangeFetcher
+from mpreader import AccessDenied, PoolConfig, RangeFetcher
 from mpreader.config import KiB, MiB
 from mpreader.testing import Fault, FaultKind, FaultServer
 
@@ -154,3 +154,11 @@ def test_credentials_that_are_about_to_expire_are_fetched_once_more(
             assert fetch_all(fetcher) == [data[: 2 * MiB]] * len(KEYS)
     assert signers(store) == {"AKIAFETCHED2"}
     assert metadata.log.count(f"GET {CREDENTIALS}role") == 2
+
+
+def test_credentials_of_the_environment_that_have_expired_are_denied(
+    aws_environment: None, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_CREDENTIAL_EXPIRATION", "2020-01-01T00:00:00Z")
+    with RangeFetcher() as fetcher, pytest.raises(AccessDenied, match="still expired"):
+        fetcher.fetch(f"s3://{bucket}/key", [(0, 1)])

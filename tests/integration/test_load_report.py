@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 
@@ -10,9 +11,10 @@ import torch
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from mpreader import ConfigError, PoolConfig, S3ReaderConstructor
+from mpreader import AsyncRangeFetcher, ConfigError, PoolConfig, RangeFetcher, S3ReaderConstructor
 from mpreader.dcp import S3StorageReader, S3StorageWriter
-from mpreader.testing import S3Server
+from mpreader.progress import Progress
+from mpreader.testing import FaultServer, S3Server
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -71,3 +73,32 @@ def test_bar_belongs_to_the_constructor_that_is_given(aws_environment: None) -> 
     constructor = S3ReaderConstructor.multiprocess(progress=True)
     with pytest.raises(ConfigError, match="give progress to the reader_constructor"):
         S3StorageReader("us-east-1", "s3://bucket/x", reader_constructor=constructor, progress=True)
+
+
+def test_bar_moves_while_one_large_piece_is_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mpreader.progress._DELAY_S", 0.0)
+    shown: list[int] = []
+
+    class Bar(Progress):
+        def advance_to(self, done_bytes: int) -> None:
+            shown.append(done_bytes)
+            super().advance_to(done_bytes)
+
+    monkeypatch.setattr("mpreader.progress.Progress", Bar)
+    data = bytes(4 << 20)
+    config = PoolConfig(workers=1, connections_per_worker=2, part_size=256 * 1024)
+    with (
+        FaultServer({"/object": data}, bytes_per_s=2e6) as server,
+        RangeFetcher(pool_config=config, progress=True) as fetcher,
+    ):
+        fetcher.fetch_object(server.url("/object"))
+        alone = [*shown]
+        asyncio.run(_fetch(server, config))
+    assert [done for done in alone if 0 < done < len(data)], alone
+    assert [done for done in shown[len(alone) :] if 0 < done < len(data)], shown
+    assert alone[-1] == shown[-1] == len(data)
+
+
+async def _fetch(server: FaultServer, config: PoolConfig) -> None:
+    async with AsyncRangeFetcher(pool_config=config, progress=True) as fetcher:
+        await fetcher.fetch_object(server.url("/object"))

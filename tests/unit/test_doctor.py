@@ -82,18 +82,10 @@ def test_a_healthy_host_has_nothing_wrong() -> None:
         ({"versions": {**HEALTHY.versions, "torch": None}}, "torch", "warn", "checkpoints", "-m pip install torch"),
         ({"versions": {**HEALTHY.versions, "isal": None}}, "isal", "warn", "slower", "-m pip install isal"),
         (host(cores=1), "cores", "warn", "one core", "docker run --cpus="),
-        ({"cgroup": Cgroup(1, cores=2.5)}, "cores", "warn", "cgroup v1", "export MPREADER_WORKERS=3"),
         (host(free_memory=2 * GiB), "memory", "warn", "wants 2,560 MiB", "ps aux"),
         (
             {**host(free_memory=GiB), "cgroup": Cgroup(2, None, 2 * GiB, GiB)},
             *("memory", "warn", "wants 2,560 MiB", "docker run --memory=4g"),
-        ),
-        (
-            {"cgroup": Cgroup(2, None, 9 * GiB, 8 * GiB)},
-            "memory",
-            "warn",
-            "unseen",
-            "export MPREADER_MAX_MEMORY=4096MiB",
         ),
         (
             {"shm_bytes": 64 * MiB, **host(free_shm=64 * MiB)},
@@ -125,16 +117,6 @@ def test_what_is_wrong_with_a_host_is_found(
 def test_a_setting_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MPREADER_WORKERS", "two")
     check(of_host()["pool"], "fail", "MPREADER_WORKERS='two'", "unset MPREADER_WORKERS")
-
-
-def test_what_was_mended_as_it_was_said_is_not_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    facts: dict[str, Any] = {"cgroup": Cgroup(1, cores=2.5)}
-    assert of_host(**facts)["cores"].remedy == "export MPREADER_WORKERS=3"
-    monkeypatch.setenv("MPREADER_WORKERS", "3")
-    check(of_host(**facts)["cores"], "ok", "", "")
-    facts = {"cgroup": Cgroup(2, None, 9 * GiB, 8 * GiB)}
-    monkeypatch.setenv("MPREADER_MAX_MEMORY", "4096MiB")
-    check(of_host(**facts)["memory"], "ok", "", "")
 
 
 def test_more_memory_than_there_is_is_found() -> None:
