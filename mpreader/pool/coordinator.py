@@ -5,13 +5,12 @@
     consumer threads                coordinator thread                       worker processes
     Transfer.take ── Demand ──┐                                        ┌── Fetch(part, route, slot) ──► receive
     open, discard, close ─────┤ inbox    ┌───────────────────────┐     │                                   │
-    a view's last reference ──┼────────► │ Scheduler   (decides) │ ────┘   MapSegment, Cancel, Ping        │
+    (a view's last reference) ┼────────► │ Scheduler   (decides) │ ────┘   MapSegment, Cancel, Ping        │
     SourceBook threads:       │  wake-up │ Arena       (memory)  │                                         │
       HEAD, presign ──────────┘          │ Crew        (workers) │ ◄── Fetched / Failed(kind, bytes) ──────┘
                                          └──────────┬────────────┘ ◄── pidfd: a worker is gone
     Transfer.take ◄──────── deliver(slot | error) ──┘
 
-(A view's last reference goes into a queue first, which a second thread reads: nothing written in Python may run there.)
 The thread decides and sends; it never waits for the network, for a consumer or for a worker. It ends when it is told
 to, when the pool has been idle for long enough, or when it breaks; then every consumer gets an error.
 """
@@ -21,7 +20,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import queue
 import selectors
 import threading
 import time
@@ -49,6 +47,7 @@ log = logging.getLogger(__name__)
 
 _TICK_S: Final = 0.25  # between two looks at deadlines while there is work
 _PACE_TICK_S: Final = 0.015
+_LEASE_TICK_S: Final = 0.01  # between two looks at ended leases while memory is short
 _STOP_TIMEOUT_S: Final = 5.0
 
 
@@ -105,9 +104,10 @@ class Coordinator:
         self._idle_timeout_s = timeouts.idle_timeout_s
         self._pid = os.getpid()
         self._inbox: deque[object] = deque()
-        # For ``Slot.lease``: it may be told at any moment, from a garbage collection or while a Ctrl-C strikes.
-        self._ended_leases: queue.SimpleQueue[Lease | None] = queue.SimpleQueue()
-        self.lease_ended: Callable[[Lease], object] = self._ended_leases.put
+        # For ``Slot.lease``, at any moment: in a garbage collection, while a Ctrl-C strikes. So nobody is woken; mostly
+        # the consumer takes the next fill then, which wakes the thread, and else it looks by itself.
+        self._ended_leases: deque[Lease] = deque()
+        self.lease_ended: Callable[[Lease], object] = self._ended_leases.append
         self._lock = threading.Lock()  # guards the decision that nothing more is taken on
         self._is_ended = False
         self._is_told_to_stop = False
@@ -128,10 +128,8 @@ class Coordinator:
         crew_limits = CrewLimits(sizes.workers, sizes.connections_per_worker, *timeouts[:2], timeouts.worker_timeout_s)
         self.crew = Crew(crew_limits, self._selector)
         self._thread = threading.Thread(target=self._run, name="mpreader-coordinator", daemon=True)
-        self._lease_thread = threading.Thread(target=self._pass_on_leases, name="mpreader-leases", daemon=True)
         try:
             self.crew.start(())
-            self._lease_thread.start()
             self._thread.start()
         except RuntimeError as error:
             self._give_back_everything()
@@ -188,17 +186,14 @@ class Coordinator:
         self._selector.close()
         self._wakeup.abandon()
 
-    # -- the threads
-
-    def _pass_on_leases(self) -> None:
-        while (lease := self._ended_leases.get()) is not None:
-            self.tell(lease)
+    # -- the thread
 
     def _run(self) -> None:
         error: MpreaderError = PoolClosed("the pool was closed")
         try:
             while not self._is_told_to_stop and not self._try_end_idle():
                 self._wait()
+                self._read_leases()
                 self._read_inbox()
                 self._watch()
                 self._dispatch()
@@ -225,7 +220,6 @@ class Coordinator:
 
     def _give_back_everything(self) -> None:
         self.crew.stop()
-        self._ended_leases.put(None)
         self._sources.close()
         self._arena.close()
         self._selector.close()
@@ -252,6 +246,8 @@ class Coordinator:
                 timeout_s = min(timeout_s, _PACE_TICK_S)
         else:  # a retry that is due can't be sent before a worker is heard
             timeout_s = _TICK_S
+        if self._scheduler.has_leases:
+            timeout_s = min(timeout_s, _LEASE_TICK_S if self._scheduler.is_short else _TICK_S)
         for key, _ in self._selector.select(0 if self._inbox else max(0.0, timeout_s)):
             if key.data is None:
                 self._wakeup.clear()
@@ -291,15 +287,17 @@ class Coordinator:
             )
             _report(event)
 
+    def _read_leases(self) -> None:
+        while self._ended_leases:
+            slot = self._ended_leases.popleft().slot()
+            if slot is not None:
+                self._scheduler.lease_ended(slot)
+
     def _read_inbox(self) -> None:
         while self._inbox:
             message = self._inbox.popleft()
             if isinstance(message, Taken):
                 self._scheduler.taken(message.transfer, message.fill)
-            elif isinstance(message, Lease):
-                slot = message.slot()
-                if slot is not None:
-                    self._scheduler.lease_ended(slot)
             elif isinstance(message, Demand):
                 self._scheduler.demand(message.transfer, message.fill)
             elif isinstance(message, Discard):

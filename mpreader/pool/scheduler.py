@@ -242,6 +242,16 @@ class Scheduler:
                 reading.transfer.tally.consumer_seconds += seconds
         self._held_up, self._held_up_since = waiting, now if waiting else None
 
+    @property
+    def has_leases(self) -> bool:
+        """Whether consumers hold views."""
+        return bool(self._leased)
+
+    @property
+    def is_short(self) -> bool:
+        """Whether a consumer waits for memory."""
+        return any(fill.short_since is not None for fill in self._demanded)
+
     def next_event(self) -> float:
         """When, by the monotonic clock, a delayed part is due; infinite if there is none."""
         return self._delayed[0][0] if self._delayed else float("inf")
