@@ -176,8 +176,9 @@ def _number_pools(noted: Sequence[tuple[int, RequestEvent]]) -> dict[int, int]:
 
 
 def _worker_names(lanes: _Lanes) -> dict[tuple[int, int], str]:
+    """By pool and worker; the pool is named where there are several."""
     has_pools = any(lane.pool for lane in lanes)
-    return {lane[:2]: f"pool {lane.pool}, worker {lane.worker}"[0 if has_pools else 8 :] for lane in lanes}
+    return {lane[:2]: (f"pool {lane.pool}, " if has_pools else "") + f"worker {lane.worker}" for lane in lanes}
 
 
 def _began_s(lanes: _Lanes) -> float:
