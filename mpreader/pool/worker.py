@@ -154,7 +154,8 @@ class Worker:
             )
         except Exception as error:  # noqa: BLE001  # a bug must reach the coordinator, not end a thread silently
             connection.close()
-            return Failed(fetch.part, FailureKind.REFUSED, 0, f"worker error: {type(error).__name__}: {error}")
+            detail = f"worker error: {type(error).__name__}: {error}"
+            return Failed(fetch.part, FailureKind.REFUSED, 0, detail, connection=lane.number, started_s=started_s)
         finally:
             self._cancelled.discard(fetch.part)
         seconds, stalled_s = time.monotonic() - started_s, stalls.seconds() - stalled_s
