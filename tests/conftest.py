@@ -175,7 +175,7 @@ class _Matrix:
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         tests = sum(map(len, self._found.values()))
         if self._is_whole and tests:
-            terminalreporter.write_line(f"fault matrix: {len(ROWS)} rows, {tests} tests; --matrix FILE writes it")
+            terminalreporter.write_line(f"fault matrix: {len(ROWS)} rows, {tests} tests; --matrix=FILE writes it")
             for row in self._missing():
                 terminalreporter.write_line(f"fault matrix: no test passed for {row!r}", red=True)
 
