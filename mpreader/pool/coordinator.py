@@ -193,8 +193,10 @@ class Coordinator:
         try:
             while not self._is_told_to_stop and not self._try_end_idle():
                 self._wait()
-                self._read_leases()
+                # Taken before the inbox is read: who took a fill has said so before its lease could end.
+                ended = [self._ended_leases.popleft() for _ in range(len(self._ended_leases))]
                 self._read_inbox()
+                self._end_leases(ended)
                 self._watch()
                 self._dispatch()
                 self._scheduler.note_held_up(time.monotonic())
@@ -287,9 +289,9 @@ class Coordinator:
             )
             _report(event)
 
-    def _read_leases(self) -> None:
-        while self._ended_leases:
-            slot = self._ended_leases.popleft().slot()
+    def _end_leases(self, ended: list[Lease]) -> None:
+        for lease in ended:
+            slot = lease.slot()
             if slot is not None:
                 self._scheduler.lease_ended(slot)
 

@@ -56,4 +56,4 @@ def remove_observer(observer: Observer) -> None:
     """Call it no more. Harmless if it is not called anyway."""
     global observers
     with _lock:
-        observers = tuple(known for known in observers if known is not observer)
+        observers = tuple(known for known in observers if known != observer)
