@@ -67,7 +67,7 @@ class PoolStats:
 
 
 class Tally:
-    """Counts what a :class:`PoolStats` tells. Written by the coordinator's thread only."""
+    """Counts what a :class:`PoolStats` tells. ``seconds`` is the consumers' to write, the rest the coordinator's."""
 
     __slots__ = ("consumer_seconds", "over_read", "retries", "seconds", "workers")
 
