@@ -9,7 +9,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mpreader.aio import AsyncRangeFetcher as AsyncRangeFetcher
     from mpreader.config import PoolConfig as PoolConfig
     from mpreader.config import S3ClientConfig as S3ClientConfig
     from mpreader.errors import AccessDenied as AccessDenied
@@ -28,36 +27,37 @@ if TYPE_CHECKING:
     from mpreader.errors import ShortRead as ShortRead
     from mpreader.errors import TransportError as TransportError
     from mpreader.errors import WorkerCrashed as WorkerCrashed
-    from mpreader.fetch import RangeFetcher as RangeFetcher
-    from mpreader.fetch import RangeStream as RangeStream
-    from mpreader.fetch import fetch_ranges as fetch_ranges
+    from mpreader.fetch.aio import AsyncRangeFetcher as AsyncRangeFetcher
+    from mpreader.fetch.fetcher import RangeFetcher as RangeFetcher
+    from mpreader.fetch.fetcher import RangeStream as RangeStream
+    from mpreader.fetch.fetcher import fetch_ranges as fetch_ranges
     from mpreader.ranges import ItemRange as ItemRange
     from mpreader.ranges import RangeGroup as RangeGroup
     from mpreader.readers.base import S3Reader as S3Reader
     from mpreader.readers.constructor import DCPOptimizedConstructor as DCPOptimizedConstructor
-    from mpreader.readers.constructor import S3ReaderConstructor as S3ReaderConstructor
     from mpreader.readers.dcp_optimized import DCPOptimizedS3Reader as DCPOptimizedS3Reader
+    from mpreader.readers.kinds import S3ReaderConstructor as S3ReaderConstructor
     from mpreader.readers.multiprocess import MultiprocessS3Reader as MultiprocessS3Reader
     from mpreader.readers.ranged import RangedS3Reader as RangedS3Reader
     from mpreader.readers.read_ahead import MultiprocessConstructor as MultiprocessConstructor
     from mpreader.readers.sequential import SequentialS3Reader as SequentialS3Reader
     from mpreader.s3 import S3Client as S3Client
-    from mpreader.timeline import Timeline as Timeline
-    from mpreader.timeline import record_timeline as record_timeline
+    from mpreader.telemetry.timeline import Timeline as Timeline
+    from mpreader.telemetry.timeline import record_timeline as record_timeline
 
 __version__ = "0.1.0"
 
 _HOME_OF = {
     "S3ClientConfig": "mpreader.config",
     "PoolConfig": "mpreader.config",
-    "AsyncRangeFetcher": "mpreader.aio",
-    "RangeFetcher": "mpreader.fetch",
-    "RangeStream": "mpreader.fetch",
-    "fetch_ranges": "mpreader.fetch",
+    "AsyncRangeFetcher": "mpreader.fetch.aio",
+    "RangeFetcher": "mpreader.fetch.fetcher",
+    "RangeStream": "mpreader.fetch.fetcher",
+    "fetch_ranges": "mpreader.fetch.fetcher",
     "ItemRange": "mpreader.ranges",
     "RangeGroup": "mpreader.ranges",
     "S3Reader": "mpreader.readers.base",
-    "S3ReaderConstructor": "mpreader.readers.constructor",
+    "S3ReaderConstructor": "mpreader.readers.kinds",
     "DCPOptimizedConstructor": "mpreader.readers.constructor",
     "MultiprocessConstructor": "mpreader.readers.read_ahead",
     "SequentialS3Reader": "mpreader.readers.sequential",
@@ -65,8 +65,8 @@ _HOME_OF = {
     "DCPOptimizedS3Reader": "mpreader.readers.dcp_optimized",
     "MultiprocessS3Reader": "mpreader.readers.multiprocess",
     "S3Client": "mpreader.s3",
-    "Timeline": "mpreader.timeline",
-    "record_timeline": "mpreader.timeline",
+    "Timeline": "mpreader.telemetry.timeline",
+    "record_timeline": "mpreader.telemetry.timeline",
     "AccessDenied": "mpreader.errors",
     "ArenaClosed": "mpreader.errors",
     "ArenaError": "mpreader.errors",

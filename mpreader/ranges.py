@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -11,6 +11,7 @@ from mpreader.errors import PlanError
 __all__ = [
     "DEFAULT_MAX_GAP_SIZE",
     "WORTHWHILE_GAP_SIZE",
+    "FilePlan",
     "ItemRange",
     "Part",
     "RangeGroup",
@@ -19,6 +20,7 @@ __all__ = [
     "coalesce",
     "coverage",
     "partition",
+    "plan_files",
 ]
 
 DEFAULT_MAX_GAP_SIZE: Final = 32 * 1024 * 1024
@@ -153,6 +155,45 @@ def partition(group: RangeGroup, part_size: int) -> list[Part]:
         else:
             parts.extend(_cut_evenly(cluster, part_size))
     return parts
+
+
+@dataclass(frozen=True, slots=True)
+class FilePlan:
+    """The requests of one file.
+
+    Attributes:
+        groups: Number of groups of ranges that are fetched as one.
+        parts: One for each request, sorted and disjoint; none where all ranges are empty.
+    """
+
+    groups: int
+    parts: list[Part]
+
+
+def plan_files(
+    ranges_by_file: Mapping[str, Sequence[ItemRange]], max_gap_size: float, part_size: int
+) -> dict[str, FilePlan]:
+    """Cut the ranges of a load into requests.
+
+    Args:
+        ranges_by_file: The ranges by URI.
+        max_gap_size: Largest gap, in bytes, within one request; more than 2 MiB never is.
+        part_size: Most bytes of one request, at least 1.
+
+    Returns:
+        The requests by URI, in the order of ``ranges_by_file``.
+
+    Raises:
+        TypeError: ``max_gap_size`` is not a number.
+        ValueError: ``max_gap_size`` is negative.
+        PlanError: ``part_size`` is not a whole number of at least 1.
+    """
+    gap = min(max_gap_size, WORTHWHILE_GAP_SIZE)
+    plans = {}
+    for uri, ranges in ranges_by_file.items():
+        groups = coalesce(ranges, gap)
+        plans[uri] = FilePlan(len(groups), [part for group in groups for part in partition(group, part_size)])
+    return plans
 
 
 def coverage(ranges: Sequence[ItemRange]) -> list[ItemRange]:

@@ -16,8 +16,8 @@ from mpreader.cli.output import human_bytes, print_json, print_table
 from mpreader.config import MiB
 
 if TYPE_CHECKING:
-    from mpreader.sweep import Results, Sweep
-    from mpreader.trials import Measurement, Settings
+    from mpreader.tools.bench.sweep import Results, Sweep
+    from mpreader.tools.bench.trials import Measurement, Settings
 
 __all__ = ["command"]
 
@@ -97,7 +97,7 @@ def command(
       mpreader bench s3://my-bucket/data.bin --workers 2,4,8 --connections 8,16 --bytes 4GiB --json
     """  # noqa: D301  # click reads the \b
     draw = _chart_writer(chart)
-    from mpreader.sweep import sweep
+    from mpreader.tools.bench.sweep import sweep
 
     asked = {"workers": workers, "connections_per_worker": connections, "part_size": part_size}
     done = sweep(source, grid={axis: values for axis, values in asked.items() if values}, **arguments)
@@ -120,7 +120,7 @@ def _chart_writer(chart: str | None) -> Any:
         raise click.UsageError(f"--chart writes a .png, not {chart}")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise click.UsageError(f"--chart can't be written: {folder} is no folder that you may write to")
-    from mpreader.chart import save_chart
+    from mpreader.tools.bench.chart import save_chart
 
     return save_chart
 

@@ -12,7 +12,7 @@ from mpreader.cli.output import human_bytes, print_json, print_table
 from mpreader.config import PoolConfig
 
 if TYPE_CHECKING:
-    from mpreader.testing.demo import DemoLoad
+    from mpreader.tools.demo import DemoLoad
 
 __all__ = ["command"]
 
@@ -39,7 +39,7 @@ def command(size_mb: int, max_memory: int | None, workers: int | None, every_rea
     pool_config = PoolConfig(workers=workers, max_memory=max_memory)
     if find_spec("moto") is None:  # it is imported by another process only
         raise ModuleNotFoundError("the embedded S3 is moto's", name="moto")
-    from mpreader.testing.demo import run_demo
+    from mpreader.tools.demo import run_demo
 
     loads = run_demo(size_mb, pool_config, every_reader=every_reader, say=_keep_quiet if as_json else click.echo)
     is_verified = not any(load.differing for load in loads)

@@ -10,7 +10,8 @@ import click
 from mpreader.cli.options import json_option, pool_options, s3_options
 from mpreader.cli.output import print_json
 from mpreader.config import PoolConfig, S3ClientConfig
-from mpreader.doctor import Finding, examine
+from mpreader.tools.doctor.examine import examine
+from mpreader.tools.doctor.finding import Finding
 
 __all__ = ["command"]
 

@@ -13,11 +13,11 @@ import click
 from mpreader.cli.options import json_option, pool_options, progress_option, s3_options, timeline_option
 from mpreader.cli.output import human_bytes, print_json
 from mpreader.config import PoolConfig, S3ClientConfig
-from mpreader.download import CHECKSUMS, Downloaded, RangeOfObject, copy_to, download, name_of
 from mpreader.errors import MpreaderError, ObjectChanged
-from mpreader.fetch import RangeFetcher
-from mpreader.part_file import PartFile
-from mpreader.progress import Progress, progress_bar
+from mpreader.fetch.fetcher import RangeFetcher
+from mpreader.telemetry.progress import Progress, progress_bar
+from mpreader.tools.download.download import CHECKSUMS, Downloaded, RangeOfObject, copy_to, download, name_of
+from mpreader.tools.download.part_file import PartFile
 
 __all__ = ["command"]
 
@@ -102,7 +102,7 @@ def command(
     path = output or name_of(source)
     with ExitStack() as stack:
         if timeline is not None:
-            from mpreader.timeline import timeline_to
+            from mpreader.telemetry.timeline import timeline_to
 
             stack.enter_context(timeline_to(timeline))
         fetcher = stack.enter_context(RangeFetcher(s3client_config, pool_config))

@@ -13,7 +13,7 @@ from mpreader.cli.options import json_option, progress_option, timeline_option
 from mpreader.cli.output import human_bytes, print_json, print_table
 
 if TYPE_CHECKING:
-    from mpreader.dcp.trial import TimedLoad
+    from mpreader.tools.bench.loads import TimedLoad
 
 __all__ = ["command"]
 
@@ -51,7 +51,7 @@ def command(
       mpreader load s3://my-bucket/checkpoint --timeline load.png
     """  # noqa: D301  # click reads the \b
     with _recorded(timeline):
-        from mpreader.dcp.trial import time_loads
+        from mpreader.tools.bench.loads import time_loads
 
         loads = list(time_loads(uri, repeat, verify=not no_verify, progress=progress, **settings))
     if as_json:
@@ -70,7 +70,7 @@ def _recorded(timeline: str | None) -> AbstractContextManager[object]:
     """Records the requests of the block where that was asked for."""
     if timeline is None:
         return nullcontext()
-    from mpreader.timeline import timeline_to
+    from mpreader.telemetry.timeline import timeline_to
 
     return timeline_to(timeline)
 

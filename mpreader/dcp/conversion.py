@@ -19,9 +19,9 @@ from mpreader.dcp.reader import S3StorageReader
 from mpreader.dcp.state import state_bytes
 from mpreader.dcp.whole import load_through
 from mpreader.errors import ConfigError, PlanError
-from mpreader.progress import Progress, progress_bar
 from mpreader.ranges import DEFAULT_MAX_GAP_SIZE
-from mpreader.readers.constructor import S3ReaderConstructor
+from mpreader.readers.kinds import S3ReaderConstructor
+from mpreader.telemetry.progress import Progress, progress_bar
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, cast
 from torch.distributed.checkpoint.filesystem import FileSystemBase
 
 from mpreader.errors import ConfigError, ObjectMissing
-from mpreader.readers.constructor import S3ReaderConstructor
+from mpreader.readers.kinds import S3ReaderConstructor
 from mpreader.s3 import S3Client, parse_s3_uri
 
 if TYPE_CHECKING:

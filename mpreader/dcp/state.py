@@ -24,7 +24,8 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from mpreader.config import PoolConfig
 from mpreader.dcp.metadata import MetadataRefused
 from mpreader.errors import MpreaderError, ObjectMissing, PlanError
-from mpreader.pool.sizing import Host, size_pool
+from mpreader.host import Host
+from mpreader.pool.sizing import size_pool
 from mpreader.s3 import S3Client, parse_s3_uri
 
 if TYPE_CHECKING:

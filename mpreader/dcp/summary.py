@@ -13,10 +13,10 @@ from torch.distributed.checkpoint.metadata import Metadata
 from mpreader.config import PoolConfig, S3ClientConfig, check_type
 from mpreader.dcp.reader import S3StorageReader
 from mpreader.dcp.state import empty_state, plan_whole, read_metadata, state_bytes
-from mpreader.pool.sizing import Host, size_pool
-from mpreader.ranges import DEFAULT_MAX_GAP_SIZE, ItemRange, Part, coverage
+from mpreader.host import Host
+from mpreader.pool.sizing import size_pool
+from mpreader.ranges import DEFAULT_MAX_GAP_SIZE, ItemRange, Part, coverage, plan_files
 from mpreader.readers.constructor import ItemRangeConstructor
-from mpreader.readers.plan import plan_files
 
 __all__ = [
     "CheckpointSummary",

@@ -13,7 +13,7 @@ from mpreader.dcp.reader import S3StorageReader
 from mpreader.dcp.state import allocate, check_memory, empty_state, nest, read_into, read_metadata, state_bytes
 from mpreader.errors import PlanError
 from mpreader.ranges import DEFAULT_MAX_GAP_SIZE
-from mpreader.readers.constructor import S3ReaderConstructor
+from mpreader.readers.kinds import S3ReaderConstructor
 
 if TYPE_CHECKING:
     from mpreader.config import PoolConfig, S3ClientConfig

@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 
 from mpreader.config import POOL_SETTINGS, PoolConfig, S3ClientConfig, check_type
 from mpreader.errors import PoolClosed
-from mpreader.pool.coordinator import Coordinator, Timeouts
-from mpreader.pool.sizing import Host, size_pool
+from mpreader.host import Host
+from mpreader.pool.coordinator.coordinator import Coordinator, Timeouts
+from mpreader.pool.sizing import size_pool
 from mpreader.pool.stats import PoolStats, total
 from mpreader.pool.transfer import Fill, Transfer
 

@@ -3,24 +3,22 @@
 S3 gives about 90 MB/s to a connection and answers after 30 to 200 ms, so throughput is connections times 90 MB/s and
 needs as many parts in flight. Shared memory beyond that only holds what the consumer has not taken yet: the *window*
 read ahead is the parts in flight and a quarter as many again; how many of the connections are used is decided by
-:mod:`mpreader.pool.pace`. ``max_bytes`` is far larger by default, because it also
+:mod:`mpreader.pool.coordinator.concurrency`. ``max_bytes`` is far larger by default, because it also
 bounds what callers hold on to (``RangeFetcher.fetch``, views that are kept).
 """
 
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
-from mpreader.cgroup import Cgroup
 from mpreader.config import MIN_PART_BYTES, MiB, PoolConfig, S3ClientConfig
 from mpreader.errors import ConfigError
-from mpreader.pool.arena import GRAIN_BYTES
+from mpreader.host import Host
+from mpreader.pool.coordinator.arena import GRAIN_BYTES
 
-__all__ = ["Host", "PoolSizes", "size_pool"]
+__all__ = ["PoolSizes", "size_pool"]
 
 MAX_WORKERS: Final = 8
 CONNECTIONS_PER_WORKER: Final = 16
@@ -28,36 +26,6 @@ CONNECTION_BYTES_PER_S: Final = 90_000_000
 MIN_PARTS_IN_MEMORY: Final = 16
 SEGMENT_BYTES: Final = 16 * MiB
 MIN_SEGMENTS: Final = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Host:
-    """What this process may use of the host.
-
-    Attributes:
-        cores: Cores that the process may run on.
-        free_memory: Bytes that may still be allocated, under the cgroup's limit.
-        free_shm: Bytes free in ``/dev/shm``.
-        sharers: Processes that load at the same time on this host, this one included (``LOCAL_WORLD_SIZE``).
-    """
-
-    cores: int
-    free_memory: int
-    free_shm: int
-    sharers: int = 1
-
-    @classmethod
-    def now(cls) -> Host:
-        """Measure it."""
-        status = os.statvfs("/dev/shm")  # noqa: S108  # asked about, not written to
-        limits = Cgroup.of(Path("/"))
-        cores, free = len(os.sched_getaffinity(0)), _available_memory()
-        return cls(
-            cores=cores if limits.cores is None else min(cores, max(1, math.ceil(limits.cores))),
-            free_memory=free if limits.free_memory is None else min(free, limits.free_memory),
-            free_shm=status.f_bavail * status.f_frsize,
-            sharers=_local_world_size(),
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,18 +101,3 @@ def _part_bytes(wanted: int, max_bytes: int) -> int:
     if wanted <= affordable:
         return wanted
     return max(MIN_PART_BYTES, 1 << (affordable.bit_length() - 1)) if affordable else MIN_PART_BYTES
-
-
-# -- what the host has
-
-
-def _available_memory() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _local_world_size() -> int:
-    text = os.environ.get("LOCAL_WORLD_SIZE", "")
-    return max(1, int(text)) if text.isdigit() else 1

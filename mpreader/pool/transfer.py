@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from mpreader.errors import MpreaderError, PlanError, PoolClosed, PoolTimeout
 from mpreader.pool.stats import PoolStats, Tally
-from mpreader.progress import Progress
+from mpreader.telemetry.progress import Progress
 
 if TYPE_CHECKING:
-    from mpreader.pool.arena import Lease, Slot
+    from mpreader.pool.coordinator.arena import Lease, Slot
     from mpreader.pool.source import Source
 
 __all__ = ["Close", "Demand", "Discard", "Fill", "FillPart", "Open", "Taken", "Transfer"]

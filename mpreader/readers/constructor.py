@@ -5,22 +5,16 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from mpreader.errors import PlanError
 from mpreader.ranges import DEFAULT_MAX_GAP_SIZE, ItemRange, check_max_gap
 from mpreader.readers.base import S3Reader
 from mpreader.readers.dcp_optimized import FALLBACK_GUIDANCE, DCPOptimizedS3Reader
-from mpreader.readers.protocols import GetObjectInfo, GetStream, PlanItem, S3ReaderConstructorProtocol, StoredItem
-from mpreader.readers.ranged import RangedS3Reader, check_buffer_size
+from mpreader.readers.protocols import GetObjectInfo, GetStream, PlanItem, StoredItem
 from mpreader.readers.sequential import SequentialS3Reader
 
-if TYPE_CHECKING:
-    from mpreader.config import PoolConfig, S3ClientConfig
-    from mpreader.readers.read_ahead import MultiprocessConstructor
-
-__all__ = ["DCPOptimizedConstructor", "ItemRangeConstructor", "S3ReaderConstructor"]
+__all__ = ["DCPOptimizedConstructor", "ItemRangeConstructor"]
 
 
 class ItemRangeConstructor(ABC):
@@ -123,95 +117,6 @@ class DCPOptimizedConstructor(ItemRangeConstructor):
         get_stream: GetStream,
     ) -> S3Reader:
         return DCPOptimizedS3Reader(bucket, key, item_ranges, get_object_info, get_stream, self._max_gap_size)
-
-
-class S3ReaderConstructor:
-    """The kinds of readers, as constructors for ``reader_constructor=`` of the storage readers. They all pickle."""
-
-    @staticmethod
-    def sequential() -> S3ReaderConstructorProtocol:
-        """One stream per object, everything received is kept. For whole objects and any pattern of access."""
-        return partial(SequentialS3Reader)
-
-    @staticmethod
-    def range_based(buffer_size: int | None = None) -> S3ReaderConstructorProtocol:
-        """A ranged request per read, small reads buffered. For sparse reads of large objects.
-
-        Args:
-            buffer_size: Bytes that a small read fetches ahead. None: 8 MiB; 0: no buffer.
-
-        Raises:
-            TypeError: ``buffer_size`` is not a whole number.
-            ValueError: ``buffer_size`` is negative.
-        """
-        check_buffer_size(buffer_size)
-        return partial(RangedS3Reader, buffer_size=buffer_size)
-
-    @staticmethod
-    def dcp_optimized(max_gap_size: float = DEFAULT_MAX_GAP_SIZE) -> DCPOptimizedConstructor:
-        """The items of a load plan, streamed one after the other in this process.
-
-        Args:
-            max_gap_size: Largest gap, in bytes, between two items of one stream. 0: a new stream after every gap;
-                ``float("inf")``: one stream per file.
-
-        Raises:
-            TypeError: ``max_gap_size`` is not a number.
-            ValueError: ``max_gap_size`` is negative.
-        """
-        return DCPOptimizedConstructor(max_gap_size)
-
-    @staticmethod
-    def multiprocess(
-        max_gap_size: float = DEFAULT_MAX_GAP_SIZE,
-        *,
-        s3client_config: S3ClientConfig | None = None,
-        pool_config: PoolConfig | None = None,
-        progress: bool | None = None,
-    ) -> MultiprocessConstructor:
-        """The items of a load plan, read ahead by worker processes into shared memory.
-
-        Args:
-            max_gap_size: Largest gap, in bytes, between two items that are fetched as one.
-            s3client_config: How S3 is reached. None: the defaults.
-            pool_config: Settings of the worker pool. None: the defaults.
-            progress: Whether a load shows a progress bar on stderr. None: on a terminal or in a notebook, and only in
-                the first of several ranks.
-
-        Raises:
-            TypeError: ``max_gap_size`` is not a number.
-            ValueError: ``max_gap_size`` is negative.
-        """
-        from mpreader.readers.read_ahead import MultiprocessConstructor
-
-        return MultiprocessConstructor(
-            max_gap_size, s3client_config=s3client_config, pool_config=pool_config, progress=progress
-        )
-
-    @staticmethod
-    def default() -> S3ReaderConstructorProtocol:
-        """The reader that works for any pattern of access: :meth:`sequential`."""
-        return S3ReaderConstructor.sequential()
-
-    @staticmethod
-    def get_reader_type_string(constructor: S3ReaderConstructorProtocol | None) -> str:
-        """Name the kind of readers that ``constructor`` makes.
-
-        Args:
-            constructor: A constructor. None: that of :meth:`default`.
-
-        Returns:
-            ``"sequential"``, ``"range_based"``, ``"dcp_optimized"`` or ``"multiprocess"``; ``"unknown"`` for
-            constructors that were not made here.
-        """
-        if constructor is None:
-            constructor = S3ReaderConstructor.default()
-        if isinstance(constructor, ItemRangeConstructor):
-            return constructor.reader_type
-        made = constructor.func if isinstance(constructor, partial) else None
-        if made is SequentialS3Reader:
-            return "sequential"
-        return "range_based" if made is RangedS3Reader else "unknown"
 
 
 def _uri_of(base_path: str, relative_path: object) -> str:

@@ -16,13 +16,12 @@ from mpreader.config import PoolConfig, S3ClientConfig, check_type
 from mpreader.pool.pool import Pool, release_shared_pool, shared_pool, use_shared_pool
 from mpreader.pool.stats import PoolStats
 from mpreader.pool.transfer import Fill, FillPart, Transfer
-from mpreader.progress import progress_bar
-from mpreader.ranges import DEFAULT_MAX_GAP_SIZE, ItemRange, Part
+from mpreader.ranges import DEFAULT_MAX_GAP_SIZE, ItemRange, Part, plan_files
 from mpreader.readers.base import S3Reader
 from mpreader.readers.constructor import ItemRangeConstructor
 from mpreader.readers.multiprocess import MultiprocessS3Reader
-from mpreader.readers.plan import plan_files
 from mpreader.readers.protocols import GetObjectInfo, GetStream, PlanItem, StoredItem
+from mpreader.telemetry.progress import progress_bar
 
 if TYPE_CHECKING:
     from mpreader.s3 import S3Client

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, Final
 from botocore.exceptions import ClientError
 
 from mpreader.config import S3ClientConfig, check_type
-from mpreader.pool.source import Route
+from mpreader.pool.worker.route import Route
 from mpreader.s3.checksum import StoredChecksums
 from mpreader.s3.failure import Target, translated
 from mpreader.s3.objects import ListObjectsPage, ObjectInfo
 from mpreader.s3.session import Session, shared_session
 from mpreader.s3.stream import PinnedObject
 from mpreader.s3.writer import S3Writer
-from mpreader.web import route_to
+from mpreader.sources.network import route_to
 
 if TYPE_CHECKING:
     from mpreader.readers.base import S3Reader
@@ -90,7 +90,7 @@ class S3Client:
             object_info: What a HEAD or a listing told of the object, to save the reader a request.
             reader_constructor: Makes the reader. None: ``S3ReaderConstructor.default()``.
         """
-        from mpreader.readers.constructor import S3ReaderConstructor
+        from mpreader.readers.kinds import S3ReaderConstructor
 
         pinned = PinnedObject(self, bucket, key, object_info)
         make = reader_constructor or S3ReaderConstructor.default()

@@ -21,8 +21,8 @@ import mpreader
 from mpreader.collector import collector_paused
 from mpreader.config import S3ClientConfig
 from mpreader.errors import ConfigError
-from mpreader.pool.source import Proxy
-from mpreader.web import proxy_for
+from mpreader.pool.worker.route import Proxy
+from mpreader.sources.network import proxy_for
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client as BotoClient

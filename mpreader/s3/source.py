@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from mpreader.pool.source import ObjectVersion, Route
+from mpreader.pool.source import ObjectVersion
+from mpreader.pool.worker.route import Route
 from mpreader.s3.client import S3Client
 
 __all__ = ["S3Source"]

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from mpreader.testing.fault_server import FaultServer as FaultServer
     from mpreader.testing.s3_server import S3Request as S3Request
     from mpreader.testing.s3_server import S3Server as S3Server
-    from mpreader.testing.storm import run_storm as run_storm
 
 # Lazily, so that `python -m mpreader.testing.s3_server` does not find its module imported already.
 _HOME_OF = {
@@ -28,7 +27,6 @@ _HOME_OF = {
     "FaultedRequest": "mpreader.testing.fault_server",
     "S3Server": "mpreader.testing.s3_server",
     "S3Request": "mpreader.testing.s3_server",
-    "run_storm": "mpreader.testing.storm",
 }
 
 __all__ = [*_HOME_OF]

@@ -6,7 +6,7 @@ import os
 import pickle
 import socket
 
-from mpreader.pool.messages import Fetch, Fetched, MapSegment, Ready
+from mpreader.pool.worker.messages import Fetch, Fetched, MapSegment, Ready
 
 
 def answer_at_once(fd: int, *_: object) -> None:

@@ -13,8 +13,9 @@ from pathlib import Path
 from mpreader import PoolConfig
 from mpreader.pool import process
 from mpreader.pool.pool import Pool
-from mpreader.pool.source import ObjectVersion, Route
+from mpreader.pool.source import ObjectVersion
 from mpreader.pool.transfer import Fill, FillPart
+from mpreader.pool.worker.route import Route
 
 __all__ = ["print_coordinator_cost"]
 

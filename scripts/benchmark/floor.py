@@ -19,7 +19,8 @@ from checkpoints import BUCKET
 from fetches import PART_BYTES, Piece, Take, parts_of
 
 from mpreader.config import PoolConfig, S3ClientConfig
-from mpreader.pool.sizing import Host, PoolSizes, size_pool
+from mpreader.host import Host
+from mpreader.pool.sizing import PoolSizes, size_pool
 
 __all__ = ["Floor"]
 

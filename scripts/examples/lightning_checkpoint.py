@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mpreader import S3Client
 from mpreader.dcp import S3StorageWriter, load_checkpoint
-from mpreader.filesystem import RangeFileSystem
+from mpreader.fsspec.filesystem import RangeFileSystem
 
 
 class S3CheckpointIO(CheckpointIO):

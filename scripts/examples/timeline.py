@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 
 from mpreader import RangeFetcher
-from mpreader.timeline import record_timeline
+from mpreader.telemetry.timeline import record_timeline
 
 PART = 1024 * 1024
 

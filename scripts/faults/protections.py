@@ -29,7 +29,7 @@ BASELINE_TIMEOUT_S = 600
 
 NETWORK = "tests/faults/test_network.py"
 WORKERS = "tests/faults/test_workers.py"
-RECEIVE = "mpreader/pool/receive.py"
+RECEIVE = "mpreader/pool/worker/connection.py"
 
 
 class Protection(NamedTuple):
@@ -55,7 +55,7 @@ PROTECTIONS = (
     Protection(
         "connection closed early (FIN) in a body",
         "a part is resumed where it broke",
-        "mpreader/pool/coordinator.py",
+        "mpreader/pool/coordinator/coordinator.py",
         "start=part.start + state.received,",
         "start=part.start,",
         f"{NETWORK}::test_body_that_breaks_is_resumed_where_it_broke[FaultKind.EARLY_CLOSE]",
@@ -111,7 +111,7 @@ PROTECTIONS = (
     Protection(
         "500, 503 SlowDown, a brown-out",
         "a busy server is asked again",
-        "mpreader/pool/retry.py",
+        "mpreader/pool/coordinator/retry.py",
         "        FailureKind.BUSY,\n        FailureKind.MALFORMED,\n",
         "        FailureKind.MALFORMED,\n",
         f"{NETWORK}::test_brown_out_is_outlived_with_growing_delays",
@@ -119,7 +119,7 @@ PROTECTIONS = (
     Protection(
         "server stalls, or trickles",
         "connections that bring too little are ended",
-        "mpreader/pool/worker.py",
+        "mpreader/pool/worker/main.py",
         "if lane.connection.deadline < now:",
         "if False:",
         f"{NETWORK}::test_fault_that_passes_is_survived[TRICKLE 503]",
@@ -127,7 +127,7 @@ PROTECTIONS = (
     Protection(
         "server stalls, or trickles",
         "a part has a deadline",
-        "mpreader/pool/scheduler.py",
+        "mpreader/pool/coordinator/scheduler.py",
         "late = [part for part in self._parts.values() if part.deadline < now]",
         "late: list[PartState] = []",
         f"{NETWORK}::test_part_that_takes_too_long_in_all_is_a_timeout",
@@ -143,7 +143,7 @@ PROTECTIONS = (
     Protection(
         "expired token or signature in a load",
         "an expired signature is renewed",
-        "mpreader/pool/scheduler.py",
+        "mpreader/pool/coordinator/scheduler.py",
         "elif failure.kind is FailureKind.EXPIRED and not part.is_resigned:",
         "elif False:",
         f"{NETWORK}::test_expired_signature_is_renewed_once_and_the_load_goes_on[403-ExpiredToken]",
@@ -159,7 +159,7 @@ PROTECTIONS = (
     Protection(
         "worker killed, or out of memory",
         "the parts of a dead worker are given to others",
-        "mpreader/pool/coordinator.py",
+        "mpreader/pool/coordinator/coordinator.py",
         "            self._scheduler.lost(lost.parts, lost.exitcode, lost.why)\n",
         "            self._scheduler.lost((), lost.exitcode, lost.why)\n",
         f"{WORKERS}::test_killed_worker_is_replaced_and_its_parts_are_read_again[one]",
@@ -167,7 +167,7 @@ PROTECTIONS = (
     Protection(
         "worker killed, or out of memory",
         "a part that kills workers is given up",
-        "mpreader/pool/scheduler.py",
+        "mpreader/pool/coordinator/scheduler.py",
         "elif part.crashes >= _MAX_CRASHES:",
         "elif False:",
         f"{WORKERS}::test_part_that_kills_every_worker_is_one_error",
@@ -175,7 +175,7 @@ PROTECTIONS = (
     Protection(
         "worker stopped (stuck)",
         "a worker that is silent is killed",
-        "mpreader/pool/crew.py",
+        "mpreader/pool/coordinator/workers.py",
         "                member.was_silent = True\n                self._kill(member)\n",
         "                member.was_silent = True\n",
         f"{WORKERS}::test_stuck_worker_is_killed_and_its_parts_are_read_again",
@@ -183,7 +183,7 @@ PROTECTIONS = (
     Protection(
         "worker can't start",
         "restarts are bounded",
-        "mpreader/pool/crew.py",
+        "mpreader/pool/coordinator/workers.py",
         "if self._deaths > _MAX_DEATHS_PER_WORKER * self._limits.workers:",
         "if False:",
         f"{WORKERS}::test_workers_that_can_not_start_are_one_error_with_what_they_printed",
@@ -191,7 +191,7 @@ PROTECTIONS = (
     Protection(
         "parent killed",
         "a worker ends with its parent",
-        "mpreader/pool/worker.py",
+        "mpreader/pool/worker/main.py",
         "            if parent_pidfd in ready:\n                return\n"
         "            if ready and not self._handle_message():\n                return\n",
         "            if self._sock.fileno() in ready:\n                self._handle_message()\n",
@@ -200,7 +200,7 @@ PROTECTIONS = (
     Protection(
         "parent killed",
         "shared memory has no name",
-        "mpreader/pool/arena.py",
+        "mpreader/pool/coordinator/arena.py",
         "            memory.close()\n            memory.unlink()\n",
         "            memory.close()\n",
         "tests/unit/pool/test_arena.py::test_arena_gives_the_warmest_slot_first",
@@ -208,7 +208,7 @@ PROTECTIONS = (
     Protection(
         "small or full /dev/shm",
         "shared memory is reserved before it is used",
-        "mpreader/pool/arena.py",
+        "mpreader/pool/coordinator/arena.py",
         "os.posix_fallocate(self.fd, 0, size)",
         "pass",
         "tests/faults/test_shared_memory.py::test_read_with_less_shared_memory_than_allowed_ends[in place]",
@@ -216,7 +216,7 @@ PROTECTIONS = (
     Protection(
         "100,000 tiny ranges; one 5 GB item; zero-length range; range past the end",
         "a range past the end is refused",
-        "mpreader/pool/scheduler.py",
+        "mpreader/pool/coordinator/scheduler.py",
         "if past_end > source.version.size:",
         "if False:",
         f"{NETWORK}::test_range_past_the_end_is_refused_before_any_get",
@@ -256,7 +256,7 @@ PROTECTIONS = (
     Protection(
         "secrets",
         "a worker's environment is chosen",
-        "mpreader/pool/process.py",
+        "mpreader/pool/coordinator/process.py",
         "env=_environment(),",
         "env=dict(os.environ),",
         "tests/integration/test_pool_lifecycle.py::test_workers_know_no_secret",
@@ -342,7 +342,10 @@ class Copy:
 
     def _require_own_package(self) -> None:
         """The copy must be what is tested, by workers too, and not the installed package."""
-        program = "import mpreader.pool.process as p, pathlib; print(pathlib.Path(p.__file__).resolve().parents[2])"
+        program = (
+            "import mpreader.pool.coordinator.process as p, pathlib; "
+            "print(pathlib.Path(p.__file__).resolve().parents[3])"
+        )
         command = [sys.executable, "-c", program]
         found = subprocess.run(command, cwd="/", env=self._environment(), capture_output=True, text=True, check=True)
         if Path(found.stdout.strip()) != self._folder:

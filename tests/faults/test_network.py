@@ -26,8 +26,9 @@ from mpreader import (
 )
 from mpreader.config import KiB, MiB
 from mpreader.pool.pool import Pool
-from mpreader.pool.source import ObjectVersion, Route
+from mpreader.pool.source import ObjectVersion
 from mpreader.pool.transfer import Fill, FillPart
+from mpreader.pool.worker.route import Route
 from mpreader.testing import Fault, FaultKind, FaultServer, random_faults
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from mpreader.testing import storm
+from scripts.faults import storm
 
 SEED = 20261125
 SCHEDULES = 256

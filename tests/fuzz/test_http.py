@@ -16,10 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpreader.pool.http import MAX_HEAD_BYTES, HttpStream, MalformedAnswer
-from mpreader.pool.messages import Fetch
-from mpreader.pool.receive import Connection, GetFailed
-from mpreader.pool.source import Route
+from mpreader.pool.worker.connection import Connection, GetFailed
+from mpreader.pool.worker.http import MAX_HEAD_BYTES, HttpStream, MalformedAnswer
+from mpreader.pool.worker.messages import Fetch
+from mpreader.pool.worker.route import Route
 
 if TYPE_CHECKING:
     from tests.fuzz.conftest import Mutant, Mutants

@@ -11,8 +11,9 @@ import pytest
 
 from mpreader.config import PoolConfig
 from mpreader.pool.pool import Pool
-from mpreader.pool.source import ObjectVersion, Route
+from mpreader.pool.source import ObjectVersion
 from mpreader.pool.transfer import Fill, FillPart
+from mpreader.pool.worker.route import Route
 from mpreader.testing import FaultServer
 
 

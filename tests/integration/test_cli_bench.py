@@ -199,6 +199,6 @@ def workers_of(parent: int) -> list[int]:
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has ended meanwhile
             is_child = int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == parent
-            if is_child and b"mpreader.pool.worker" in (folder / "cmdline").read_bytes():
+            if is_child and b"mpreader.pool.worker.main" in (folder / "cmdline").read_bytes():
                 found.append(int(folder.name))
     return found

@@ -14,7 +14,7 @@ import pytest
 
 from mpreader.cli import demo
 from mpreader.cli.main import main
-from mpreader.testing.demo import DemoLoad
+from mpreader.tools.demo import DemoLoad
 
 # What a user's own settings would break, if they were heeded; background jobs of a shell are born without SIGINT.
 ENVIRONMENT = {"AWS_PROFILE": "not-to-be-used", "http_proxy": "http://127.0.0.1:1"}
@@ -76,7 +76,7 @@ def run_with(
     def pretend(size_mb: int, *_: object, **__: Any) -> list[DemoLoad]:
         return loads
 
-    monkeypatch.setattr("mpreader.testing.demo.run_demo", pretend)
+    monkeypatch.setattr("mpreader.tools.demo.run_demo", pretend)
     with pytest.raises(SystemExit) as ended:
         main(["demo", *arguments])
     return ended.value.code, capsys.readouterr().out

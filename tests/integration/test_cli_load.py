@@ -15,9 +15,9 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from mpreader.cli.main import main
 from mpreader.dcp import S3FileSystem, S3StorageWriter, describe_checkpoint
-from mpreader.dcp.trial import time_loads
 from mpreader.errors import ConfigError
 from mpreader.testing import S3Server
+from mpreader.tools.bench.loads import time_loads
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -161,7 +161,9 @@ def test_load_records_a_timeline_of_all_its_requests(
 
 
 def test_load_shows_a_bar_where_that_is_asked_for(checkpoint: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mpreader.progress._DELAY_S", 0.0)  # such a small load would be done before it appears
+    monkeypatch.setattr(
+        "mpreader.telemetry.progress._DELAY_S", 0.0
+    )  # such a small load would be done before it appears
     shown = run(checkpoint, "--progress", "--json")
     assert "load: 100%" in shown.stderr
     assert json.loads(shown.stdout)["loads"]

@@ -226,7 +226,7 @@ def test_convert_refuses_what_the_disk_can_not_hold_before_it_loads(
 def test_convert_shows_a_bar_for_the_load_and_one_for_the_file(
     checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mpreader.progress._DELAY_S", 0.0)  # such a small one would be done before they appear
+    monkeypatch.setattr("mpreader.telemetry.progress._DELAY_S", 0.0)  # else such a small one shows none
     dcp_to_torch_save(checkpoint, tmp_path / "file.pt", progress=True)
     shown = capsys.readouterr().err
     assert "load: 100%" in shown

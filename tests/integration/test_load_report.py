@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from mpreader import AsyncRangeFetcher, ConfigError, PoolConfig, RangeFetcher, S3ReaderConstructor
 from mpreader.dcp import S3StorageReader, S3StorageWriter
-from mpreader.progress import Progress
+from mpreader.telemetry.progress import Progress
 from mpreader.testing import FaultServer, S3Server
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -60,7 +60,7 @@ def test_each_load_has_its_own_numbers_and_one_line(
 def test_bar_is_shown_when_it_is_asked_for(
     checkpoint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, progress: bool | None
 ) -> None:
-    monkeypatch.setattr("mpreader.progress._DELAY_S", 0.0)  # such a small load would be done before it appears
+    monkeypatch.setattr("mpreader.telemetry.progress._DELAY_S", 0.0)  # else such a small load shows none
     with S3StorageReader("us-east-1", checkpoint, pool_config=POOL, progress=progress) as reader:
         load({name: torch.zeros_like(tensor) for name, tensor in STATE.items()}, storage_reader=reader, no_dist=True)
     shown = capsys.readouterr().err
@@ -74,7 +74,7 @@ def test_bar_belongs_to_the_constructor_that_is_given(aws_environment: None) -> 
 
 
 def test_bar_moves_while_one_large_piece_is_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mpreader.progress._DELAY_S", 0.0)
+    monkeypatch.setattr("mpreader.telemetry.progress._DELAY_S", 0.0)
     shown: list[int] = []
 
     class Bar(Progress):
@@ -82,7 +82,7 @@ def test_bar_moves_while_one_large_piece_is_on_its_way(monkeypatch: pytest.Monke
             shown.append(done_bytes)
             super().advance_to(done_bytes)
 
-    monkeypatch.setattr("mpreader.progress.Progress", Bar)
+    monkeypatch.setattr("mpreader.telemetry.progress.Progress", Bar)
     data = bytes(4 << 20)
     config = PoolConfig(workers=1, connections_per_worker=2, part_size=256 * 1024)
     with (

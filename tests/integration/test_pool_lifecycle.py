@@ -59,7 +59,7 @@ def workers_of(pid: int) -> list[int]:
             command = entry.read_text(errors="replace")
         except OSError:
             continue
-        if "mpreader.pool.worker" in command and f", {pid}, " in command:
+        if "mpreader.pool.worker.main" in command and f", {pid}, " in command:
             found.append(int(entry.parent.name))
     return found
 
@@ -350,7 +350,8 @@ def test_workers_import_nothing_heavy(fetcher: RangeFetcher, server: FaultServer
         assert "torch" not in mapped
         assert "numpy" not in mapped
     program = (
-        "import sys; import mpreader.pool.worker; print(*{'boto3', 'botocore', 'torch', 'numpy'} & set(sys.modules))"
+        "import sys; import mpreader.pool.worker.main; "
+        "print(*{'boto3', 'botocore', 'torch', 'numpy'} & set(sys.modules))"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout == "\n"

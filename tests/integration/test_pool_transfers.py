@@ -14,8 +14,9 @@ import pytest
 from mpreader.config import KiB, MiB
 from mpreader.errors import ArenaExhausted, PlanError, PoolClosed, TransportError
 from mpreader.pool.pool import Pool
-from mpreader.pool.source import ObjectVersion, Route
+from mpreader.pool.source import ObjectVersion
 from mpreader.pool.transfer import Fill, FillPart, Transfer
+from mpreader.pool.worker.route import Route
 from mpreader.testing import Fault, FaultKind, FaultServer
 
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ from mpreader import (
 from mpreader.config import KiB, MiB
 from mpreader.dcp import S3StorageReader, S3StorageWriter
 from mpreader.pool import pool as pools
-from mpreader.pool.coordinator import Coordinator
+from mpreader.pool.coordinator.coordinator import Coordinator
 from mpreader.s3.stream import PinnedObject
 from mpreader.testing import Fault, FaultKind, FaultServer
 
@@ -68,7 +68,7 @@ def worker_processes() -> list[str]:
             command = file.read_text(errors="replace")
         except OSError:
             continue
-        if "mpreader.pool.worker" in command and f", {os.getpid()}, " in command:
+        if "mpreader.pool.worker.main" in command and f", {os.getpid()}, " in command:
             found.append(file.parent.name)
     return found
 

@@ -14,7 +14,7 @@ import pytest
 
 from mpreader import AccessDenied, ConfigError, ObjectMissing, S3Client, S3ClientConfig, S3ReaderConstructor
 from mpreader.errors import TransportError
-from mpreader.pool.source import Route
+from mpreader.pool.worker.route import Route
 from mpreader.s3 import S3Source
 from mpreader.testing import FaultServer, S3Server
 

@@ -28,12 +28,12 @@ import mpreader
 from mpreader import PoolConfig, RangeFetcher, S3Client, S3ClientConfig, S3ReaderConstructor, TransportError
 from mpreader.config import KiB, MiB
 from mpreader.dcp import S3StorageReader
-from mpreader.pool.messages import Fetch
-from mpreader.pool.source import Route
 from mpreader.pool.transfer import Fill, FillPart
+from mpreader.pool.worker.messages import Fetch
+from mpreader.pool.worker.route import Route
 from mpreader.s3 import S3Source
+from mpreader.sources.http import HttpSource
 from mpreader.testing import Fault, FaultKind, FaultServer
-from mpreader.web import HttpSource
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
 

@@ -14,7 +14,7 @@ import pytest
 
 from mpreader import ConfigError, PoolConfig, RangeFetcher
 from mpreader.config import KiB, MiB
-from mpreader.telemetry import instrument
+from mpreader.telemetry.metrics import instrument
 from mpreader.testing import Fault, FaultKind, FaultServer
 
 metrics = pytest.importorskip("opentelemetry.sdk.metrics")
@@ -112,14 +112,14 @@ from opentelemetry.metrics import set_meter_provider
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from mpreader import telemetry
-from mpreader.pool import observer
+from mpreader.telemetry import events as telemetry_events
 reader = InMemoryMetricReader()
 provider = MeterProvider([reader])
 telemetry.instrument()
 set_meter_provider(provider)
 telemetry.instrument(provider)
-for observe in observer.observers:
-    observe(observer.RequestEvent("https://[::1]/key", 0, 0, 0, 7, 7, 1.0, 2.0, 3.0, "ok", 1))
+for observe in telemetry_events.observers:
+    observe(events.RequestEvent("https://[::1]/key", 0, 0, 0, 7, 7, 1.0, 2.0, 3.0, "ok", 1))
 [received] = reader.get_metrics_data().resource_metrics[0].scope_metrics[0].metrics[0].data.data_points
 print(received.value, dict(received.attributes))
 """

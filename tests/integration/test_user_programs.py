@@ -69,7 +69,7 @@ def workers_of(endpoint_marker: str) -> list[int]:
             command = entry.read_bytes().decode(errors="replace")
         except OSError:
             continue
-        if "mpreader.pool.worker" in command and f", {endpoint_marker}, " in command:
+        if "mpreader.pool.worker.main" in command and f", {endpoint_marker}, " in command:
             found.append(int(entry.parent.name))
     return found
 

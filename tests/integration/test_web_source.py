@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from mpreader import AccessDenied, ConfigError, ObjectMissing, S3Client, TransportError
-from mpreader.pool.source import Route
+from mpreader.pool.worker.route import Route
+from mpreader.sources.http import HttpSource
 from mpreader.testing import Fault, FaultKind, FaultServer
-from mpreader.web import HttpSource
 
 DATA = bytes(range(256)) * 10
 Answer = tuple[int, dict[str, str], bytes]

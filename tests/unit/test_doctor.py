@@ -21,14 +21,16 @@ from typing import Any
 import pytest
 
 from mpreader import ConfigError, PoolConfig, S3ClientConfig
-from mpreader.access import examine_access
-from mpreader.cgroup import Cgroup
 from mpreader.config import KiB, MiB
-from mpreader.doctor import Finding, Surroundings, examine, examine_host, files_needed
-from mpreader.pool.sizing import Host, size_pool
+from mpreader.host import Cgroup, Host
+from mpreader.pool.sizing import size_pool
 from mpreader.s3 import S3Client
 from mpreader.testing import FaultServer, S3Server
 from mpreader.testing.s3_server import aws_environment as environment_of
+from mpreader.tools.doctor.access import examine_access
+from mpreader.tools.doctor.examine import examine
+from mpreader.tools.doctor.finding import Finding
+from mpreader.tools.doctor.host import Surroundings, examine_host, files_needed
 
 GiB = 1024 * MiB
 HEALTHY = Surroundings(
@@ -144,8 +146,9 @@ def test_descriptors_that_are_said_to_be_enough_are_enough() -> None:
     program = """
 import os, resource, sys
 from mpreader import PoolConfig, RangeFetcher, S3ClientConfig
-from mpreader.doctor import files_needed
-from mpreader.pool.sizing import Host, size_pool
+from mpreader.tools.doctor.host import files_needed
+from mpreader.host import Host
+from mpreader.pool.sizing import size_pool
 config = PoolConfig(workers=3, connections_per_worker=20, part_size=65536)
 needed = files_needed(size_pool(config, S3ClientConfig(), Host.now()), len(os.listdir("/proc/self/fd")) - 1)
 resource.setrlimit(resource.RLIMIT_NOFILE, (needed, needed))

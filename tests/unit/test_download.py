@@ -26,8 +26,8 @@ from mpreader import (
     PoolConfig,
     RangeFetcher,
 )
-from mpreader.download import RangeOfObject, copy_to, download, name_of
 from mpreader.testing import Fault, FaultKind, FaultServer
+from mpreader.tools.download.download import RangeOfObject, copy_to, download, name_of
 
 DATA = b"".join(number.to_bytes(4, "little") for number in range(250_000))
 PART = 64 << 10

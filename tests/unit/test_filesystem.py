@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 
 from mpreader import ConfigError, ObjectChanged, ObjectMissing, PoolConfig, S3ClientConfig
 from mpreader.config import KiB, MiB
-from mpreader.filesystem import RangeFileSystem
+from mpreader.fsspec.filesystem import RangeFileSystem
 from mpreader.testing import FaultServer, S3Server
 
 pytestmark = pytest.mark.timeout(90)

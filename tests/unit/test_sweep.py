@@ -7,11 +7,11 @@ import pytest
 
 from mpreader.config import KiB, MiB, PoolConfig, S3ClientConfig
 from mpreader.errors import ConfigError, ObjectMissing, PlanError, PoolTimeout
-from mpreader.pool.observer import RequestEvent, add_observer, remove_observer
 from mpreader.s3 import S3Client
-from mpreader.sweep import AXES, Results, Sweep, recommend, search, sweep
+from mpreader.telemetry.events import RequestEvent, add_observer, remove_observer
 from mpreader.testing import Fault, FaultKind, FaultServer
-from mpreader.trials import Measurement, Settings, SourceObject, Trials, find_objects, passes
+from mpreader.tools.bench.sweep import AXES, Results, Sweep, recommend, search, sweep
+from mpreader.tools.bench.trials import Measurement, Settings, SourceObject, Trials, find_objects, passes
 
 _DATA = bytes(range(256)) * 8192  # 2 MiB
 _USUAL = Settings(4, 16, 8 * MiB)
@@ -257,7 +257,7 @@ def test_settings_as_environment_are_the_settings(monkeypatch: pytest.MonkeyPatc
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, list[Any]]:
     """A chart's file and panels. Made once, before descriptors are counted: matplotlib keeps its fonts open."""
-    chart = pytest.importorskip("mpreader.chart")
+    chart = pytest.importorskip("mpreader.tools.bench.chart")
     heats, lines = search(_GRID, _USUAL, Host(2.0).measure)
     shown = Sweep("s3://b/$x_{$/漢字/" + "k" * 200, 1, 1, 1, 1, _USUAL, heats, lines)
     file = tmp_path_factory.mktemp("chart") / "chart.png"

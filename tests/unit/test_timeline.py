@@ -18,10 +18,10 @@ import pytest
 
 from mpreader import ConfigError, PoolConfig, RangeFetcher
 from mpreader.config import KiB, MiB
-from mpreader.pool import observer
-from mpreader.pool.observer import RequestEvent
+from mpreader.telemetry import events as telemetry_events
+from mpreader.telemetry.events import RequestEvent
+from mpreader.telemetry.timeline import Timeline, check_timeline_path, record_timeline, timeline_to
 from mpreader.testing import Fault, FaultKind, FaultServer
-from mpreader.timeline import Timeline, check_timeline_path, record_timeline, timeline_to
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -62,7 +62,7 @@ def _recorded(events: Sequence[RequestEvent]) -> Timeline:
 def _tell(events: Sequence[RequestEvent]) -> None:
     """As a pool's thread does."""
     for event in events:
-        for observe in observer.observers:
+        for observe in telemetry_events.observers:
             observe(event)
 
 
@@ -232,7 +232,7 @@ def test_timeline_of_work_that_fails_is_saved(server: FaultServer, tmp_path: Pat
 
 def test_without_a_path_nothing_is_recorded(tmp_path: Path) -> None:
     with timeline_to(None):
-        assert observer.observers == ()
+        assert telemetry_events.observers == ()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpreader.config import KiB, MiB
-from mpreader.pool.arena import Arena, Lease, Slot
+from mpreader.pool.coordinator.arena import Arena, Lease, Slot
 
 BLOCK = 256 * KiB
 SEGMENT = 1 * MiB
@@ -251,7 +251,7 @@ def test_arena_on_a_full_dev_shm_says_what_to_do() -> None:
         "2m",
         """
         from mpreader.errors import ArenaError
-        from mpreader.pool.arena import Arena
+        from mpreader.pool.coordinator.arena import Arena
         try:
             Arena(64 << 20, 1 << 20, 32 << 20).allocate(1000)
         except ArenaError as error:
@@ -271,7 +271,7 @@ def test_arena_that_meets_a_full_dev_shm_goes_on_smaller_with_a_warning() -> Non
         """
         import logging
         logging.basicConfig()
-        from mpreader.pool.arena import Arena
+        from mpreader.pool.coordinator.arena import Arena
         arena = Arena(64 << 20, 1 << 20, 2 << 20)
         slots = []
         while (slot := arena.allocate(1 << 20)) is not None:
@@ -283,7 +283,7 @@ def test_arena_that_meets_a_full_dev_shm_goes_on_smaller_with_a_warning() -> Non
         """,
     )
     assert f"4 {4 * MiB}" in out
-    assert "WARNING:mpreader.pool.arena:shared memory is short" in out
+    assert "WARNING:mpreader.pool.coordinator.arena:shared memory is short" in out
 
 
 @pytest.mark.row("small or full /dev/shm")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpreader.pool.http import MAX_HEAD_BYTES, Answer, HttpStream, MalformedAnswer
+from mpreader.pool.worker.http import MAX_HEAD_BYTES, Answer, HttpStream, MalformedAnswer
 
 
 def body_of(raw: bytes, most: int = 1 << 20) -> tuple[Answer, bytes]:

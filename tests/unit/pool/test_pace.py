@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from mpreader.pool.pace import Pace, is_host_busy
+from mpreader.pool.coordinator.concurrency import Pace, is_host_busy
 
 WORKERS, MOST = 2, 32
 PART = 8 * 1024 * 1024

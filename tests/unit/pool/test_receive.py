@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from mpreader.pool import receive
-from mpreader.pool.messages import FailureKind, Fetch
-from mpreader.pool.receive import CHUNK_BYTES, Connection, GetFailed
-from mpreader.pool.source import Route
+import mpreader.pool.worker.connection as connection_module
+from mpreader.pool.worker.connection import CHUNK_BYTES, Connection, GetFailed
+from mpreader.pool.worker.messages import FailureKind, Fetch
+from mpreader.pool.worker.route import Route
 from mpreader.testing import Fault, FaultKind, FaultServer
 
 DATA = os.urandom(2_000_000)
@@ -194,14 +194,14 @@ def test_get_that_is_cancelled_before_it_begins_asks_for_nothing(connection: Con
 def test_get_that_is_aborted_while_it_connects_asks_for_nothing(
     connection: Connection, server: FaultServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    open_socket = receive._open
+    open_socket = connection_module._open
 
     def open_late(*arguments: Any) -> socket.socket:
         sock = open_socket(*arguments)
         connection.abort(FailureKind.CANCELLED)
         return sock
 
-    monkeypatch.setattr(receive, "_open", open_late)
+    monkeypatch.setattr(connection_module, "_open", open_late)
     assert failure_of(lambda: get(connection, server)).kind is FailureKind.CANCELLED
     assert server.requests == []
 

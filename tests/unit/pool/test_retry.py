@@ -12,9 +12,10 @@ from mpreader.errors import (
     ShortRead,
     TransportError,
 )
-from mpreader.pool.messages import Failed, FailureKind
-from mpreader.pool.retry import delay_before, error_after, timeout_error
-from mpreader.pool.source import ObjectVersion, Route
+from mpreader.pool.coordinator.retry import delay_before, error_after, timeout_error
+from mpreader.pool.source import ObjectVersion
+from mpreader.pool.worker.messages import Failed, FailureKind
+from mpreader.pool.worker.route import Route
 
 RETRIED = {
     FailureKind.UNREACHABLE,

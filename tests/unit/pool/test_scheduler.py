@@ -9,13 +9,14 @@ import pytest
 
 from mpreader.config import KiB
 from mpreader.errors import MpreaderError, TransportError
-from mpreader.pool.arena import Arena, Lease
-from mpreader.pool.messages import Failed, FailureKind
-from mpreader.pool.scheduler import Scheduler, SchedulerLimits
-from mpreader.pool.source import ObjectVersion, Route
-from mpreader.pool.sourcebook import Resolved, SourceBook, SourceEntry
-from mpreader.pool.state import PartState
+from mpreader.pool.coordinator.arena import Arena, Lease
+from mpreader.pool.coordinator.resolver import Resolved, SourceBook, SourceEntry
+from mpreader.pool.coordinator.scheduler import Scheduler, SchedulerLimits
+from mpreader.pool.coordinator.state import PartState
+from mpreader.pool.source import ObjectVersion
 from mpreader.pool.transfer import Demand, Fill, FillPart, Taken, Transfer
+from mpreader.pool.worker.messages import Failed, FailureKind
+from mpreader.pool.worker.route import Route
 
 pytestmark = pytest.mark.timeout(20)
 

@@ -9,7 +9,8 @@ import pytest
 
 from mpreader.config import MIN_PART_BYTES, KiB, MiB, PoolConfig, S3ClientConfig
 from mpreader.errors import ConfigError
-from mpreader.pool.sizing import Host, size_pool
+from mpreader.host import Host
+from mpreader.pool.sizing import size_pool
 
 GiB = 1024 * MiB
 

@@ -10,7 +10,7 @@ import pytest
 
 from mpreader import PoolConfig, RangeFetcher
 from mpreader.config import KiB, MiB
-from mpreader.pool.observer import RequestEvent, add_observer, remove_observer
+from mpreader.telemetry.events import RequestEvent, add_observer, remove_observer
 from mpreader.testing import Fault, FaultKind, FaultServer
 
 pytestmark = pytest.mark.timeout(60)

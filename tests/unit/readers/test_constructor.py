@@ -184,5 +184,5 @@ def test_refused_plan_leaves_no_half_of_it() -> None:
 
 
 def test_constructors_need_no_torch() -> None:
-    program = "import sys, mpreader.readers.constructor; print({'torch', 'boto3', 'numpy'} & set(sys.modules))"
+    program = "import sys, mpreader.readers.kinds; print({'torch', 'boto3', 'numpy'} & set(sys.modules))"
     assert run([sys.executable, "-c", program], capture_output=True, check=True).stdout == b"set()\n"

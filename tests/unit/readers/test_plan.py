@@ -3,8 +3,7 @@ from __future__ import annotations
 import pytest
 
 from mpreader.errors import PlanError
-from mpreader.ranges import WORTHWHILE_GAP_SIZE, ItemRange, Part
-from mpreader.readers.plan import FilePlan, plan_files
+from mpreader.ranges import WORTHWHILE_GAP_SIZE, FilePlan, ItemRange, Part, plan_files
 
 GAP = WORTHWHILE_GAP_SIZE
 

@@ -10,7 +10,7 @@ import pytest
 from botocore.credentials import Credentials
 
 from mpreader import AccessDenied, ConfigError, S3Client, S3ClientConfig
-from mpreader.pool.source import Route
+from mpreader.pool.worker.route import Route
 from mpreader.s3 import S3Source
 
 _SECRETS = ("THEKEYID", "the-secret-key", "the-session-token", "Signature")

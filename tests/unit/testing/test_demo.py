@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from mpreader.testing.demo import differing, make_state
+from mpreader.tools.demo import differing, make_state
 
 
 def _flip(tensor: torch.Tensor) -> None:

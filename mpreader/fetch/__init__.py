@@ -1,0 +1,1 @@
+"""Range fetches: RangeFetcher, AsyncRangeFetcher, fetch_ranges."""

@@ -1,0 +1,345 @@
+"""Objects for users of fsspec (pandas, pyarrow, zarr, dask, …), read through the worker pool; it only reads.
+
+``fsspec.open("mpreader://bucket/key")`` works by itself. ``fsspec.register_implementation("s3", RangeFileSystem,
+clobber=True)`` puts it in place of s3fs; ``"https"`` works, too.
+"""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import os
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any, NoReturn
+
+from fsspec.callbacks import DEFAULT_CALLBACK
+from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
+from fsspec.utils import isfilelike, stringify_path, tokenize
+
+from mpreader.config import PoolConfig, S3ClientConfig, check_type
+from mpreader.fetch.fetcher import DEFAULT_FETCH_GAP_SIZE
+from mpreader.fsspec.listing import Info, describe, list_below, list_folder
+from mpreader.fsspec.slices import SliceReader, is_url
+from mpreader.pool.source import ObjectVersion
+
+__all__ = ["RangeFile", "RangeFileSystem"]
+
+
+class RangeFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has no types
+    """A read-only file system of S3's objects. Thread-safe; works after a fork and survives pickling.
+
+    Paths are ``bucket/key``, with ``mpreader://`` or ``s3://`` in front or not, or http(s) URLs, which are files.
+    Listings and sizes are not cached. What is read of an open file is of the version that was there when it was
+    opened. Instances with equal settings share a pool of worker processes, which ends when it is idle.
+
+    Args:
+        s3client_config: How S3 is reached. None: the defaults and the usual ``AWS_*`` environment.
+        pool_config: Settings of the worker pool. None: the defaults.
+        region: In place of ``s3client_config.region``.
+        endpoint_url: In place of ``s3client_config.endpoint_url``.
+        profile: In place of ``s3client_config.profile``.
+        anon: In place of ``s3client_config.unsigned``.
+
+    Raises:
+        ConfigError: A setting is wrong.
+        TypeError: An argument is something else.
+    """
+
+    protocol = ("mpreader", "s3", "s3a")
+
+    def __init__(
+        self,
+        s3client_config: S3ClientConfig | None = None,
+        pool_config: PoolConfig | None = None,
+        *,
+        region: str | None = None,
+        endpoint_url: str | None = None,
+        profile: str | None = None,
+        anon: bool | None = None,
+    ) -> None:
+        super().__init__()
+        check_type("s3client_config", s3client_config, S3ClientConfig)
+        check_type("pool_config", pool_config, PoolConfig)
+        given = {"region": region, "endpoint_url": endpoint_url, "profile": profile, "unsigned": anon}
+        changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        self._reader = SliceReader(replace(s3client_config or S3ClientConfig(), **changes), pool_config)
+
+    # -- bytes
+
+    def cat_ranges(
+        self,
+        paths: Sequence[str],
+        starts: int | Iterable[int | None] | None,
+        ends: int | Iterable[int | None] | None,
+        max_gap: float | None = None,
+        on_error: str = "return",
+        **_ignored: object,
+    ) -> list[Any]:
+        """Read ranges of files, all at the same time.
+
+        Args:
+            paths: The file of each range.
+            starts: First byte of each range, or one for all; a negative one counts from the file's end; None: 0.
+            ends: One past the last byte of each range, or one for all; a negative one counts from the file's end;
+                None: that end. As of a slice, only what lies within the file is read.
+            max_gap: Largest gap, in bytes, between two ranges that are read as one. None: 1 MiB.
+            on_error: ``"return"``: an error takes the place of the bytes that could not be read. ``"raise"``: the
+                first one is raised.
+
+        Returns:
+            ``bytes`` for each range, in the order of the input.
+
+        Raises:
+            ValueError: There are not as many starts or ends as paths.
+            TypeError: ``paths`` is a single path, or a limit is no whole number.
+            MpreaderError: As for :meth:`mpreader.RangeFetcher.fetch`, if ``on_error`` is ``"raise"``.
+        """
+        if isinstance(paths, (str, os.PathLike)):
+            raise TypeError(f"paths is a list of paths, got {paths!r}")
+        slices = map(slice, _for_each(paths, starts), _for_each(paths, ends))
+        wanted: dict[str, dict[int, slice]] = {}
+        for index, (path, limits) in enumerate(zip(paths, slices, strict=True)):
+            wanted.setdefault(self._strip_protocol(path), {})[index] = limits
+        gap = DEFAULT_FETCH_GAP_SIZE if max_gap is None else max_gap
+        read = self._reader.try_read_now if on_error == "return" else self._reader.read_now
+        contents = read(wanted, gap)
+        return [contents[index] for index in range(len(paths))]
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **_ignored: object) -> bytes:
+        """Read bytes [start, end) of a file; limits are those of :meth:`cat_ranges`.
+
+        Raises:
+            MpreaderError: As for :meth:`mpreader.RangeFetcher.fetch`.
+        """
+        content: bytes = self.cat_ranges([path], start, end, on_error="raise")[0]
+        return content
+
+    def cat(self, path: str | list[str], recursive: bool = False, on_error: str = "raise", **limits: Any) -> Any:
+        """Read files, all at the same time.
+
+        Args:
+            path: A path, one with wildcards, or a list of such.
+            recursive: Read all files below them.
+            on_error: ``"raise"``; ``"omit"``: leave out what can't be read; ``"return"``: give the error in its place.
+            limits: ``start`` and ``end`` of what is read of each file.
+
+        Returns:
+            The file's bytes; where ``path`` means several files, a dict of them by their paths.
+
+        Raises:
+            FileNotFoundError: There is none.
+        """
+        paths = self.expand_path(path)
+        if recursive:
+            paths = sorted({name for root in paths for name in self.find(root)})
+        if isinstance(path, str) and paths == [self._strip_protocol(path)]:
+            return self.cat_file(path, **limits)
+        spares_errors = "raise" if on_error == "raise" else "return"
+        contents = self.cat_ranges(paths, limits.get("start"), limits.get("end"), on_error=spares_errors)
+        return {
+            name: content
+            for name, content in zip(paths, contents, strict=True)
+            if on_error != "omit" or not isinstance(content, Exception)
+        }
+
+    def get_file(
+        self, rpath: str, lpath: Any = None, callback: Any = DEFAULT_CALLBACK, outfile: Any = None, **_ignored: object
+    ) -> None:
+        """Copy a file to a local one, in bounded memory; a folder becomes an empty one.
+
+        Args:
+            rpath: The file.
+            lpath: Path of the local file, or an open one. Folders are made as needed.
+            callback: Is told of the progress.
+            outfile: An open file, in place of ``lpath``.
+
+        Raises:
+            MpreaderError: As for :meth:`mpreader.RangeFetcher.fetch`.
+            OSError: The local file can't be written.
+        """
+        outfile = lpath if outfile is None and isfilelike(lpath) else outfile
+        info = self.info(rpath)
+        if outfile is None and info["type"] == "directory":
+            os.makedirs(lpath, exist_ok=True)
+            return
+        path, size = info["name"], info["size"]
+        version = ObjectVersion(size, info["ETag"])
+        with ExitStack() as stack:
+            if outfile is None:
+                os.makedirs(os.path.dirname(os.path.abspath(lpath)), exist_ok=True)
+                outfile = stack.enter_context(open(lpath, "wb"))
+            callback.set_size(size)
+            fetcher = stack.enter_context(self._reader.fetcher({path: self._reader.pin(path, version)}))
+            parts = [(at, min(at + fetcher.part_size, size)) for at in range(0, size, fetcher.part_size)]
+            for _, view in stack.enter_context(fetcher.stream(path, parts)):
+                outfile.write(view)
+                callback.relative_update(len(view))
+                del view  # or it would keep its memory while the next one is waited for
+
+    def _open(self, path: str, mode: str = "rb", block_size: int | None = None, **options: Any) -> RangeFile:
+        if set(mode) & set("wax+"):
+            self._refuse(path)
+        if mode != "rb":
+            raise ValueError(f"mode must be 'rb' or 'r', got {mode!r}")
+        return RangeFile(self, path, mode, block_size, **options)
+
+    # -- names
+
+    def info(self, path: str, **_ignored: object) -> Info:
+        """What is known of a file or folder: ``name``, ``type``, ``size``; of a file also ``ETag``, ``LastModified``.
+
+        Raises:
+            FileNotFoundError: There is neither.
+            MpreaderError: The server refuses, or can't be asked.
+        """
+        path = self._strip_protocol(path)
+        if not is_url(path):
+            return describe(self._reader.client(), path)
+        version = self._reader.pin(path).version
+        return {"name": path, "size": version.size, "type": "file", "ETag": version.etag, "LastModified": None}
+
+    def exists(self, path: str, **_ignored: object) -> bool:
+        """Whether there is such a file or folder.
+
+        Raises:
+            MpreaderError: The server refuses to say so, or can't be asked.
+        """
+        try:
+            self.info(path)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def ls(self, path: str, detail: bool = True, **_ignored: object) -> list[Any]:
+        """List the files and folders in a folder; a file is all that is listed of itself.
+
+        Args:
+            path: The folder, or a bucket.
+            detail: Give what :meth:`info` does. False: only names.
+
+        Raises:
+            FileNotFoundError: There is no such file or folder.
+            ConfigError: No bucket is named.
+            MpreaderError: The server refuses, or can't be asked.
+        """
+        path = self._strip_protocol(path)
+        infos = [self.info(path)] if is_url(path) else list_folder(self._reader.client(), path)
+        return infos if detail else [info["name"] for info in infos]
+
+    def find(
+        self, path: str, maxdepth: int | None = None, withdirs: bool = False, detail: bool = False, **options: Any
+    ) -> Any:
+        """List the files below a folder, at any depth; a file is all that is found below itself.
+
+        Args:
+            path: The folder, or a bucket.
+            maxdepth: How deep to go. None: without limit, which takes the fewest requests.
+            withdirs: List folders, too.
+            detail: Give a dict of what :meth:`info` gives, by names. False: a list of names.
+            options: What fsspec's ``find`` takes besides.
+
+        Raises:
+            ConfigError: No bucket is named.
+            MpreaderError: The server refuses, or can't be asked.
+        """
+        path = self._strip_protocol(path)
+        if maxdepth is not None and not is_url(path):
+            return super().find(path, maxdepth, withdirs, detail, **options)
+        try:
+            found = [] if is_url(path) else [*list_below(self._reader.client(), path)]
+            if not found and "/" in path:
+                found = [self.info(path)]
+        except FileNotFoundError:
+            found = []
+        infos = {info["name"]: info for info in found if withdirs or info["type"] == "file"}
+        return {name: infos[name] for name in sorted(infos)} if detail else sorted(infos)
+
+    def glob(self, path: str, maxdepth: int | None = None, **options: Any) -> Any:
+        """Find files by a pattern, as fsspec does; the ``?`` of a URL is none.
+
+        Raises:
+            MpreaderError: As for :meth:`find`.
+        """
+        url = self._strip_protocol(path)
+        return self.find(url, **options) if is_url(url) else super().glob(path, maxdepth, **options)
+
+    def checksum(self, path: str) -> int:
+        """A number that is another one when the file has changed, made of its ETag."""
+        return int(self.ukey(path), 16)
+
+    def ukey(self, path: str) -> str:
+        """A text that is another one when the file has changed, made of its ETag."""
+        return str(tokenize(self._file_info(path)["ETag"]))
+
+    def modified(self, path: str) -> datetime.datetime:
+        """When the file was written, in UTC.
+
+        Raises:
+            OSError: It is a folder, or the service does not say.
+        """
+        moment: datetime.datetime | None = self._file_info(path)["LastModified"]
+        if moment is None:
+            raise OSError(errno.ENODATA, "the service does not say when it was written", path)
+        return moment
+
+    created = modified  # an object is never changed, only replaced
+
+    def close(self) -> None:
+        """Close connections, and end the workers once nobody uses them; a later use starts anew. Idempotent."""
+        self._reader.close()
+
+    # -- what it does not do
+
+    def _refuse(self, path: Any = None, *_: object, **__: object) -> NoReturn:
+        raise OSError(errno.EROFS, "mpreader's file system only reads", str(path))
+
+    mkdir = makedirs = rmdir = rm = rm_file = _rm = touch = _refuse
+    copy = cp_file = mv = put = put_file = pipe = pipe_file = _refuse
+
+    # -- steps
+
+    @classmethod
+    def _strip_protocol(cls, path: Any) -> Any:
+        if isinstance(path, list):
+            return [cls._strip_protocol(each) for each in path]
+        path = stringify_path(path)
+        url: str = path.removeprefix(f"{cls.protocol[0]}://")
+        return url if is_url(url) else super()._strip_protocol(path).lstrip("/")
+
+    def _file_info(self, path: str) -> Info:
+        info = self.info(path)
+        if info["type"] == "directory":
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+        return info
+
+
+class RangeFile(AbstractBufferedFile):  # type: ignore[misc]  # fsspec has no types
+    """A file that was opened for reading, buffered by one of fsspec's caches.
+
+    Args:
+        fs: Its file system.
+        path: Its path.
+        etag: ETag of the version to read. None: that of now.
+        options: What fsspec's ``AbstractBufferedFile`` takes.
+    """
+
+    def __init__(self, fs: RangeFileSystem, path: str, *options: Any, etag: str | None = None, **named: Any) -> None:
+        if etag is None:
+            self._details = fs._file_info(path)
+            etag, named["size"] = self._details["ETag"], self._details["size"]
+        # fsspec gives it to a copy of the file, too, in another process perhaps.
+        super().__init__(fs, path, *options, etag=etag, **named)
+
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        reader: SliceReader = self.fs._reader
+        source = reader.pin(self.path, ObjectVersion(self.size, self.kwargs["etag"]))
+        return reader.read({self.path: source}, {self.path: {0: slice(start, end)}}, 0)[0]
+
+
+def _for_each(paths: Sequence[str], limits: int | Iterable[int | None] | None) -> list[int | None]:
+    each = [*limits] if isinstance(limits, Iterable) else [limits] * len(paths)
+    if len(each) != len(paths):
+        raise ValueError(f"{len(paths)} paths need as many starts and ends, got {len(each)}")
+    return each

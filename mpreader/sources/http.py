@@ -1,0 +1,237 @@
+"""Any http(s) URL as a source of the pool."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Final, NamedTuple
+from urllib.parse import urljoin
+
+import urllib3
+from urllib3.util import Retry, Timeout, parse_url
+
+from mpreader.errors import AccessDenied, ConfigError, ObjectMissing, TransportError
+from mpreader.pool.source import ObjectVersion
+from mpreader.pool.worker.route import Route
+from mpreader.sources.network import PORTS, Headers, basic_authorization, ca_file, proxy_for, route_to, tls_context
+
+__all__ = ["HttpSource"]
+
+_REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
+_MAX_REDIRECTS: Final = 10
+# Some servers refuse HEAD or answer it badly, and URLs that are presigned for GET are good for nothing else.
+_HEAD_MAY_BE_WHY: Final = frozenset({200, 400, 401, 403, 405, 501})
+_BUSY: Final = (408, 429, 500, 502, 503, 504)
+_TIMEOUT: Final = Timeout(connect=10, read=60)
+_DENIED: Final = (
+    "access denied: the URL may have expired, or need a user name and password (https://user:password@host/…)"
+)
+
+
+class HttpSource:
+    """The object behind an http(s) URL. See :class:`mpreader.pool.source.Source`.
+
+    Redirects are followed when it is opened; the workers ask the place that they lead to. A user name and password
+    in the URL are sent as basic authentication, to the URL's own server only. Proxies are those of ``HTTP_PROXY``,
+    ``HTTPS_PROXY`` and ``NO_PROXY``; certificate authorities those of ``REQUESTS_CA_BUNDLE`` or ``SSL_CERT_FILE``,
+    else the system's.
+
+    Args:
+        url: The URL; its fragment is ignored.
+        max_attempts: Requests made for the same bytes before giving up.
+
+    Raises:
+        ConfigError: ``url`` is not an http(s) URL.
+    """
+
+    def __init__(self, url: str, max_attempts: int = 10) -> None:
+        self._url = _Url.parse(url)
+        self._max_attempts = max_attempts
+        self._found: _Url | None = None
+
+    @property
+    def bucket(self) -> str:
+        """The URL's host."""
+        return self._url.authority
+
+    @property
+    def key(self) -> str:
+        """The URL's path; its query may be a secret."""
+        return self._url.path
+
+    @property
+    def uri(self) -> str:
+        """The URL without user name, password and query."""
+        return f"{self._url.scheme}://{self.bucket}{self.key}"
+
+    @property
+    def max_attempts(self) -> int:
+        """Requests made for the same bytes before giving up."""
+        return self._max_attempts
+
+    def open(self) -> ObjectVersion:
+        """Follow redirects and ask which version there is now.
+
+        Raises:
+            ObjectMissing: There is nothing at the URL.
+            AccessDenied: The server refuses.
+            TransportError: The server can't be reached, or serves no ranges of a known size.
+        """
+        self._found, version = self._resolve()
+        return version
+
+    def route(self) -> Route:
+        """Make a route to where the URL leads; follows redirects anew but for the first time after ``open``.
+
+        Raises:
+            TransportError: As for :meth:`open`.
+        """
+        # A redirect may lead to a URL that expires, so what was found is good for once.
+        found, self._found = self._found, None
+        if found is None:
+            found, _ = self._resolve()
+        return route_to(str(found), found.headers, proxy_for(str(found)), ca_file() if found.is_tls else None)
+
+    def __repr__(self) -> str:
+        return f"<HttpSource {self.uri}>"
+
+    def _resolve(self) -> tuple[_Url, ObjectVersion]:
+        found, status, headers = self._ask("HEAD", self._url, {})
+        if status == 200 and "Content-Length" in headers:
+            return found, ObjectVersion(self._size(headers["Content-Length"], headers), _etag(headers))
+        if status in _HEAD_MAY_BE_WHY:
+            found, status, headers = self._ask("GET", self._url, {"Range": "bytes=0-0"})
+        if status not in (206, 416):
+            raise self._refusal(status)
+        _, _, total = headers.get("Content-Range", "").rpartition("/")
+        return found, ObjectVersion(self._size(total, headers), _etag(headers))
+
+    def _ask(self, method: str, url: _Url, headers: dict[str, str]) -> tuple[_Url, int, Mapping[str, str]]:
+        """Where redirects end; the status and headers of the answer there."""
+        for _ in range(_MAX_REDIRECTS):
+            status, answer = self._ask_once(method, url, headers)
+            location = answer.get("Location")
+            if status not in _REDIRECTS or location is None:
+                return url, status, answer
+            try:
+                url = url.redirected(location)
+            except ConfigError as error:
+                raise self._error(TransportError, f"a redirect can't be followed: {error}") from None
+        raise self._error(TransportError, f"more than {_MAX_REDIRECTS} redirects")
+
+    def _ask_once(self, method: str, url: _Url, headers: dict[str, str]) -> tuple[int, Mapping[str, str]]:
+        # HTTP says that a HEAD is answered as the GET would be: ask for no compression.
+        all_headers = {"Accept-Encoding": "identity", **dict(url.headers), **headers}
+        retries = Retry(
+            self._max_attempts - 1,
+            other=0,  # a certificate does not get better
+            redirect=False,
+            status_forcelist=_BUSY,
+            raise_on_status=False,
+            respect_retry_after_header=False,  # it may name an hour
+            backoff_factor=0.05,
+        )
+        try:
+            with _manager(url) as manager:
+                answer = manager.request(
+                    method,
+                    str(url),
+                    headers=all_headers,
+                    retries=retries,
+                    timeout=_TIMEOUT,
+                    redirect=False,
+                    preload_content=False,
+                )
+                answer.close()  # the body may be the whole object
+        except (urllib3.exceptions.HTTPError, OSError) as error:
+            reason = getattr(error, "reason", None) or error
+            raise self._error(TransportError, f"no answer from {url.authority}: {_without_urls(reason)}") from None
+        return answer.status, answer.headers
+
+    def _size(self, text: str, headers: Mapping[str, str]) -> int:
+        if headers.get("Content-Encoding", "identity") != "identity":
+            raise self._error(TransportError, "the server compresses it; ranges of that can't be read")
+        if headers.get("Accept-Ranges") == "none":
+            raise self._error(TransportError, "the server serves no ranges of it")
+        if not text.isascii() or not text.isdigit():
+            raise self._error(TransportError, "the server does not tell its size")
+        return int(text)
+
+    def _refusal(self, status: int) -> TransportError:
+        if status in (401, 403, 407):
+            return self._error(AccessDenied, f"{_DENIED} (HTTP {status})")
+        if status in (404, 410):
+            return self._error(ObjectMissing, f"there is nothing at this URL (HTTP {status})")
+        if status == 200:
+            return self._error(TransportError, "the server serves no ranges of it, only the whole")
+        return self._error(TransportError, f"the server answers HTTP {status}")
+
+    def _error(self, kind: type[TransportError], message: str) -> TransportError:
+        return kind(f"{self.uri}: {message}", bucket=self.bucket, key=self.key, attempts=1)
+
+
+class _Url(NamedTuple):
+    """A URL, taken apart and percent-encoded."""
+
+    scheme: str
+    authority: str
+    target: str
+    headers: Headers
+
+    @classmethod
+    def parse(cls, text: str) -> _Url:
+        if not isinstance(text, str) or not re.match(r"https?://", text, re.IGNORECASE):
+            raise ConfigError(f"not an http(s) URL: {_without_urls(text)!r}")
+        try:
+            url = parse_url(text)
+        except urllib3.exceptions.LocationParseError:
+            raise ConfigError(f"malformed URL: {_without_urls(text)!r}") from None
+        if not url.host:
+            raise ConfigError(f"no host in the URL {_without_urls(text)!r}")
+        scheme = str(url.scheme)
+        port = "" if url.port in (None, PORTS[scheme]) else f":{url.port}"
+        headers: Headers = ()
+        if url.auth is not None:
+            user, _, password = url.auth.partition(":")
+            headers = (("Authorization", basic_authorization(user, password)),)
+        return cls(scheme, url.host + port, url.request_uri, headers)
+
+    def redirected(self, location: str) -> _Url:
+        """Where a redirect leads. Credentials go along within the same server only."""
+        url = _Url.parse(urljoin(str(self), location))
+        same = (url.scheme, url.authority) == (self.scheme, self.authority)
+        return url._replace(headers=self.headers) if same and not url.headers else url
+
+    @property
+    def path(self) -> str:
+        return self.target.partition("?")[0]
+
+    @property
+    def is_tls(self) -> bool:
+        return self.scheme == "https"
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self.authority}{self.target}"
+
+    def __repr__(self) -> str:
+        return f"<_Url {self.scheme}://{self.authority}{self.path}>"
+
+
+def _manager(url: _Url) -> urllib3.PoolManager:
+    proxy = proxy_for(str(url))
+    context = tls_context() if url.is_tls else None
+    if proxy is None:
+        return urllib3.PoolManager(ssl_context=context)
+    host = f"[{proxy.host}]" if ":" in proxy.host else proxy.host
+    return urllib3.ProxyManager(f"http://{host}:{proxy.port}", proxy_headers=dict(proxy.headers), ssl_context=context)
+
+
+def _etag(headers: Mapping[str, str]) -> str:
+    etag = headers.get("ETag", "")
+    # If-Match never holds for a weak ETag.
+    return "" if etag.startswith("W/") else etag
+
+
+def _without_urls(text: object) -> str:
+    """``text`` without user names and queries of URLs in it: they may be secrets."""
+    return re.sub(r"//[^/@\s]*@|\?\S*", lambda hit: "//…@" if hit[0].startswith("//") else "?…", str(text))

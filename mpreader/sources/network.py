@@ -1,0 +1,80 @@
+"""The way to a server: routes for the workers, proxies of the environment, certificate authorities."""
+
+from __future__ import annotations
+
+import base64
+import os
+import ssl
+from typing import Final
+from urllib.parse import unquote, urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+from mpreader.errors import ConfigError
+from mpreader.pool.worker.route import Proxy, Route
+
+__all__ = ["PORTS", "Headers", "basic_authorization", "ca_file", "proxy_for", "route_to", "tls_context"]
+
+Headers = tuple[tuple[str, str], ...]
+
+PORTS: Final = {"http": 80, "https": 443}
+
+
+def route_to(url: str, headers: Headers, proxy: Proxy | None, ca_file: str | None) -> Route:
+    """Make the route to ``url``, which is percent-encoded and has no user name."""
+    parts = urlsplit(url)
+    port = parts.port or PORTS[parts.scheme]
+    is_usual = port == PORTS[parts.scheme]
+    host = parts.netloc.rpartition(":")[0] if is_usual and parts.port else parts.netloc
+    target = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
+    return Route(
+        parts.scheme == "https", parts.hostname or "", port, target, (("Host", host), *headers), proxy, ca_file
+    )
+
+
+def proxy_for(url: str) -> Proxy | None:
+    """The proxy that the environment names for ``url``, None for none.
+
+    Raises:
+        ConfigError: It is of a kind that can't be used.
+    """
+    parts = urlsplit(url)
+    proxy_url = getproxies().get(parts.scheme)
+    if not proxy_url or proxy_bypass(parts.netloc):
+        return None
+    if "://" not in proxy_url:
+        proxy_url = "http://" + proxy_url.removeprefix("//")
+    proxy = urlsplit(proxy_url)
+    if proxy.scheme != "http" or not proxy.hostname:
+        name = f"{parts.scheme.upper()}_PROXY"
+        raise ConfigError(f"{name} names a proxy of the kind {proxy.scheme}://; only http://host:port can be used")
+    headers: Headers = ()
+    if proxy.username is not None:
+        headers = (("Proxy-Authorization", basic_authorization(proxy.username, proxy.password or "")),)
+    return Proxy(proxy.hostname, proxy.port or 80, headers)
+
+
+def ca_file() -> str | None:
+    """The file, or folder, of certificate authorities that the environment names; None: the system's."""
+    return os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("SSL_CERT_FILE") or None
+
+
+def tls_context() -> ssl.SSLContext:
+    """A TLS context that trusts those of :func:`ca_file`.
+
+    Raises:
+        ConfigError: They can't be read.
+    """
+    path = ca_file()
+    try:
+        if path is not None and os.path.isdir(path):
+            return ssl.create_default_context(capath=path)
+        return ssl.create_default_context(cafile=path)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(
+            f"can't read the certificates in {path}: {error}; check REQUESTS_CA_BUNDLE and SSL_CERT_FILE"
+        ) from error
+
+
+def basic_authorization(user: str, password: str) -> str:
+    """The value of an ``Authorization`` header for a percent-encoded user name and password."""
+    return "Basic " + base64.b64encode(f"{unquote(user)}:{unquote(password)}".encode()).decode()

@@ -1,0 +1,137 @@
+"""OpenTelemetry metrics of what the worker pools do.
+
+========================================  =========  =========================================================
+``mpreader.received``                     counter    bytes received, over-read and repeated ones included (By)
+``mpreader.requests``                     counter    requests, by ``mpreader.outcome`` ({request})
+``mpreader.retries``                      counter    those of them that repeated one that had failed ({request})
+``mpreader.request.duration``             histogram  from a request to its last byte or its failure (s)
+``mpreader.request.time_to_first_byte``   histogram  from a request to its answer, where there was one (s)
+========================================  =========  =========================================================
+
+The other attributes are those of OpenTelemetry's conventions: ``aws.s3.bucket``, or ``server.address`` and
+``server.port`` where it is no S3; ``error.type`` where a request failed. Keys of objects are none: each would be a time
+series of its own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+from urllib.parse import urlsplit
+
+from mpreader.errors import ConfigError
+from mpreader.telemetry.events import RequestEvent, add_observer, remove_observer
+
+if TYPE_CHECKING:
+    from opentelemetry.metrics import Histogram, Meter, MeterProvider
+
+__all__ = ["instrument"]
+
+# Those of OpenTelemetry's conventions for HTTP, and some more; its default ones are for milliseconds.
+_BOUNDARIES_S: Final = (
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.075,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1,
+    2.5,
+    5,
+    7.5,
+    10,
+    30,
+    60,
+)
+_PORTS: Final = {"http": 80, "https": 443}
+
+_lock = threading.Lock()
+_reports: list[_Report] = []
+
+
+def instrument(meter_provider: MeterProvider | None = None) -> Callable[[], None]:
+    """Report every request of every worker pool of this process from now on.
+
+    A provider gets each request once, however often this is called for it, until the last of the calls is ended.
+
+    Args:
+        meter_provider: Where to. None: OpenTelemetry's global one, also if that is set later.
+
+    Returns:
+        What ends it; idempotent.
+
+    Raises:
+        ConfigError: OpenTelemetry is not installed.
+    """
+    try:
+        from opentelemetry.metrics import get_meter_provider
+    except ImportError:
+        raise ConfigError("metrics need OpenTelemetry: pip install 'mpreader[otel]'") from None
+    with _lock:
+        wanted = meter_provider or get_meter_provider()
+        same = (report for report in _reports if (report.meter_provider or get_meter_provider()) is wanted)
+        report = next(same, None) or _Report(meter_provider)
+        if not report.users:
+            _reports.append(report)
+            add_observer(report)
+        user = object()
+        report.users.add(user)
+
+    def end() -> None:
+        with _lock:
+            report.users.discard(user)
+            if not report.users and report in _reports:
+                _reports.remove(report)
+                remove_observer(report)
+
+    return end
+
+
+class _Report:
+    """Observes requests, for one provider."""
+
+    def __init__(self, meter_provider: MeterProvider | None) -> None:
+        from opentelemetry.metrics import get_meter
+
+        from mpreader import __version__
+
+        self.meter_provider = meter_provider
+        self.users: set[object] = set()
+        meter = get_meter("mpreader", __version__, meter_provider)
+        self._received = meter.create_counter("mpreader.received", "By", "Bytes received")
+        self._requests = meter.create_counter("mpreader.requests", "{request}", "Requests made")
+        self._retries = meter.create_counter("mpreader.retries", "{request}", "Requests made again")
+        self._duration = _histogram(meter, "mpreader.request.duration", "From a request to its last byte")
+        self._first_byte = _histogram(meter, "mpreader.request.time_to_first_byte", "From a request to its answer")
+
+    def __call__(self, event: RequestEvent) -> None:
+        is_ok = event.outcome == "ok"
+        place = _place(event.uri)
+        result = place if is_ok else {**place, "error.type": event.outcome}
+        self._received.add(event.received, place)
+        self._requests.add(1, {**result, "mpreader.outcome": event.outcome})
+        if event.attempt > 1:
+            self._retries.add(1, place)
+        self._duration.record(event.ended_s - event.started_s, result)
+        if is_ok or event.first_byte_s < event.ended_s:
+            self._first_byte.record(event.first_byte_s - event.started_s, result)
+
+
+def _histogram(meter: Meter, name: str, description: str) -> Histogram:
+    try:
+        return meter.create_histogram(name, "s", description, explicit_bucket_boundaries_advisory=_BOUNDARIES_S)
+    except TypeError:  # an OpenTelemetry that does not know of boundaries yet
+        return meter.create_histogram(name, "s", description)
+
+
+def _place(uri: str) -> dict[str, str | int]:
+    parts = urlsplit(uri)
+    if parts.scheme == "s3":
+        return {"aws.s3.bucket": parts.netloc}
+    return {"server.address": parts.hostname or "", "server.port": parts.port or _PORTS[parts.scheme]}

@@ -1,0 +1,1 @@
+"""The command bench: the fastest settings for this host and this bucket."""

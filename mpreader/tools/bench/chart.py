@@ -1,0 +1,125 @@
+"""A sweep as a picture: a panel for each setting that was swept, a bar for each of its values."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from typing import Any, Final
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from mpreader.tools.bench.sweep import AXES, Line, Sweep, median_rate
+from mpreader.tools.bench.trials import Settings, binary_bytes
+
+__all__ = ["draw_sweep", "save_chart"]
+
+_BAR_IN: Final = 0.8
+_LEAST_BARS: Final = 9
+_HEIGHT_IN: Final = 4.2
+_DPI: Final = 150
+_LONGEST_SOURCE: Final = 80
+_CHOSEN: Final = "#1f6fb2"
+_OTHER: Final = "#b8c2cc"
+_DEFAULTS: Final = "#e08214"
+_TEXT: Final = "#333333"
+_TITLES: Final = {"workers": "workers", "connections_per_worker": "connections per worker", "part_size": "part size"}
+
+
+def save_chart(sweep: Sweep, file: str | os.PathLike[str]) -> None:
+    """Draw it into a PNG file.
+
+    Raises:
+        OSError: The file can't be written.
+    """
+    figure = draw_sweep(sweep)
+    FigureCanvasAgg(figure)  # whatever backend the program has chosen
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # of a key in letters that the font does not have
+        figure.savefig(file, format="png", dpi=_DPI)
+
+
+def draw_sweep(sweep: Sweep) -> Figure:
+    """Draw it: medians as bars, least and most as whiskers, what is recommended in a colour, the defaults as a line."""
+    counts = [len(line.results) for line in sweep.lines.values()]
+    width_in = _BAR_IN * max(_LEAST_BARS, sum(counts) + len(counts))
+    figure = Figure(figsize=(width_in, _HEIGHT_IN), layout="constrained", facecolor="white")
+    panels: Sequence[Any] = figure.subplots(1, len(counts), sharey=True, squeeze=False, width_ratios=counts)[0]
+    highest = 0.0
+    for panel, (axis, line) in zip(panels, sweep.lines.items(), strict=True):
+        _draw_bars(panel, line, [getattr(key, axis) == getattr(sweep.recommended, axis) for key in line.results])
+        _draw_frame(panel, line, axis)
+        highest = max(highest, *(each.gb_per_s for measurements in line.results.values() for each in measurements))
+    panels[0].set_ylim(0, highest * 1.12 or 1)
+    panels[0].set_ylabel("GB/s", fontsize=9, color=_TEXT)
+    figure.suptitle(_headline(sweep), fontsize=10, color=_TEXT, parse_math=False)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8)
+    return figure
+
+
+def _draw_bars(panel: Any, line: Line, chosen: Sequence[bool]) -> None:
+    rates = [[each.gb_per_s for each in measurements] for measurements in line.results.values()]
+    medians = [median_rate(measurements) for measurements in line.results.values()]
+    for is_chosen, color, label in ((True, _CHOSEN, "recommended"), (False, _OTHER, "other values")):
+        places = [place for place, that in enumerate(chosen) if that is is_chosen]
+        panel.bar(places, [medians[place] for place in places], width=0.62, color=color, label=label)
+    panel.errorbar(
+        range(len(medians)),
+        medians,
+        [
+            [median - min(values) for median, values in zip(medians, rates, strict=True)],
+            [max(values) - median for median, values in zip(medians, rates, strict=True)],
+        ],
+        fmt="none",
+        ecolor=_TEXT,
+        elinewidth=1,
+        capsize=3,
+        label="least and most",
+    )
+    for place, (median, values) in enumerate(zip(medians, rates, strict=True)):
+        style: dict[str, Any] = {"xytext": (0, 3), "textcoords": "offset points", "ha": "center", "color": _TEXT}
+        style["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # or lines would run through it
+        panel.annotate(f"{median:.3g}", (place, max(values)), fontsize=8, **style)
+
+
+def _draw_frame(panel: Any, line: Line, axis: str) -> None:
+    settings = list(line.results)
+    label = "defaults, measured together with these"
+    panel.axhline(median_rate(line.defaults), color=_DEFAULTS, ls="--", lw=1.2, label=label)
+    panel.set_xticks(range(len(settings)), [_value(axis, key) for key in settings], color=_TEXT)
+    panel.set_xlim(-0.6, len(settings) - 0.4)
+    panel.set_title(_title(axis, settings[0]), fontsize=9, color=_TEXT)
+    panel.tick_params(length=0, labelsize=8, labelcolor=_TEXT)
+    panel.grid(axis="y", color="#e5e5e5")
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right", "left"]].set_visible(False)
+
+
+def _headline(sweep: Sweep) -> str:
+    source, best = sweep.source, sweep.recommended
+    if len(source) > _LONGEST_SOURCE:
+        source = f"{source[: _LONGEST_SOURCE // 2]}…{source[-_LONGEST_SOURCE // 2 :]}"
+    rate, usual = (median_rate(sweep.last_heat[settings]) for settings in (best, sweep.defaults))
+    return f"{source}\nrecommended: {', '.join(_words(best).values())}: {rate:.3g} GB/s; the defaults then: {usual:.3g}"
+
+
+def _title(axis: str, settings: Settings) -> str:
+    others = _words(settings)
+    return f"{_TITLES[axis]}\n{', '.join(others[other] for other in AXES if other != axis)}"
+
+
+def _words(settings: Settings) -> dict[str, str]:
+    """Each of ``AXES`` as a reader would say it."""
+    workers, connections, part_size = settings.workers, settings.connections_per_worker, settings.part_size
+    return {
+        "workers": f"{workers} worker{'s' * (workers != 1)}",
+        "connections_per_worker": f"{connections} connection{'s' * (connections != 1)} each",
+        "part_size": f"{binary_bytes(part_size)} parts",
+    }
+
+
+def _value(axis: str, settings: Settings) -> str:
+    value: int = getattr(settings, axis)
+    return binary_bytes(value) if axis == "part_size" else str(value)

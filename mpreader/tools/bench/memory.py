@@ -1,0 +1,107 @@
+"""How much memory a process tree takes over time: to check that a load stays within its limit.
+
+Reads the kernel's counters (``Rss*`` of ``/proc/<pid>/status``), which costs the load nothing; proportional set sizes
+would be exact, but take seconds of a large process's time. Sampled by a process of its own, which does not compete for
+the interpreter's lock.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["TreeMemory", "tree_memory_bytes"]
+
+SAMPLE_INTERVAL_S = 0.05
+
+
+class TreeMemory:
+    """Samples the memory of this process and its descendants while it is entered.
+
+    Args:
+        excluded_pids: Processes not to count, with their descendants: servers that the test itself runs.
+
+    Attributes:
+        samples: After the ``with`` block: ``(seconds, bytes)`` since it was entered, bytes counted from that moment.
+    """
+
+    def __init__(self, excluded_pids: Iterable[int] = ()) -> None:
+        self._excluded = list(excluded_pids)
+        self.samples: list[tuple[float, int]] = []
+
+    @property
+    def peak_extra_bytes(self) -> int:
+        """Most bytes that were added at one time."""
+        return max((extra for _, extra in self.samples), default=0)
+
+    def __enter__(self) -> Self:
+        command = [sys.executable, "-m", "mpreader.tools.bench.memory", str(os.getpid()), *map(str, self._excluded)]
+        self._sampler = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # noqa: S603
+        if self._sampler.stdout is None or self._sampler.stdout.readline() != "ready\n":
+            raise RuntimeError("the memory sampler did not start")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        output = self._sampler.communicate()[0]
+        self.samples = [(seconds, extra) for seconds, extra in json.loads(output)]
+
+
+def tree_memory_bytes(root: int, excluded_pids: Iterable[int] = ()) -> int:
+    """Memory of a process and its descendants now, in bytes.
+
+    Shared memory counts once: as much as the process that has touched most of it. Pages of files, which processes
+    share too, count for each of them, so the number is rather too large than too small.
+    """
+    processes = [_resident_bytes(pid) for pid in _descendants(root, set(excluded_pids))]
+    own = sum(counters.get("RssAnon", 0) + counters.get("RssFile", 0) for counters in processes)
+    return own + max((counters.get("RssShmem", 0) for counters in processes), default=0)
+
+
+def _descendants(root: int, excluded: set[int]) -> Iterator[int]:
+    children: dict[int, list[int]] = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                stat = Path(f"/proc/{entry}/stat").read_text()
+            except OSError:  # it has ended meanwhile
+                continue
+            children.setdefault(int(stat.rpartition(")")[2].split()[1]), []).append(int(entry))
+    todo = [root]
+    while todo:
+        pid = todo.pop()
+        if pid not in excluded:
+            yield pid
+            todo.extend(children.get(pid, ()))
+
+
+def _resident_bytes(pid: int) -> dict[str, int]:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:  # it has ended meanwhile
+        return {}
+    fields = (line.split() for line in status.splitlines() if line.startswith("Rss"))
+    return {name.rstrip(":"): int(kib) * 1024 for name, kib, _ in fields}
+
+
+def _sample(root: int, excluded: set[int]) -> list[tuple[float, int]]:
+    started, before = time.monotonic(), tree_memory_bytes(root, excluded)
+    print("ready", flush=True)
+    samples = []
+    while not select.select([sys.stdin], [], [], SAMPLE_INTERVAL_S)[0]:  # readable: our parent has closed it
+        samples.append((round(time.monotonic() - started, 3), tree_memory_bytes(root, excluded) - before))
+    return samples
+
+
+if __name__ == "__main__":
+    pids = [int(argument) for argument in sys.argv[1:]]
+    print(json.dumps(_sample(pids[0], {*pids[1:], os.getpid()})))

@@ -1,0 +1,248 @@
+"""Which settings are the best for this host and this bucket: measured, and the leanest of the fast ones recommended.
+
+Settings are swept one after the other, each with what was found to be enough of those before. What is compared is
+measured in one heat: in rounds, in each of them everything once, so that whatever else the host and the service have
+to do hits all alike. The defaults take part in every heat, and in the last one what has won the others.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from mpreader.config import MiB, PoolConfig, S3ClientConfig
+from mpreader.errors import ConfigError
+from mpreader.host import Host
+from mpreader.pool.sizing import size_pool
+from mpreader.telemetry.progress import progress_bar
+from mpreader.tools.bench.trials import Measurement, Settings, Trials, find_objects, without_secrets
+
+__all__ = ["AXES", "LAST_HEAT", "TOLERANCE", "Line", "Results", "Sweep", "median_rate", "recommend", "search", "sweep"]
+
+AXES: Final = ("workers", "connections_per_worker", "part_size")
+TOLERANCE: Final = 0.03  # what differs by less is as fast
+LAST_HEAT: Final = "last heat"
+DEFAULT_NBYTES: Final = 1024 * MiB
+
+_MAX_WORKERS: Final = 16
+_CONNECTIONS: Final = (4, 8, 16, 32)
+_PART_SIZES: Final = (4 * MiB, 8 * MiB, 16 * MiB)
+
+Grid = Mapping[str, Sequence[int]]
+Results = Mapping[Settings, Sequence[Measurement]]
+
+
+@dataclass(frozen=True)
+class Line:
+    """Settings that differ in one thing only, measured together, and the defaults, measured with them."""
+
+    results: Results
+    defaults: Sequence[Measurement]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What was measured.
+
+    Attributes:
+        source: What was read, without secrets.
+        nbytes: Bytes of one measurement.
+        wanted_nbytes: Bytes that were asked for; more than ``nbytes`` where they would have taken too long.
+        source_nbytes: Bytes of the objects that were read; where they are less than ``nbytes``, they were read again.
+        objects: How many objects that were.
+        defaults: The settings of a pool for which nothing else is said.
+        heats: What was measured together, by its name; in the last one is what is recommended.
+        lines: One for each of ``AXES`` that was swept.
+    """
+
+    source: str
+    nbytes: int
+    wanted_nbytes: int
+    source_nbytes: int
+    objects: int
+    defaults: Settings
+    heats: Mapping[str, Results]
+    lines: Mapping[str, Line]
+
+    @property
+    def last_heat(self) -> Results:
+        """The one that decides; the defaults are in it."""
+        return list(self.heats.values())[-1]
+
+    @property
+    def recommended(self) -> Settings:
+        """See :func:`recommend`."""
+        return recommend(self.last_heat)
+
+    @property
+    def best_gb_per_s(self) -> float:
+        """The highest median of the last heat."""
+        return max(map(median_rate, self.last_heat.values()))
+
+    @property
+    def defaults_are_fine(self) -> bool:
+        """Whether the defaults are as fast as the best."""
+        return median_rate(self.last_heat[self.defaults]) >= (1 - TOLERANCE) * self.best_gb_per_s
+
+
+def median_rate(measurements: Iterable[Measurement]) -> float:
+    """The median, in gigabytes per second."""
+    return statistics.median(measurement.gb_per_s for measurement in measurements)
+
+
+def recommend(results: Results) -> Settings:
+    """The leanest settings whose median rate is at most ``TOLERANCE`` below the best; see :attr:`Settings.cost`."""
+    rates = {settings: median_rate(measurements) for settings, measurements in results.items()}
+    enough = (1 - TOLERANCE) * max(rates.values())
+    return min((settings for settings, rate in rates.items() if rate >= enough), key=lambda settings: settings.cost)
+
+
+def sweep(
+    source: str,
+    *,
+    grid: Grid | None = None,
+    nbytes: int | None = None,
+    seconds: float = 15.0,
+    repeat: int = 3,
+    full: bool = False,
+    s3client_config: S3ClientConfig | None = None,
+    progress: bool | None = False,
+) -> Sweep:
+    """Measure how fast this host reads a source with different settings.
+
+    Args:
+        source: ``s3://bucket/key``, an http(s) URL, or ``s3://bucket/prefix``, of which the largest objects are read.
+        grid: Values to try by the names of ``AXES``. What is missing: some around the host's defaults.
+        nbytes: Bytes of each measurement. None: 1 GiB, or the whole source where that is less.
+        seconds: About how long all measurements of one setting may take in a heat; less is read where it would take
+            longer, and a measurement ends after twice its share.
+        repeat: Measurements of each setting in a heat.
+        full: Try every combination, not one setting after the other.
+        s3client_config: How S3 is reached.
+        progress: Whether a bar is shown; see :func:`~mpreader.telemetry.progress.progress_bar`.
+
+    Raises:
+        ConfigError: An argument is out of its bounds.
+        PlanError: The source is empty.
+        ObjectMissing: There is no such source.
+        PoolTimeout: Not one part has come in the time for a measurement.
+        MpreaderError: As for :meth:`mpreader.RangeFetcher.stream`.
+    """
+    _check_bounds(nbytes, seconds, repeat)
+    s3client_config = s3client_config or S3ClientConfig()
+    defaults = default_settings(s3client_config)
+    values = _checked({**host_grid(defaults), **(grid or {})}, s3client_config)
+    found = find_objects(source, nbytes or DEFAULT_NBYTES, s3client_config)
+    source_nbytes = sum(item.nbytes for item in found)
+    wanted = nbytes or min(source_nbytes, DEFAULT_NBYTES)
+    trials = Trials(found, wanted, seconds / repeat, s3client_config)
+    with progress_bar(wanted, "calibrate", show=progress, leave=False) as bar:
+        trials.calibrate(defaults, bar.advance)
+
+    def measure(name: str, settings: Sequence[Settings]) -> Results:
+        with progress_bar(trials.nbytes * len(settings) * repeat, name, show=progress, leave=False) as bar:
+            rounds = [[trials.measure(each, bar.advance) for each in settings] for _ in range(repeat)]
+        return dict(zip(settings, zip(*rounds, strict=True), strict=True))
+
+    heats, lines = search(values, defaults, measure, full=full)
+    shown = without_secrets(source)
+    return Sweep(shown, trials.nbytes, wanted, source_nbytes, len(found), defaults, heats, lines)
+
+
+def search(
+    grid: Grid,
+    defaults: Settings,
+    measure: Callable[[str, Sequence[Settings]], Results],
+    *,
+    full: bool = False,
+) -> tuple[Mapping[str, Results], Mapping[str, Line]]:
+    """Find out which settings are worth measuring, by measuring.
+
+    Args:
+        grid: Values for each of ``AXES``, none of them empty.
+        defaults: They are measured together with others, each time.
+        measure: Measures settings in one heat, of this name.
+        full: Measure every combination.
+
+    Returns:
+        All heats, and a line for each axis that was swept.
+    """
+    heats: dict[str, Results] = {}
+
+    def run(name: str, settings: Iterable[Settings]) -> Results:
+        heats[name] = measure(name, list(dict.fromkeys([*settings, defaults])))
+        return heats[name]
+
+    base = Settings(*(_nearest(grid[axis], getattr(defaults, axis)) for axis in AXES))
+    swept = [axis for axis in AXES if len(grid[axis]) > 1] or [AXES[0]]
+    if full:
+        product = [Settings(*values) for values in itertools.product(*(grid[axis] for axis in AXES))]
+        found = run("all settings", product)
+        base = recommend({each: found[each] for each in product})
+        return heats, {axis: _line(_along(axis, base, grid), found, defaults) for axis in swept}
+    lines: dict[str, Line] = {}
+    winners = []
+    for axis in swept:
+        settings = _along(axis, base, grid)
+        lines[axis] = _line(settings, run(axis.replace("_", " "), settings), defaults)
+        base = recommend(lines[axis].results)
+        winners.append(base)
+    if len(swept) > 1:
+        run(LAST_HEAT, winners)
+    return heats, lines
+
+
+def _along(axis: str, base: Settings, grid: Grid) -> list[Settings]:
+    return [replace(base, **{axis: value}) for value in grid[axis]]
+
+
+def _line(settings: Sequence[Settings], found: Results, defaults: Settings) -> Line:
+    return Line({each: found[each] for each in settings}, found[defaults])
+
+
+def _nearest(values: Sequence[int], wanted: int) -> int:
+    return min(values, key=lambda value: abs(math.log(value / wanted)))
+
+
+# -- what is tried
+
+
+def default_settings(s3client_config: S3ClientConfig) -> Settings:
+    """Those of a pool for which nothing is said but in the environment."""
+    sizes = size_pool(PoolConfig(), s3client_config, Host.now())
+    return Settings(sizes.workers, sizes.connections_per_worker, sizes.part_bytes)
+
+
+def host_grid(defaults: Settings) -> dict[str, Sequence[int]]:
+    """Values to try for each of ``AXES``, the defaults among them."""
+    most = max(2, min(Host.now().cores, _MAX_WORKERS))
+    workers = [1 << power for power in range(most.bit_length())]
+    return {
+        "workers": (*workers, defaults.workers),
+        "connections_per_worker": (*_CONNECTIONS, defaults.connections_per_worker),
+        "part_size": (*_PART_SIZES, defaults.part_size),
+    }
+
+
+def _checked(grid: Grid, s3client_config: S3ClientConfig) -> dict[str, list[int]]:
+    """The values in order, each once, and parts as small as little memory makes them."""
+    unknown, empty = [axis for axis in grid if axis not in AXES], [axis for axis in AXES if not grid[axis]]
+    if unknown or empty:
+        raise ConfigError(f"a grid has values for {', '.join(AXES)}; wrong: {', '.join(unknown or empty)}")
+    configs = {axis: [PoolConfig(**{axis: value}) for value in grid[axis]] for axis in AXES}  # checks them
+    host = Host.now()
+    parts = {size_pool(config, s3client_config, host).part_bytes for config in configs["part_size"]}
+    return {**{axis: sorted(set(grid[axis])) for axis in AXES}, "part_size": sorted(parts)}
+
+
+def _check_bounds(nbytes: int | None, seconds: float, repeat: int) -> None:
+    if nbytes is not None and nbytes < 1:
+        raise ConfigError(f"nbytes must be at least 1, got {nbytes}")
+    if not 0 < seconds < math.inf:
+        raise ConfigError(f"seconds must be above 0, got {seconds}")
+    if repeat < 1:
+        raise ConfigError(f"repeat must be at least 1, got {repeat}")

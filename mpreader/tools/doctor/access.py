@@ -1,0 +1,262 @@
+"""What is wrong on the way to S3: names, proxies, clocks, credentials, regions, permissions."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from datetime import datetime, timedelta, timezone
+from typing import Any, Final, TypeVar
+from urllib.parse import urlsplit
+
+from mpreader.config import S3ClientConfig
+from mpreader.errors import AccessDenied, ConfigError, ObjectMissing
+from mpreader.s3 import parse_s3_uri
+from mpreader.s3.account import Account, Answer, Identity, Readable, Silence, code_of
+from mpreader.sources.network import proxy_for
+from mpreader.tools.doctor.finding import Finding
+
+__all__ = ["examine_access"]
+
+Found = TypeVar("Found")
+
+_LIMIT_S: Final = 5.0
+_SOON: Final = timedelta(minutes=15)
+_SKEW_WARN: Final = timedelta(minutes=1)
+_SKEW_FAIL: Final = timedelta(minutes=5)
+_SET_CLOCK: Final = "sudo chronyc makestep; to keep it right: sudo timedatectl set-ntp true"
+_SOURCES: Final = {
+    "env": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY of the environment",
+    "shared-credentials-file": "the credentials file",
+    "config-file": "the configuration file",
+    "iam-role": "the instance's role (IMDS)",
+    "container-role": "the container's role",
+    "assume-role": "an assumed role",
+    "assume-role-with-web-identity": "a role for a web identity",
+    "sso": "AWS SSO",
+    "login": "aws login",
+    "custom-process": "the profile's credential_process",
+}
+_RENEWALS: Final = {
+    "env": "unset AWS_CREDENTIAL_EXPIRATION; export AWS_ACCESS_KEY_ID=… AWS_SECRET_ACCESS_KEY=… AWS_SESSION_TOKEN=…",
+    "sso": "aws sso login",
+    "login": "aws login",
+    "custom-process": "see what the profile's credential_process prints: aws configure export-credentials",
+}
+_CONNECTION_REMEDIES: Final = {
+    "tls": "export AWS_CA_BUNDLE=/path/to/the/authorities.pem, that of the endpoint's or the proxy's certificate",
+    "proxy": "correct HTTP_PROXY and HTTPS_PROXY, or go past the proxy: export NO_PROXY={host}",
+    "timeout": "check firewall, route and VPC endpoint: curl -v --max-time 5 {url}",
+    "connection": "correct --endpoint-url or AWS_ENDPOINT_URL_S3, then check: curl -v --max-time 5 {url}",
+}
+
+
+def examine_access(source: str | None, config: S3ClientConfig, limit_s: float = _LIMIT_S) -> Iterator[Finding]:
+    """Look at what needs the network, everything at the same time.
+
+    Args:
+        source: ``s3://bucket`` or ``s3://bucket/prefix``; None: only the service is asked.
+        config: How S3 is reached.
+        limit_s: Seconds after which what has not been answered counts as no answer.
+
+    Raises:
+        ConfigError: ``source`` is no ``s3://`` URI.
+    """
+    bucket, prefix = parse_s3_uri(source) if source else ("", "")
+    try:
+        account = Account(config, bucket)
+    except ConfigError as error:
+        remedy = "correct --profile, --region, --endpoint-url or the bucket's name: aws configure list shows them"
+        yield Finding("settings of S3", "fail", "wrong", str(error), remedy)
+        return
+    deadline = time.monotonic() + limit_s
+    host = urlsplit(account.url).hostname or ""
+    addresses = _begin(lambda: _addresses(host))
+    answer = _begin(account.knock)
+    identity = _begin(account.identify)
+    readable = _begin(lambda: _read(account, answer, identity, prefix, config)) if bucket else None
+    asked: list[Future[Any]] = [addresses, answer, identity, *([] if readable is None else [readable])]
+    wait(asked, max(0.0, deadline - time.monotonic()))
+    yield from _way(account, host, addresses, limit_s)
+    yield from _answer(account, answer, config)
+    yield _credentials(identity, config)
+    if readable is not None and not isinstance(_failure(readable), _NotAskedError):
+        yield _bucket(account, f"s3://{bucket}/{prefix}", readable)
+
+
+class _NotAskedError(Exception):
+    """There was no use in asking."""
+
+
+def _addresses(host: str) -> list[str]:
+    return sorted({str(entry[4][0]) for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)})
+
+
+def _begin(work: Callable[[], Found]) -> Future[Found]:
+    """Do it in a thread that nobody must wait for: name and metadata services may keep one for very long."""
+    future: Future[Found] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except Exception as error:  # noqa: BLE001  # it is told
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def _read(
+    account: Account, answer: Future[Answer], identity: Future[Identity], prefix: str, config: S3ClientConfig
+) -> Readable:
+    """Ask for the bucket, once it is known that there is somebody to ask, and something to ask with."""
+    if answer.exception() or not (config.unsigned or (identity.exception() is None and identity.result().source)):
+        raise _NotAskedError
+    return account.read(prefix)
+
+
+def _failure(future: Future[Found]) -> BaseException | None:
+    return future.exception() if future.done() else TimeoutError("no answer in time")
+
+
+def _way(account: Account, host: str, addresses: Future[list[str]], limit_s: float) -> Iterator[Finding]:
+    """Names and proxies."""
+    try:
+        proxy = proxy_for(account.url)
+    except ConfigError as error:
+        variable = f"{urlsplit(account.url).scheme.upper()}_PROXY"
+        yield Finding("proxy", "fail", variable, str(error), f"export {variable}=http://host:port, or unset {variable}")
+        return
+    yield Finding("proxy", "ok", "none" if proxy is None else f"{proxy.host}:{proxy.port}")
+    if proxy is not None:
+        return  # it is the one that must know the name
+    failure = _failure(addresses)
+    if failure is None:
+        found = addresses.result()
+        more = ", …" if len(found) > 3 else ""
+        count = "1 address" if len(found) == 1 else f"{len(found)} addresses"
+        yield Finding("name", "ok", f"{host} has {count}: {', '.join(found[:3])}{more}")
+        return
+    why = failure.strerror if isinstance(failure, socket.gaierror) else f"no answer within {limit_s:g} s"
+    remedy = f"correct --endpoint-url or --region, else /etc/resolv.conf; then check: getent hosts {host}"
+    yield Finding("name", "fail", host, f"it has no address: {why}", remedy)
+
+
+def _answer(account: Account, answer: Future[Answer], config: S3ClientConfig) -> Iterator[Finding]:
+    """What the service's answer tells: that it is there, the time, the bucket's region."""
+    failure = _failure(answer)
+    if failure is not None:
+        cause = failure.cause if isinstance(failure, Silence) else "timeout"
+        remedy = _CONNECTION_REMEDIES[cause].format(url=account.url, host=urlsplit(account.url).hostname)
+        yield Finding("endpoint", "fail", account.url, f"it can't be asked: {failure}", remedy)
+        return
+    found = answer.result()
+    value = f"{account.url} answers within {found.seconds * 1000:.0f} ms"
+    if found.status >= 500:
+        problem = f"the service is not well: HTTP {found.status}"
+        yield Finding("endpoint", "warn", value, problem, f"try again later: curl -I {account.url}")
+    else:
+        yield Finding("endpoint", "ok", value)
+    if found.skew is not None:
+        yield _clock(found.skew)
+    yield _region(account, found.bucket_region, config)
+
+
+def _clock(skew: timedelta) -> Finding:
+    seconds = abs(skew.total_seconds())
+    if seconds < 2:  # the service tells whole seconds
+        return Finding("clock", "ok", "as the service's")
+    value = f"{seconds:,.0f} s {'ahead of' if skew > timedelta() else 'behind'} the service's"
+    if abs(skew) <= _SKEW_WARN:
+        return Finding("clock", "ok", value)
+    problem = "S3 refuses requests of a clock that is 15 minutes off (RequestTimeTooSkewed)"
+    return Finding("clock", "fail" if abs(skew) > _SKEW_FAIL else "warn", value, problem, _SET_CLOCK)
+
+
+def _region(account: Account, of_bucket: str | None, config: S3ClientConfig) -> Finding:
+    ignored = os.environ.get("AWS_REGION", account.region)
+    if not (config.region or of_bucket) and ignored != account.region:
+        problem = f"AWS_REGION={ignored} is ignored: boto3 reads AWS_DEFAULT_REGION"
+        return Finding("region", "warn", account.region, problem, f"export AWS_DEFAULT_REGION={ignored}")
+    if not of_bucket or of_bucket == account.region:
+        return Finding("region", "ok", f"{account.region}, as the bucket's" if of_bucket else account.region)
+    problem = f"the bucket is in {of_bucket}: it is followed there, which takes time at each start"
+    remedy = f"--region {of_bucket}" if config.region else f"export AWS_DEFAULT_REGION={of_bucket}"
+    return Finding("region", "warn", account.region, problem, remedy)
+
+
+def _credentials(identity: Future[Identity], config: S3ClientConfig) -> Finding:
+    if config.unsigned:
+        return Finding("credentials", "ok", "none are sent (--unsigned)")
+    failure = _failure(identity)
+    if failure is not None:
+        remedy = "correct the profile, or choose another: aws configure list; aws configure list-profiles; --profile …"
+        return Finding("credentials", "fail", "can't be had", str(failure), remedy)
+    found = identity.result()
+    if not found.source:
+        problem = "there is nothing to sign requests with"
+        return Finding("credentials", "fail", "none", problem, "aws configure (or --unsigned for a public bucket)")
+    return _found_credentials(found, datetime.now(timezone.utc))
+
+
+def _found_credentials(found: Identity, now: datetime) -> Finding:
+    value = f"from {_SOURCES.get(found.source, found.source)}"
+    if found.source != "env":
+        value += f", profile {found.profile}"
+    renewal = _RENEWALS.get(found.source, f"write new ones into the file: aws configure --profile {found.profile}")
+    if found.lacks_token:
+        problem = "they are temporary ones, which are good for nothing without their session token"
+        return Finding("credentials", "fail", value, problem, "export AWS_SESSION_TOKEN=…, or: aws_session_token = …")
+    if found.expires is not None:
+        value += f", good until {found.expires.astimezone(timezone.utc):%Y-%m-%d %H:%M} UTC"
+        if found.expires <= now:
+            return Finding("credentials", "fail", value, "they have expired", renewal)
+        if found.expires - now < _SOON and not found.is_renewed:
+            return Finding("credentials", "warn", value, "they expire soon, and nothing renews them", renewal)
+        value += ", then renewed" if found.is_renewed else ""
+    if found.source == "env" and found.profile != "default":
+        problem = f"the keys of the environment are used, not the profile {found.profile} of AWS_PROFILE"
+        remedy = "unset AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN, or: unset AWS_PROFILE"
+        return Finding("credentials", "warn", value, problem, remedy)
+    return Finding("credentials", "ok", value)
+
+
+def _bucket(account: Account, source: str, readable: Future[Readable]) -> Finding:
+    failure = _failure(readable)
+    if failure is not None:
+        return Finding("bucket", "fail", source, account.clean(str(failure)), _bucket_remedy(source, failure))
+    found = readable.result()
+    if found.key is None:
+        if not parse_s3_uri(source)[1]:
+            return Finding("bucket", "ok", f"{source} is empty, and may be listed")
+        folder = source.rstrip("/").rpartition("/")[0]
+        return Finding(
+            "bucket", "fail", source, "no object's name begins so", f"see which there are: aws s3 ls {folder}/"
+        )
+    value = f"{source} may be read ({found.key})"
+    if not found.is_listed:
+        problem = "it may not be listed: S3 calls a missing object access denied then, and folders can't be read"
+        return Finding("bucket", "warn", value, problem, _allow(source, "s3:ListBucket", is_bucket=True))
+    return Finding("bucket", "ok", f"{value} and listed")
+
+
+def _bucket_remedy(source: str, failure: BaseException) -> str:
+    code = code_of(failure)
+    if code == "RequestTimeTooSkewed":
+        return _SET_CLOCK
+    if code in ("AccessDenied", "AllAccessDisabled"):
+        return _allow(source, "s3:GetObject", is_bucket=False)
+    if isinstance(failure, AccessDenied):
+        return "get new credentials: aws sso login, or aws configure; who they are: aws sts get-caller-identity"
+    if isinstance(failure, ObjectMissing):
+        return "correct the bucket's name (aws s3 ls shows yours), or the --endpoint-url that it lies behind"
+    return f"correct what it says, then check: aws s3 ls {source}"
+
+
+def _allow(source: str, action: str, *, is_bucket: bool) -> str:
+    bucket, prefix = parse_s3_uri(source)
+    resource = f"arn:aws:s3:::{bucket}" if is_bucket else f"arn:aws:s3:::{bucket}/{prefix}*"
+    return f'allow it in the IAM or bucket policy: "Action": "{action}", "Resource": "{resource}"'
