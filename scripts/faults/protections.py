@@ -154,7 +154,7 @@ PROTECTIONS = (
         "mpreader/dcp/tensor.py",
         "if saved is not None and saved != self._crc:",
         "if False:",
-        "tests/integration/test_dcp_load.py::test_flipped_bit_raises_checksum_mismatch_naming_the_tensor[plain]",
+        "tests/integration/dcp/test_load.py::test_flipped_bit_raises_checksum_mismatch_naming_the_tensor[plain]",
     ),
     Protection(
         "worker killed, or out of memory",
@@ -195,7 +195,7 @@ PROTECTIONS = (
         "            if parent_pidfd in ready:\n                return\n"
         "            if ready and not self._handle_message():\n                return\n",
         "            if self._sock.fileno() in ready:\n                self._handle_message()\n",
-        "tests/integration/test_pool_lifecycle.py::test_killed_parent_takes_its_workers_along_within_a_second",
+        "tests/integration/pool/test_lifecycle.py::test_killed_parent_takes_its_workers_along_within_a_second",
     ),
     Protection(
         "parent killed",
@@ -203,7 +203,7 @@ PROTECTIONS = (
         "mpreader/pool/coordinator/arena.py",
         "            memory.close()\n            memory.unlink()\n",
         "            memory.close()\n",
-        "tests/unit/pool/test_arena.py::test_arena_gives_the_warmest_slot_first",
+        "tests/unit/pool/coordinator/test_arena.py::test_arena_gives_the_warmest_slot_first",
     ),
     Protection(
         "small or full /dev/shm",
@@ -227,7 +227,7 @@ PROTECTIONS = (
         "mpreader/dcp/metadata.py",
         "if not is_inside(path):",
         "if False:",
-        "tests/integration/test_dcp_load.py::test_hostile_metadata_is_refused_before_anything_is_read[multiprocess]",
+        "tests/integration/dcp/test_load.py::test_hostile_metadata_is_refused_before_anything_is_read[multiprocess]",
     ),
     Protection(
         "hostile .metadata",
@@ -259,7 +259,7 @@ PROTECTIONS = (
         "mpreader/pool/coordinator/process.py",
         "env=_environment(),",
         "env=dict(os.environ),",
-        "tests/integration/test_pool_lifecycle.py::test_workers_know_no_secret",
+        "tests/integration/pool/test_lifecycle.py::test_workers_know_no_secret",
     ),
 )
 

@@ -239,7 +239,7 @@ def in_small_shm(size: str, program: str) -> str:
         text=True,
         timeout=60,
         check=False,
-        cwd=Path(__file__).parents[3],
+        cwd=Path(__file__).parents[4],
     )
     assert result.returncode == 0, result.stderr
     return result.stdout + result.stderr
