@@ -81,11 +81,13 @@ class Part:
         start: First byte.
         end: One past the last byte.
         over_read: How many of them are in gaps, and belong to no item.
+        slot_offset: Where they are received, counted from the start of the memory that was set aside for them.
     """
 
     start: int
     end: int
     over_read: int = field(default=0, compare=False)
+    slot_offset: int = field(default=0, compare=False)
 
     @property
     def size(self) -> int:

@@ -13,10 +13,11 @@ from mpreader.config import PoolConfig, S3ClientConfig
 from mpreader.fetch.engine import Ranges, deadline_of
 from mpreader.fetch.fetcher import DEFAULT_FETCH_GAP_SIZE, RangeFetcher
 from mpreader.fetch.plan import StreamOrder
-from mpreader.fetch.stream import Collected, Filled, Order, in_order_async, members_of
+from mpreader.fetch.stream import Collected, Filled, Order, PieceSequence
 from mpreader.pool.source import ObjectVersion
 from mpreader.pool.stats import PoolStats
-from mpreader.pool.transfer import REDRAW_S, Transfer
+from mpreader.pool.transfer import LOOK_S, Transfer
+from mpreader.telemetry.progress import Progress
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -78,7 +79,7 @@ class AsyncRangeFetcher:
             self._engine.plan_fetch, ranges_by_source, max_gap_size, deadline, has_room=out is not None
         )
         result = Collected(order) if out is None else Filled(order, out)
-        async with contextlib.aclosing(self._take(order, "completion", deadline)) as pieces:
+        async with contextlib.aclosing(self._pieces(order, "completion", deadline)) as pieces:
             async for piece in pieces:
                 result.put(*piece)
         return dict(zip(order.uris, result.views, strict=True))
@@ -113,8 +114,7 @@ class AsyncRangeFetcher:
         """Fetch ranges of several objects one after the other; see :meth:`mpreader.RangeFetcher.stream_many`."""
         deadline = deadline_of(timeout_s)
         planned = await asyncio.to_thread(self._engine.plan_stream, ranges_by_source, max_gap_size, order, deadline)
-        taken = self._take(planned, order, deadline)
-        async with contextlib.aclosing(taken), contextlib.aclosing(in_order_async(planned, order, taken)) as pieces:
+        async with contextlib.aclosing(self._pieces(planned, order, deadline)) as pieces:
             async for number, index, view in pieces:
                 yield planned.uris[number], index, view
                 del view
@@ -145,48 +145,50 @@ class AsyncRangeFetcher:
     def __repr__(self) -> str:
         return f"Async{self._fetcher!r}"
 
-    async def _take(
+    async def _pieces(
         self, order: Order, stream_order: StreamOrder, deadline: float
     ) -> AsyncGenerator[tuple[int, int, memoryview], None]:
-        if not order.batches:
-            return
-        loop = asyncio.get_running_loop()
-        arrived = asyncio.Event()
-        await asyncio.to_thread(self._engine.pool.start)  # starts processes, where there are none
-        transfer = self._engine.begin(order)
-        transfer.on_arrival = lambda: _wake(loop, arrived)
-        try:
-            remaining = dict.fromkeys(range(len(order.batches)))
-            for number in range(len(order.batches)):
-                wanted: Collection[int] = remaining if stream_order == "completion" else (number,)
-                taken, slot_view = await _take_first(transfer, wanted, arrived, deadline)
-                del remaining[taken]
-                for piece in members_of(order.batches[taken], slot_view):
-                    yield piece
-                    del piece
-                del slot_view  # or it would keep the slot while the next one is waited for
-        finally:
-            transfer.close()
+        sequence = PieceSequence(order, stream_order)
+        for piece in sequence.first():
+            yield piece
+        if order.batches:
+            await asyncio.to_thread(self._engine.pool.start)  # starts processes, if there are none
+            transfer = self._engine.begin(order)
+            try:
+                with self._engine.progress_of(transfer) as progress:
+                    while sequence.wanted:
+                        pieces = sequence.pieces_of(*await _take_first(transfer, sequence.wanted, deadline, progress))
+                        for piece in pieces:
+                            yield piece
+                            del piece  # or it would keep its slot while the next one is waited for
+            finally:
+                transfer.close()
+        for piece in sequence.last():
+            yield piece
 
 
 async def _take_first(
-    transfer: Transfer, wanted: Collection[int], arrived: asyncio.Event, deadline: float
+    transfer: Transfer, wanted: Collection[int], deadline: float, progress: Progress
 ) -> tuple[int, memoryview]:
-    while True:
-        arrived.clear()  # before the look: what arrives after it sets it again
-        taken = transfer.try_take_first(wanted)
-        if taken is not None:
-            return taken
-        left_s = deadline - time.monotonic()
-        wait_s = min(left_s, REDRAW_S) if transfer.progress.is_shown else left_s
-        try:
-            await asyncio.wait_for(arrived.wait(), None if wait_s == math.inf else max(0.0, wait_s))
-        except asyncio.TimeoutError:  # another class before Python 3.11
-            transfer.show_progress()
-            if time.monotonic() >= deadline:
-                raise transfer.late(wanted) from None
+    """Await what :meth:`Transfer.take_first` waits for; if this is cancelled, nobody waits any more."""
+    loop = asyncio.get_running_loop()
+    done = asyncio.Event()
+    take = transfer.begin_take(wanted, lambda: _wake(loop, done))
+    try:
+        while not take.is_done:
+            left_s = deadline - time.monotonic()
+            wait_s = min(left_s, LOOK_S) if progress.is_shown else left_s
+            try:
+                await asyncio.wait_for(done.wait(), None if wait_s == math.inf else max(0.0, wait_s))
+            except asyncio.TimeoutError:  # another class before Python 3.11
+                if time.monotonic() >= deadline:
+                    raise transfer.late(wanted) from None
+                progress.advance_to(transfer.received_bytes)
+        return transfer.result(take)
+    finally:
+        transfer.cancel(take)
 
 
-def _wake(loop: asyncio.AbstractEventLoop, arrived: asyncio.Event) -> None:
+def _wake(loop: asyncio.AbstractEventLoop, done: asyncio.Event) -> None:
     with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile: nobody waits any more
-        loop.call_soon_threadsafe(arrived.set)
+        loop.call_soon_threadsafe(done.set)

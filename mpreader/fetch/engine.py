@@ -26,7 +26,7 @@ from mpreader.pool.source import ObjectVersion, Source
 from mpreader.pool.transfer import Transfer
 from mpreader.ranges import ItemRange, check_max_gap
 from mpreader.sources.versions import pin
-from mpreader.telemetry.progress import progress_bar
+from mpreader.telemetry.progress import Progress, progress_bar
 
 if TYPE_CHECKING:
     from mpreader.s3 import S3Client
@@ -89,7 +89,7 @@ class Engine:
         """
         order = self._plan(ranges_by_source, max_gap_size, "completion", deadline, cuts=has_room)
         if not has_room:
-            self._check_bytes(sum(batch.fill.nbytes for batch in order.batches))
+            self._check_bytes(sum(batch.slot_read.nbytes for batch in order.batches))
         return order
 
     def plan_stream(
@@ -106,10 +106,11 @@ class Engine:
 
     def begin(self, order: Order) -> Transfer:
         """Begin to fetch; the caller closes the transfer."""
-        transfer = self.pool.read([batch.fill for batch in order.batches])
-        nbytes = sum(fill.nbytes for fill in transfer.fills)
-        transfer.progress = progress_bar(nbytes, "fetch", show=self._progress)
-        return transfer
+        return self.pool.read(order.sources, [batch.slot_read for batch in order.batches])
+
+    def progress_of(self, transfer: Transfer) -> Progress:
+        """Begin a progress bar for a transfer, if one is wanted; the caller closes it."""
+        return progress_bar(transfer.nbytes, "fetch", show=self._progress)
 
     def _plan(
         self,
@@ -127,12 +128,12 @@ class Engine:
         sizes = self.pool.sizes
         batches: list[Batch] = []
         owners = []
-        for number, (source, ranges) in enumerate(zip(sources, item_ranges, strict=True)):
+        for number, ranges in enumerate(item_ranges):
             pieces, owner = _cut(ranges, sizes.part_bytes) if cuts else (ranges, [])
             groups = group_ranges(pieces, max_gap_size, stream_order)
-            batches.extend(pack(number, source, groups, sizes.part_bytes, sizes.block_bytes))
+            batches.extend(pack(number, groups, sizes.part_bytes, sizes.block_bytes))
             owners.append(owner)
-        return Order(list(wanted), item_ranges, batches, owners)
+        return Order(list(wanted), sources, item_ranges, batches, owners)
 
     def _resolve(
         self, wanted: Mapping[str, list[RangeLike] | None], deadline: float

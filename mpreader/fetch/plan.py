@@ -11,9 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, Literal, NamedTuple
 
 from mpreader.errors import ConfigError, PlanError
-from mpreader.pool.source import Source
-from mpreader.pool.transfer import Fill, FillPart
-from mpreader.ranges import ItemRange, RangeGroup, coalesce, partition
+from mpreader.pool.requests import SlotRead
+from mpreader.ranges import ItemRange, Part, RangeGroup, coalesce, partition
 
 __all__ = [
     "Batch",
@@ -34,10 +33,10 @@ StreamOrder = Literal["offset", "input", "completion"]
 
 
 class Batch(NamedTuple):
-    """A fill, and where in its slot the ranges of order number ``order`` are: (index, slot offset, bytes)."""
+    """A slot read, and where in its slot the ranges of source number ``order`` are: (index, slot offset, bytes)."""
 
     order: int
-    fill: Fill
+    slot_read: SlotRead
     members: tuple[tuple[int, int, int], ...]
 
 
@@ -74,25 +73,25 @@ def _ascending(ranges: Sequence[ItemRange]) -> Iterator[tuple[int, int]]:
             start = position
 
 
-def pack(order: int, source: Source, groups: Iterable[RangeGroup], part_bytes: int, slot_bytes: int) -> Iterator[Batch]:
+def pack(order: int, groups: Iterable[RangeGroup], part_bytes: int, slot_bytes: int) -> Iterator[Batch]:
     """Put groups into slots: as many together as fit into ``slot_bytes``, a larger range into a slot of its own."""
-    parts: list[FillPart] = []
+    parts: list[Part] = []
     members: list[tuple[int, int, int]] = []
     nbytes = over_read = 0
     for group in itertools.chain.from_iterable(_cut_between_ranges(group, slot_bytes) for group in groups):
         size = group.end - group.start
         slot_offset = -(-nbytes // _ALIGNMENT) * _ALIGNMENT
         if parts and slot_offset + size > slot_bytes:
-            yield Batch(order, Fill(source, nbytes, tuple(parts), over_read), tuple(members))
+            yield Batch(order, SlotRead(order, nbytes, tuple(parts), over_read), tuple(members))
             parts, members, slot_offset, over_read = [], [], 0, 0
         for part in partition(group, part_bytes):
-            parts.append(FillPart(part.start, part.end, slot_offset + part.start - group.start))
+            parts.append(Part(part.start, part.end, part.over_read, slot_offset + part.start - group.start))
             over_read += part.over_read
         for index, item_range in zip(group.indices, group.item_ranges, strict=True):
             members.append((index, slot_offset + item_range.start - group.start, item_range.size))
         nbytes = slot_offset + size
     if parts:
-        yield Batch(order, Fill(source, nbytes, tuple(parts), over_read), tuple(members))
+        yield Batch(order, SlotRead(order, nbytes, tuple(parts), over_read), tuple(members))
 
 
 def _cut_between_ranges(group: RangeGroup, most_bytes: int) -> Iterator[RangeGroup]:

@@ -1,10 +1,11 @@
-"""Ranges that were planned, as they come from the pool: as a stream, or into the caller's own buffers."""
+"""Streams of ranges: takes the slots of a planned fetch, and hands out the ranges in them in the order asked for."""
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator, Mapping
-from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import TYPE_CHECKING, Final, Generic, NamedTuple, TypeVar
 
 from mpreader.errors import PlanError
 from mpreader.fetch.buffers import targets_of
@@ -15,11 +16,15 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from mpreader.fetch.engine import Engine
+    from mpreader.pool.source import Source
     from mpreader.pool.transfer import Transfer
 
-__all__ = ["Collected", "Filled", "Order", "RangeStream", "in_order", "in_order_async", "members_of"]
+__all__ = ["Collected", "Filled", "Order", "Piece", "PieceSequence", "RangeStream"]
 
-Piece = TypeVar("Piece")
+Made = TypeVar("Made")
+Piece = tuple[int, int, memoryview]  # number of the source, index of the range, its bytes
+
+_NO_BYTES: Final = memoryview(b"")
 
 
 class Order(NamedTuple):
@@ -29,12 +34,13 @@ class Order(NamedTuple):
     """
 
     uris: list[str]
+    sources: list[Source]
     ranges: list[list[ItemRange]]
     batches: list[Batch]
     owners: list[list[tuple[int, int]]]
 
 
-class RangeStream(Generic[Piece]):
+class RangeStream(Generic[Made]):
     """Ranges as they come; made by :meth:`RangeFetcher.stream`. Thread-safe: several threads may share one.
 
     An iterator and a context manager.
@@ -46,13 +52,13 @@ class RangeStream(Generic[Piece]):
         order: Order,
         stream_order: StreamOrder,
         deadline: float,
-        make: Callable[[int, int, memoryview], Piece],
+        make: Callable[[int, int, memoryview], Made],
     ) -> None:
         self._lock = threading.Lock()
         self._is_closed = False
         # Not of this object: a stream that is dropped must end at once, so it can't be part of a cycle.
         self._reading = _Reading(engine, order, stream_order, deadline)
-        self._pieces = (make(*piece) for piece in in_order(order, stream_order, self._reading.pieces()))
+        self._pieces = itertools.starmap(make, self._reading.pieces())  # unlike a loop's variable it keeps no piece
 
     def close(self) -> None:
         """End it: downloads stop, and whoever waits for a range gets ``PoolClosed``. Idempotent."""
@@ -62,7 +68,7 @@ class RangeStream(Generic[Piece]):
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> Piece:
+    def __next__(self) -> Made:
         if self._is_closed:
             raise StopIteration
         with self._lock:
@@ -89,30 +95,85 @@ class _Reading:
     def __init__(self, engine: Engine, order: Order, stream_order: StreamOrder, deadline: float) -> None:
         self._engine = engine
         self._order = order
-        self._stream_order = stream_order
+        self._sequence = PieceSequence(order, stream_order)
         self._deadline = deadline
         self._transfer: Transfer | None = None
         self._is_closed = False
 
-    def pieces(self) -> Iterator[tuple[int, int, memoryview]]:
-        batches = self._order.batches
-        if not batches:
-            return
-        transfer = self._transfer = self._engine.begin(self._order)
-        if self._is_closed:  # by another thread, just now
-            transfer.close()
-        remaining = dict.fromkeys(range(len(batches)))
-        for number in range(len(batches)):
-            wanted: Collection[int] = remaining if self._stream_order == "completion" else (number,)
-            taken, slot_view = transfer.take_first(wanted, self._deadline)
-            del remaining[taken]
-            yield from members_of(batches[taken], slot_view)
-            del slot_view  # or it would keep the slot while the next one is waited for
+    def pieces(self) -> Iterator[Piece]:
+        sequence = self._sequence
+        yield from sequence.first()
+        if self._order.batches:
+            transfer = self._transfer = self._engine.begin(self._order)
+            if self._is_closed:  # by another thread, just now
+                transfer.close()
+            with self._engine.progress_of(transfer) as progress:
+                on_wait = (lambda: progress.advance_to(transfer.received_bytes)) if progress.is_shown else None
+                while sequence.wanted:
+                    yield from sequence.pieces_of(*transfer.take_first(sequence.wanted, self._deadline, on_wait))
+                    if on_wait is not None:
+                        on_wait()
+        yield from sequence.last()
 
     def close(self) -> None:
         self._is_closed = True
         if self._transfer is not None:
             self._transfer.close()
+
+
+class PieceSequence:
+    """The order in which the pieces of a fetch come: the slot reads to take next, and the pieces that they hold.
+
+    It does not wait: threads and event loops both drive it. A piece is the number of a source, the index of a range of
+    it, and its bytes. Empty ranges have no bytes to wait for: they come first of all, or in the order of the input at
+    their place.
+
+    Attributes:
+        wanted: Indices of the slot reads any of which may be taken next; empty after the last one.
+    """
+
+    def __init__(self, order: Order, stream_order: StreamOrder) -> None:
+        self._order = order
+        self._stream_order = stream_order
+        self._remaining = dict.fromkeys(range(len(order.batches)))
+        self._place = (0, 0)  # of the next piece, in the order of the input
+
+    @property
+    def wanted(self) -> Collection[int]:
+        """See the class."""
+        if self._stream_order == "completion" or not self._remaining:
+            return self._remaining
+        return (next(iter(self._remaining)),)
+
+    def first(self) -> Iterator[Piece]:
+        """The pieces before all others."""
+        if self._stream_order != "input":
+            for number, ranges in enumerate(self._order.ranges):
+                yield from ((number, index, _NO_BYTES) for index, each in enumerate(ranges) if not each.size)
+
+    def pieces_of(self, taken: int, slot_view: memoryview) -> Iterator[Piece]:
+        """The pieces in a slot that was taken. The iterator holds the slot until it is exhausted, or dropped."""
+        del self._remaining[taken]
+        batch = self._order.batches[taken]
+        for index, slot_offset, size in batch.members:
+            if self._stream_order == "input":
+                yield from self._empty_until((batch.order, index))
+            yield batch.order, index, slot_view[slot_offset : slot_offset + size]
+
+    def last(self) -> Iterator[Piece]:
+        """The pieces behind all others."""
+        if self._stream_order == "input":
+            yield from self._empty_until((len(self._order.ranges), 0))
+
+    def _empty_until(self, stop: tuple[int, int]) -> Iterator[Piece]:
+        number, index = self._place
+        while (number, index) < stop:
+            if index < len(self._order.ranges[number]):
+                yield number, index, _NO_BYTES
+                index += 1
+            else:
+                number, index = number + 1, 0
+        self._place = (stop[0], stop[1] + 1)
 
 
 class Collected:
@@ -155,65 +216,3 @@ class Filled:
         if view.nbytes:
             owner, offset = self._owners[number][index]
             self.views[number][owner][offset : offset + len(view)] = view
-
-
-def in_order(
-    order: Order, stream_order: StreamOrder, pieces: Iterator[tuple[int, int, memoryview]]
-) -> Iterator[tuple[int, int, memoryview]]:
-    """The pieces, and the empty ranges: those come first, or at their place in the input."""
-    for number, index in _empty_ranges(order, stream_order):
-        yield number, index, memoryview(b"")
-    if stream_order != "input":
-        yield from pieces
-        return
-    place = (0, 0)
-    for number, index, view in pieces:
-        yield from _empty_between(order, place, (number, index))
-        yield number, index, view
-        del view  # or it would keep the slot while the next one is waited for
-        place = (number, index + 1)
-    yield from _empty_between(order, place, (len(order.ranges), 0))
-
-
-async def in_order_async(
-    order: Order, stream_order: StreamOrder, pieces: AsyncIterator[tuple[int, int, memoryview]]
-) -> AsyncGenerator[tuple[int, int, memoryview], None]:
-    """The same for asyncio."""
-    for number, index in _empty_ranges(order, stream_order):
-        yield number, index, memoryview(b"")
-    place = (0, 0)
-    async for number, index, view in pieces:
-        if stream_order == "input":
-            for empty in _empty_between(order, place, (number, index)):
-                yield empty
-        yield number, index, view
-        del view  # or it would keep the slot while the next one is waited for
-        place = (number, index + 1)
-    if stream_order == "input":
-        for empty in _empty_between(order, place, (len(order.ranges), 0)):
-            yield empty
-
-
-def _empty_ranges(order: Order, stream_order: StreamOrder) -> Iterator[tuple[int, int]]:
-    """(source, index) of the ranges that come before all others."""
-    if stream_order != "input":
-        for number, ranges in enumerate(order.ranges):
-            yield from ((number, index) for index, item_range in enumerate(ranges) if not item_range.size)
-
-
-def _empty_between(
-    order: Order, start: tuple[int, int], stop: tuple[int, int]
-) -> Iterator[tuple[int, int, memoryview]]:
-    number, index = start
-    while (number, index) < stop:
-        if index < len(order.ranges[number]):
-            yield number, index, memoryview(b"")
-            index += 1
-        else:
-            number, index = number + 1, 0
-
-
-def members_of(batch: Batch, slot_view: memoryview) -> Iterator[tuple[int, int, memoryview]]:
-    """The ranges of a batch: number of the source, index of the range, its bytes."""
-    for index, slot_offset, size in batch.members:
-        yield batch.order, index, slot_view[slot_offset : slot_offset + size]

@@ -7,8 +7,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
-from mpreader.errors import PlanError, PoolClosed
-from mpreader.pool.transfer import Transfer
+from mpreader.errors import PlanError
 from mpreader.ranges import ItemRange, clusters, coverage
 from mpreader.readers.base import S3Reader, writable_view
 from mpreader.readers.dcp_optimized import FALLBACK_GUIDANCE
@@ -161,7 +160,7 @@ class MultiprocessS3Reader(S3Reader):
             stop = min(end, part.end)
             view = self._held.get(index)
             if view is None:
-                view = self._transfer().take(self._first_fill + index)
+                view = self._read_ahead.take(self._first_fill + index)
             if keep or stop < part.end:
                 self._held[index] = view
             else:
@@ -208,11 +207,6 @@ class MultiprocessS3Reader(S3Reader):
             if self._read_ahead.transfer is not None:
                 self._read_ahead.transfer.discard(self._first_fill + self._lowest, self._first_fill + index)
             self._lowest = index
-
-    def _transfer(self) -> Transfer:
-        if self._read_ahead.transfer is None:
-            raise PoolClosed(f"nothing of {self._uri} was ordered from the pool")
-        return self._read_ahead.transfer
 
     def _facts(self) -> str:
         return f" parts={len(self._parts)} held={len(self._held)}"

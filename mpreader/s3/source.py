@@ -18,6 +18,8 @@ class S3Source:
         key: The object's key.
     """
 
+    version: ObjectVersion | None = None
+
     def __init__(self, client: S3Client, bucket: str, key: str) -> None:
         self._client = client
         self._bucket = bucket

@@ -26,9 +26,10 @@ from mpreader import (
 )
 from mpreader.config import KiB, MiB
 from mpreader.pool.pool import Pool
+from mpreader.pool.requests import SlotRead
 from mpreader.pool.source import ObjectVersion
-from mpreader.pool.transfer import Fill, FillPart
 from mpreader.pool.worker.route import Route
+from mpreader.ranges import Part
 from mpreader.testing import Fault, FaultKind, FaultServer, random_faults
 
 if TYPE_CHECKING:
@@ -301,6 +302,7 @@ class Routed:
     """A source with routes of the test's choice. See :class:`mpreader.pool.source.Source`."""
 
     bucket, key, uri = "bucket", "object", "s3://bucket/object"
+    version = None
 
     def __init__(self, *routes: Route, max_attempts: int = 2) -> None:
         self.routes = list(routes)
@@ -321,7 +323,7 @@ def read() -> Iterator[Callable[[Routed], bytes]]:
 
     def take(source: Routed) -> bytes:
         pools.append(Pool(PoolConfig(**SETTINGS, connect_timeout_s=2.0)))
-        transfer = pools[-1].read([Fill(source, PART, (FillPart(0, PART, 0),))])
+        transfer = pools[-1].read([source], [SlotRead(0, PART, (Part(0, PART),))])
         try:
             return bytes(transfer.take(0))
         finally:

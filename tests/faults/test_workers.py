@@ -49,7 +49,7 @@ def make_fetcher() -> Iterator[Callable[..., RangeFetcher]]:
 def pids(fetcher: RangeFetcher) -> list[int]:
     coordinator = fetcher._engine.pool.coordinator
     assert coordinator is not None
-    return coordinator.crew.pids
+    return coordinator.workers.pids
 
 
 def strike(fetcher: RangeFetcher, server: FaultServer, signum: int, *, all_workers: bool = False) -> threading.Thread:
@@ -141,13 +141,13 @@ def test_part_that_kills_every_worker_is_one_error(make_fetcher: Callable[..., R
     ended = threading.Event()
 
     def kill_holders() -> None:
-        crew = None
+        workers = None
         while not ended.wait(0.01):
             coordinator = fetcher._engine.pool.coordinator
-            crew = coordinator.crew if coordinator is not None else None
-            for member in list(crew._members) if crew is not None else []:
-                if member.parts:
-                    os.kill(member.process.pid, signal.SIGKILL)
+            workers = coordinator.workers if coordinator is not None else None
+            for worker in list(workers._workers) if workers is not None else []:
+                if worker.parts:
+                    os.kill(worker.process.pid, signal.SIGKILL)
 
     thread = threading.Thread(target=kill_holders)
     thread.start()

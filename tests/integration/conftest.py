@@ -11,9 +11,10 @@ import pytest
 
 from mpreader.config import PoolConfig
 from mpreader.pool.pool import Pool
+from mpreader.pool.requests import SlotRead
 from mpreader.pool.source import ObjectVersion
-from mpreader.pool.transfer import Fill, FillPart
 from mpreader.pool.worker.route import Route
+from mpreader.ranges import Part
 from mpreader.testing import FaultServer
 
 
@@ -21,6 +22,7 @@ class ServedSource:
     """An object of a fault server. See :class:`mpreader.pool.source.Source`."""
 
     bucket = "bucket"
+    version = None
     max_attempts = 5
 
     def __init__(self, server: FaultServer, path: str, data: bytes) -> None:
@@ -48,10 +50,10 @@ class MakePool(Protocol):
     ) -> Pool: ...
 
 
-class MakeFills(Protocol):
-    """Cuts an object into fills of ``size`` bytes, one part each."""
+class CutObject(Protocol):
+    """Cuts an object into slot reads of ``size`` bytes, one part each."""
 
-    def __call__(self, size: int, count: int | None = None, start: int = 0) -> list[Fill]: ...
+    def __call__(self, size: int, count: int | None = None, start: int = 0) -> list[SlotRead]: ...
 
 
 @pytest.fixture
@@ -87,9 +89,9 @@ def source(server: FaultServer, data: bytes) -> ServedSource:
 
 
 @pytest.fixture
-def make_fills(source: ServedSource, data: bytes) -> MakeFills:
-    def make(size: int, count: int | None = None, start: int = 0) -> list[Fill]:
+def cut_object(source: ServedSource, data: bytes) -> CutObject:
+    def cut(size: int, count: int | None = None, start: int = 0) -> list[SlotRead]:
         starts: Sequence[int] = range(start, len(data) - size + 1, size)[:count]
-        return [Fill(source, size, (FillPart(start, start + size, 0),)) for start in starts]
+        return [SlotRead(0, size, (Part(start, start + size),)) for start in starts]
 
-    return make
+    return cut

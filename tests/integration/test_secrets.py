@@ -28,9 +28,10 @@ import mpreader
 from mpreader import PoolConfig, RangeFetcher, S3Client, S3ClientConfig, S3ReaderConstructor, TransportError
 from mpreader.config import KiB, MiB
 from mpreader.dcp import S3StorageReader
-from mpreader.pool.transfer import Fill, FillPart
+from mpreader.pool.requests import SlotRead
 from mpreader.pool.worker.messages import Fetch
 from mpreader.pool.worker.route import Route
+from mpreader.ranges import Part
 from mpreader.s3 import S3Source
 from mpreader.sources.http import HttpSource
 from mpreader.testing import Fault, FaultKind, FaultServer
@@ -86,7 +87,7 @@ def shown(thing: object) -> Iterator[str]:
 def pids(fetcher: RangeFetcher) -> list[int]:
     coordinator = fetcher._engine.pool.coordinator
     assert coordinator is not None
-    return coordinator.crew.pids
+    return coordinator.workers.pids
 
 
 def told_by_processes(fetcher: RangeFetcher) -> list[str]:
@@ -140,7 +141,7 @@ def test_load_shows_no_secret_in_reprs(store: FaultServer, unwanted: list[str]) 
         client = reader._fs.client
         source = S3Source(client, "bucket", "data")
         route = source.route()
-        fill = Fill(source, 10, (FillPart(0, 10, 0),))
+        fill = SlotRead(0, 10, (Part(0, 10),))
         kinds = ("sequential", "range_based")
         readers = [
             client.get_object("bucket", "data", reader_constructor=getattr(S3ReaderConstructor, kind)())

@@ -310,4 +310,4 @@ def _workers() -> set[int]:
     from mpreader.pool import pool
 
     running = [shared.coordinator for shared in pool._shared.values()]
-    return {pid for coordinator in running if coordinator is not None for pid in coordinator.crew.pids}
+    return {pid for coordinator in running if coordinator is not None for pid in coordinator.workers.pids}

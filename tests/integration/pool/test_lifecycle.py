@@ -310,7 +310,7 @@ def fetcher() -> Iterator[RangeFetcher]:
 def pids(fetcher: RangeFetcher) -> list[int]:
     coordinator = fetcher._engine.pool.coordinator
     assert coordinator is not None
-    return coordinator.crew.pids
+    return coordinator.workers.pids
 
 
 def private_bytes(pid: int) -> int:
@@ -331,7 +331,7 @@ def test_workers_start_fast_and_stay_small(
     fetcher._engine.pool.start()
     coordinator = fetcher._engine.pool.coordinator
     assert coordinator is not None
-    wait_until(lambda: all(member.is_ready for member in coordinator.crew._members), 5.0)
+    wait_until(lambda: all(worker.is_ready for worker in coordinator.workers._workers), 5.0)
     start_s = time.monotonic() - started
     for _ in range(3):
         assert fetcher.fetch_object(server.url("/object")) == data

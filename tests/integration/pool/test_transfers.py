@@ -14,13 +14,15 @@ import pytest
 from mpreader.config import KiB, MiB
 from mpreader.errors import ArenaExhausted, PlanError, PoolClosed, TransportError
 from mpreader.pool.pool import Pool
+from mpreader.pool.requests import SlotRead
 from mpreader.pool.source import ObjectVersion
-from mpreader.pool.transfer import Fill, FillPart, Transfer
+from mpreader.pool.transfer import Transfer
 from mpreader.pool.worker.route import Route
+from mpreader.ranges import Part
 from mpreader.testing import Fault, FaultKind, FaultServer
 
 if TYPE_CHECKING:
-    from tests.integration.conftest import MakeFills, MakePool
+    from tests.integration.conftest import CutObject, MakePool
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -36,17 +38,17 @@ def wait_until(condition: Callable[[], object], timeout_s: float = 10.0) -> None
         threading.Event().wait(0.005)
 
 
-def check(fill: Fill, view: memoryview, data: bytes) -> None:
-    for part in fill.parts:
+def check(slot_read: SlotRead, view: memoryview, data: bytes) -> None:
+    for part in slot_read.parts:
         size = part.end - part.start
         assert view[part.slot_offset : part.slot_offset + size] == data[part.start : part.end]
 
 
 def take_all(transfer: Transfer, data: bytes) -> None:
-    for index, fill in enumerate(transfer.fills):
+    for index, slot_read in enumerate(transfer.slot_reads):
         view = transfer.take(index)
-        assert len(view) == fill.nbytes
-        check(fill, view, data)
+        assert len(view) == slot_read.nbytes
+        check(slot_read, view, data)
 
 
 def run_all(*calls: Callable[[], object]) -> None:
@@ -72,35 +74,39 @@ def run_all(*calls: Callable[[], object]) -> None:
 # -- bytes
 
 
-def test_transfer_brings_fills_of_every_shape(make_pool: MakePool, source: Any, data: bytes) -> None:
+def test_transfer_brings_slot_reads_of_every_shape(make_pool: MakePool, source: Any, data: bytes) -> None:
     pool = make_pool(workers=2, part_size=256 * KiB)
     chance = random.Random(1)
-    tiny = [Fill(source, 100, (FillPart(s, s + 100, 0),)) for s in chance.sample(range(len(data) - 100), 200)]
-    full = [Fill(source, 256 * KiB, (FillPart(s, s + 256 * KiB, 0),)) for s in range(0, 4 * MiB, 256 * KiB)]
-    one_byte = [Fill(source, 1, (FillPart(len(data) - 1, len(data), 0),))]
-    large = Fill(source, 5 * MiB, tuple(FillPart(s, s + 256 * KiB, s - MiB) for s in range(MiB, 6 * MiB, 256 * KiB)))
-    scattered = Fill(
-        source, 200_000, (FillPart(7, 1007, 0), FillPart(500_000, 600_001, 1024), FillPart(50, 51, 199_999))
+    tiny = [SlotRead(0, 100, (Part(s, s + 100),)) for s in chance.sample(range(len(data) - 100), 200)]
+    full = [SlotRead(0, 256 * KiB, (Part(s, s + 256 * KiB),)) for s in range(0, 4 * MiB, 256 * KiB)]
+    one_byte = [SlotRead(0, 1, (Part(len(data) - 1, len(data)),))]
+    large = SlotRead(
+        0, 5 * MiB, tuple(Part(s, s + 256 * KiB, slot_offset=s - MiB) for s in range(MiB, 6 * MiB, 256 * KiB))
     )
-    transfer = pool.read([*tiny, *full, *one_byte, large, scattered])
+    scattered = SlotRead(
+        0, 200_000, (Part(7, 1007), Part(500_000, 600_001, slot_offset=1024), Part(50, 51, slot_offset=199_999))
+    )
+    transfer = pool.read([source], [*tiny, *full, *one_byte, large, scattered])
     take_all(transfer, data)
     transfer.close()
     assert source.opened == 1, "one HEAD pins the version for all"
 
 
-def test_transfer_can_be_taken_in_any_order(make_pool: MakePool, make_fills: MakeFills, data: bytes) -> None:
-    transfer = make_pool(**TINY).read(make_fills(PART, 40))
+def test_transfer_can_be_taken_in_any_order(
+    make_pool: MakePool, cut_object: CutObject, source: Any, data: bytes
+) -> None:
+    transfer = make_pool(**TINY).read([source], cut_object(PART, 40))
     order = list(range(40))
     random.Random(2).shuffle(order)
     for index in order:
-        check(transfer.fills[index], transfer.take(index), data)
+        check(transfer.slot_reads[index], transfer.take(index), data)
     transfer.close()
 
 
-def test_transfer_reads_a_fill_again_when_it_is_taken_again(
-    make_pool: MakePool, make_fills: MakeFills, server: FaultServer, data: bytes
+def test_transfer_reads_a_slot_read_again_when_it_is_taken_again(
+    make_pool: MakePool, cut_object: CutObject, source: Any, server: FaultServer, data: bytes
 ) -> None:
-    transfer = make_pool().read(make_fills(PART, 1))
+    transfer = make_pool().read([source], cut_object(PART, 1))
     first = transfer.take(0)
     first[:] = bytes(PART)
     assert transfer.take(0) == data[:PART]
@@ -108,27 +114,27 @@ def test_transfer_reads_a_fill_again_when_it_is_taken_again(
     transfer.close()
 
 
-def test_discarding_a_fill_that_another_thread_waits_for_does_no_harm(
-    make_pool: MakePool, make_fills: MakeFills, server: FaultServer, data: bytes
+def test_discarding_a_slot_read_that_another_thread_waits_for_does_no_harm(
+    make_pool: MakePool, cut_object: CutObject, source: Any, server: FaultServer, data: bytes
 ) -> None:
     server.inject(Fault(FaultKind.DELAY, at=(1,), seconds=0.5))
-    transfer = make_pool().read(make_fills(PART, 1))
+    transfer = make_pool().read([source], cut_object(PART, 1))
     taken: list[memoryview] = []
     waiting = threading.Thread(target=lambda: taken.append(transfer.take(0)))
     waiting.start()
-    wait_until(lambda: transfer.is_awaited(0))
+    wait_until(lambda: transfer._pending)
     transfer.discard(0, 1)
     waiting.join(20)
     transfer.close()
     assert taken == [data[:PART]]
 
 
-def test_transfer_gives_each_thread_its_own_reading_of_one_fill(
-    make_pool: MakePool, make_fills: MakeFills, server: FaultServer, data: bytes
+def test_transfer_gives_each_thread_its_own_reading_of_one_slot_read(
+    make_pool: MakePool, cut_object: CutObject, source: Any, server: FaultServer, data: bytes
 ) -> None:
     server.inject(Fault(FaultKind.DELAY, at=(1,), seconds=0.2))
-    transfer = make_pool().read(make_fills(PART, 1))
-    run_all(*[lambda: check(transfer.fills[0], transfer.take(0), data)] * 4)
+    transfer = make_pool().read([source], cut_object(PART, 1))
+    run_all(*[lambda: check(transfer.slot_reads[0], transfer.take(0), data)] * 4)
     transfer.close()
 
 
@@ -136,16 +142,16 @@ def test_transfer_gives_each_thread_its_own_reading_of_one_fill(
 
 
 def test_transfer_reads_ahead_no_further_than_the_window(
-    make_pool: MakePool, make_fills: MakeFills, server: FaultServer
+    make_pool: MakePool, cut_object: CutObject, source: Any, server: FaultServer
 ) -> None:
     pool = make_pool(workers=2, connections_per_worker=2, part_size=PART)
     ahead = pool.sizes.window_bytes // PART
     assert ahead == 5
-    transfer = pool.read(make_fills(PART))
+    transfer = pool.read([source], cut_object(PART))
     for taken in range(5):
         wait_until(lambda: len(transfer._arrived) == ahead)
         # Whoever waits is served beyond the window: by then the coordinator has had every chance to read on.
-        other = pool.read(make_fills(PART, 1))
+        other = pool.read([source], cut_object(PART, 1))
         other.take(0)
         other.close()
         gets = [request for request in server.requests if request.range != f"bytes=0-{PART - 1}"]
@@ -154,27 +160,29 @@ def test_transfer_reads_ahead_no_further_than_the_window(
     transfer.close()
 
 
-def test_transfers_of_one_thread_share_a_tiny_arena(make_pool: MakePool, make_fills: MakeFills, data: bytes) -> None:
+def test_transfers_of_one_thread_share_a_tiny_arena(
+    make_pool: MakePool, cut_object: CutObject, source: Any, data: bytes
+) -> None:
     pool = make_pool(**TINY)
-    transfers = [pool.read(make_fills(PART, 16, start=number * 1000)) for number in range(3)]
+    transfers = [pool.read([source], cut_object(PART, 16, start=number * 1000)) for number in range(3)]
     for index in range(16):
         for transfer in transfers:
-            check(transfer.fills[index], transfer.take(index), data)
+            check(transfer.slot_reads[index], transfer.take(index), data)
     for transfer in transfers:
         transfer.close()
 
 
 def test_transfers_of_many_threads_in_random_order_all_end(
-    make_pool: MakePool, make_fills: MakeFills, data: bytes
+    make_pool: MakePool, cut_object: CutObject, source: Any, data: bytes
 ) -> None:
     pool = make_pool(workers=2, **TINY)
 
     def consume(seed: int) -> None:
-        transfer = pool.read(make_fills(PART, 30, start=seed * 333))
+        transfer = pool.read([source], cut_object(PART, 30, start=seed * 333))
         order = list(range(30))
         random.Random(seed).shuffle(order)
         for index in order:
-            check(transfer.fills[index], transfer.take(index), data)
+            check(transfer.slot_reads[index], transfer.take(index), data)
         transfer.close()
 
     run_all(*(lambda seed=seed: consume(seed) for seed in range(6)))
@@ -187,9 +195,9 @@ def test_transfers_of_many_threads_in_random_order_all_end(
 
 @pytest.mark.row("views held while the load goes on; close with live views")
 def test_views_that_are_held_end_in_an_error_that_names_the_knob(
-    make_pool: MakePool, make_fills: MakeFills, data: bytes
+    make_pool: MakePool, cut_object: CutObject, source: Any, data: bytes
 ) -> None:
-    transfer = make_pool(lease_timeout_s=0.3, **TINY).read(make_fills(PART, 8))
+    transfer = make_pool(lease_timeout_s=0.3, **TINY).read([source], cut_object(PART, 8))
     held = [transfer.take(index) for index in range(4)]
     started = time.monotonic()
     with pytest.raises(ArenaExhausted, match="MPREADER_MAX_MEMORY") as caught:
@@ -198,23 +206,25 @@ def test_views_that_are_held_end_in_an_error_that_names_the_knob(
     assert f"{4 * PART} are held" in str(caught.value)
     held.clear()
     del caught
-    check(transfer.fills[4], transfer.take(4), data)
+    check(transfer.slot_reads[4], transfer.take(4), data)
     transfer.close()
 
 
-def test_views_that_end_in_another_thread_make_room(make_pool: MakePool, make_fills: MakeFills, data: bytes) -> None:
-    transfer = make_pool(lease_timeout_s=20, **TINY).read(make_fills(PART, 8))
+def test_views_that_end_in_another_thread_make_room(
+    make_pool: MakePool, cut_object: CutObject, source: Any, data: bytes
+) -> None:
+    transfer = make_pool(lease_timeout_s=20, **TINY).read([source], cut_object(PART, 8))
     held = [transfer.take(index) for index in range(4)]
     dropper = threading.Timer(0.2, held.clear)
     dropper.start()
-    check(transfer.fills[4], transfer.take(4), data)
+    check(transfer.slot_reads[4], transfer.take(4), data)
     dropper.join()
     transfer.close()
 
 
-def test_fill_larger_than_the_limit_is_refused_at_once(make_pool: MakePool, source: Any) -> None:
-    parts = tuple(FillPart(start, start + PART, start) for start in range(0, 8 * PART, PART))
-    transfer = make_pool(lease_timeout_s=30, **TINY).read([Fill(source, 8 * PART, parts)])
+def test_slot_read_larger_than_the_limit_is_refused_at_once(make_pool: MakePool, source: Any) -> None:
+    parts = tuple(Part(start, start + PART, slot_offset=start) for start in range(0, 8 * PART, PART))
+    transfer = make_pool(lease_timeout_s=30, **TINY).read([source], [SlotRead(0, 8 * PART, parts)])
     started = time.monotonic()
     with pytest.raises(ArenaExhausted, match=r"in one piece.*MPREADER_MAX_MEMORY"):
         transfer.take(0)
@@ -223,14 +233,14 @@ def test_fill_larger_than_the_limit_is_refused_at_once(make_pool: MakePool, sour
 
 
 def test_transfer_that_grows_goes_beyond_the_limit_and_comes_back(
-    make_pool: MakePool, make_fills: MakeFills, source: Any, data: bytes
+    make_pool: MakePool, cut_object: CutObject, source: Any, data: bytes
 ) -> None:
     pool = make_pool(lease_timeout_s=30, **TINY)
-    parts = tuple(FillPart(start, start + PART, start) for start in range(0, 8 * PART, PART))
-    transfer = pool.read([*make_fills(PART, 6), Fill(source, 8 * PART, parts)], grows=True)
+    parts = tuple(Part(start, start + PART, slot_offset=start) for start in range(0, 8 * PART, PART))
+    transfer = pool.read([source], [*cut_object(PART, 6), SlotRead(0, 8 * PART, parts)], grows=True)
     held = [transfer.take(index) for index in range(7)]
-    for fill, view in zip(transfer.fills, held, strict=True):
-        check(fill, view, data)
+    for slot_read, view in zip(transfer.slot_reads, held, strict=True):
+        check(slot_read, view, data)
     coordinator = pool.coordinator
     assert coordinator is not None
     assert coordinator.reserved_bytes >= 14 * PART
@@ -246,8 +256,8 @@ def test_memory_of_a_large_view_is_really_gone_when_it_is_dropped(make_pool: Mak
             return sum("/dev/shm/" in line for line in maps)
 
     before = mapped()
-    parts = tuple(FillPart(start, start + PART, start) for start in range(0, 8 * PART, PART))
-    transfer = make_pool(part_size=PART).read([Fill(source, 8 * PART, parts)])
+    parts = tuple(Part(start, start + PART, slot_offset=start) for start in range(0, 8 * PART, PART))
+    transfer = make_pool(part_size=PART).read([source], [SlotRead(0, 8 * PART, parts)])
     view = transfer.take(0)
     assert mapped() == before + 1
     del view
@@ -257,15 +267,15 @@ def test_memory_of_a_large_view_is_really_gone_when_it_is_dropped(make_pool: Mak
 
 @pytest.mark.row("views held while the load goes on; close with live views")
 def test_views_stay_valid_after_close_and_take_their_memory_along(
-    make_pool: MakePool, make_fills: MakeFills, data: bytes
+    make_pool: MakePool, cut_object: CutObject, source: Any, data: bytes
 ) -> None:
     pool = make_pool(part_size=PART)
-    transfer = pool.read(make_fills(PART, 3))
+    transfer = pool.read([source], cut_object(PART, 3))
     views = [transfer.take(index) for index in range(3)]
     transfer.close()
     pool.close()
-    for fill, view in zip(transfer.fills, views, strict=True):
-        check(fill, view, data)
+    for slot_read, view in zip(transfer.slot_reads, views, strict=True):
+        check(slot_read, view, data)
     del view
     views.clear()
     with open("/proc/self/maps") as maps:
@@ -275,17 +285,19 @@ def test_views_stay_valid_after_close_and_take_their_memory_along(
 # -- ends
 
 
-def test_close_ends_a_take_that_waits(make_pool: MakePool, make_fills: MakeFills, server: FaultServer) -> None:
+def test_close_ends_a_take_that_waits(
+    make_pool: MakePool, cut_object: CutObject, source: Any, server: FaultServer
+) -> None:
     server.inject(Fault(FaultKind.STALL, seconds=60))
     pool = make_pool()
-    by_transfer, by_pool = pool.read(make_fills(PART, 2)), pool.read(make_fills(PART, 2, start=MiB))
+    by_transfer, by_pool = pool.read([source], cut_object(PART, 2)), pool.read([source], cut_object(PART, 2, start=MiB))
 
     def take(transfer: Transfer) -> None:
         with pytest.raises(PoolClosed):
             transfer.take(1)
 
     def close() -> None:
-        wait_until(lambda: by_transfer._awaited and by_pool._awaited)
+        wait_until(lambda: by_transfer._pending and by_pool._pending)
         by_transfer.close()
         started = time.monotonic()
         pool.close()
@@ -293,45 +305,46 @@ def test_close_ends_a_take_that_waits(make_pool: MakePool, make_fills: MakeFills
 
     run_all(lambda: take(by_transfer), lambda: take(by_pool), close)
     with pytest.raises(PoolClosed, match="make a new one"):
-        pool.read(make_fills(PART, 1))
+        pool.read([source], cut_object(PART, 1))
 
 
 def test_transfer_close_cancels_downloads_and_gives_their_memory_to_others(
-    make_pool: MakePool, make_fills: MakeFills, server: FaultServer, data: bytes
+    make_pool: MakePool, cut_object: CutObject, source: Any, server: FaultServer, data: bytes
 ) -> None:
     server.inject(Fault(FaultKind.STALL, at=range(1, 5), seconds=60, after_bytes=1000))
     pool = make_pool(lease_timeout_s=30, **TINY)
-    abandoned = pool.read(make_fills(PART, 4))
+    abandoned = pool.read([source], cut_object(PART, 4))
     server.wait_for_requests(4)
     abandoned.close()
     started = time.monotonic()
-    transfer = pool.read(make_fills(PART, 4))
+    transfer = pool.read([source], cut_object(PART, 4))
     take_all(transfer, data)
     assert time.monotonic() - started < 5, "it waited for downloads that nobody wants"
     transfer.close()
 
 
-def test_discarded_fills_are_not_read_and_others_are(
-    make_pool: MakePool, make_fills: MakeFills, server: FaultServer, data: bytes
+def test_discarded_slot_reads_are_not_read_and_others_are(
+    make_pool: MakePool, cut_object: CutObject, source: Any, server: FaultServer, data: bytes
 ) -> None:
-    transfer = make_pool(**TINY).read(make_fills(PART, 30))
+    transfer = make_pool(**TINY).read([source], cut_object(PART, 30))
     transfer.take(0)
     transfer.discard(1, 28)
     for index in (28, 29):
-        check(transfer.fills[index], transfer.take(index), data)
+        check(transfer.slot_reads[index], transfer.take(index), data)
     starts = {
         int((request.range or "").removeprefix("bytes=").partition("-")[0]) // PART for request in server.requests
     }
-    assert len(starts) <= 12, "fills were read that had been discarded"
-    check(transfer.fills[5], transfer.take(5), data)
+    assert len(starts) <= 12, "slot reads were read that had been discarded"
+    check(transfer.slot_reads[5], transfer.take(5), data)
     transfer.close()
 
 
-def test_transfer_that_is_taken_from_after_close_raises(make_pool: MakePool, make_fills: MakeFills) -> None:
-    transfer = make_pool().read(make_fills(PART, 1))
+def test_transfer_that_is_taken_from_after_close_raises(
+    make_pool: MakePool, cut_object: CutObject, source: Any
+) -> None:
+    transfer = make_pool().read([source], cut_object(PART, 1))
     transfer.close()
     transfer.close()
-    transfer._arrived.clear()  # it may have come before
     with pytest.raises(PoolClosed):
         transfer.take(0)
 
@@ -340,24 +353,26 @@ def test_range_past_the_end_is_refused_without_a_request(
     make_pool: MakePool, source: Any, server: FaultServer, data: bytes
 ) -> None:
     end = len(data) + 1
-    transfer = make_pool().read([Fill(source, 10, (FillPart(end - 10, end, 0),))])
+    transfer = make_pool().read([source], [SlotRead(0, 10, (Part(end - 10, end),))])
     with pytest.raises(PlanError, match=f"{end}.*{len(data)} bytes"):
         transfer.take(0)
     assert not server.requests
     transfer.close()
 
 
-def test_fill_whose_parts_do_not_fit_is_refused(source: Any) -> None:
-    for parts in ((), (FillPart(0, 11, 0),), (FillPart(0, 5, 6),), (FillPart(3, 3, 0),), (FillPart(0, 5, -1),)):
+def test_slot_read_whose_parts_do_not_fit_is_refused(make_pool: MakePool, source: Any) -> None:
+    pool = make_pool()
+    for parts in ((), (Part(0, 11),), (Part(0, 5, slot_offset=6),), (Part(3, 3),), (Part(0, 5, slot_offset=-1),)):
         with pytest.raises(PlanError):
-            Fill(source, 10, parts)
+            pool.read([source], [SlotRead(0, 10, parts)])
 
 
 def test_source_that_can_not_be_opened_fails_only_its_own_reading(
-    make_pool: MakePool, make_fills: MakeFills, source: Any, data: bytes
+    make_pool: MakePool, cut_object: CutObject, source: Any, data: bytes
 ) -> None:
     class Broken:
         bucket, key, uri, max_attempts = "b", "k", "s3://b/k", 1
+        version = None
 
         def open(self) -> ObjectVersion:
             raise RuntimeError("something in a library")
@@ -366,7 +381,7 @@ def test_source_that_can_not_be_opened_fails_only_its_own_reading(
             raise AssertionError("nobody may ask: it was not opened")
 
     pool = make_pool()
-    bad, good = pool.read([Fill(Broken(), 1, (FillPart(0, 1, 0),))] * 3), pool.read(make_fills(PART, 3))
+    bad, good = pool.read([Broken()], [SlotRead(0, 1, (Part(0, 1),))] * 3), pool.read([source], cut_object(PART, 3))
     for index in range(3):
         with pytest.raises(TransportError, match=r"b/k.*something in a library"):
             bad.take(index)
@@ -376,42 +391,44 @@ def test_source_that_can_not_be_opened_fails_only_its_own_reading(
 
 
 def test_pool_that_is_idle_gives_everything_back_and_starts_again(
-    make_pool: MakePool, make_fills: MakeFills, data: bytes
+    make_pool: MakePool, cut_object: CutObject, source: Any, data: bytes
 ) -> None:
     pool = make_pool(idle_timeout_s=0.2)
     for run in range(1, 3):
-        transfer = pool.read(make_fills(PART, 3))
+        transfer = pool.read([source], cut_object(PART, 3))
         kept = transfer.take(0)
         take_all(transfer, data)
         assert pool.is_running
         transfer.close()
         wait_until(lambda: not pool.is_running)
-        check(transfer.fills[0], kept, data)
+        check(transfer.slot_reads[0], kept, data)
         assert pool.stats().bytes == run * 4 * PART, "the numbers of a run that has ended are kept"
     assert "not running" in repr(pool)
 
 
-def test_pool_that_is_in_use_is_not_idle(make_pool: MakePool, make_fills: MakeFills, server: FaultServer) -> None:
+def test_pool_that_is_in_use_is_not_idle(
+    make_pool: MakePool, cut_object: CutObject, source: Any, server: FaultServer
+) -> None:
     server.inject(Fault(FaultKind.DELAY, seconds=0.6))
     pool = make_pool(idle_timeout_s=0.1)
-    transfer = pool.read(make_fills(PART, 1))
+    transfer = pool.read([source], cut_object(PART, 1))
     assert len(transfer.take(0)) == PART
     transfer.close()
 
 
 @pytest.mark.row("exception in the consumer; reader dropped without close")
-def test_pool_dropped_without_close_ends_its_workers(make_fills: MakeFills, data: bytes) -> None:
+def test_pool_dropped_without_close_ends_its_workers(cut_object: CutObject, source: Any, data: bytes) -> None:
     from mpreader.config import PoolConfig
 
     pool = Pool(PoolConfig(workers=1, connections_per_worker=2, max_memory=MiB))
-    transfer = pool.read(make_fills(PART, 3))
-    check(transfer.fills[0], transfer.take(0), data)
+    transfer = pool.read([source], cut_object(PART, 3))
+    check(transfer.slot_reads[0], transfer.take(0), data)
     del pool  # the fixture of all tests finds what is left of it
     with pytest.raises(PoolClosed):
         transfer.take(0)
 
 
-def test_pool_in_a_reference_cycle_is_collected(make_fills: MakeFills) -> None:
+def test_pool_in_a_reference_cycle_is_collected(cut_object: CutObject) -> None:
     from mpreader.config import PoolConfig
 
     pool = Pool(PoolConfig(workers=1, connections_per_worker=2, max_memory=MiB))

@@ -60,7 +60,7 @@ def test_workers_stay_warm_for_the_next_reader_until_one_is_closed(stored: str) 
             assert bytes(reader.read(1000)) == DATA[:1000]
         pool = constructor._get_pool()
         assert pool.coordinator is not None
-        pids.append(pool.coordinator.crew.pids)
+        pids.append(pool.coordinator.workers.pids)
         last, constructor = constructor, None  # type: ignore[assignment]  # dropped, not closed
     assert pids[0] == pids[1]
     last.close()

@@ -131,7 +131,7 @@ def test_64_workers_share_one_fetch_of_the_roles_credentials(
         fetcher._engine.pool.start()
         coordinator = fetcher._engine.pool.coordinator
         assert coordinator is not None
-        wait_until(lambda: all(member.is_ready for member in coordinator.crew._members), 20)
+        wait_until(lambda: all(worker.is_ready for worker in coordinator.workers._workers), 20)
         for _ in range(2):
             assert fetch_all(fetcher) == [data[: 2 * MiB]] * len(KEYS)
         assert all(worker.requests for worker in fetcher.stats.workers)

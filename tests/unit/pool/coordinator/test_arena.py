@@ -1,26 +1,21 @@
-"""The arena against a model, and what a lease promises."""
+"""The arena against a model, and in a host that has little shared memory."""
 
 from __future__ import annotations
 
-import gc
 import os
 import random
-import signal
 import subprocess
 import sys
 import textwrap
-from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpreader.config import KiB, MiB
-from mpreader.pool.coordinator.arena import Arena, Lease, Slot
+from mpreader.pool.coordinator.arena import Arena, Slot
 
 BLOCK = 256 * KiB
 SEGMENT = 1 * MiB
@@ -145,86 +140,6 @@ def test_arena_leaves_no_name_in_dev_shm(arena: Arena) -> None:
     assert os.fstat(slot.segment.fd).st_blocks * 512 >= slot.segment.size, "not reserved in full"
 
 
-@pytest.mark.parametrize(
-    "use",
-    [
-        pytest.param(lambda view: view, id="view"),
-        pytest.param(lambda view: view[10:20][2:4], id="slice of a slice"),
-        pytest.param(lambda view: np.frombuffer(view, np.uint8), id="numpy array"),
-        pytest.param(lambda view: np.frombuffer(view[64:], np.int64)[1:3].reshape(2, 1), id="numpy view of a view"),
-        pytest.param(lambda view: torch.frombuffer(view, dtype=torch.uint8), id="torch tensor"),
-        pytest.param(lambda view: torch.frombuffer(view[:512], dtype=torch.float32)[1:2].view(1, 1), id="torch view"),
-        pytest.param(lambda view: view.cast("i")[1:2].toreadonly(), id="cast, read-only"),
-    ],
-)
-def test_lease_ends_only_with_the_last_thing_made_from_it(arena: Arena, use: object) -> None:
-    ended: list[Lease] = []
-    slot = taken(arena, 64 * KiB)
-    view = slot.lease(ended.append)
-    last = use(view)  # type: ignore[operator]
-    del view
-    gc.collect()
-    assert not ended
-    del last
-    assert [lease.slot() for lease in ended] == [slot]
-
-
-@pytest.mark.row("views held while the load goes on; close with live views")
-def test_lease_view_outlives_slot_and_arena(arena: Arena) -> None:
-    slot = taken(arena, 64 * KiB)
-    view = slot.lease(lambda _: None)
-    view[:5] = b"stays"
-    arena.free(slot)
-    del slot
-    arena.close()
-    gc.collect()
-    assert bytes(view[:5]) == b"stays"
-
-
-def test_lease_can_be_made_again_for_the_next_user(arena: Arena) -> None:
-    ended: list[Lease] = []
-    slot = taken(arena, 64 * KiB)
-    for _ in range(2):
-        view = slot.lease(ended.append)
-        del view
-    assert [lease.slot() for lease in ended] == [slot, slot]
-
-
-def test_lease_that_has_ended_keeps_no_memory(arena: Arena) -> None:
-    ended: list[Lease] = []
-    slot = taken(arena, 64 * KiB)
-    view = slot.lease(ended.append)
-    del view
-    assert [lease.slot() for lease in ended] == [slot]
-    del slot
-    assert [lease.slot() for lease in ended] == [None]
-
-
-@pytest.mark.row("Ctrl-C")
-def test_ctrl_c_is_not_lost_at_the_end_of_a_lease(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
-    lost: list[object] = []
-    monkeypatch.setattr("sys.unraisablehook", lambda unraisable: lost.append(unraisable.exc_value))
-    ended: deque[Lease] = deque(maxlen=1)
-    slot = taken(arena, 64 * KiB)
-    caught = 0
-    gc.disable()  # who runs Python code at its beginning and end loses a Ctrl-C there
-    before = signal.signal(signal.SIGPROF, signal.default_int_handler)  # Ctrl-C's handler, for a timer's signal
-    try:
-        for _ in range(200):
-            try:
-                signal.setitimer(signal.ITIMER_PROF, 0.0015)
-                for _ in range(100_000):  # a tenth of a second
-                    slot.lease(ended.append)
-            except KeyboardInterrupt:  # noqa: PERF203  # that is what is counted
-                caught += 1
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGPROF, before)
-        gc.enable()
-    assert not lost
-    assert caught > 190
-
-
 # -- a /dev/shm that is too small
 
 
@@ -275,7 +190,7 @@ def test_arena_that_meets_a_full_dev_shm_goes_on_smaller_with_a_warning() -> Non
         arena = Arena(64 << 20, 1 << 20, 2 << 20)
         slots = []
         while (slot := arena.allocate(1 << 20)) is not None:
-            slot.lease(lambda _: None)[:] = b"x" * (1 << 20)
+            slot.segment.map[slot.offset : slot.offset + (1 << 20)] = b"x" * (1 << 20)
             slots.append(slot)
         print(len(slots), arena.max_bytes)
         arena.free(slots.pop())

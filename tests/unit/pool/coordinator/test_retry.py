@@ -13,9 +13,8 @@ from mpreader.errors import (
     TransportError,
 )
 from mpreader.pool.coordinator.retry import delay_before, error_after, timeout_error
-from mpreader.pool.source import ObjectVersion
+from mpreader.pool.requests import SourceName
 from mpreader.pool.worker.messages import Failed, FailureKind
-from mpreader.pool.worker.route import Route
 
 RETRIED = {
     FailureKind.UNREACHABLE,
@@ -27,19 +26,7 @@ RETRIED = {
 }
 
 
-class Named:
-    """A source that is only asked for its name."""
-
-    bucket = "models"
-    key = "a/b.distcp"
-    uri = "s3://models/a/b.distcp"
-    max_attempts = 10
-
-    def open(self) -> ObjectVersion:
-        raise NotImplementedError
-
-    def route(self) -> Route:
-        raise NotImplementedError
+NAME = SourceName("s3://models/a/b.distcp", "models", "a/b.distcp", 10)
 
 
 def failed(kind: FailureKind, retry_after_s: float = 0.0) -> Failed:
@@ -99,7 +86,7 @@ def test_retry_waits_as_long_as_the_server_asks() -> None:
     ],
 )
 def test_error_after_the_last_attempt_names_everything(kind: FailureKind, cls: type[TransportError]) -> None:
-    error = error_after(failed(kind), Named(), (100, 200), 4)
+    error = error_after(failed(kind), NAME, (100, 200), 4)
     assert type(error) is cls
     assert isinstance(error, TransportError)
     assert (error.bucket, error.key, error.range, error.attempts) == ("models", "a/b.distcp", (100, 200), 4)
@@ -108,7 +95,7 @@ def test_error_after_the_last_attempt_names_everything(kind: FailureKind, cls: t
 
 
 def test_timeout_error_names_the_setting() -> None:
-    error = timeout_error(Named(), (0, 5), 300.0, "HTTP 503")
+    error = timeout_error(NAME, (0, 5), 300.0, "HTTP 503")
     assert isinstance(error, PoolTimeout)
     for fact in ("models/a/b.distcp", "0-5", "300 s", "HTTP 503", "MPREADER_TIMEOUT_S"):
         assert fact in str(error)
