@@ -106,11 +106,13 @@ class Caller:
 
     def post(self, message: object, memory: mmap.mmap | None = None) -> None:
         """Take in a message of the coordinator; with a MapSegment comes its ``memory``."""
-        if isinstance(message, MapSegment):
-            assert memory is not None, "a segment comes with its memory"
+        receive = self._receivers.get(type(message))
+        if receive is not None:
+            receive(message)
+        elif isinstance(message, MapSegment) and memory is not None:
             self._segments[message.segment] = memory
         else:
-            self._receivers[type(message)](message)
+            raise TypeError(f"no message for a caller: {message!r}")
 
     def collect(self) -> list[GiveBack]:
         """Messages that are ready, but that nobody was woken for: the leases that have ended."""

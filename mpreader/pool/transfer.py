@@ -55,7 +55,7 @@ class PendingTake:
     def __init__(self, wanted: Collection[int], on_done: Callable[[], object] | None) -> None:
         self.wanted = wanted
         self._on_done = on_done
-        self._started_s = time.monotonic()
+        self._started_s = math.inf  # time since which it is pending
         self._outcome: SlotArrived | MpreaderError | None = None
 
     @property
@@ -146,14 +146,16 @@ class Transfer:
         """
         take = self.begin_take(wanted)
         try:
-            while not self._wait(take, deadline if on_wait is None else min(deadline, time.monotonic() + LOOK_S)):
-                if time.monotonic() >= deadline:
+            while take._outcome is None:
+                self._wait(take, deadline if on_wait is None else min(deadline, time.monotonic() + LOOK_S))
+                if take._outcome is None and time.monotonic() >= deadline:
                     raise self.late(wanted)
                 if on_wait is not None:
                     on_wait()
             return self.result(take)
-        finally:
+        except BaseException:
             self.cancel(take)
+            raise
 
     def begin_take(self, wanted: Collection[int], on_done: Callable[[], object] | None = None) -> PendingTake:
         """Ask for whichever of the slot reads ``wanted``, at least one, arrives first, without waiting for it.
@@ -175,6 +177,7 @@ class Transfer:
             elif self._broken is not None:
                 take._outcome = self._broken
             else:
+                take._started_s = time.monotonic()
                 self._pending.append(take)
                 self._tell(Demand(self.read, take.first))
         return take
@@ -290,14 +293,13 @@ class Transfer:
 
     # -- under the lock
 
-    def _wait(self, take: PendingTake, until: float) -> bool:
-        """Wait until the take is done; False when the time is up."""
+    def _wait(self, take: PendingTake, until: float) -> None:
+        """Wait until the take is done, or the time is up."""
         with self._condition:
-            while not take.is_done:
+            while take._outcome is None:
                 left_s = until - time.monotonic()
                 if left_s <= 0 or not self._condition.wait(None if left_s == math.inf else left_s):
-                    return take.is_done
-            return True
+                    return
 
     def _arrived_of(self, wanted: Collection[int]) -> int | None:
         few, many = (wanted, self._arrived) if len(wanted) == 1 else (self._arrived, wanted)
@@ -324,7 +326,7 @@ class Transfer:
 
     def _demand_for_others(self, index: int) -> None:
         # Their demand was answered by the slot that somebody else has got.
-        if any(take.first == index for take in self._pending):
+        if self._pending and any(take.first == index for take in self._pending):
             self._tell(Demand(self.read, index))
 
     def _fail(self, error: MpreaderError) -> None:

@@ -104,6 +104,7 @@ class Coordinator:
         self._lock = threading.Lock()  # guards the decision that nothing more is taken on
         self._is_ended = False
         self._is_told_to_stop = False
+        self._is_waiting = False  # set before the inbox is looked into, so that no message is overlooked
         self._busy_until = self._next_watch = time.monotonic()
         try:
             self._selector = selectors.DefaultSelector()
@@ -113,7 +114,7 @@ class Coordinator:
         self._selector.register(self._wakeup.fd, selectors.EVENT_READ)
         self._arena = Arena(sizes.max_bytes, sizes.block_bytes, sizes.segment_bytes)
         limits = SchedulerLimits(sizes.window_bytes, timeouts.timeout_s, timeouts.lease_timeout_s)
-        self._scheduler = Scheduler(SlotMemory(self._arena), self._post, limits)
+        self._scheduler = Scheduler(SlotMemory(self._arena), self._post_to, limits)
         self._limiter = ConcurrencyLimiter(sizes.workers, sizes.workers * sizes.connections_per_worker, is_host_busy)
         self._limit = 2 * sizes.workers  # parts that may be in flight, by the limiter's last word
         self._is_limited = False  # a part waits because of it
@@ -171,7 +172,10 @@ class Coordinator:
         """Put a message into the inbox; lost once the coordinator has ended. Never blocks, never fails."""
         if not self._is_ended:  # or a closed pool would keep what the messages name
             self._inbox.append(message)
-            self._wakeup.set()
+            # Otherwise the thread looks into the inbox before it waits; a needless wake-up costs a system call, and
+            # the thread that makes it the interpreter's lock.
+            if self._is_waiting:
+                self._wakeup.set()
 
     def try_tell(self, message: object) -> bool:
         """Put a message into the inbox; False if the coordinator has ended, or is about to."""
@@ -253,24 +257,28 @@ class Coordinator:
             return self._is_ended
 
     def _wait(self) -> None:
-        timeout_s = 0.0 if self._inbox else max(0.0, self._next_look() - time.monotonic())
-        for key, _ in self._selector.select(timeout_s):
+        self._is_waiting = True
+        ready = self._selector.select(0 if self._inbox else self._next_look_s())
+        self._is_waiting = False
+        for key, _ in ready:
             if key.data is None:
                 self._wakeup.clear()
             else:
                 self._hear(*key.data)
 
-    def _next_look(self) -> float:
-        """Time, by the monotonic clock, at which there is something to do that nobody wakes this thread for."""
-        now, scheduler = time.monotonic(), self._scheduler
-        looks = [self._busy_until + self._idle_timeout_s if scheduler.is_idle else now + _TICK_S]
-        if self.workers.has_room():  # otherwise a retry that is due can't be sent before a worker is heard
-            looks.append(scheduler.next_event())
-            if self._is_limited:  # a server that does not answer soon is asked for more
-                looks.append(now + _LIMITED_TICK_S)
-        if scheduler.has_views:  # the end of a view wakes nobody
-            looks.append(now + (_SHORT_TICK_S if scheduler.is_short else _TICK_S))
-        return min(looks)
+    def _next_look_s(self) -> float:
+        """Seconds until there is something to do that nobody wakes this thread for."""
+        scheduler = self._scheduler
+        if scheduler.has_views and scheduler.is_short:  # the end of a view wakes nobody
+            return _SHORT_TICK_S
+        if scheduler.is_idle:
+            idle_s = self._busy_until + self._idle_timeout_s - time.monotonic()
+            return max(0.0, min(idle_s, _TICK_S) if scheduler.has_views else idle_s)
+        if not self.workers.has_room():  # a retry that is due can't be sent before a worker is heard
+            return _TICK_S
+        # While the limiter holds a part back: a server that does not answer soon is asked for more.
+        tick_s = _LIMITED_TICK_S if self._is_limited else _TICK_S
+        return max(0.0, min(tick_s, scheduler.next_event() - time.monotonic()))
 
     def _read_inbox(self) -> None:
         while self._inbox:
@@ -283,10 +291,8 @@ class Coordinator:
         for segment in self._arena.segments.values():
             message.mailbox.post(MapSegment(segment.number, segment.size), segment.map)
 
-    def _post(self, caller: int, message: object) -> None:
-        mailbox = self._mailboxes.get(caller)
-        if mailbox is not None:
-            mailbox.post(message)
+    def _post_to(self, caller: int) -> Callable[[object], None]:
+        return self._mailboxes[caller].post
 
     # -- workers
 

@@ -28,7 +28,15 @@ from mpreader.errors import ArenaError, ArenaExhausted, MpreaderError, PlanError
 from mpreader.pool.coordinator import retry
 from mpreader.pool.coordinator.arena import Slot
 from mpreader.pool.coordinator.memory import SlotMemory
-from mpreader.pool.coordinator.state import PartState, PartStatus, ReadState, SlotReadState, SlotStatus, SourceState
+from mpreader.pool.coordinator.state import (
+    PartState,
+    PartStatus,
+    Post,
+    ReadState,
+    SlotReadState,
+    SlotStatus,
+    SourceState,
+)
 from mpreader.pool.requests import (
     CloseRead,
     Demand,
@@ -71,16 +79,16 @@ class Scheduler:
 
     Args:
         memory: The slots.
-        post: Posts a message to the caller of this number.
+        post_to: Returns the function that posts a message to the caller of this number.
         limits: See there.
 
     Attributes:
         window_bytes: Bytes that may be read ahead now; the coordinator lowers it while few connections are used.
     """
 
-    def __init__(self, memory: SlotMemory, post: Callable[[int, object], None], limits: SchedulerLimits) -> None:
+    def __init__(self, memory: SlotMemory, post_to: Callable[[int], Post], limits: SchedulerLimits) -> None:
         self._memory = memory
-        self._post = post
+        self._post_to = post_to
         self._limits = limits
         self.window_bytes = limits.window_bytes
         self._reads: dict[ReadId, ReadState] = {}
@@ -129,10 +137,10 @@ class Scheduler:
 
     def open(self, message: OpenRead) -> None:
         """Begin a read."""
-        read = self._reads[message.read] = ReadState(message)
+        read = self._reads[message.read] = ReadState(message, self._post_to(message.read.caller))
         self._turn.append(read)
         for source in read.sources:
-            self._ask_for_route(source)
+            self._ask_for_route(read, source)
 
     def source_resolved(self, message: SourceResolved) -> None:
         """Note the version and the route of a source, or why there are none."""
@@ -212,7 +220,8 @@ class Scheduler:
         """Count a request that has ended; ``part`` is None if it had ended before."""
         self._tally.note(worker, nbytes, seconds)
         if part is not None:
-            self._tell(part.slot_read.read, RequestEnded(part.slot_read.read.id, worker, nbytes, seconds))
+            read = part.slot_read.read
+            read.post(RequestEnded(read.id, worker, nbytes, seconds))
 
     def fetched(self, number: int) -> PartState | None:
         """End a part all of whose bytes are there; returns it, None if it had ended before."""
@@ -233,7 +242,7 @@ class Scheduler:
             self._end(part)  # in the second case all is there: what failed came after the last byte
         elif failure.kind is FailureKind.EXPIRED and not part.is_resigned:
             part.is_resigned = True
-            self._renew(part.slot_read.source)
+            self._renew(part.slot_read)
             self._delay(part, now)
         else:
             self._retry_or_fail(part, failure, now)
@@ -293,7 +302,7 @@ class Scheduler:
             seconds = now - self._held_up_since
             self._tally.consumer_seconds += seconds
             for read in self._held_up:
-                self._tell(read, HeldUp(read.id, seconds))
+                read.post(HeldUp(read.id, seconds))
         self._held_up, self._held_up_since = [], None
         if not self._parts and self._memory.ahead_bytes:
             self._held_up = [read for read in self._turn if read.next_pending() is not None]
@@ -355,7 +364,7 @@ class Scheduler:
         slot = self._slot_for(slot_read, now, is_demanded=is_demanded)
         if slot is None:
             return False
-        self._renew_if_old(source, now)
+        self._renew_if_old(slot_read, now)
         self._demanded.pop(slot_read, None)
         slot_read.move(SlotStatus.FILLING)
         slot_read.short_since = None
@@ -415,7 +424,7 @@ class Scheduler:
     def _recall(self, slot_read: SlotReadState) -> None:
         slot_read.move(SlotStatus.RECALLED)
         self._recalls += 1
-        self._tell(slot_read.read, Recall(slot_read.read.id, slot_read.index, slot_read.lease))
+        slot_read.read.post(Recall(slot_read.read.id, slot_read.index, slot_read.lease))
 
     def _end_recall(self, slot_read: SlotReadState) -> bool:
         was_recalled = slot_read.status is SlotStatus.RECALLED
@@ -437,20 +446,22 @@ class Scheduler:
 
     # -- routes
 
-    def _ask_for_route(self, source: SourceState) -> None:
-        self._post(source.read.caller, ResolveSource(source.read, source.number, source.version is None))
+    def _ask_for_route(self, read: ReadState, source: SourceState) -> None:
+        read.post(ResolveSource(read.id, source.number, source.version is None))
 
-    def _renew(self, source: SourceState) -> None:
-        """Get a new route; parts must wait for it, since the old one was refused."""
+    def _renew(self, slot_read: SlotReadState) -> None:
+        """Get a new route for its source; parts must wait for it, since the old one was refused."""
+        source = slot_read.source
         if not source.is_renewing:
             source.is_renewing = True
-            self._ask_for_route(source)
+            self._ask_for_route(slot_read.read, source)
 
-    def _renew_if_old(self, source: SourceState, now: float) -> None:
-        """Get a new route in good time; the old one is still good meanwhile."""
+    def _renew_if_old(self, slot_read: SlotReadState, now: float) -> None:
+        """Get a new route for its source in good time; the old one is still good meanwhile."""
+        source = slot_read.source
         if now - source.route_made > _ROUTE_AGE_S:
             source.route_made = now
-            self._ask_for_route(source)
+            self._ask_for_route(slot_read.read, source)
 
     # -- ends of parts and slot reads
 
@@ -470,13 +481,13 @@ class Scheduler:
         slot_read.move(SlotStatus.READY)
         slot_read.lease = self._memory.lease(slot, slot_read)
         self._tally.over_read += slot_read.slot_read.over_read
-        message = SlotArrived(slot_read.read.id, slot_read.index, slot_read.lease, slot.segment.number, slot.offset)
-        self._tell(slot_read.read, message)
+        read = slot_read.read
+        read.post(SlotArrived(read.id, slot_read.index, slot_read.lease, slot.segment.number, slot.offset))
 
     def _fail(self, slot_read: SlotReadState, error: MpreaderError) -> None:
         """Drop a slot read and tell the caller why. Its parts, if it has any, end on their own."""
         self._drop(slot_read)
-        self._tell(slot_read.read, SlotFailed(slot_read.read.id, slot_read.index, error))
+        slot_read.read.post(SlotFailed(slot_read.read.id, slot_read.index, error))
 
     def _drop(self, slot_read: SlotReadState) -> None:
         self._demanded.pop(slot_read, None)
@@ -506,7 +517,7 @@ class Scheduler:
 
     def _count_repeat(self, part: PartState) -> None:
         self._tally.retries += 1
-        self._tell(part.slot_read.read, RequestRepeated(part.slot_read.read.id))
+        part.slot_read.read.post(RequestRepeated(part.slot_read.read.id))
 
     def _delay(self, part: PartState, until: float) -> None:
         part.move(PartStatus.DELAYED)
@@ -519,9 +530,6 @@ class Scheduler:
     def _find(self, read_id: ReadId, index: int) -> SlotReadState | None:
         read = self._reads.get(read_id)
         return None if read is None else read.slot_reads[index]
-
-    def _tell(self, read: ReadState, message: object) -> None:
-        self._post(read.id.caller, message)
 
 
 def _name(part: PartState) -> str:

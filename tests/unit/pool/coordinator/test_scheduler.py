@@ -13,7 +13,7 @@ from mpreader.pool.caller import Caller
 from mpreader.pool.coordinator.arena import Arena
 from mpreader.pool.coordinator.memory import SlotMemory
 from mpreader.pool.coordinator.scheduler import Scheduler, SchedulerLimits
-from mpreader.pool.coordinator.state import PartState, PartStatus, ReadState, SlotStatus, SourceState
+from mpreader.pool.coordinator.state import PartState, PartStatus, ReadState, SlotReadState, SlotStatus
 from mpreader.pool.requests import (
     CloseRead,
     Demand,
@@ -67,7 +67,7 @@ class Bench:
         self.memory = SlotMemory(self.arena)
         limits = SchedulerLimits(slots * PART, 100.0, LEASE_TIMEOUT_S)
         self.caller = Caller(1, self.tell)
-        self.scheduler = Scheduler(self.memory, lambda _, message: self.caller.post(message), limits)
+        self.scheduler = Scheduler(self.memory, lambda _: self.caller.post, limits)
         self.source = Local()
 
     def tell(self, message: object) -> None:
@@ -123,8 +123,8 @@ class Bench:
         for part in parts:
             self.scheduler.fetched(part.number)
 
-    def source_state(self, transfer: Transfer) -> SourceState:
-        return self.scheduler._reads[transfer.read].sources[0]
+    def first(self, transfer: Transfer) -> SlotReadState:
+        return self.scheduler._reads[transfer.read].slot_reads[0]
 
 
 def reads_of(parts: list[PartState]) -> list[tuple[ReadId, int]]:
@@ -299,7 +299,7 @@ def test_memory_slot_with_several_holders_comes_back_with_the_last(make_bench: C
     leases = []
     for caller in (1, 2):
         message = OpenRead(ReadId(caller, 1), (source,), (SlotRead(0, PART, (Part(0, PART),)),))
-        leases.append(bench.memory.lease(slot, ReadState(message).slot_reads[0]))
+        leases.append(bench.memory.lease(slot, ReadState(message, bench.caller.post).slot_reads[0]))
     bench.memory.take(leases[0])
     bench.memory.give_back(leases[0])
     bench.memory.give_back(leases[0])  # said twice, it counts once
@@ -315,9 +315,9 @@ def test_statuses_change_only_as_they_are_drawn(make_bench: Callable[[int], Benc
     slot_read = part.slot_read
     bench.receive([part])
     assert (part.status, slot_read.status) == (PartStatus.ENDED, SlotStatus.READY)
-    with pytest.raises(ValueError, match="ended can't become sent"):
+    with pytest.raises(ValueError, match="ENDED can't become SENT"):
         part.move(PartStatus.SENT)
-    with pytest.raises(ValueError, match="ready can't become filling"):
+    with pytest.raises(ValueError, match="READY can't become FILLING"):
         slot_read.move(SlotStatus.FILLING)
     view = transfer.take(0)
     bench.read_inbox()
@@ -337,10 +337,11 @@ def test_scheduler_that_is_cleared_holds_on_to_nothing(make_bench: Callable[[int
 
 def test_route_renewal_in_good_time_may_fail(make_bench: Callable[[int], Bench]) -> None:
     bench = make_bench(1)
-    source = bench.source_state(bench.open(1))
+    slot_read = bench.first(bench.open(1))
+    source = slot_read.source
     bench.source.error = TransportError("no credentials just now")
-    bench.scheduler._renew_if_old(source, source.route_made + 10)
-    bench.scheduler._renew_if_old(source, source.route_made + 241)
+    bench.scheduler._renew_if_old(slot_read, source.route_made + 10)
+    bench.scheduler._renew_if_old(slot_read, source.route_made + 241)
     bench.wait_for(SourceResolved)
     bench.read_inbox()
     assert source.error is None
@@ -349,10 +350,11 @@ def test_route_renewal_in_good_time_may_fail(make_bench: Callable[[int], Bench])
 
 def test_route_renewal_that_is_needed_may_not_fail(make_bench: Callable[[int], Bench]) -> None:
     bench = make_bench(1)
-    source = bench.source_state(bench.open(1))
+    slot_read = bench.first(bench.open(1))
+    source = slot_read.source
     bench.source.error = TransportError("no credentials any more")
-    bench.scheduler._renew(source)
-    bench.scheduler._renew(source)
+    bench.scheduler._renew(slot_read)
+    bench.scheduler._renew(slot_read)
     bench.wait_for(SourceResolved)
     bench.read_inbox()
     assert source.error is bench.source.error
