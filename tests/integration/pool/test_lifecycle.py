@@ -10,12 +10,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from mpreader import PoolConfig, RangeFetcher
 from mpreader.config import KiB, MiB
 from mpreader.testing import Fault, FaultKind, FaultServer
+
+if TYPE_CHECKING:
+    from tests.integration.conftest import WorkersOf
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -50,18 +54,6 @@ def run(program: str, server: FaultServer, *, stdin: bool = False) -> list[str]:
     out, err = process.communicate(code if stdin else None, timeout=40)
     assert (process.returncode, err) == (0, "")
     return out.splitlines()
-
-
-def workers_of(pid: int) -> list[int]:
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            command = entry.read_text(errors="replace")
-        except OSError:
-            continue
-        if "mpreader.pool.worker.main" in command and f", {pid}, " in command:
-            found.append(int(entry.parent.name))
-    return found
 
 
 def wait_until(condition: Callable[[], object], timeout_s: float) -> None:
@@ -235,7 +227,7 @@ say(digest())
 
 
 @pytest.fixture
-def loading(server: FaultServer) -> Iterator[subprocess.Popen[str]]:
+def loading(server: FaultServer, workers_of: WorkersOf) -> Iterator[subprocess.Popen[str]]:
     """A program in its own process group that is in the middle of a load, with workers."""
     server.inject(Fault(FaultKind.STALL, seconds=60, after_bytes=1000))
     program = PROGRAM.format(url=server.url("/object")) + "say('loading')\ndigest()\n"
@@ -256,7 +248,7 @@ def loading(server: FaultServer) -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.mark.row("Ctrl-C")
-def test_ctrl_c_is_a_keyboard_interrupt_within_a_second(loading: subprocess.Popen[str]) -> None:
+def test_ctrl_c_is_a_keyboard_interrupt_within_a_second(loading: subprocess.Popen[str], workers_of: WorkersOf) -> None:
     started = time.monotonic()
     os.killpg(loading.pid, signal.SIGINT)
     _, err = loading.communicate(timeout=10)
@@ -268,15 +260,16 @@ def test_ctrl_c_is_a_keyboard_interrupt_within_a_second(loading: subprocess.Pope
 
 
 @pytest.mark.row("parent killed")
-def test_killed_parent_takes_its_workers_along_within_a_second(loading: subprocess.Popen[str]) -> None:
-    names = set(os.listdir("/dev/shm"))
+def test_killed_parent_takes_its_workers_along_within_a_second(
+    loading: subprocess.Popen[str], workers_of: WorkersOf, new_shared_memory: Callable[[], set[str]]
+) -> None:
     loading.kill()
     loading.wait()
     wait_until(lambda: not workers_of(loading.pid), 1.0)
-    assert set(os.listdir("/dev/shm")) <= names
+    assert not new_shared_memory()
 
 
-def test_terminated_parent_takes_its_workers_along(loading: subprocess.Popen[str]) -> None:
+def test_terminated_parent_takes_its_workers_along(loading: subprocess.Popen[str], workers_of: WorkersOf) -> None:
     loading.terminate()
     loading.wait()
     wait_until(lambda: not workers_of(loading.pid), 1.0)
