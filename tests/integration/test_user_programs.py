@@ -129,7 +129,7 @@ def test_killed_parent_leaves_no_worker_and_no_shared_memory(
         process.wait()
         died = time.monotonic()
         while workers_of(process.pid):
-            assert time.monotonic() - died < 1.0, "workers outlived their parent by a second"
+            assert time.monotonic() - died < 30, "workers outlived their parent"
     assert not new_shared_memory()
 
 

@@ -29,7 +29,7 @@ PART = 64 * KiB
 TINY = {"max_memory": 4 * PART, "part_size": PART}
 
 
-def wait_until(condition: Callable[[], object], timeout_s: float = 10.0) -> None:
+def wait_until(condition: Callable[[], object], timeout_s: float = 30.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "it did not come to pass"
@@ -118,7 +118,7 @@ def test_discarding_a_fill_that_another_thread_waits_for_does_no_harm(
     waiting.start()
     wait_until(lambda: transfer.is_awaited(0))
     transfer.discard(0, 1)
-    waiting.join(20)
+    waiting.join(30)
     transfer.close()
     assert taken == [data[:PART]]
 
@@ -194,7 +194,7 @@ def test_views_that_are_held_end_in_an_error_that_names_the_knob(
     started = time.monotonic()
     with pytest.raises(ArenaExhausted, match="MPREADER_MAX_MEMORY") as caught:
         transfer.take(4)
-    assert 0.3 <= time.monotonic() - started < 3
+    assert time.monotonic() - started >= 0.3
     assert f"{4 * PART} are held" in str(caught.value)
     held.clear()
     del caught
@@ -214,11 +214,9 @@ def test_views_that_end_in_another_thread_make_room(make_pool: MakePool, make_fi
 
 def test_fill_larger_than_the_limit_is_refused_at_once(make_pool: MakePool, source: Any) -> None:
     parts = tuple(FillPart(start, start + PART, start) for start in range(0, 8 * PART, PART))
-    transfer = make_pool(lease_timeout_s=30, **TINY).read([Fill(source, 8 * PART, parts)])
-    started = time.monotonic()
+    transfer = make_pool(lease_timeout_s=3600, **TINY).read([Fill(source, 8 * PART, parts)])
     with pytest.raises(ArenaExhausted, match=r"in one piece.*MPREADER_MAX_MEMORY"):
         transfer.take(0)
-    assert time.monotonic() - started < 5
     transfer.close()
 
 
@@ -276,7 +274,7 @@ def test_views_stay_valid_after_close_and_take_their_memory_along(
 
 
 def test_close_ends_a_take_that_waits(make_pool: MakePool, make_fills: MakeFills, server: FaultServer) -> None:
-    server.inject(Fault(FaultKind.STALL, seconds=60))
+    server.inject(Fault(FaultKind.STALL, seconds=3600))
     pool = make_pool()
     by_transfer, by_pool = pool.read(make_fills(PART, 2)), pool.read(make_fills(PART, 2, start=MiB))
 
@@ -287,9 +285,7 @@ def test_close_ends_a_take_that_waits(make_pool: MakePool, make_fills: MakeFills
     def close() -> None:
         wait_until(lambda: by_transfer._awaited and by_pool._awaited)
         by_transfer.close()
-        started = time.monotonic()
         pool.close()
-        assert time.monotonic() - started < 2
 
     run_all(lambda: take(by_transfer), lambda: take(by_pool), close)
     with pytest.raises(PoolClosed, match="make a new one"):
@@ -299,15 +295,14 @@ def test_close_ends_a_take_that_waits(make_pool: MakePool, make_fills: MakeFills
 def test_transfer_close_cancels_downloads_and_gives_their_memory_to_others(
     make_pool: MakePool, make_fills: MakeFills, server: FaultServer, data: bytes
 ) -> None:
-    server.inject(Fault(FaultKind.STALL, at=range(1, 5), seconds=60, after_bytes=1000))
-    pool = make_pool(lease_timeout_s=30, **TINY)
+    server.inject(Fault(FaultKind.STALL, at=range(1, 5), seconds=3600, after_bytes=1000))
+    pool = make_pool(lease_timeout_s=3600, stall_timeout_s=3600, timeout_s=3600, **TINY)
     abandoned = pool.read(make_fills(PART, 4))
     server.wait_for_requests(4)
     abandoned.close()
-    started = time.monotonic()
     transfer = pool.read(make_fills(PART, 4))
-    take_all(transfer, data)
-    assert time.monotonic() - started < 5, "it waited for downloads that nobody wants"
+    take_all(transfer, data)  # all memory was taken by downloads that would not have ended
+    assert len(server.requests) == 8
     transfer.close()
 
 
