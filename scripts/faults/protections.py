@@ -195,7 +195,7 @@ PROTECTIONS = (
         "            if parent_pidfd in ready:\n                return\n"
         "            if ready and not self._handle_message():\n                return\n",
         "            if self._sock.fileno() in ready:\n                self._handle_message()\n",
-        "tests/integration/pool/test_lifecycle.py::test_killed_parent_takes_its_workers_along_within_a_second",
+        "tests/integration/pool/test_lifecycle.py::test_killed_parent_takes_its_workers_along",
     ),
     Protection(
         "parent killed",

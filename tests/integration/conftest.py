@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import pytest
@@ -42,6 +44,12 @@ class ServedSource:
         return Route(False, "127.0.0.1", self._port, self.key, (("Host", f"127.0.0.1:{self._port}"),))
 
 
+class WorkersOf(Protocol):
+    """Process ids of the running workers of a process, which itself may have ended."""
+
+    def __call__(self, pid: int) -> list[int]: ...
+
+
 class MakePool(Protocol):
     """Makes a pool that is closed when the test ends."""
 
@@ -54,6 +62,20 @@ class CutObject(Protocol):
     """Cuts an object into slot reads of ``size`` bytes, one part each."""
 
     def __call__(self, size: int, count: int | None = None, start: int = 0) -> list[SlotRead]: ...
+
+
+@pytest.fixture
+def workers_of() -> WorkersOf:
+    def workers_of(pid: int) -> list[int]:
+        start = re.compile(rb"mpreader\.pool\.worker\.main import main; main\(\d+, %d, " % pid)
+        found = []
+        for entry in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                if start.search(entry.read_bytes()):  # that of a process which waits to be reaped is empty
+                    found.append(int(entry.parent.name))
+        return found
+
+    return workers_of
 
 
 @pytest.fixture

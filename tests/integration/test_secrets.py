@@ -11,7 +11,7 @@ import socket
 import stat
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
@@ -276,8 +276,9 @@ def test_error_repeats_nothing_of_what_a_server_says_was_signed(
 
 
 @pytest.mark.row("secrets")
-def test_shared_memory_has_no_name_and_is_its_owners_alone(server: FaultServer, data: bytes) -> None:
-    before = set(os.listdir("/dev/shm"))
+def test_shared_memory_has_no_name_and_is_its_owners_alone(
+    server: FaultServer, data: bytes, new_shared_memory: Callable[[], set[str]]
+) -> None:
     umask = os.umask(0)
     try:
         with RangeFetcher(pool_config=CONFIG) as fetcher:
@@ -293,7 +294,7 @@ def test_shared_memory_has_no_name_and_is_its_owners_alone(server: FaultServer, 
                 status = os.fstat(segment.fd)
                 assert stat.S_IMODE(status.st_mode) == 0o600
                 assert status.st_nlink == 0
-            assert set(os.listdir("/dev/shm")) <= before
+            assert not new_shared_memory()
             assert views == [data[:1000], data[:MiB]]
     finally:
         os.umask(umask)

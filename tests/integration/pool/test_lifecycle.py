@@ -6,10 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -17,7 +19,10 @@ from mpreader import PoolConfig, RangeFetcher
 from mpreader.config import KiB, MiB
 from mpreader.testing import Fault, FaultKind, FaultServer
 
-pytestmark = pytest.mark.timeout(60)
+if TYPE_CHECKING:
+    from tests.integration.conftest import WorkersOf
+
+pytestmark = pytest.mark.timeout(90)
 
 PROGRAM = """
 import hashlib, os, signal, sys, threading, time, warnings
@@ -36,35 +41,34 @@ def say(*words):
 """
 
 
-def run(program: str, server: FaultServer, *, stdin: bool = False) -> list[str]:
-    """Run a program in a session of its own; it must succeed and print nothing to stderr."""
+def start(program: str, server: FaultServer, *, by_stdin: bool = False) -> subprocess.Popen[str]:
+    """Start a program in a session of its own."""
     code = PROGRAM.format(url=server.url("/object")) + program
-    process = subprocess.Popen(
-        [sys.executable] if stdin else [sys.executable, "-c", code],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    out, err = process.communicate(code if stdin else None, timeout=40)
+    with tempfile.TemporaryFile("w+") as stdin:
+        stdin.write(code)
+        stdin.seek(0)
+        return subprocess.Popen(
+            [sys.executable] if by_stdin else [sys.executable, "-c", code],
+            stdin=stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+
+def output_of(process: subprocess.Popen[str]) -> list[str]:
+    """Wait for a program, which must succeed and print nothing to stderr."""
+    out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (0, "")
     return out.splitlines()
 
 
-def workers_of(pid: int) -> list[int]:
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            command = entry.read_text(errors="replace")
-        except OSError:
-            continue
-        if "mpreader.pool.worker.main" in command and f", {pid}, " in command:
-            found.append(int(entry.parent.name))
-    return found
+def run(program: str, server: FaultServer, *, by_stdin: bool = False) -> list[str]:
+    return output_of(start(program, server, by_stdin=by_stdin))
 
 
-def wait_until(condition: Callable[[], object], timeout_s: float) -> None:
+def wait_until(condition: Callable[[], object], timeout_s: float = 30.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"it did not come to pass in {timeout_s} s"
@@ -81,14 +85,13 @@ def digest(data: bytes) -> str:
 # -- exits
 
 
-@pytest.mark.parametrize("stdin", [False, True], ids=["-c", "stdin"])
-def test_program_without_guard_or_close_ends_silently(server: FaultServer, digest: str, stdin: bool) -> None:
-    assert run("say(digest())", server, stdin=stdin) == [digest]
+@pytest.mark.parametrize("by_stdin", [False, True], ids=["-c", "stdin"])
+def test_program_without_guard_or_close_ends_silently(server: FaultServer, digest: str, by_stdin: bool) -> None:
+    assert run("say(digest())", server, by_stdin=by_stdin) == [digest]
 
 
 def test_program_that_ends_in_the_middle_of_a_load_ends_at_once(server: FaultServer) -> None:
-    server.inject(Fault(FaultKind.STALL, seconds=60))
-    started = time.monotonic()
+    server.inject(Fault(FaultKind.STALL, seconds=3600))
     program = """
 def load():
     try:
@@ -100,7 +103,6 @@ while not fetcher._engine.pool.is_running:
     time.sleep(0.01)
 """
     run(program, server)
-    assert time.monotonic() - started < 10
 
 
 @pytest.mark.row("exception in the consumer; reader dropped without close")
@@ -185,7 +187,7 @@ for number in range(25):
     if pid == 0:
         fetcher.close()
         os._exit(0)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while os.waitpid(pid, os.WNOHANG) == (0, 0):
         if time.monotonic() > deadline:
             os.kill(pid, signal.SIGKILL)
@@ -235,17 +237,10 @@ say(digest())
 
 
 @pytest.fixture
-def loading(server: FaultServer) -> Iterator[subprocess.Popen[str]]:
-    """A program in its own process group that is in the middle of a load, with workers."""
-    server.inject(Fault(FaultKind.STALL, seconds=60, after_bytes=1000))
-    program = PROGRAM.format(url=server.url("/object")) + "say('loading')\ndigest()\n"
-    process = subprocess.Popen(
-        [sys.executable, "-c", program],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+def loading(server: FaultServer, workers_of: WorkersOf) -> Iterator[subprocess.Popen[str]]:
+    """A program in its own process group that is in the middle of a load, with workers, and would never end."""
+    server.inject(Fault(FaultKind.STALL, seconds=3600, after_bytes=1000))
+    process = start("digest()", server)
     try:
         server.wait_for_requests(4)
         assert len(workers_of(process.pid)) == 2
@@ -256,11 +251,9 @@ def loading(server: FaultServer) -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.mark.row("Ctrl-C")
-def test_ctrl_c_is_a_keyboard_interrupt_within_a_second(loading: subprocess.Popen[str]) -> None:
-    started = time.monotonic()
+def test_ctrl_c_is_a_keyboard_interrupt_at_once(loading: subprocess.Popen[str], workers_of: WorkersOf) -> None:
     os.killpg(loading.pid, signal.SIGINT)
-    _, err = loading.communicate(timeout=10)
-    assert time.monotonic() - started < 1.5  # one second, and the end of the interpreter
+    _, err = loading.communicate(timeout=30)
     assert loading.returncode == -signal.SIGINT
     assert err.count("Traceback") == 1, err
     assert err.rstrip().endswith("KeyboardInterrupt")
@@ -268,33 +261,35 @@ def test_ctrl_c_is_a_keyboard_interrupt_within_a_second(loading: subprocess.Pope
 
 
 @pytest.mark.row("parent killed")
-def test_killed_parent_takes_its_workers_along_within_a_second(loading: subprocess.Popen[str]) -> None:
-    names = set(os.listdir("/dev/shm"))
+def test_killed_parent_takes_its_workers_along(
+    loading: subprocess.Popen[str], workers_of: WorkersOf, new_shared_memory: Callable[[], set[str]]
+) -> None:
     loading.kill()
     loading.wait()
-    wait_until(lambda: not workers_of(loading.pid), 1.0)
-    assert set(os.listdir("/dev/shm")) <= names
+    wait_until(lambda: not workers_of(loading.pid))
+    assert not new_shared_memory()
 
 
-def test_terminated_parent_takes_its_workers_along(loading: subprocess.Popen[str]) -> None:
+def test_terminated_parent_takes_its_workers_along(loading: subprocess.Popen[str], workers_of: WorkersOf) -> None:
     loading.terminate()
     loading.wait()
-    wait_until(lambda: not workers_of(loading.pid), 1.0)
+    wait_until(lambda: not workers_of(loading.pid))
 
 
 @pytest.mark.row("Ctrl-C")
 def test_keyboard_interrupt_in_a_fetch_leaves_the_fetcher_usable(server: FaultServer, digest: str) -> None:
-    server.inject(Fault(FaultKind.STALL, at=range(1, 4), seconds=60, after_bytes=1000))
+    server.inject(Fault(FaultKind.STALL, at=range(1, 4), seconds=3600, after_bytes=1000))
     program = """
-threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
-started = time.monotonic()
 try:
     digest()
 except KeyboardInterrupt:
-    say("interrupted", time.monotonic() - started < 1.5)
+    say("interrupted")
 say(digest())
 """
-    assert run(program, server) == ["interrupted True", digest]
+    process = start(program, server)
+    server.wait_for_requests(4)
+    process.send_signal(signal.SIGINT)
+    assert output_of(process) == ["interrupted", digest]
 
 
 # -- workers
@@ -324,23 +319,21 @@ def private_bytes(pid: int) -> int:
     return total
 
 
-def test_workers_start_fast_and_stay_small(
-    fetcher: RangeFetcher, server: FaultServer, data: bytes, record_property: Callable[[str, object], None]
-) -> None:
-    started = time.monotonic()
+def processor_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_workers_start_fast_and_stay_small(fetcher: RangeFetcher, server: FaultServer, data: bytes) -> None:
     fetcher._engine.pool.start()
     coordinator = fetcher._engine.pool.coordinator
     assert coordinator is not None
-    wait_until(lambda: all(worker.is_ready for worker in coordinator.workers._workers), 5.0)
-    start_s = time.monotonic() - started
+    wait_until(lambda: all(worker.is_ready for worker in coordinator.workers._workers))
+    # About 0.04 s; an import of boto3 or numpy costs more than the whole.
+    assert max(processor_seconds(pid) for pid in pids(fetcher)) < 0.25
     for _ in range(3):
         assert fetcher.fetch_object(server.url("/object")) == data
-    sizes = [private_bytes(pid) for pid in pids(fetcher)]
-    record_property("start_s", start_s)
-    record_property("worker_bytes", max(sizes))
-    print(f"start of 2 workers: {start_s * 1000:.0f} ms; memory of each: {[size // KiB for size in sizes]} KiB")  # noqa: T201
-    assert start_s < 1.0
-    assert max(sizes) < 40 * MiB
+    assert max(private_bytes(pid) for pid in pids(fetcher)) < 40 * MiB
 
 
 def test_workers_import_nothing_heavy(fetcher: RangeFetcher, server: FaultServer) -> None:

@@ -31,7 +31,7 @@ PART = 64 * KiB
 TINY = {"max_memory": 4 * PART, "part_size": PART}
 
 
-def wait_until(condition: Callable[[], object], timeout_s: float = 10.0) -> None:
+def wait_until(condition: Callable[[], object], timeout_s: float = 30.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "it did not come to pass"
@@ -124,7 +124,7 @@ def test_discarding_a_slot_read_that_another_thread_waits_for_does_no_harm(
     waiting.start()
     wait_until(lambda: transfer._pending)
     transfer.discard(0, 1)
-    waiting.join(20)
+    waiting.join(30)
     transfer.close()
     assert taken == [data[:PART]]
 
@@ -202,7 +202,7 @@ def test_views_that_are_held_end_in_an_error_that_names_the_knob(
     started = time.monotonic()
     with pytest.raises(ArenaExhausted, match="MPREADER_MAX_MEMORY") as caught:
         transfer.take(4)
-    assert 0.3 <= time.monotonic() - started < 3
+    assert time.monotonic() - started >= 0.3
     assert f"{4 * PART} are held" in str(caught.value)
     held.clear()
     del caught
@@ -224,11 +224,9 @@ def test_views_that_end_in_another_thread_make_room(
 
 def test_slot_read_larger_than_the_limit_is_refused_at_once(make_pool: MakePool, source: Any) -> None:
     parts = tuple(Part(start, start + PART, slot_offset=start) for start in range(0, 8 * PART, PART))
-    transfer = make_pool(lease_timeout_s=30, **TINY).read([source], [SlotRead(0, 8 * PART, parts)])
-    started = time.monotonic()
+    transfer = make_pool(lease_timeout_s=3600, **TINY).read([source], [SlotRead(0, 8 * PART, parts)])
     with pytest.raises(ArenaExhausted, match=r"in one piece.*MPREADER_MAX_MEMORY"):
         transfer.take(0)
-    assert time.monotonic() - started < 5
     transfer.close()
 
 
@@ -288,7 +286,7 @@ def test_views_stay_valid_after_close_and_take_their_memory_along(
 def test_close_ends_a_take_that_waits(
     make_pool: MakePool, cut_object: CutObject, source: Any, server: FaultServer
 ) -> None:
-    server.inject(Fault(FaultKind.STALL, seconds=60))
+    server.inject(Fault(FaultKind.STALL, seconds=3600))
     pool = make_pool()
     by_transfer, by_pool = pool.read([source], cut_object(PART, 2)), pool.read([source], cut_object(PART, 2, start=MiB))
 
@@ -299,9 +297,7 @@ def test_close_ends_a_take_that_waits(
     def close() -> None:
         wait_until(lambda: by_transfer._pending and by_pool._pending)
         by_transfer.close()
-        started = time.monotonic()
         pool.close()
-        assert time.monotonic() - started < 2
 
     run_all(lambda: take(by_transfer), lambda: take(by_pool), close)
     with pytest.raises(PoolClosed, match="make a new one"):
@@ -311,15 +307,15 @@ def test_close_ends_a_take_that_waits(
 def test_transfer_close_cancels_downloads_and_gives_their_memory_to_others(
     make_pool: MakePool, cut_object: CutObject, source: Any, server: FaultServer, data: bytes
 ) -> None:
-    server.inject(Fault(FaultKind.STALL, at=range(1, 5), seconds=60, after_bytes=1000))
-    pool = make_pool(lease_timeout_s=30, **TINY)
+    server.inject(Fault(FaultKind.STALL, at=range(1, 5), seconds=3600, after_bytes=1000))
+    # Two workers have four parts in flight from the start, however busy the host is.
+    pool = make_pool(workers=2, lease_timeout_s=3600, stall_timeout_s=3600, timeout_s=3600, **TINY)
     abandoned = pool.read([source], cut_object(PART, 4))
     server.wait_for_requests(4)
     abandoned.close()
-    started = time.monotonic()
     transfer = pool.read([source], cut_object(PART, 4))
-    take_all(transfer, data)
-    assert time.monotonic() - started < 5, "it waited for downloads that nobody wants"
+    take_all(transfer, data)  # all memory was taken by downloads that would not have ended
+    assert len(server.requests) == 8
     transfer.close()
 
 
