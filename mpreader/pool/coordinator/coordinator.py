@@ -282,7 +282,7 @@ class Coordinator:
                 end=part.part.end,
                 received=nbytes,
                 started_s=news.started_s,
-                first_byte_s=news.answered_s or ended_s,
+                first_byte_s=news.first_byte_s or ended_s,
                 ended_s=ended_s,
                 outcome=news.kind.name.lower() if isinstance(news, Failed) else "ok",
                 attempt=part.requests,
@@ -340,7 +340,7 @@ class Coordinator:
 
     def _note_pace(self, part: PartState | None, fetched: Fetched, now: float) -> None:
         if part is not None and not part.received:  # otherwise this was only the rest of it
-            self._pace.note(*_kind(part), fetched.seconds, fetched.stalled_s, now)
+            self._pace.note(*_kind(part), fetched.seconds, fetched.processor_wait_s, now)
 
     def _announce_segments(self) -> None:
         made, dropped = self._arena.take_changes()
