@@ -318,7 +318,7 @@ class Coordinator:
             return
         self._scheduler.fetched(result.part)
         if part is not None and not part.received:  # otherwise this was only the rest of it
-            self._limiter.note(*_kind(part), result.seconds, result.stalled_s, now)
+            self._limiter.note(*_kind(part), result.seconds, result.processor_wait_s, now)
 
     def _watch(self) -> None:
         now = time.monotonic()

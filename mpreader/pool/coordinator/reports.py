@@ -37,7 +37,7 @@ def report_request(part: PartState, worker: int, nbytes: int, result: Fetched | 
         end=part.part.end,
         received=nbytes,
         started_s=result.started_s,
-        first_byte_s=result.answered_s or ended_s,
+        first_byte_s=result.first_byte_s or ended_s,
         ended_s=ended_s,
         outcome=result.kind.name.lower() if isinstance(result, Failed) else "ok",
         attempt=part.requests,

@@ -1,4 +1,4 @@
-"""One ranged GET against a real server: what is accepted, and what everything else is called."""
+"""Ranged GETs of a connection against a real server: exact bytes, or the kind of failure and the bytes received."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-import mpreader.pool.worker.connection as connection_module
-from mpreader.pool.worker.connection import CHUNK_BYTES, Connection, GetFailed
+from mpreader.pool.worker.connection import CHUNK_BYTES, Connection
+from mpreader.pool.worker.failure import GetFailed
 from mpreader.pool.worker.messages import FailureKind, Fetch
 from mpreader.pool.worker.route import Route
+from mpreader.pool.worker.transport import open_socket
 from mpreader.testing import Fault, FaultKind, FaultServer
 
 DATA = os.urandom(2_000_000)
@@ -72,7 +73,7 @@ def test_get_keeps_the_connection(connection: Connection, server: FaultServer) -
 
 
 def test_get_survives_a_server_that_closes_idle_connections(connection: Connection) -> None:
-    # Each connection serves one answer that does not say it is the last, and is closed behind it.
+    # Each connection serves one response that does not say it is the last, and is closed after it.
     listener = socket.create_server(("127.0.0.1", 0))
     head = (
         f"HTTP/1.1 206 P\r\nContent-Range: bytes 0-9/{len(DATA)}\r\nETag: {ETAG}\r\nContent-Length: 10\r\n\r\n".encode()
@@ -135,12 +136,12 @@ def test_get_refuses(connection: Connection, server: FaultServer, fault: Fault, 
     assert get(connection, server) == DATA[100_000:1_100_000], "the next GET must be on a fresh connection"
 
 
-def test_get_of_a_whole_object_answer_does_not_read_its_body(connection: Connection, server: FaultServer) -> None:
+def test_get_answered_with_the_whole_object_does_not_read_its_body(connection: Connection, server: FaultServer) -> None:
     server.inject(Fault(FaultKind.WHOLE_OBJECT))
     into = bytearray(1000)
     port = int(server.endpoint_url.rpartition(":")[2])
     failure_of(lambda: connection.get(fetch_from(port, 0, 1000), memoryview(into)))
-    assert into == bytes(1000), "bytes of a wrong answer were written into the slot"
+    assert into == bytes(1000), "bytes of a wrong response were written into the slot"
 
 
 @pytest.mark.parametrize("kind", [FaultKind.RESET, FaultKind.EARLY_CLOSE])
@@ -183,7 +184,7 @@ def test_get_can_be_aborted_from_another_thread(connection: Connection, server: 
     assert connection.deadline == float("inf")
 
 
-def test_get_that_is_cancelled_before_it_begins_asks_for_nothing(connection: Connection, server: FaultServer) -> None:
+def test_get_that_is_cancelled_before_it_begins_requests_nothing(connection: Connection, server: FaultServer) -> None:
     port = int(server.endpoint_url.rpartition(":")[2])
     failure = failure_of(lambda: connection.get(fetch_from(port, 0, 100), memoryview(bytearray(100)), {7}))
     assert failure.kind is FailureKind.CANCELLED
@@ -191,17 +192,15 @@ def test_get_that_is_cancelled_before_it_begins_asks_for_nothing(connection: Con
     assert connection.part is None
 
 
-def test_get_that_is_aborted_while_it_connects_asks_for_nothing(
+def test_get_that_is_aborted_while_it_connects_requests_nothing(
     connection: Connection, server: FaultServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    open_socket = connection_module._open
-
-    def open_late(*arguments: Any) -> socket.socket:
+    def open_and_abort(*arguments: Any) -> socket.socket:
         sock = open_socket(*arguments)
         connection.abort(FailureKind.CANCELLED)
         return sock
 
-    monkeypatch.setattr(connection_module, "_open", open_late)
+    monkeypatch.setattr("mpreader.pool.worker.connection.open_socket", open_and_abort)
     assert failure_of(lambda: get(connection, server)).kind is FailureKind.CANCELLED
     assert server.requests == []
 

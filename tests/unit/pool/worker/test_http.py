@@ -1,4 +1,4 @@
-"""Answers as they come off a socket: those that are understood, and that all others are refused."""
+"""HTTP responses as they come off a socket: those that are understood, and the refusal of all others."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpreader.pool.worker.http import MAX_HEAD_BYTES, Answer, HttpStream, MalformedAnswer
+from mpreader.pool.worker.http import MAX_HEAD_BYTES, HttpSocket, MalformedResponse, Response
 
 
-def body_of(raw: bytes, most: int = 1 << 20) -> tuple[Answer, bytes]:
-    """What is made of what a server sends before it closes."""
+def body_of(raw: bytes, most: int = 1 << 20) -> tuple[Response, bytes]:
+    """Response that is parsed from what a server sends before it closes, and its body."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
         theirs.sendall(raw)
         theirs.shutdown(socket.SHUT_WR)
-        answer = HttpStream(ours).read_answer()
-        return answer, answer.read(most)
+        response = HttpSocket(ours).read_response()
+        return response, response.read(most)
 
 
-def test_answer_tells_status_headers_and_body() -> None:
+def test_response_tells_status_headers_and_body() -> None:
     raw = b'HTTP/1.1 206 Partial Content\r\nETag: "a"\r\nX-Two: 1\r\nx-two:2 \r\nContent-Length: 5\r\n\r\nhelloBEYOND'
-    answer, body = body_of(raw)
-    assert (answer.status, answer.length, answer.is_chunked, answer.will_close) == (206, 5, False, False)
-    assert (answer.header("etag"), answer.header("x-two"), answer.header("none", "default")) == (
+    response, body = body_of(raw)
+    assert (response.status, response.length, response.is_chunked, response.will_close) == (206, 5, False, False)
+    assert (response.header("etag"), response.header("x-two"), response.header("none", "default")) == (
         '"a"',
         "1, 2",
         "default",
@@ -35,9 +35,9 @@ def test_answer_tells_status_headers_and_body() -> None:
     assert body == b"hello"
 
 
-def test_interim_answers_are_left_out() -> None:
-    answer, body = body_of(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
-    assert (answer.status, body) == (200, b"ok")
+def test_interim_responses_are_left_out() -> None:
+    response, body = body_of(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+    assert (response.status, body) == (200, b"ok")
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_interim_answers_are_left_out() -> None:
         ("HTTP/1.1 200", True),  # the body ends with the connection
     ],
 )
-def test_answer_tells_whether_the_connection_ends(head: str, will_close: bool) -> None:
+def test_response_tells_whether_the_connection_ends(head: str, will_close: bool) -> None:
     assert body_of(head.encode() + b"\r\n\r\n")[0].will_close is will_close
 
 
@@ -62,9 +62,9 @@ def test_chunked_body_is_what_was_cut(data: bytes, cuts: list[int]) -> None:
         if chunk := data[start : start + cut]:
             raw += b"%x;name=value\r\n%s\r\n" % (len(chunk), chunk)
         start += cut
-    answer, body = body_of(raw + b"0\r\nTrailer: x\r\n\r\n")
-    assert answer.length is None
-    assert not answer.will_close
+    response, body = body_of(raw + b"0\r\nTrailer: x\r\n\r\n")
+    assert response.length is None
+    assert not response.will_close
     assert body == data
 
 
@@ -91,7 +91,7 @@ def test_chunked_body_is_what_was_cut(data: bytes, cuts: list[int]) -> None:
     ],
 )
 def test_what_is_not_understood_is_refused(raw: bytes) -> None:
-    with pytest.raises(MalformedAnswer):
+    with pytest.raises(MalformedResponse):
         body_of(raw)
 
 
@@ -101,7 +101,7 @@ heads = st.sampled_from([b"", b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 206 P\r\nTransf
 @given(head=heads, rest=st.binary(max_size=300))
 @settings(max_examples=300, deadline=None)
 def test_no_bytes_do_anything_but_be_read_or_refused(head: bytes, rest: bytes) -> None:
-    with contextlib.suppress(MalformedAnswer):
+    with contextlib.suppress(MalformedResponse):
         body_of(head + rest)
 
 
@@ -110,7 +110,7 @@ def test_request_with_a_line_break_in_it_is_not_sent(target: str, value: str) ->
     ours, theirs = socket.socketpair()
     with ours, theirs:
         with pytest.raises(ValueError, match="control character"):
-            HttpStream(ours).send("GET", target, [("If-Match", value)])
+            HttpSocket(ours).send_request("GET", target, [("If-Match", value)])
         ours.shutdown(socket.SHUT_WR)
         assert theirs.recv(100) == b""
 
@@ -119,6 +119,6 @@ def test_rest_of_a_connection_is_noticed() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         theirs.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\nab")
-        stream = HttpStream(ours)
-        assert stream.read_answer().read(1) == b"a"
-        assert stream.has_rest
+        stream = HttpSocket(ours)
+        assert stream.read_response().read(1) == b"a"
+        assert stream.has_unread_bytes
