@@ -57,10 +57,10 @@ def group_ranges(ranges: Sequence[ItemRange], max_gap: float, order: StreamOrder
     In the order of the input, only neighbours in the input that ascend can be: memory would not stay bounded otherwise.
     """
     if order != "input":
-        yield from coalesce(ranges, max_gap)
+        yield from coalesce(ranges, max_gap_bytes=max_gap)
         return
     for start, stop in _ascending(ranges):
-        for group in coalesce(ranges[start:stop], max_gap):
+        for group in coalesce(ranges[start:stop], max_gap_bytes=max_gap):
             indices = tuple(start + index for index in group.indices)
             yield RangeGroup(group.start, group.end, group.item_ranges, indices)
 
@@ -85,7 +85,7 @@ def pack(order: int, source: Source, groups: Iterable[RangeGroup], part_bytes: i
         if parts and slot_offset + size > slot_bytes:
             yield Batch(order, Fill(source, nbytes, tuple(parts), over_read), tuple(members))
             parts, members, slot_offset, over_read = [], [], 0, 0
-        for part in partition(group, part_bytes):
+        for part in partition(group, part_bytes=part_bytes):
             parts.append(FillPart(part.start, part.end, slot_offset + part.start - group.start))
             over_read += part.over_read
         for index, item_range in zip(group.indices, group.item_ranges, strict=True):

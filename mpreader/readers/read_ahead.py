@@ -46,7 +46,7 @@ class ReadAhead:
         self.ranges_by_file = ranges_by_file
         self.parts_by_file: dict[str, tuple[int, list[Part]]] = {}
         fills: list[Fill] = []
-        for uri, plan in plan_files(ranges_by_file, gap, pool.sizes.part_bytes).items():
+        for uri, plan in plan_files(ranges_by_file, max_gap_bytes=gap, part_bytes=pool.sizes.part_bytes).items():
             self.parts_by_file[uri] = (len(fills), plan.parts)
             source = S3Source(client, *parse_s3_uri(uri))
             fills.extend(
