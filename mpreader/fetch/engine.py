@@ -25,7 +25,7 @@ from mpreader.pool.pool import Pool
 from mpreader.pool.source import ObjectVersion, Source
 from mpreader.pool.transfer import Transfer
 from mpreader.ranges import ItemRange, check_max_gap
-from mpreader.sources.versions import pin
+from mpreader.sources.versions import resolve_versions
 from mpreader.telemetry.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Engine:
 
     def stat(self, uri: str, deadline: float) -> ObjectVersion:
         """Ask for the version of an object."""
-        return pin([self._source(uri)], deadline, lambda: self.pool.is_closed)[0].version
+        return resolve_versions([self._source(uri)], deadline, lambda: self.pool.is_closed)[0].version
 
     def plan_fetch(
         self, ranges_by_source: Mapping[str, Ranges], max_gap_size: float, deadline: float, *, has_room: bool
@@ -141,7 +141,7 @@ class Engine:
         sources: list[Source] = [self._source(uri) for uri in wanted]
         relative = [number for number, ranges in enumerate(wanted.values()) if is_relative(ranges)]
         sizes = {}
-        pinned = pin([sources[number] for number in relative], deadline, lambda: self.pool.is_closed)
+        pinned = resolve_versions([sources[number] for number in relative], deadline, lambda: self.pool.is_closed)
         for number, source in zip(relative, pinned, strict=True):
             sources[number], sizes[number] = source, source.version.size
         return sources, [

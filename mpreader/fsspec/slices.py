@@ -7,24 +7,22 @@ from __future__ import annotations
 
 import errno
 import io
+import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Final
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from mpreader.config import PoolConfig, S3ClientConfig
 from mpreader.errors import MpreaderError
 from mpreader.fetch.fetcher import RangeFetcher, SharedPoolFetcher
 from mpreader.pool.pool import release_shared_pool, shared_pool
 from mpreader.pool.source import ObjectVersion, Source
-from mpreader.sources.versions import PinnedSource
+from mpreader.sources.versions import PinnedSource, try_resolve_versions
 
 if TYPE_CHECKING:
     from mpreader.s3 import S3Client
 
 __all__ = ["SliceReader", "Slices", "is_url"]
-
-_MAX_HEADS: Final = 16  # at one time
 
 Slices = Mapping[str, Mapping[int, slice]]  # by path, and by a number for each
 
@@ -141,15 +139,18 @@ class SliceReader:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
         return S3Source(self.client(), bucket, key)
 
-    def _try_pin_all(self, paths: Sequence[str]) -> Iterable[tuple[str, PinnedSource | Exception]]:
-        if len(paths) < 2:
-            return zip(paths, map(self._try_pin, paths), strict=True)
-        with ThreadPoolExecutor(min(len(paths), _MAX_HEADS)) as threads:
-            return zip(paths, [*threads.map(self._try_pin, paths)], strict=True)
+    def _try_pin_all(self, paths: Iterable[str]) -> Iterable[tuple[str, PinnedSource | Exception]]:
+        opened = {path: self._try_source(path) for path in paths}
+        sources = {path: source for path, source in opened.items() if not isinstance(source, Exception)}
+        found: dict[str, Any] = {
+            **opened,
+            **dict(zip(sources, try_resolve_versions([*sources.values()], math.inf, lambda: False), strict=True)),
+        }
+        return found.items()
 
-    def _try_pin(self, path: str) -> PinnedSource | Exception:
+    def _try_source(self, path: str) -> Source | Exception:
         try:
-            return self.pin(path)
+            return self._source(path)
         except (MpreaderError, IsADirectoryError) as error:
             return error.with_traceback(None)
 
