@@ -19,7 +19,7 @@ from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 from fsspec.utils import isfilelike, stringify_path, tokenize
 
 from mpreader.config import PoolConfig, S3ClientConfig, check_type
-from mpreader.fetch.fetcher import DEFAULT_FETCH_GAP_SIZE
+from mpreader.fetch.arguments import DEFAULT_FETCH_GAP_SIZE
 from mpreader.fsspec.listing import Info, describe, list_below, list_folder
 from mpreader.fsspec.slices import SliceReader, is_url
 from mpreader.pool.source import ObjectVersion
