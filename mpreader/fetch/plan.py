@@ -163,13 +163,16 @@ class _Slot:
         return self._next_offset() + group.end - group.start
 
     def add(self, group: RangeGroup, part_bytes: int) -> None:
-        group_offset = self._next_offset()
+        slot_offset = self._next_offset()
+        shift = slot_offset - group.start  # from an offset in the object to one in the slot
         for part in partition(group, part_bytes=part_bytes):
-            self._parts.append(FillPart(part.start, part.end, group_offset + part.start - group.start))
+            self._parts.append(FillPart(part.start, part.end, part.start + shift))
             self._over_read += part.over_read
-        for index, item_range in zip(group.indices, group.item_ranges, strict=True):
-            self._members.append(Member(index, group_offset + item_range.start - group.start, item_range.size))
-        self._nbytes = group_offset + group.end - group.start
+        self._members += [
+            Member(position, item_range.start + shift, item_range.end - item_range.start)
+            for position, item_range in zip(group.indices, group.item_ranges, strict=True)
+        ]
+        self._nbytes = slot_offset + group.end - group.start
 
     def to_batch(self, source_index: int, source: Source) -> Batch:
         slot_read = Fill(source, self._nbytes, tuple(self._parts), self._over_read)
