@@ -25,11 +25,12 @@ from mpreader.pool.pool import Pool
 from mpreader.pool.source import ObjectVersion, Source
 from mpreader.pool.transfer import Transfer
 from mpreader.ranges import ItemRange, check_max_gap
+from mpreader.sources.uri import source_of
 from mpreader.sources.versions import resolve_versions
 from mpreader.telemetry.progress import progress_bar
 
 if TYPE_CHECKING:
-    from mpreader.s3 import S3Client
+    from mpreader.readers.client import S3Client
 
 __all__ = ["Engine", "Ranges", "deadline_of"]
 
@@ -64,7 +65,7 @@ class Engine:
         """The S3 client, made when it is first needed."""
         client = self._client
         if client is None:
-            from mpreader.s3 import S3Client
+            from mpreader.readers.client import S3Client
 
             # Without a lock, which a fork could leave closed: two of them would share a session all the same.
             client = self._client = S3Client(s3client_config=self._s3client_config)
@@ -159,19 +160,11 @@ class Engine:
     def _source(self, uri: str) -> Source:
         if uri in self._known:
             return self._known[uri]
-        if not isinstance(uri, str):
-            raise ConfigError(f"a source is text such as s3://bucket/key or https://host/path, got {uri!r}")
-        if uri.startswith("s3://"):
-            self.pool.start()  # while boto3 is imported and a client made
-            from mpreader.s3 import S3Source, parse_s3_uri
+        return source_of(uri, self._starting_client, self._s3client_config.max_attempts)
 
-            bucket, key = parse_s3_uri(uri)
-            if not key:
-                raise ConfigError(f"{uri!r} names a bucket, not an object in it; write s3://bucket/key")
-            return S3Source(self.client(), bucket, key)
-        from mpreader.sources.http import HttpSource
-
-        return HttpSource(uri, max_attempts=self._s3client_config.max_attempts)
+    def _starting_client(self) -> S3Client:
+        self.pool.start()  # while boto3 is imported and a client made
+        return self.client()
 
 
 def deadline_of(timeout_s: float | None) -> float:

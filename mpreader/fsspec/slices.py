@@ -17,10 +17,11 @@ from mpreader.errors import MpreaderError
 from mpreader.fetch.fetcher import RangeFetcher, SharedPoolFetcher
 from mpreader.pool.pool import release_shared_pool, shared_pool
 from mpreader.pool.source import ObjectVersion, Source
+from mpreader.sources.uri import source_of
 from mpreader.sources.versions import PinnedSource, try_resolve_versions
 
 if TYPE_CHECKING:
-    from mpreader.s3 import S3Client
+    from mpreader.readers.client import S3Client
 
 __all__ = ["SliceReader", "Slices", "is_url"]
 
@@ -43,7 +44,7 @@ class SliceReader:
     def client(self) -> S3Client:
         """The S3 client, made when it is first needed."""
         if self._client is None:
-            from mpreader.s3 import S3Client
+            from mpreader.readers.client import S3Client
 
             self._client = S3Client(s3client_config=self._s3client_config)
         return self._client
@@ -128,16 +129,10 @@ class SliceReader:
         release_shared_pool(shared_pool(self._pool_config, self._s3client_config))
 
     def _source(self, path: str) -> Source:
-        if is_url(path):
-            from mpreader.sources.http import HttpSource
-
-            return HttpSource(path, self._s3client_config.max_attempts)
-        from mpreader.s3 import S3Source
-
-        bucket, _, key = path.partition("/")
-        if not key:
+        if not is_url(path) and not path.partition("/")[2]:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
-        return S3Source(self.client(), bucket, key)
+        uri = path if is_url(path) else f"s3://{path}"
+        return source_of(uri, self.client, self._s3client_config.max_attempts)
 
     def _try_pin_all(self, paths: Iterable[str]) -> Iterable[tuple[str, PinnedSource | Exception]]:
         opened = {path: self._try_source(path) for path in paths}
