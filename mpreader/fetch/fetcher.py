@@ -20,7 +20,7 @@ from mpreader.pool.stats import PoolStats
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from mpreader.s3 import S3Client
+    from mpreader.readers.client import S3Client
 
 __all__ = ["RangeFetcher", "RangeStream", "SharedPoolFetcher", "fetch_ranges"]
 

@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from mpreader.config import S3ClientConfig
-from mpreader.errors import ConfigError
 from mpreader.pool.source import Source
+from mpreader.sources.uri import source_of
 
 if TYPE_CHECKING:
-    from mpreader.s3 import S3Client
+    from mpreader.readers.client import S3Client
 
 __all__ = ["Sources"]
 
@@ -44,7 +44,7 @@ class Sources:
         """Return the S3 client, which is made when it is first needed."""
         client = self._client
         if client is None:
-            from mpreader.s3 import S3Client
+            from mpreader.readers.client import S3Client
 
             # Without a lock, which a fork could leave closed: two clients would share a session all the same.
             client = self._client = S3Client(s3client_config=self._s3client_config)
@@ -58,21 +58,13 @@ class Sources:
         """
         if uri in self._known:
             return self._known[uri]
-        if not isinstance(uri, str):
-            raise ConfigError(f"a source is text such as s3://bucket/key or https://host/path, got {uri!r}")
-        if uri.startswith("s3://"):
-            self._on_client_needed()
-            from mpreader.s3 import S3Source, parse_s3_uri
-
-            bucket, key = parse_s3_uri(uri)
-            if not key:
-                raise ConfigError(f"{uri!r} names a bucket, not an object in it; write s3://bucket/key")
-            return S3Source(self.client(), bucket, key)
-        from mpreader.sources.http import HttpSource
-
-        return HttpSource(uri, max_attempts=self._s3client_config.max_attempts)
+        return source_of(uri, self._client_of_source, self._s3client_config.max_attempts)
 
     def close(self) -> None:
         """Close the connections of the S3 client; a later use opens new ones. Idempotent."""
         if self._client is not None:
             self._client.close()
+
+    def _client_of_source(self) -> S3Client:
+        self._on_client_needed()
+        return self.client()

@@ -25,7 +25,7 @@ from mpreader.pool.source import ObjectVersion, Source
 from mpreader.sources.versions import PinnedSource, try_resolve_versions
 
 if TYPE_CHECKING:
-    from mpreader.s3 import S3Client
+    from mpreader.readers.client import S3Client
 
 __all__ = ["SliceReader", "Slices", "is_url"]
 

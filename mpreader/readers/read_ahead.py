@@ -24,7 +24,7 @@ from mpreader.readers.protocols import GetObjectInfo, GetStream, PlanItem, Store
 from mpreader.telemetry.progress import progress_bar
 
 if TYPE_CHECKING:
-    from mpreader.s3 import S3Client
+    from mpreader.readers.client import S3Client
 
 __all__ = ["MultiprocessConstructor", "ReadAhead"]
 
@@ -41,7 +41,8 @@ class ReadAhead:
         *,
         progress: bool | None = False,
     ) -> None:
-        from mpreader.s3 import S3Source, parse_s3_uri
+        from mpreader.s3 import parse_s3_uri
+        from mpreader.sources.s3 import S3Source
 
         self.ranges_by_file = ranges_by_file
         self.parts_by_file: dict[str, tuple[int, list[Part]]] = {}
@@ -192,7 +193,7 @@ class MultiprocessConstructor(ItemRangeConstructor):
 
     def _order(self, ranges_by_file: Mapping[str, Sequence[ItemRange]]) -> ReadAhead:
         if self._client is None:
-            from mpreader.s3 import S3Client
+            from mpreader.readers.client import S3Client
 
             self._client = S3Client(s3client_config=self._s3client_config)
         return ReadAhead(self._get_pool(), self._client, ranges_by_file, self._max_gap_size, progress=self._progress)
