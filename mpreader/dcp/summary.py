@@ -242,7 +242,7 @@ def _file_requests(
             over_read_nbytes=sum(part.over_read for part in plan.parts),
             parts=tuple(plan.parts),
         )
-        for file, plan in plan_files(ranges_by_file, max_gap_size, part_size).items()
+        for file, plan in plan_files(ranges_by_file, max_gap_bytes=max_gap_size, part_bytes=part_size).items()
     )
 
 

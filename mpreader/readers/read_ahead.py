@@ -26,7 +26,7 @@ from mpreader.readers.protocols import GetObjectInfo, GetStream, PlanItem, Store
 from mpreader.telemetry.progress import Progress, progress_bar
 
 if TYPE_CHECKING:
-    from mpreader.s3 import S3Client
+    from mpreader.readers.client import S3Client
 
 __all__ = ["MultiprocessConstructor", "ReadAhead"]
 
@@ -43,13 +43,14 @@ class ReadAhead:
         *,
         progress: bool | None = False,
     ) -> None:
-        from mpreader.s3 import S3Source, parse_s3_uri
+        from mpreader.s3 import parse_s3_uri
+        from mpreader.sources.s3 import S3Source
 
         self.ranges_by_file = ranges_by_file
         self.parts_by_file: dict[str, tuple[int, list[Part]]] = {}
         sources = [S3Source(client, *parse_s3_uri(uri)) for uri in ranges_by_file]
         slot_reads: list[SlotRead] = []
-        plans = plan_files(ranges_by_file, gap, pool.sizes.part_bytes)
+        plans = plan_files(ranges_by_file, max_gap_bytes=gap, part_bytes=pool.sizes.part_bytes)
         for number, (uri, plan) in enumerate(plans.items()):
             self.parts_by_file[uri] = (len(slot_reads), plan.parts)
             slot_reads.extend(SlotRead(number, part.size, (part,), part.over_read) for part in plan.parts)
@@ -212,7 +213,7 @@ class MultiprocessConstructor(ItemRangeConstructor):
 
     def _order(self, ranges_by_file: Mapping[str, Sequence[ItemRange]]) -> ReadAhead:
         if self._client is None:
-            from mpreader.s3 import S3Client
+            from mpreader.readers.client import S3Client
 
             self._client = S3Client(s3client_config=self._s3client_config)
         return ReadAhead(self._get_pool(), self._client, ranges_by_file, self._max_gap_size, progress=self._progress)

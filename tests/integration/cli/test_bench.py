@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mpreader import PoolConfig
+from mpreader import PoolConfig, S3Client
 from mpreader.config import KiB, MiB
-from mpreader.s3 import S3Client
 from mpreader.testing import Fault, FaultKind, FaultServer, S3Server
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mpreader.s3 import S3Client
+from mpreader import S3Client
 
 SECRET = "wJalrXUtnFEMI/very-secret"
 

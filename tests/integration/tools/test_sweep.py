@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
+from mpreader import S3Client
 from mpreader.config import KiB, MiB, PoolConfig, S3ClientConfig
 from mpreader.errors import ConfigError, ObjectMissing, PlanError, PoolTimeout
-from mpreader.s3 import S3Client
 from mpreader.telemetry.events import RequestEvent, add_observer, remove_observer
 from mpreader.testing import Fault, FaultKind, FaultServer
 from mpreader.tools.bench.sweep import AXES, Results, Sweep, recommend, search, sweep
