@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from mpreader import PoolConfig
-from mpreader.pool import process
+from mpreader.pool.coordinator import process
 from mpreader.pool.pool import Pool
 from mpreader.pool.source import ObjectVersion
 from mpreader.pool.transfer import Fill, FillPart

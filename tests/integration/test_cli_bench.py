@@ -19,7 +19,7 @@ from mpreader.config import KiB, MiB
 from mpreader.s3 import S3Client
 from mpreader.testing import Fault, FaultKind, FaultServer, S3Server
 
-_COMMAND = [sys.executable, "-m", "mpreader.cli.main", "bench"]
+_COMMAND = [sys.executable, "-m", "mpreader", "bench"]
 _QUICK = ("--repeat", "1", "--workers", "1", "--connections", "2", "--part-size", "256KiB")
 
 

@@ -119,7 +119,7 @@ telemetry.instrument()
 set_meter_provider(provider)
 telemetry.instrument(provider)
 for observe in telemetry_events.observers:
-    observe(events.RequestEvent("https://[::1]/key", 0, 0, 0, 7, 7, 1.0, 2.0, 3.0, "ok", 1))
+    observe(telemetry_events.RequestEvent("https://[::1]/key", 0, 0, 0, 7, 7, 1.0, 2.0, 3.0, "ok", 1))
 [received] = reader.get_metrics_data().resource_metrics[0].scope_metrics[0].metrics[0].data.data_points
 print(received.value, dict(received.attributes))
 """
