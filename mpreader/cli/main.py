@@ -64,7 +64,6 @@ Exit codes:
 _EXTRAS: Final = {
     "torch": "dcp",
     "moto": "testing",
-    "cryptography": "testing",
     "matplotlib": "plot",
     "fsspec": "fsspec",
 }
