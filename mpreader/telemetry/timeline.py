@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple
 
 from mpreader.errors import ConfigError
+from mpreader.files import whole_file
 from mpreader.telemetry.events import RequestEvent, add_observer, remove_observer
 
 if TYPE_CHECKING:
@@ -66,15 +66,8 @@ class Timeline:
             OSError: It can't be written.
         """
         write = _writer(path)
-        final = Path(path)
-        temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}")
-        try:
-            with temporary.open("xb") as file:
-                write(_lanes(tuple(self._noted)), file)
-            temporary.replace(final)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        with whole_file(path) as file:
+            write(_lanes(tuple(self._noted)), file)
 
     def _note(self, event: RequestEvent) -> None:
         self._noted.append((threading.get_ident(), event))

@@ -7,14 +7,14 @@ import fcntl
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from mpreader.config import MiB
 from mpreader.errors import ConfigError
+from mpreader.files import errors_naming, rename_whole
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -97,20 +97,14 @@ class PartFile:
 
     def write(self, data: memoryview) -> None:
         """Append these bytes."""
-        with self._named():
+        with errors_naming(self._path):
             write_all(self._file, data)
 
     def finish(self) -> None:
         """Bring it to the disk, and give it its name."""
-        with self._named():
-            os.fsync(self._file.fileno())
-        os.replace(self._path, self._final)
+        with errors_naming(self._path):
+            rename_whole(self._file, self._path, self._final)
         self._state.unlink(missing_ok=True)
-        folder = os.open(self._final.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
     def discard(self) -> None:
         """Remove it."""
@@ -124,14 +118,6 @@ class PartFile:
         with self._file:
             if not os.fstat(self._file.fileno()).st_size and self._is_there():
                 self.discard()
-
-    @contextmanager
-    def _named(self) -> Iterator[None]:
-        """Let errors of the open file say which one it was, as those of paths do."""
-        try:
-            yield
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._path)) from None
 
     def _lock(self) -> None:
         try:
