@@ -8,10 +8,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from mpreader.dcp.reader import S3StorageReader
-from mpreader.dcp.state import allocate, check_memory, empty_state, read_into, read_metadata, state_bytes
+from mpreader.dcp.state import allocate, check_memory, empty_state, read_into, read_metadata, state_bytes, touch_memory
 from mpreader.errors import ConfigError
 from mpreader.ranges import DEFAULT_MAX_GAP_SIZE
 from mpreader.readers.kinds import S3ReaderConstructor
@@ -102,7 +100,7 @@ def time_loads(
         planned = empty_state(read_metadata(reader), match)
         check_memory(planned, reader, pool_config)
     state = allocate(planned)
-    _touch(state)
+    touch_memory(state)
     constructor = S3ReaderConstructor.multiprocess(max_gap_size, pool_config=pool_config, progress=progress)
     reader = S3StorageReader(region, uri, s3client_config, constructor, verify=verify, allowed_globals=allowed_globals)
     with reader:
@@ -132,12 +130,6 @@ def _timed(reader: S3StorageReader, state: dict[str, Any], memory_before: int, *
         consumer_wait_s=stats.consumer_seconds,
         extra_memory_bytes=max(added, added_before + memory.peak_extra_bytes),
     )
-
-
-def _touch(state: dict[str, Any]) -> None:
-    for value in state.values():
-        if isinstance(value, torch.Tensor) and value.numel():
-            value.reshape(-1).view(torch.uint8).fill_(0)
 
 
 def _drop(fqn: str, stored: object) -> None:
