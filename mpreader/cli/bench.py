@@ -7,17 +7,15 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import click
 
 from mpreader.cli.options import BYTES, json_option, progress_option, s3_options
 from mpreader.cli.output import human_bytes, print_json, print_table
-from mpreader.config import MiB
-
-if TYPE_CHECKING:
-    from mpreader.tools.bench.measurement import Measurement, Settings
-    from mpreader.tools.bench.sweep import Results, Sweep
+from mpreader.config import MiB, format_bytes
+from mpreader.tools.bench.measurement import Measurement, Settings
+from mpreader.tools.bench.sweep import CONNECTIONS, DEFAULT_NBYTES, MAX_WORKERS, PART_SIZES, Results, Sweep, sweep
 
 __all__ = ["command"]
 
@@ -49,10 +47,23 @@ _COUNTS: Final = _List(click.IntRange(1))
 
 @click.command("bench", short_help="Find the fastest settings for this host and bucket.")
 @click.argument("source")
-@click.option("--workers", type=_COUNTS, metavar="N,N,…", help="Worker processes to try.  [default: 1 to 16, by cores]")
-@click.option("--connections", type=_COUNTS, metavar="N,N,…", help="Connections of a worker.  [default: 4,8,16,32]")
 @click.option(
-    "--part-size", type=_List(BYTES), metavar="N,N,…", help="Bytes of one request.  [default: 4MiB,8MiB,16MiB]"
+    "--workers",
+    type=_COUNTS,
+    metavar="N,N,…",
+    help=f"Worker processes to try.  [default: 1 to {MAX_WORKERS}, by cores]",
+)
+@click.option(
+    "--connections",
+    type=_COUNTS,
+    metavar="N,N,…",
+    help=f"Connections of a worker.  [default: {','.join(map(str, CONNECTIONS))}]",
+)
+@click.option(
+    "--part-size",
+    type=_List(BYTES),
+    metavar="N,N,…",
+    help=f"Bytes of one request.  [default: {','.join(map(format_bytes, PART_SIZES))}]",
 )
 @click.option("--full", is_flag=True, help="Try all combinations, not one setting after the other.")
 @click.option(
@@ -60,7 +71,7 @@ _COUNTS: Final = _List(click.IntRange(1))
     "nbytes",
     type=BYTES,
     help="How much is read for each measurement, again and again if the source has less.  "
-    "[default: 1GiB, or what the source has]",
+    f"[default: {format_bytes(DEFAULT_NBYTES)}, or what the source has]",
 )
 @click.option(
     "--seconds",
@@ -97,8 +108,6 @@ def command(
       mpreader bench s3://my-bucket/data.bin --workers 2,4,8 --connections 8,16 --bytes 4GiB --json
     """  # noqa: D301  # click reads the \b
     draw = _chart_writer(chart)
-    from mpreader.tools.bench.sweep import sweep
-
     asked = {"workers": workers, "connections_per_worker": connections, "part_size": part_size}
     done = sweep(source, grid={axis: values for axis, values in asked.items() if values}, **arguments)
     if chart:

@@ -10,7 +10,8 @@ from typing import Any, Final
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from mpreader.tools.bench.measurement import Settings, binary_bytes
+from mpreader.config import format_bytes
+from mpreader.tools.bench.measurement import Settings
 from mpreader.tools.bench.sweep import AXES, AxisResults, Sweep, median_rate
 
 __all__ = ["draw_sweep", "save_chart"]
@@ -116,10 +117,10 @@ def _words(settings: Settings) -> dict[str, str]:
     return {
         "workers": f"{workers} worker{'s' * (workers != 1)}",
         "connections_per_worker": f"{connections} connection{'s' * (connections != 1)} each",
-        "part_size": f"{binary_bytes(part_size)} parts",
+        "part_size": f"{format_bytes(part_size)} parts",
     }
 
 
 def _value(axis: str, settings: Settings) -> str:
     value: int = getattr(settings, axis)
-    return binary_bytes(value) if axis == "part_size" else str(value)
+    return format_bytes(value) if axis == "part_size" else str(value)

@@ -13,13 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
-from mpreader.config import KiB, MiB, PoolConfig, S3ClientConfig
+from mpreader.config import KiB, PoolConfig, S3ClientConfig, format_bytes
 from mpreader.errors import PoolTimeout
 from mpreader.fetch.fetcher import RangeFetcher
 from mpreader.tools.bench.memory import tree_memory_bytes
 from mpreader.tools.bench.objects import SourceObject, passes
 
-__all__ = ["Benchmark", "Measurement", "Settings", "binary_bytes"]
+__all__ = ["Benchmark", "Measurement", "Settings"]
 
 _WARM_UP_BYTES: Final = 64 * KiB
 _WARM_UP_TIMEOUT_S: Final = 20.0
@@ -45,7 +45,7 @@ class Settings:
 
     def environment(self) -> dict[str, str]:
         """The environment variables that make these settings the defaults."""
-        values = {**asdict(self), "part_size": binary_bytes(self.part_size)}
+        values = {**asdict(self), "part_size": format_bytes(self.part_size)}
         return {f"MPREADER_{name.upper()}": str(value) for name, value in values.items()}
 
 
@@ -78,14 +78,6 @@ class Measurement:
     def cpu_s_per_gb(self) -> float:
         """Processor seconds per gigabyte; 0 if nothing was received."""
         return self.cpu_seconds / self.nbytes * 1e9 if self.nbytes else 0.0
-
-
-def binary_bytes(number: int) -> str:
-    """A number of bytes as ``parse_bytes`` reads it: ``8MiB``."""
-    for size, unit in ((MiB, "MiB"), (KiB, "KiB")):
-        if number % size == 0:
-            return f"{number // size}{unit}"
-    return str(number)
 
 
 class Benchmark:
