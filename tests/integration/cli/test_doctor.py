@@ -18,7 +18,7 @@ SECRET = "wJalrXUtnFEMI/very-secret"
 
 
 def doctor(*arguments: str, before: str = "", **settings: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mpreader.cli.main", "doctor", *arguments]
+    command = [sys.executable, "-m", "mpreader", "doctor", *arguments]
     if before:
         command = ["bash", "-c", f'{before}\nexec "$@"', "bash", *command]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MPREADER_")}
