@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 
 from mpreader.errors import PlanError
 from mpreader.ranges import DEFAULT_MAX_GAP_SIZE, ItemRange, check_max_gap
-from mpreader.readers.base import S3Reader
+from mpreader.readers.base import GetObjectInfo, GetStream, S3Reader
 from mpreader.readers.dcp_optimized import FALLBACK_GUIDANCE, DCPOptimizedS3Reader
-from mpreader.readers.protocols import GetObjectInfo, GetStream, PlanItem, StoredItem
+from mpreader.readers.protocols import PlanItem, StoredItem
 from mpreader.readers.sequential import SequentialS3Reader
 
 __all__ = ["DCPOptimizedConstructor", "ItemRangeConstructor"]

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Final
 
 from mpreader.errors import ShortRead
 from mpreader.ranges import DEFAULT_MAX_GAP_SIZE, ItemRange, check_max_gap
-from mpreader.readers.base import S3Reader, writable_view
-from mpreader.readers.protocols import GetObjectInfo, GetStream
+from mpreader.readers.base import GetObjectInfo, GetStream, S3Reader, writable_view
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer

@@ -6,8 +6,7 @@ import io
 import operator
 from typing import TYPE_CHECKING, Any, Final
 
-from mpreader.readers.base import S3Reader, writable_view
-from mpreader.readers.protocols import GetObjectInfo, GetStream
+from mpreader.readers.base import GetObjectInfo, GetStream, S3Reader, writable_view
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer

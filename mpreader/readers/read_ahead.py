@@ -17,10 +17,10 @@ from mpreader.pool.pool import Pool, release_shared_pool, shared_pool, use_share
 from mpreader.pool.stats import PoolStats
 from mpreader.pool.transfer import Fill, FillPart, Transfer
 from mpreader.ranges import DEFAULT_MAX_GAP_SIZE, ItemRange, Part, plan_files
-from mpreader.readers.base import S3Reader
+from mpreader.readers.base import GetObjectInfo, GetStream, S3Reader
 from mpreader.readers.constructor import ItemRangeConstructor
 from mpreader.readers.multiprocess import MultiprocessS3Reader
-from mpreader.readers.protocols import GetObjectInfo, GetStream, PlanItem, StoredItem
+from mpreader.readers.protocols import PlanItem, StoredItem
 from mpreader.telemetry.progress import progress_bar
 
 if TYPE_CHECKING:

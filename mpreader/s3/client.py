@@ -23,8 +23,8 @@ from mpreader.s3.writer import S3Writer
 from mpreader.sources.network import route_to
 
 if TYPE_CHECKING:
+    from mpreader.readers.base import ObjectInfo as HasSize
     from mpreader.readers.base import S3Reader
-    from mpreader.readers.protocols import ObjectInfo as HasSize
     from mpreader.readers.protocols import S3ReaderConstructorProtocol
 
 __all__ = ["S3Client"]

@@ -16,7 +16,7 @@ from mpreader.config import MiB
 from mpreader.errors import MpreaderError, ObjectChanged, PlanError, ShortRead
 
 if TYPE_CHECKING:
-    from mpreader.readers.protocols import ObjectInfo as HasSize
+    from mpreader.readers.base import ObjectInfo as HasSize
     from mpreader.s3.client import S3Client
 
 __all__ = ["PinnedObject"]
