@@ -13,8 +13,9 @@ from typing import IO, Any
 from torch.distributed.checkpoint.metadata import Metadata
 
 from mpreader.dcp.unpickling import MetadataRefused, unpickle
+from mpreader.readers.load_plan import is_extent, is_inside
 
-__all__ = ["MetadataRefused", "is_inside", "load_metadata"]
+__all__ = ["MetadataRefused", "load_metadata"]
 
 
 def load_metadata(stream: IO[bytes], *, allowed_globals: Iterable[str] = ()) -> Metadata:
@@ -38,47 +39,35 @@ def load_metadata(stream: IO[bytes], *, allowed_globals: Iterable[str] = ()) -> 
         raise MetadataRefused(f"the checkpoint's .metadata is damaged: {type(error).__name__}: {error}") from error
 
 
-def is_inside(path: object) -> bool:
-    """Whether a relative path stays inside of the checkpoint; ``.metadata`` that names another one is refused."""
-    if not isinstance(path, str) or not path or path.startswith("/") or "\0" in path:
-        return False
-    return {".", ".."}.isdisjoint(path.split("/"))
-
-
 def _checked(metadata: Any) -> Metadata:
     if not isinstance(metadata, Metadata) or not isinstance(getattr(metadata, "state_dict_metadata", None), dict):
         raise MetadataRefused(f"the checkpoint's .metadata holds {type(metadata).__name__}, not a Metadata")
-    _check_places(getattr(metadata, "storage_data", None))
+    storage_data = getattr(metadata, "storage_data", None)
+    if storage_data is None:
+        return metadata  # DCP's own default; a plan that reads an item of it is refused
+    if not isinstance(storage_data, dict):
+        raise MetadataRefused(f"the checkpoint's .metadata has a {type(storage_data).__name__} as its storage data")
+    safe_paths: set[str] = set()  # there are few files, and many items in each
+    for index, stored in storage_data.items():
+        _check_location(index, stored, safe_paths)
     return metadata
 
 
-def _check_places(storage_data: Any) -> None:
-    if storage_data is None:
-        return
-    if not isinstance(storage_data, dict):
-        raise MetadataRefused(f"the checkpoint's .metadata has a {type(storage_data).__name__} as its storage data")
-    safe_paths: set[str] = set()
-    for index, stored in storage_data.items():
-        try:
-            path, offset, length = stored.relative_path, stored.offset, stored.length
-        except AttributeError as error:
-            raise MetadataRefused(f"the checkpoint's .metadata doesn't say where {index} is stored: {error}") from None
-        if type(path) is not str or path not in safe_paths:
-            _check_path(index, path)
-            safe_paths.add(path)
-        if type(offset) is not int or type(length) is not int or offset < 0 or length < 0:
-            raise MetadataRefused(
-                f"the checkpoint's .metadata gives {index} an impossible place: offset {offset!r}, length {length!r}"
-            )
-        _check_descriptors(index, getattr(stored, "transform_descriptors", None))
-
-
-def _check_path(index: Any, path: Any) -> None:
-    if not is_inside(path):
-        raise MetadataRefused(f"the checkpoint's .metadata places {index} outside of the checkpoint: {path!r}")
-
-
-def _check_descriptors(index: Any, descriptors: Any) -> None:
+def _check_location(index: Any, stored: Any, safe_paths: set[str]) -> None:
+    try:
+        path, offset, length = stored.relative_path, stored.offset, stored.length
+    except AttributeError as error:
+        raise MetadataRefused(f"the checkpoint's .metadata doesn't say where {index} is stored: {error}") from None
+    # By exact type: an object that the pickle has made may be equal to a safe path and still be another one.
+    if type(path) is not str or path not in safe_paths:
+        if not is_inside(path):
+            raise MetadataRefused(f"the checkpoint's .metadata places {index} outside of the checkpoint: {path!r}")
+        safe_paths.add(path)
+    if not is_extent(offset, length):
+        raise MetadataRefused(
+            f"the checkpoint's .metadata gives {index} an impossible place: offset {offset!r}, length {length!r}"
+        )
+    descriptors = getattr(stored, "transform_descriptors", None)
     if descriptors is None:
         return
     if not isinstance(descriptors, (list, tuple)) or not all(isinstance(name, str) for name in descriptors):
