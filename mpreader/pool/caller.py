@@ -27,6 +27,7 @@ from mpreader.pool.requests import (
     RequestEnded,
     RequestRepeated,
     ResolveSource,
+    SegmentMemory,
     SlotArrived,
     SlotFailed,
     SlotRead,
@@ -104,13 +105,13 @@ class Caller:
 
     # -- for the coordinator
 
-    def post(self, message: object, memory: mmap.mmap | None = None) -> None:
+    def post(self, message: object, memory: SegmentMemory | None = None) -> None:
         """Take in a message of the coordinator; with a MapSegment comes its ``memory``."""
         receive = self._receivers.get(type(message))
         if receive is not None:
             receive(message)
         elif isinstance(message, MapSegment) and memory is not None:
-            self._segments[message.segment] = memory
+            self._segments[message.segment] = memory.map
         else:
             raise TypeError(f"no message for a caller: {message!r}")
 

@@ -31,7 +31,8 @@ Each direction keeps its order. Two rules follow from that, and hold the memory 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import mmap
+from typing import NamedTuple, Protocol
 
 from mpreader.errors import MpreaderError
 from mpreader.pool.source import ObjectVersion
@@ -51,6 +52,7 @@ __all__ = [
     "RequestEnded",
     "RequestRepeated",
     "ResolveSource",
+    "SegmentMemory",
     "SlotArrived",
     "SlotFailed",
     "SlotRead",
@@ -163,6 +165,22 @@ class CloseRead(NamedTuple):
 
 
 # -- to a caller (besides MapSegment and UnmapSegment of mpreader.pool.worker.messages)
+
+
+class SegmentMemory(Protocol):
+    """The memory that comes with a MapSegment.
+
+    A caller in the coordinator's process shares the mapping, since another one would cost page faults; one in another
+    process is sent the descriptor and maps that.
+    """
+
+    @property
+    def fd(self) -> int:
+        """Descriptor of the shared memory, the coordinator's."""
+
+    @property
+    def map(self) -> mmap.mmap:
+        """Mapping of the whole segment."""
 
 
 class ResolveSource(NamedTuple):
