@@ -41,10 +41,10 @@ class RangeFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
     Args:
         s3client_config: Settings of the S3 client. None: the defaults and the usual ``AWS_*`` environment.
         pool_config: Settings of the worker pool. None: the defaults.
-        region: In place of ``s3client_config.region``.
-        endpoint_url: In place of ``s3client_config.endpoint_url``.
-        profile: In place of ``s3client_config.profile``.
-        anon: In place of ``s3client_config.unsigned``.
+        region: Replaces ``s3client_config.region``.
+        endpoint_url: Replaces ``s3client_config.endpoint_url``.
+        profile: Replaces ``s3client_config.profile``.
+        anon: Replaces ``s3client_config.unsigned``; fsspec's name for it.
 
     Raises:
         ConfigError: A setting is wrong.
@@ -98,7 +98,7 @@ class RangeFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
         Raises:
             ValueError: There are not as many starts or ends as paths.
             TypeError: ``paths`` is a single path, or a limit is no whole number.
-            MpreaderError: As for :meth:`mpreader.RangeFetcher.fetch`, if ``on_error`` is ``"raise"``.
+            MpreaderError: As for :class:`mpreader.RangeFetcher`, if ``on_error`` is ``"raise"``.
         """
         if isinstance(paths, (str, os.PathLike)):
             raise TypeError(f"paths is a list of paths, got {paths!r}")
@@ -114,7 +114,7 @@ class RangeFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
         """Read bytes [start, end) of a file; limits are those of :meth:`cat_ranges`.
 
         Raises:
-            MpreaderError: As for :meth:`mpreader.RangeFetcher.fetch`.
+            MpreaderError: As for :class:`mpreader.RangeFetcher`.
         """
         content: bytes = self.cat_ranges([path], start, end, on_error="raise")[0]
         return content
@@ -134,7 +134,7 @@ class RangeFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
 
         Raises:
             FileNotFoundError: There is no such file.
-            MpreaderError: As for :meth:`mpreader.RangeFetcher.fetch`, if ``on_error`` is ``"raise"``.
+            MpreaderError: As for :class:`mpreader.RangeFetcher`, if ``on_error`` is ``"raise"``.
         """
         paths = self.expand_path(path)
         if recursive:
@@ -161,7 +161,7 @@ class RangeFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
             outfile: An open file, in place of ``lpath``.
 
         Raises:
-            MpreaderError: As for :meth:`mpreader.RangeFetcher.fetch`.
+            MpreaderError: As for :class:`mpreader.RangeFetcher`.
             OSError: The local file can't be written.
         """
         outfile = lpath if outfile is None and isfilelike(lpath) else outfile
