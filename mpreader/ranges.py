@@ -106,11 +106,13 @@ class Part:
         start: First byte.
         end: One past the last byte.
         over_read: Number of its bytes that are in gaps, and belong to no item.
+        slot_offset: First byte of the memory that it is received into, counted from the start of its slot.
     """
 
     start: int
     end: int
     over_read: int = field(default=0, compare=False)
+    slot_offset: int = field(default=0, compare=False)
 
     @property
     def size(self) -> int:

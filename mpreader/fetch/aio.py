@@ -18,10 +18,11 @@ from mpreader.fetch.arguments import DEFAULT_FETCH_GAP_SIZE, DEFAULT_STREAM_ORDE
 from mpreader.fetch.engine import Engine
 from mpreader.fetch.plan import FetchPlan
 from mpreader.fetch.result import result_of
-from mpreader.fetch.stream import in_order_async, members_of
+from mpreader.fetch.stream import Piece, PieceSequence
 from mpreader.pool.source import ObjectVersion
 from mpreader.pool.stats import PoolStats
-from mpreader.pool.transfer import REDRAW_S, Transfer
+from mpreader.pool.transfer import LOOK_S, Transfer
+from mpreader.telemetry.progress import Progress
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -80,7 +81,7 @@ class AsyncRangeFetcher:
         options = FetchOptions(max_gap_size=max_gap_size, timeout_s=timeout_s)
         plan = await asyncio.to_thread(self._engine.plan_fetch, ranges_by_source, options, has_room=out is not None)
         result = result_of(plan, out)
-        async with contextlib.aclosing(self._take(plan, options.order, options.deadline)) as pieces:
+        async with contextlib.aclosing(self._pieces(plan, options)) as pieces:
             async for piece in pieces:
                 result.put(*piece)
         return result.views_by_uri()
@@ -115,8 +116,7 @@ class AsyncRangeFetcher:
         """Fetch ranges of several objects one after the other; see :meth:`mpreader.RangeFetcher.stream_many`."""
         options = FetchOptions(order=order, max_gap_size=max_gap_size, timeout_s=timeout_s)
         plan = await asyncio.to_thread(self._engine.plan_stream, ranges_by_source, options)
-        taken = self._take(plan, options.order, options.deadline)
-        async with contextlib.aclosing(taken), contextlib.aclosing(in_order_async(plan, order, taken)) as pieces:
+        async with contextlib.aclosing(self._pieces(plan, options)) as pieces:
             async for source_index, index, view in pieces:
                 yield plan.uris[source_index], index, view
                 del view  # or it would keep its memory while the next one is waited for
@@ -147,48 +147,51 @@ class AsyncRangeFetcher:
     def __repr__(self) -> str:
         return f"AsyncRangeFetcher({self._engine.pool!r})"
 
-    async def _take(
-        self, plan: FetchPlan, stream_order: StreamOrder, deadline: float
-    ) -> AsyncGenerator[tuple[int, int, memoryview], None]:
-        if not plan.batches:
-            return
-        loop = asyncio.get_running_loop()
-        arrived = asyncio.Event()
-        await asyncio.to_thread(self._engine.pool.start)  # starts processes, where there are none
-        transfer = self._engine.begin(plan)
-        transfer.on_arrival = lambda: _wake(loop, arrived)
-        try:
-            remaining = dict.fromkeys(range(len(plan.batches)))
-            for number in range(len(plan.batches)):
-                wanted: Collection[int] = remaining if stream_order == "completion" else (number,)
-                taken, slot_view = await _take_first(transfer, wanted, arrived, deadline)
-                del remaining[taken]
-                for piece in members_of(plan.batches[taken], slot_view):
-                    yield piece
-                    del piece
-                del slot_view  # or it would keep the slot while the next one is waited for
-        finally:
-            transfer.close()
+    async def _pieces(self, plan: FetchPlan, options: FetchOptions) -> AsyncGenerator[Piece, None]:
+        sequence = PieceSequence(plan, options.order)
+        for piece in sequence.first():
+            yield piece
+        if plan.batches:
+            await asyncio.to_thread(self._engine.pool.start)  # starts processes, if there are none
+            transfer = self._engine.begin(plan)
+            try:
+                with self._engine.progress_of(transfer) as progress:
+                    while sequence.wanted:
+                        taken = await _take_first(transfer, sequence.wanted, options.deadline, progress)
+                        pieces = sequence.pieces_of(*taken)
+                        del taken  # or it would keep its slot while the next one is waited for
+                        for piece in pieces:
+                            yield piece
+                            del piece
+            finally:
+                transfer.close()
+        for piece in sequence.last():
+            yield piece
 
 
 async def _take_first(
-    transfer: Transfer, wanted: Collection[int], arrived: asyncio.Event, deadline: float
+    transfer: Transfer, wanted: Collection[int], deadline: float, progress: Progress
 ) -> tuple[int, memoryview]:
-    while True:
-        arrived.clear()  # before the look: what arrives after it sets it again
-        taken = transfer.try_take_first(wanted)
-        if taken is not None:
-            return taken
-        left_s = deadline - time.monotonic()
-        wait_s = min(left_s, REDRAW_S) if transfer.progress.is_shown else left_s
-        try:
-            await asyncio.wait_for(arrived.wait(), None if wait_s == math.inf else max(0.0, wait_s))
-        except asyncio.TimeoutError:  # another class before Python 3.11
-            transfer.show_progress()
-            if time.monotonic() >= deadline:
-                raise transfer.late(wanted) from None
+    """Await what :meth:`Transfer.take_first` waits for. If this is cancelled, the transfer waits for it no more."""
+    loop = asyncio.get_running_loop()
+    done = asyncio.Event()
+    take = transfer.begin_take(wanted, lambda: _wake(loop, done))
+    try:
+        while not take.is_done:
+            left_s = deadline - time.monotonic()
+            wait_s = min(left_s, LOOK_S) if progress.is_shown else left_s
+            try:
+                await asyncio.wait_for(done.wait(), None if wait_s == math.inf else max(0.0, wait_s))
+            except asyncio.TimeoutError:  # another class before Python 3.11
+                if time.monotonic() >= deadline:
+                    raise transfer.late(wanted) from None
+            progress.advance_to(transfer.received_bytes)
+        return transfer.result(take)
+    except BaseException:
+        transfer.cancel(take)
+        raise
 
 
-def _wake(loop: asyncio.AbstractEventLoop, arrived: asyncio.Event) -> None:
+def _wake(loop: asyncio.AbstractEventLoop, done: asyncio.Event) -> None:
     with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile: nobody waits any more
-        loop.call_soon_threadsafe(arrived.set)
+        loop.call_soon_threadsafe(done.set)

@@ -18,7 +18,7 @@ from mpreader.pool.source import ObjectVersion, Source
 from mpreader.pool.transfer import Transfer
 from mpreader.ranges import ItemRange
 from mpreader.sources.versions import PinnedSource, resolve_versions
-from mpreader.telemetry.progress import progress_bar
+from mpreader.telemetry.progress import Progress, progress_bar
 
 __all__ = ["Engine"]
 
@@ -97,10 +97,11 @@ class Engine:
 
     def begin(self, plan: FetchPlan) -> Transfer:
         """Begin to fetch; the caller closes the transfer."""
-        transfer = self.pool.read([batch.slot_read for batch in plan.batches])
-        nbytes = sum(fill.nbytes for fill in transfer.fills)
-        transfer.progress = progress_bar(nbytes, "fetch", show=self._progress)
-        return transfer
+        return self.pool.read(plan.sources, [batch.slot_read for batch in plan.batches])
+
+    def progress_of(self, transfer: Transfer) -> Progress:
+        """Begin a progress bar for a transfer, if one is wanted; the caller closes it."""
+        return progress_bar(transfer.nbytes, "fetch", show=self._progress)
 
     def _plan(
         self, ranges_by_source: Mapping[str, Ranges], options: FetchOptions, *, cuts_ranges: bool = False
@@ -109,11 +110,10 @@ class Engine:
         sizes = self.pool.sizes
         batches: list[Batch] = []
         origins = []
-        for source_index, (source, ranges) in enumerate(zip(sources, ranges_of, strict=True)):
+        for source_index, ranges in enumerate(ranges_of):
             pieces, origins_of_pieces = cut_into_pieces(ranges, sizes.part_bytes) if cuts_ranges else (ranges, [])
             batches += plan_batches(
                 source_index,
-                source,
                 pieces,
                 order=options.order,
                 max_gap_bytes=options.max_gap_size,
@@ -121,7 +121,7 @@ class Engine:
                 slot_bytes=sizes.block_bytes,
             )
             origins.append(origins_of_pieces)
-        return FetchPlan(list(ranges_by_source), ranges_of, batches, origins)
+        return FetchPlan(list(ranges_by_source), sources, ranges_of, batches, origins)
 
     def _with_sizes(
         self, ranges_by_source: Mapping[str, Ranges], options: FetchOptions

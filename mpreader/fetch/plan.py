@@ -19,9 +19,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
 from mpreader.fetch.arguments import StreamOrder
+from mpreader.pool.requests import SlotRead
 from mpreader.pool.source import Source
-from mpreader.pool.transfer import Fill, FillPart
-from mpreader.ranges import ItemRange, RangeGroup, coalesce, partition
+from mpreader.ranges import ItemRange, Part, RangeGroup, coalesce, partition
 
 __all__ = ["Batch", "FetchPlan", "Member", "PieceOrigin", "cut_into_pieces", "plan_batches"]
 
@@ -52,7 +52,7 @@ class Batch(NamedTuple):
     """
 
     source_index: int
-    slot_read: Fill
+    slot_read: SlotRead
     members: tuple[Member, ...]
 
 
@@ -73,6 +73,7 @@ class FetchPlan(NamedTuple):
 
     Attributes:
         uris: Sources as the caller named them, by source index.
+        sources: The sources, by source index.
         ranges: Ranges of each source, in the order of the input, by source index.
         batches: All batches, in the order in which they are read; each range that is not empty is in exactly one.
         origins: By source index. Where ranges were cut into pieces, the members of batches are pieces, and this says
@@ -80,6 +81,7 @@ class FetchPlan(NamedTuple):
     """
 
     uris: list[str]
+    sources: list[Source]
     ranges: list[list[ItemRange]]
     batches: list[Batch]
     origins: list[list[PieceOrigin]]
@@ -97,7 +99,6 @@ class FetchPlan(NamedTuple):
 
 def plan_batches(
     source_index: int,
-    source: Source,
     ranges: Sequence[ItemRange],
     *,
     order: StreamOrder,
@@ -109,7 +110,6 @@ def plan_batches(
 
     Args:
         source_index: Number of the source in its call.
-        source: The source.
         ranges: Ranges in the order of the input; may repeat, overlap, nest and be empty.
         order: Order in which ranges are handed out. ``"input"`` keeps that of the input, the others sort by offset.
         max_gap_bytes: Largest gap between two ranges that are fetched as one.
@@ -124,11 +124,11 @@ def plan_batches(
     for group in _groups(ranges, order, max_gap_bytes):
         for chunk in _cut_between_ranges(group, slot_bytes):
             if not slot.is_empty and slot.end_with(chunk) > slot_bytes:
-                yield slot.to_batch(source_index, source)
+                yield slot.to_batch(source_index)
                 slot = _Slot()
             slot.add(chunk, part_bytes)
     if not slot.is_empty:
-        yield slot.to_batch(source_index, source)
+        yield slot.to_batch(source_index)
 
 
 def cut_into_pieces(ranges: Sequence[ItemRange], piece_bytes: int) -> tuple[list[ItemRange], list[PieceOrigin]]:
@@ -151,7 +151,7 @@ class _Slot:
     def __init__(self) -> None:
         self._nbytes = 0
         self._over_read = 0
-        self._parts: list[FillPart] = []
+        self._parts: list[Part] = []
         self._members: list[Member] = []
 
     @property
@@ -166,7 +166,7 @@ class _Slot:
         slot_offset = self._next_offset()
         shift = slot_offset - group.start  # from an offset in the object to one in the slot
         for part in partition(group, part_bytes=part_bytes):
-            self._parts.append(FillPart(part.start, part.end, part.start + shift))
+            self._parts.append(Part(part.start, part.end, part.over_read, part.start + shift))
             self._over_read += part.over_read
         self._members += [
             Member(position, item_range.start + shift, item_range.end - item_range.start)
@@ -174,8 +174,8 @@ class _Slot:
         ]
         self._nbytes = slot_offset + group.end - group.start
 
-    def to_batch(self, source_index: int, source: Source) -> Batch:
-        slot_read = Fill(source, self._nbytes, tuple(self._parts), self._over_read)
+    def to_batch(self, source_index: int) -> Batch:
+        slot_read = SlotRead(source_index, self._nbytes, tuple(self._parts), self._over_read)
         return Batch(source_index, slot_read, tuple(self._members))
 
     def _next_offset(self) -> int:

@@ -8,8 +8,8 @@ from mpreader.s3.client import BaseS3Client
 from mpreader.s3.stream import PinnedObject
 
 if TYPE_CHECKING:
-    from mpreader.readers.base import S3Reader
-    from mpreader.readers.protocols import ObjectInfo, S3ReaderConstructorProtocol
+    from mpreader.readers.base import ObjectInfo, S3Reader
+    from mpreader.readers.protocols import S3ReaderConstructorProtocol
 
 __all__ = ["S3Client"]
 

@@ -19,6 +19,8 @@ class S3Source:
         key: The object's key.
     """
 
+    version: ObjectVersion | None = None
+
     def __init__(self, client: BaseS3Client, bucket: str, key: str) -> None:
         self._client = client
         self._bucket = bucket

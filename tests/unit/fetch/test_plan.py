@@ -12,8 +12,6 @@ from hypothesis import strategies as st
 
 from mpreader.fetch.arguments import StreamOrder
 from mpreader.fetch.plan import Batch, cut_into_pieces, plan_batches
-from mpreader.pool.source import ObjectVersion
-from mpreader.pool.worker.route import Route
 from mpreader.ranges import ItemRange, clusters
 
 OBJECT = random.Random(0).randbytes(400)
@@ -25,22 +23,9 @@ gaps = st.one_of(st.integers(0, 60), st.just(float("inf")))
 orders = st.sampled_from(get_args(StreamOrder))
 
 
-class NeverRead:
-    """A source that is only named by plans."""
-
-    bucket = key = uri = "object"
-    max_attempts = 1
-
-    def open(self) -> ObjectVersion:
-        raise AssertionError("the planner asks nobody")
-
-    def route(self) -> Route:
-        raise AssertionError("the planner asks nobody")
-
-
 def plan(ranges: list[ItemRange], order: StreamOrder, gap: float) -> list[Batch]:
     sizes = {"part_bytes": PART, "slot_bytes": SLOT}
-    return list(plan_batches(7, NeverRead(), ranges, order=order, max_gap_bytes=gap, **sizes))
+    return list(plan_batches(7, ranges, order=order, max_gap_bytes=gap, **sizes))
 
 
 def received(batch: Batch) -> bytearray:

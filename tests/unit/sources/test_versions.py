@@ -22,6 +22,7 @@ class _Source:
     """An object whose HEAD is answered by ``answer``."""
 
     max_attempts = 1
+    version = None
     bucket = "bucket"
 
     def __init__(self, number: int, answer: Callable[[], ObjectVersion]) -> None:
