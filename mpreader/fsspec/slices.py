@@ -88,7 +88,7 @@ class SliceReader:
             The bytes of each slice of these files, by its number.
 
         Raises:
-            MpreaderError: As for :meth:`mpreader.RangeFetcher.fetch`.
+            MpreaderError: As for :class:`mpreader.RangeFetcher`.
         """
         ranges: dict[str, list[tuple[int, int | None]]] = {}
         buffers: dict[int, io.BytesIO] = {}
