@@ -36,6 +36,14 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
+def format_bytes(number: int) -> str:
+    """Write a number of bytes as :func:`parse_bytes` reads it, in the largest unit that needs no fraction: ``8MiB``."""
+    for size, unit in ((GiB, "GiB"), (MiB, "MiB"), (KiB, "KiB")):
+        if number and number % size == 0:
+            return f"{number // size}{unit}"
+    return str(number)
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
@@ -117,24 +125,23 @@ class S3ClientConfig:
 
 @dataclass(frozen=True)
 class Setting:
-    """One row of the settings table: what a ``PoolConfig`` field does, its unit and its default."""
+    """Unit and default of a ``PoolConfig`` field; the class's docstring has the words."""
 
-    doc: str
     unit: str
     default: int | float | None  # None: derived from the host
 
 
 POOL_SETTINGS: Final[Mapping[str, Setting]] = {
-    "workers": Setting("Worker processes of the pool.", "processes", None),
-    "connections_per_worker": Setting("Connections that each worker keeps open.", "connections", None),
-    "max_memory": Setting("Shared memory that the pool may reserve at one time.", "bytes", None),
-    "part_size": Setting("Most bytes of one ranged GET.", "bytes", None),
-    "connect_timeout_s": Setting("Longest wait for a connection, TLS included.", "seconds", 10.0),
-    "stall_timeout_s": Setting("A connection that brings less than 256 KiB in this time is replaced.", "seconds", 20.0),
-    "timeout_s": Setting("Longest time for one part, all its attempts together.", "seconds", 300.0),
-    "worker_timeout_s": Setting("A worker process that is silent this long is killed and replaced.", "seconds", 15.0),
-    "lease_timeout_s": Setting("How long to wait for held views to end when memory is full.", "seconds", 10.0),
-    "idle_timeout_s": Setting("A pool unused this long gives back processes and memory.", "seconds", 60.0),
+    "workers": Setting("processes", None),
+    "connections_per_worker": Setting("connections", None),
+    "max_memory": Setting("bytes", None),
+    "part_size": Setting("bytes", None),
+    "connect_timeout_s": Setting("seconds", 10.0),
+    "stall_timeout_s": Setting("seconds", 20.0),
+    "timeout_s": Setting("seconds", 300.0),
+    "worker_timeout_s": Setting("seconds", 15.0),
+    "lease_timeout_s": Setting("seconds", 10.0),
+    "idle_timeout_s": Setting("seconds", 60.0),
 }
 
 

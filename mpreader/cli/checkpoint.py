@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from mpreader.cli.options import BYTES, pool_options, s3_options
+from mpreader.config import format_bytes
 from mpreader.ranges import DEFAULT_MAX_GAP_SIZE
 
 __all__ = ["checkpoint_options"]
@@ -34,7 +35,8 @@ def checkpoint_options(command: Command) -> Command:
         "--max-gap-size",
         type=BYTES,
         default=DEFAULT_MAX_GAP_SIZE,
-        help="Largest gap between two tensors that are fetched as one; more than 2MiB never is.  [default: 32MiB]",
+        help="Largest gap between two tensors that are fetched as one; more than 2MiB never is.  "
+        f"[default: {format_bytes(DEFAULT_MAX_GAP_SIZE)}]",
     )
     @click.option(
         "--allow-global",

@@ -41,7 +41,7 @@ def command(size_mb: int, max_memory: int | None, workers: int | None, every_rea
         raise ModuleNotFoundError("the embedded S3 is moto's", name="moto")
     from mpreader.tools.demo import run_demo
 
-    loads = run_demo(size_mb, pool_config, every_reader=every_reader, say=_keep_quiet if as_json else click.echo)
+    loads = run_demo(size_mb, pool_config, every_reader=every_reader, report=_keep_quiet if as_json else click.echo)
     is_verified = not any(load.differing for load in loads)
     if as_json:
         print_json({"size_bytes": loads[0].nbytes, "is_verified": is_verified, "loads": [_row(load) for load in loads]})

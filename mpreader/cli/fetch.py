@@ -16,8 +16,9 @@ from mpreader.config import PoolConfig, S3ClientConfig
 from mpreader.errors import MpreaderError, ObjectChanged
 from mpreader.fetch.fetcher import RangeFetcher
 from mpreader.telemetry.progress import Progress, progress_bar
-from mpreader.tools.download.download import CHECKSUMS, Downloaded, RangeOfObject, copy_to, download, name_of
+from mpreader.tools.download.download import Downloaded, copy_to, download, name_of
 from mpreader.tools.download.part_file import PartFile
+from mpreader.tools.download.plan import CHECKSUMS, RangeOfObject
 
 __all__ = ["command"]
 

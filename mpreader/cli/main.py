@@ -16,7 +16,6 @@ from typing import Any, Final
 
 import click
 
-from mpreader import __version__
 from mpreader.errors import (
     AccessDenied,
     ChecksumMismatch,
@@ -26,6 +25,7 @@ from mpreader.errors import (
     ObjectMissing,
     PlanError,
 )
+from mpreader.version import __version__
 
 __all__ = ["cli", "main"]
 
@@ -64,7 +64,6 @@ Exit codes:
 _EXTRAS: Final = {
     "torch": "dcp",
     "moto": "testing",
-    "cryptography": "testing",
     "matplotlib": "plot",
     "fsspec": "fsspec",
 }
@@ -194,7 +193,3 @@ def _is_json(arguments: list[str]) -> bool:
 
 def _facts(error: Exception) -> dict[str, Any]:
     return {name: value for name, value in vars(error).items() if isinstance(value, (str, int, tuple, type(None)))}
-
-
-if __name__ == "__main__":
-    main()

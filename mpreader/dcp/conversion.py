@@ -6,10 +6,8 @@ anything is loaded, so that a place that can't be written to costs no load.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -19,6 +17,7 @@ from mpreader.dcp.reader import S3StorageReader
 from mpreader.dcp.state import state_bytes
 from mpreader.dcp.whole import load_through
 from mpreader.errors import ConfigError, PlanError
+from mpreader.files import errors_naming, whole_file
 from mpreader.ranges import DEFAULT_MAX_GAP_SIZE
 from mpreader.readers.kinds import S3ReaderConstructor
 from mpreader.telemetry.progress import Progress, progress_bar
@@ -73,13 +72,13 @@ def dcp_to_torch_save(
     """
     target = _target(path, overwrite=overwrite)
     constructor = S3ReaderConstructor.multiprocess(max_gap_size, pool_config=pool_config, progress=progress)
-    with _new_file(target) as file:
+    with whole_file(target) as file:
         with S3StorageReader(
             region, uri, s3client_config, constructor, verify=verify, allowed_globals=allowed_globals
         ) as reader:
             check = partial(_check_disk, file, target)
             state, nbytes = load_through(reader, pool_config, match, weights_only=weights_only, check=check)
-        with _named(target), progress_bar(nbytes, "write", show=progress) as bar:
+        with errors_naming(target), progress_bar(nbytes, "write", show=progress) as bar:
             _write(state, _Counted(file, bar))
 
 
@@ -113,35 +112,6 @@ def _target(path: str | os.PathLike[str], *, overwrite: bool) -> str:
     return target
 
 
-@contextlib.contextmanager
-def _new_file(target: str) -> Iterator[BinaryIO]:
-    """A file that takes the place of ``target`` when the block ends; it is gone where the block raises."""
-    temporary = os.path.join(os.path.dirname(target), f".mpreader-{secrets.token_hex(8)}.part")
-    with _named(target):
-        file = open(temporary, "xb")  # noqa: SIM115  # closed below, where its errors are told apart
-    try:
-        yield file
-        with _named(target):
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(temporary, target)
-            _sync_folder(os.path.dirname(target))  # the new name, too, must survive a crash
-    finally:
-        with contextlib.suppress(OSError):  # after fsync there is nothing left to fail
-            file.close()
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-
-
-@contextlib.contextmanager
-def _named(target: str) -> Iterator[None]:
-    """Errors name the file that was asked for."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, target) from error
-
-
 def _check_disk(file: BinaryIO, target: str, state: Mapping[str, Any]) -> None:
     status = os.fstatvfs(file.fileno())
     needed, free = state_bytes(state), status.f_bavail * status.f_frsize
@@ -161,11 +131,3 @@ def _write(state: dict[str, Any], file: _Counted) -> None:
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
-
-
-def _sync_folder(folder: str) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -19,7 +19,7 @@ from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 from fsspec.utils import isfilelike, stringify_path, tokenize
 
 from mpreader.config import PoolConfig, S3ClientConfig, check_type
-from mpreader.fetch.fetcher import DEFAULT_FETCH_GAP_SIZE
+from mpreader.fetch.arguments import DEFAULT_FETCH_GAP_SIZE
 from mpreader.fsspec.listing import Info, describe, list_below, list_folder
 from mpreader.fsspec.slices import SliceReader, is_url
 from mpreader.pool.source import ObjectVersion
@@ -103,7 +103,7 @@ class RangeFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
         for index, (path, limits) in enumerate(zip(paths, slices, strict=True)):
             wanted.setdefault(self._strip_protocol(path), {})[index] = limits
         gap = DEFAULT_FETCH_GAP_SIZE if max_gap is None else max_gap
-        read = self._reader.try_read_now if on_error == "return" else self._reader.read_now
+        read = self._reader.try_read_current if on_error == "return" else self._reader.read_current
         contents = read(wanted, gap)
         return [contents[index] for index in range(len(paths))]
 
@@ -171,7 +171,7 @@ class RangeFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
                 os.makedirs(os.path.dirname(os.path.abspath(lpath)), exist_ok=True)
                 outfile = stack.enter_context(open(lpath, "wb"))
             callback.set_size(size)
-            fetcher = stack.enter_context(self._reader.fetcher({path: self._reader.pin(path, version)}))
+            fetcher = stack.enter_context(self._reader.fetcher({path: self._reader.at_version(path, version)}))
             parts = [(at, min(at + fetcher.part_size, size)) for at in range(0, size, fetcher.part_size)]
             for _, view in stack.enter_context(fetcher.stream(path, parts)):
                 outfile.write(view)
@@ -197,7 +197,7 @@ class RangeFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
         path = self._strip_protocol(path)
         if not is_url(path):
             return describe(self._reader.client(), path)
-        version = self._reader.pin(path).version
+        version = self._reader.current(path).version
         return {"name": path, "size": version.size, "type": "file", "ETag": version.etag, "LastModified": None}
 
     def exists(self, path: str, **_ignored: object) -> bool:
@@ -334,7 +334,7 @@ class RangeFile(AbstractBufferedFile):  # type: ignore[misc]  # fsspec has no ty
 
     def _fetch_range(self, start: int, end: int) -> bytes:
         reader: SliceReader = self.fs._reader
-        source = reader.pin(self.path, ObjectVersion(self.size, self.kwargs["etag"]))
+        source = reader.at_version(self.path, ObjectVersion(self.size, self.kwargs["etag"]))
         return reader.read({self.path: source}, {self.path: {0: slice(start, end)}}, 0)[0]
 
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from mpreader.errors import ConfigError, ObjectMissing
 
 if TYPE_CHECKING:
-    from mpreader.s3 import ObjectInfo, S3Client
+    from mpreader.readers.client import S3Client
+    from mpreader.s3 import ObjectInfo
 
 __all__ = ["Info", "describe", "list_below", "list_folder"]
 

@@ -141,8 +141,7 @@ class Caller:
     def _resolve(self, message: ResolveSource) -> None:
         sources = self._sources.get(message.read.number)
         if sources is not None:
-            source = sources[message.source]
-            self._resolver.resolve(message.read, message.source, source, needs_version=message.needs_version)
+            self._resolver.resolve(message, sources[message.source])
 
     def _unmap(self, message: UnmapSegment) -> None:
         self._segments.pop(message.segment, None)  # views that are left keep it mapped

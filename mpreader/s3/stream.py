@@ -6,7 +6,7 @@ import contextlib
 import random
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import urllib3
 from botocore.exceptions import BotoCoreError
@@ -14,10 +14,8 @@ from botocore.exceptions import BotoCoreError
 from mpreader.config import MiB
 from mpreader.errors import MpreaderError, ObjectChanged, PlanError, ShortRead
 from mpreader.pool.worker.partial_content import Mismatch, PartialContent, find_mismatch, parse_content_range
-
-if TYPE_CHECKING:
-    from mpreader.readers.protocols import ObjectInfo as HasSize
-    from mpreader.s3.client import S3Client
+from mpreader.s3.objects import HasSize
+from mpreader.s3.requester import Requester
 
 __all__ = ["PinnedObject"]
 
@@ -43,7 +41,7 @@ class PinnedObject:
         object_info: What is known of the object; its version is pinned if it has an ``etag``.
     """
 
-    def __init__(self, client: S3Client, bucket: str, key: str, object_info: HasSize | None = None) -> None:
+    def __init__(self, client: Requester, bucket: str, key: str, object_info: HasSize | None = None) -> None:
         self._client = client
         self._bucket = bucket
         self._key = key

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Final
 from urllib.parse import quote
 
 from mpreader.testing.answer import Content, Request, StoredObject, answer_to, byte_range, read_request
-from mpreader.testing.certificate import LoopbackCertificate
+from mpreader.testing.certificate import LoopbackCertificate, server_context
 from mpreader.testing.fault import Fault, FaultKind, Schedule
 from mpreader.testing.s3_server import aws_environment
 
@@ -70,7 +70,7 @@ class FaultServer:
     Args:
         objects: What to serve: ``{"/bucket/key": bytes or Path}``. Not copied, so don't change it.
         faults: What goes wrong; see :class:`Fault`. Can be changed with :meth:`inject`.
-        tls: Speak https, with a certificate of its own authority; see :attr:`ca_file`. Needs ``cryptography``.
+        tls: Speak https, with a certificate of its own authority; see :attr:`ca_file`. Needs ``trustme``.
         bytes_per_s: Most bytes per second on one connection, such as S3's 90e6; None: no limit.
     """
 
@@ -140,7 +140,7 @@ class FaultServer:
 
     def start(self) -> None:
         """Listen, and answer from threads of this process."""
-        context = None if self._certificate is None else self._certificate.server_context()
+        context = None if self._certificate is None else server_context(self._certificate.server_file)
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
         self._acceptor = threading.Thread(target=self._accept, args=(self._listener, context), daemon=True)
         self._acceptor.start()

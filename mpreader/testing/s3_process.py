@@ -39,16 +39,16 @@ _SIGNATURES: Final = frozenset({"Signature", "X-Amz-Signature"})
 _PLAIN_QUERY: Final = re.compile(r"x-amz-.*|x-id|signature|awsaccesskeyid|expires", re.IGNORECASE)
 
 
-def serve(port: int, certificate: tuple[str, str] | None) -> None:
+def serve(port: int, certificate_file: str | None) -> None:
     """Serve on 127.0.0.1 until the standard input ends; print the URL on a first line.
 
     Args:
         port: TCP port, 0 for any free one.
-        certificate: Files of the certificate and of its key, to speak https.
+        certificate_file: PEM file of the certificate and its private key, to speak https. None: http.
     """
-    with _Server(port, None if certificate is None else server_context(*certificate)) as server:
+    with _Server(port, None if certificate_file is None else server_context(certificate_file)) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        scheme = "http" if certificate is None else "https"
+        scheme = "http" if certificate_file is None else "https"
         print(f"{scheme}://127.0.0.1:{server.port}", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             sys.stdin.buffer.read()

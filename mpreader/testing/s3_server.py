@@ -136,7 +136,7 @@ class S3Server:
         """
         command = [sys.executable, "-m", __name__, "--port", "0"]
         if self._certificate is not None:
-            command += ["--chain", str(self._certificate.chain_file), "--key", str(self._certificate.key_file)]
+            command += ["--certificate", str(self._certificate.server_file)]
         process = subprocess.Popen(  # noqa: S603 - this module, run by this interpreter
             command,
             stdin=subprocess.PIPE,
@@ -190,12 +190,11 @@ class S3Server:
 def _main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name}", description=__doc__)
     parser.add_argument("--port", type=int, default=0, help="TCP port on 127.0.0.1; 0 (default): any free one")
-    parser.add_argument("--chain", help="PEM file of the certificate, to speak https")
-    parser.add_argument("--key", help="PEM file of the certificate's key")
+    parser.add_argument("--certificate", help="PEM file of a certificate and its private key, to speak https")
     options = parser.parse_args(arguments)
     from mpreader.testing.s3_process import serve
 
-    serve(options.port, None if options.chain is None else (options.chain, options.key))
+    serve(options.port, options.certificate)
 
 
 if __name__ == "__main__":

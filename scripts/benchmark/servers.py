@@ -50,8 +50,8 @@ http {{
     fastcgi_temp_path {folder}/fastcgi;
     uwsgi_temp_path {folder}/uwsgi;
     scgi_temp_path {folder}/scgi;
-    ssl_certificate {certificate.chain_file};
-    ssl_certificate_key {certificate.key_file};
+    ssl_certificate {certificate.server_file};
+    ssl_certificate_key {certificate.server_file};
     upstream delay {{ server 127.0.0.1:{delay_port}; keepalive 64; keepalive_requests 1000000000; }}
     root {root};
 {sites}}}

@@ -1,4 +1,4 @@
-"""README is true: its snippets run as they are, its settings are the code's, its errors are what is raised."""
+"""README is true: its snippets and commands run as they are, its errors are those that are raised."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 import mpreader
 from mpreader import PoolConfig, RangeFetcher, S3Client, S3ReaderConstructor, fetch_ranges
-from mpreader.config import POOL_SETTINGS
 from mpreader.dcp import S3StorageWriter
 from mpreader.testing import S3Server
 
@@ -91,20 +90,6 @@ def test_readme_commands_run_as_they_are(my_bucket: None, tmp_path: Path, monkey
         assert result.stdout
     assert {path.name for path in tmp_path.iterdir()} == {"load.png", "bench.png", "model.pt", "head.bin"}
     assert (tmp_path / "head.bin").read_bytes() == bytes(range(100))
-
-
-def test_readme_settings_are_those_of_the_code() -> None:
-    rows = re.findall(r"^\| `(\w+)` \| `(MPREADER_\w+)` \| (.*?) \| (\w+) \| (\S+) \|$", README, re.MULTILINE)
-    assert rows == [
-        (
-            name,
-            f"MPREADER_{name.upper()}",
-            setting.doc,
-            setting.unit,
-            "host" if setting.default is None else f"{setting.default:g}",
-        )
-        for name, setting in POOL_SETTINGS.items()
-    ]
 
 
 def _closed_reader() -> object:

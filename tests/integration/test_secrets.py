@@ -30,10 +30,10 @@ from mpreader.config import KiB, MiB
 from mpreader.dcp import S3StorageReader
 from mpreader.pool.requests import SlotRead
 from mpreader.pool.worker.messages import Fetch
-from mpreader.pool.worker.route import Route
 from mpreader.ranges import Part
-from mpreader.s3 import S3Source
+from mpreader.s3 import PresignedUrl
 from mpreader.sources.http import HttpSource
+from mpreader.sources.s3 import S3Source
 from mpreader.testing import Fault, FaultKind, FaultServer
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
@@ -60,14 +60,14 @@ def store(data: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
 def unwanted(store: FaultServer, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What must be seen nowhere; signatures are added as they are made."""
     found = ["sesame", "X-Amz-Signature", "X-Amz-Security-Token"]
-    sign = S3Client.route
+    sign = S3Client.presign
 
-    def route(client: S3Client, bucket: str, key: str) -> Route:
+    def presign(client: S3Client, bucket: str, key: str) -> PresignedUrl:
         signed = sign(client, bucket, key)
-        found.extend(parse_qs(signed.target.partition("?")[2])["X-Amz-Signature"])
+        found.extend(parse_qs(signed.url.partition("?")[2])["X-Amz-Signature"])
         return signed
 
-    monkeypatch.setattr(S3Client, "route", route)
+    monkeypatch.setattr(S3Client, "presign", presign)
     return found
 
 
@@ -200,7 +200,7 @@ def locals_of_ours(trace: TracebackType | None) -> list[str]:
 @pytest.mark.parametrize("scheme", ["s3", "http"])
 @pytest.mark.parametrize("name", FAULTS)
 def test_error_holds_no_secret(store: FaultServer, unwanted: list[str], name: str, scheme: str) -> None:
-    signed = S3Client().route("bucket", "data").target
+    signed = S3Source(S3Client(), "bucket", "data").route().target
     store.inject(*FAULTS[name])
     uri = "s3://bucket/data" if scheme == "s3" else store.endpoint_url.replace("//", "//me:sesame@") + signed
     with (

@@ -1,4 +1,7 @@
-"""Timed loads of a checkpoint into memory, to see what a host and its way to S3 can do."""
+"""Timed loads of a checkpoint into memory: they show what a host and its connection to S3 can do.
+
+``mpreader load`` runs them. Nothing of the checkpoint but ``.metadata`` is unpickled.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from mpreader.dcp.reader import S3StorageReader
-from mpreader.dcp.state import allocate, check_memory, empty_state, read_into, read_metadata, state_bytes
+from mpreader.dcp.state import allocate, check_memory, empty_state, read_into, read_metadata, state_bytes, touch_memory
 from mpreader.errors import ConfigError
 from mpreader.ranges import DEFAULT_MAX_GAP_SIZE
 from mpreader.readers.kinds import S3ReaderConstructor
@@ -25,20 +26,20 @@ __all__ = ["TimedLoad", "time_loads"]
 
 @dataclass(frozen=True, slots=True)
 class TimedLoad:
-    """One load, and how it went.
+    """Measurements of one load.
 
     Attributes:
-        starts_workers: Whether starting the worker processes is part of it: so it is in the first load.
-        seconds: How long it took, from the request for ``.metadata`` to the last byte in its target.
+        starts_workers: True if the time includes starting the worker processes, as in the first load.
+        seconds: Wall time, from the request for ``.metadata`` to the last byte in its target.
         nbytes: Bytes of the tensors in memory.
-        received_nbytes: Bytes that were received, gaps and what had to be received again included.
+        received_nbytes: Bytes that were received, gaps and repetitions included.
         over_read_nbytes: Bytes received that belong to no item.
         requests: GETs made, those of ``.metadata`` not included.
         retries: GETs that were made again.
         network_wait_s: Seconds during which the load waited for bytes.
-        consumer_wait_s: Seconds during which nothing was received, because memory was full of what had not been taken.
-        extra_memory_bytes: Most memory that this process and its workers took then, besides what they had before the
-            first load, targets included; shared memory is counted once.
+        consumer_wait_s: Seconds during which nothing was received, since memory was full of bytes not taken yet.
+        extra_memory_bytes: Most memory that this process and its workers took then, beyond what this process had
+            before the first load, targets included; shared memory is counted once.
     """
 
     starts_workers: bool
@@ -71,24 +72,24 @@ def time_loads(
     allowed_globals: Iterable[str] = (),
     progress: bool | None = None,
 ) -> Iterator[TimedLoad]:
-    """Load a checkpoint into the same targets again and again; nothing of it is unpickled but ``.metadata``.
+    """Load a checkpoint into the same targets again and again.
 
     The targets are allocated, and touched, before the clock starts.
 
     Args:
         uri: ``s3://`` URI of the checkpoint.
-        repeat: How many loads, at least 1.
+        repeat: Number of loads, at least 1.
         region: As for :func:`mpreader.dcp.load_checkpoint`, like all that follow.
-        s3client_config: How S3 is reached.
+        s3client_config: Settings of the S3 client.
         pool_config: Settings of the worker pool.
         max_gap_size: Largest gap, in bytes, between two items that are fetched as one.
         match: Load only what these patterns select.
-        verify: Whether CRC-32s are checked.
+        verify: True: check the CRC-32s.
         allowed_globals: Classes that ``.metadata`` may make.
-        progress: Whether each load shows a progress bar.
+        progress: True: show a progress bar for each load. None: on a terminal or in a notebook.
 
     Yields:
-        Each load, when it is over.
+        The measurements of each load, when it is over.
 
     Raises:
         ConfigError: ``repeat`` is less than 1.
@@ -96,13 +97,13 @@ def time_loads(
     """
     if repeat < 1:
         raise ConfigError(f"repeat must be at least 1, got {repeat}")
-    # With readers that start no processes: that is to be part of the first load.
+    # Planned with readers that start no processes: starting them is part of the first load.
     plain = S3ReaderConstructor.sequential()
     with S3StorageReader(region, uri, s3client_config, plain, allowed_globals=allowed_globals) as reader:
         planned = empty_state(read_metadata(reader), match)
         check_memory(planned, reader, pool_config)
     state = allocate(planned)
-    _touch(state)
+    touch_memory(state)
     constructor = S3ReaderConstructor.multiprocess(max_gap_size, pool_config=pool_config, progress=progress)
     reader = S3StorageReader(region, uri, s3client_config, constructor, verify=verify, allowed_globals=allowed_globals)
     with reader:
@@ -118,7 +119,8 @@ def _timed(reader: S3StorageReader, state: dict[str, Any], memory_before: int, *
         reader.reset()
         read_into(reader, reader.read_metadata(), state, _drop)
         seconds = time.perf_counter() - started
-    added = tree_memory_bytes(os.getpid()) - memory_before  # a short load may fall between two samples
+    # A short load may fall between two samples of the sampler.
+    added = tree_memory_bytes(os.getpid()) - memory_before
     stats = reader.stats
     return TimedLoad(
         starts_workers=starts_workers,
@@ -134,11 +136,5 @@ def _timed(reader: S3StorageReader, state: dict[str, Any], memory_before: int, *
     )
 
 
-def _touch(state: dict[str, Any]) -> None:
-    for value in state.values():
-        if isinstance(value, torch.Tensor) and value.numel():
-            value.reshape(-1).view(torch.uint8).fill_(0)
-
-
 def _drop(fqn: str, stored: object) -> None:
-    """What is no tensor was received and checked; making an object of it is no business of a trial."""
+    """Drop an item that is no tensor: it was received and checked, and unpickling it might run foreign code."""

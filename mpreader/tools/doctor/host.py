@@ -18,12 +18,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final
 
-from mpreader import __version__
 from mpreader.config import POOL_SETTINGS, MiB, PoolConfig, S3ClientConfig
 from mpreader.errors import ConfigError
 from mpreader.host import Cgroup, Host
 from mpreader.pool.sizing import PoolSizes, size_pool
 from mpreader.tools.doctor.finding import Finding
+from mpreader.version import __version__
 
 __all__ = ["Surroundings", "examine_host"]
 

@@ -13,15 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mpreader import PoolConfig
+from mpreader import PoolConfig, S3Client
 from mpreader.config import KiB, MiB
-from mpreader.s3 import S3Client
 from mpreader.testing import Fault, FaultKind, FaultServer, S3Server
 
 if TYPE_CHECKING:
     from tests.integration.conftest import WorkersOf
 
-_COMMAND = [sys.executable, "-m", "mpreader.cli.main", "bench"]
+_COMMAND = [sys.executable, "-m", "mpreader", "bench"]
 _QUICK = ("--repeat", "1", "--workers", "1", "--connections", "2", "--part-size", "256KiB")
 
 
@@ -53,9 +52,9 @@ def test_bench_tells_what_it_measured_as_json_and_draws_it(
     assert (document["source"], document["objects"]) == (checkpoint, 2)
     sizes = ("source_bytes", "bytes_per_measurement", "bytes_asked_for")
     assert [document[name] for name in sizes] == [3 * 512 * KiB] * 3
-    heats = {heat["name"]: heat["results"] for heat in document["heats"]}
-    assert list(heats) == ["workers", "part size", "last heat"]
-    results = [each for heat in heats.values() for each in heat]
+    rounds = {each["name"]: each["results"] for each in document["rounds"]}
+    assert list(rounds) == ["workers", "part size", "final round"]
+    results = [each for results in rounds.values() for each in results]
     settings = {(each["workers"], each["connections_per_worker"], each["part_size"]) for each in results}
     chosen, usual = document["recommended"], document["defaults"]
     assert {(1, 2, 256 * KiB), (2, 2, 256 * KiB)} < settings
@@ -66,7 +65,7 @@ def test_bench_tells_what_it_measured_as_json_and_draws_it(
         "MPREADER_CONNECTIONS_PER_WORKER": str(chosen["connections_per_worker"]),
         "MPREADER_PART_SIZE": f"{chosen['part_size'] // KiB}KiB" if chosen["part_size"] % MiB else "8MiB",
     }
-    assert document["best_gb_per_s"] == max(each["gb_per_s"] for each in heats["last heat"])
+    assert document["best_gb_per_s"] == max(each["gb_per_s"] for each in rounds["final round"])
     assert document["defaults_are_fine"] is (usual["gb_per_s"] >= 0.97 * document["best_gb_per_s"])
     for each in results:
         check_result(each)

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from mpreader.s3 import S3Client
+from mpreader import S3Client
 
 SECRET = "wJalrXUtnFEMI/very-secret"
 
 
 def doctor(*arguments: str, before: str = "", **settings: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mpreader.cli.main", "doctor", *arguments]
+    command = [sys.executable, "-m", "mpreader", "doctor", *arguments]
     if before:
         command = ["bash", "-c", f'{before}\nexec "$@"', "bash", *command]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MPREADER_")}

@@ -182,7 +182,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 
 def test_inspect_is_a_command(checkpoint: str) -> None:
-    command = [sys.executable, "-W", "error", "-m", "mpreader.cli.main", "inspect", checkpoint]
+    command = [sys.executable, "-W", "error", "-m", "mpreader", "inspect", checkpoint]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (shown.returncode, shown.stderr) == (0, "")
     assert shown.stdout.startswith(f"{checkpoint}: 48 tensors of ")

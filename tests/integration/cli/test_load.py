@@ -67,7 +67,7 @@ def rewrite(uri: str, change: Any) -> None:
 
 
 def test_load_prints_a_row_for_each_load_and_nothing_else(checkpoint: str) -> None:
-    command = [sys.executable, "-W", "error", "-m", "mpreader.cli.main", "load", checkpoint]
+    command = [sys.executable, "-W", "error", "-m", "mpreader", "load", checkpoint]
     done = subprocess.run([*command, "--repeat", "2", "--workers", "1"], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()

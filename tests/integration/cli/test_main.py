@@ -40,7 +40,7 @@ def _logging_as_before() -> Iterator[None]:
 
 
 def run(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mpreader.cli.main", *arguments]
+    command = [sys.executable, "-m", "mpreader", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, **settings})
 
 
@@ -65,9 +65,12 @@ def test_help_tells_all_commands_and_exit_codes() -> None:
     assert re.search(r"^ +130  ended by Ctrl-C$", done.stdout, re.MULTILINE)
 
 
-def test_installed_command_is_the_same() -> None:
-    done = subprocess.run([COMMAND, "--version"], capture_output=True, text=True, timeout=60)
-    assert done.stdout == f"mpreader, version {mpreader.__version__}\n"
+@pytest.mark.parametrize("command", [[COMMAND], [sys.executable, "-m", "mpreader"]], ids=["installed", "module"])
+def test_command_is_called_mpreader_however_it_is_started(command: list[str | Path]) -> None:
+    done = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, f"mpreader, version {mpreader.__version__}\n")
+    wrong = subprocess.run([*command, "ftch"], capture_output=True, text=True, timeout=60)
+    assert (wrong.returncode, wrong.stderr.splitlines()[0]) == (2, "Usage: mpreader [OPTIONS] COMMAND [ARGS]...")
 
 
 @pytest.mark.parametrize(

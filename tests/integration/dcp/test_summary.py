@@ -21,9 +21,8 @@ from torch.distributed.checkpoint.metadata import (
 from mpreader import PoolConfig
 from mpreader.dcp import MetadataRefused, S3FileSystem, describe_checkpoint, load_checkpoint
 from mpreader.dcp.state import empty_state, nest
-from mpreader.dcp.summary import FileSummary, ItemSummary, TensorSummary
+from mpreader.dcp.summary import FileSummary, ItemSummary, PlannedRequest, TensorSummary
 from mpreader.errors import ConfigError, ObjectMissing, PlanError
-from mpreader.ranges import Part
 from mpreader.testing import S3Server
 
 KiB = 1024
@@ -94,10 +93,10 @@ def test_summary_plans_with_the_given_settings(write: Write) -> None:
     # All of a.distcp is one group; the cut of its two requests falls into the gap.
     assert (load.groups, load.requests, load.head_requests, load.over_read_nbytes) == (2, 3, 2, 0)
     end = 100 + 40 * KiB
-    assert load.files[0].parts == (Part(0, end), Part(100 + 90 * KiB, 100 + 100 * KiB))
+    assert load.files[0].parts == (PlannedRequest(0, end), PlannedRequest(100 + 90 * KiB, 100 + 100 * KiB))
 
     load = describe_checkpoint(uri, pool_config=PoolConfig(part_size=1024 * KiB)).load
-    assert load.files[0].parts == (Part(0, 100 + 100 * KiB),)
+    assert load.files[0].parts == (PlannedRequest(0, 100 + 100 * KiB, over_read=50 * KiB),)
     assert load.over_read_nbytes == load.fetched_nbytes - load.wanted_nbytes == 50 * KiB
 
     load = describe_checkpoint(uri, pool_config=PoolConfig(part_size=1024 * KiB), max_gap_size=50 * KiB - 1).load

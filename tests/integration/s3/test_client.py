@@ -15,7 +15,7 @@ import pytest
 from mpreader import AccessDenied, ConfigError, ObjectMissing, S3Client, S3ClientConfig, S3ReaderConstructor
 from mpreader.errors import TransportError
 from mpreader.pool.worker.route import Route
-from mpreader.s3 import S3Source
+from mpreader.sources.s3 import S3Source
 from mpreader.testing import FaultServer, S3Server
 
 KEYS = [
@@ -167,7 +167,7 @@ def test_client_reaches_an_endpoint_with_its_own_authority(monkeypatch: pytest.M
         client = S3Client()
         with client.put_object("bucket", "key") as writer:
             writer.write(b"data")
-        route = client.route("bucket", "key")
+        route = S3Source(client, "bucket", "key").route()
         assert (route.tls, route.ca_file) == (True, str(server.ca_file))
         client.close()
         monkeypatch.delenv("AWS_CA_BUNDLE")
@@ -180,7 +180,7 @@ def test_client_is_shared_by_threads(bucket: str) -> None:
     client.put_object(bucket, "key").close()
     with ThreadPoolExecutor(8) as threads:
         infos = list(threads.map(lambda _: client.head_object(bucket, "key"), range(16)))
-        hosts = set(threads.map(lambda _: client.route(bucket, "key").host, range(16)))
+        hosts = set(threads.map(lambda _: S3Source(client, bucket, "key").route().host, range(16)))
     assert len(set(infos)) == len(hosts) == 1
     client.close()
 

@@ -12,7 +12,7 @@ from urllib.parse import unquote
 import pytest
 
 from mpreader import AccessDenied, S3Client, S3ClientConfig, TransportError
-from mpreader.s3 import S3Source
+from mpreader.sources.s3 import S3Source
 
 _HOME = "eu-west-1"
 _DATA = b"in another region"

@@ -15,6 +15,7 @@ import pytest
 from mpreader import AccessDenied, ConfigError, ObjectMissing, S3Client, TransportError
 from mpreader.pool.worker.route import Route
 from mpreader.sources.http import HttpSource
+from mpreader.sources.s3 import S3Source
 from mpreader.testing import Fault, FaultKind, FaultServer
 
 DATA = bytes(range(256)) * 10
@@ -145,7 +146,7 @@ def test_source_opens_a_url_that_is_presigned_for_get(bucket: str) -> None:
     for key, data in (("key", DATA), ("empty", b"")):
         with client.put_object(bucket, key) as writer:
             writer.write(data)
-        route = client.route(bucket, key)
+        route = S3Source(client, bucket, key).route()
         source = HttpSource(f"http://{dict(route.headers)['Host']}{route.target}")
         assert source.open() == (len(data), client.head_object(bucket, key).etag)
         assert source.route().target == route.target

@@ -24,7 +24,7 @@ SECONDS = 1.2  # more than the half second after which a bar appears
 BAR = re.compile(
     r"fetch: +(?P<percent>\d+)%\|.+\| [\d.]+[kM]?/2\.05M \[\d\d:\d\d<(\d\d:\d\d|\?), +([\d.]+[kM]?|\?)B/s\]"
 )
-FETCH = [sys.executable, "-W", "error", "-m", "mpreader.cli.main", "fetch", "-o", "copy", "--part-size", "64KiB"]
+FETCH = [sys.executable, "-W", "error", "-m", "mpreader", "fetch", "-o", "copy", "--part-size", "64KiB"]
 LIBRARY = """
 import sys
 from mpreader import PoolConfig, RangeFetcher

@@ -74,11 +74,11 @@ def _saved(timeline: Timeline, folder: Path) -> list[dict[str, Any]]:
 
 def _spans_by_thread(events: Sequence[dict[str, Any]]) -> dict[tuple[int, int], list[tuple[float, float]]]:
     """Start and end of each, in nanoseconds; in order."""
-    lanes: dict[tuple[int, int], list[tuple[float, float]]] = {}
+    spans: dict[tuple[int, int], list[tuple[float, float]]] = {}
     for event in events:
         end = event["ts"] + event["dur"]
-        lanes.setdefault((event["pid"], event["tid"]), []).append((round(event["ts"] * 1e3), round(end * 1e3)))
-    return {lane: sorted(spans) for lane, spans in lanes.items()}
+        spans.setdefault((event["pid"], event["tid"]), []).append((round(event["ts"] * 1e3), round(end * 1e3)))
+    return {thread: sorted(own) for thread, own in spans.items()}
 
 
 def test_trace_has_each_request_on_its_connection_and_no_two_at_a_time(server: FaultServer, tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_pools_that_work_at_the_same_time_are_told_apart(tmp_path: Path) -> None
         list(threads.map(work, (EVENT, meanwhile, later)))
     trace = _saved(timeline, tmp_path)
     names = [event["args"]["name"] for event in trace if event["name"] == "process_name"]
-    assert names == ["pool 0, worker 0", "pool 1, worker 0"], "pools one after the other share lanes"
+    assert names == ["pool 0, worker 0", "pool 1, worker 0"], "pools one after the other share rows"
     spans = _spans_by_thread([event for event in trace if event["ph"] == "X" and event["args"]])
     assert sorted(map(len, spans.values())) == [1, 2]
 
@@ -153,7 +153,7 @@ def test_picture_is_a_png_that_grows_with_the_connections(server: FaultServer, t
         _fetch(server)
     timeline.save(tmp_path / "few.png")
     grid = itertools.product(range(8), range(16))
-    _recorded([EVENT._replace(worker=worker, connection=lane) for worker, lane in grid]).save(tmp_path / "many.png")
+    _recorded([EVENT._replace(worker=worker, connection=number) for worker, number in grid]).save(tmp_path / "many.png")
     Timeline().save(tmp_path / "none.png")
     sizes = {path.stem: _png_size(path) for path in tmp_path.glob("*.png")}
     assert {width for width, _ in sizes.values()} == {1800}
@@ -180,10 +180,10 @@ def test_picture_shows_what_is_shorter_than_a_pixel(tmp_path: Path) -> None:
     _recorded(short).save(tmp_path / "good.png")
     _recorded([*short[:1500], failed, *short[1501:]]).save(tmp_path / "bad.png")
     good, bad = _pixels(tmp_path / "good.png"), _pixels(tmp_path / "bad.png")
-    # Of the lane, which is in the upper half: a mean of white, amber and blue, nowhere white.
-    lane = good[200, 300:1500]
-    assert lane.min(axis=1).max() < 245
-    assert lane[:, 0].min() > blue[0]
+    # A line of pixels within the row, in the upper half: a mean of white, amber and blue, nowhere white.
+    row = good[200, 300:1500]
+    assert row.min(axis=1).max() < 245
+    assert row[:, 0].min() > blue[0]
     assert _near(bad, red) > _near(good, red) + 100
 
 

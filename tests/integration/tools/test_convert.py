@@ -261,7 +261,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 def test_command_converts_and_replaces_only_what_it_may(checkpoint: str, tmp_path: Path, run: Run) -> None:
     file = tmp_path / "file.pt"
-    command = [sys.executable, "-W", "error", "-m", "mpreader.cli.main", "convert", checkpoint, str(file)]
+    command = [sys.executable, "-W", "error", "-m", "mpreader", "convert", checkpoint, str(file)]
     done = subprocess.run([*command, "--match", "model.*"], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"{file}: 36")
@@ -305,7 +305,7 @@ def save_to_a_full_disk(*arguments):
     resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
     save(*arguments)
 torch.save = save_to_a_full_disk
-runpy.run_module("mpreader.cli.main", run_name="__main__")
+runpy.run_module("mpreader", run_name="__main__")
 """
     file = tmp_path / "file.pt"
     command = [sys.executable, "-c", program, "convert", checkpoint, str(file)]

@@ -20,11 +20,10 @@ from typing import Any
 
 import pytest
 
-from mpreader import ConfigError, PoolConfig, S3ClientConfig
+from mpreader import ConfigError, PoolConfig, S3Client, S3ClientConfig
 from mpreader.config import KiB, MiB
 from mpreader.host import Cgroup, Host
 from mpreader.pool.sizing import size_pool
-from mpreader.s3 import S3Client
 from mpreader.testing import FaultServer, S3Server
 from mpreader.testing.s3_server import aws_environment as environment_of
 from mpreader.tools.doctor.access import examine_access

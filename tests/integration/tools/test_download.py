@@ -27,7 +27,8 @@ from mpreader import (
     RangeFetcher,
 )
 from mpreader.testing import Fault, FaultKind, FaultServer
-from mpreader.tools.download.download import RangeOfObject, copy_to, download, name_of
+from mpreader.tools.download.download import copy_to, download, name_of
+from mpreader.tools.download.plan import RangeOfObject
 
 DATA = b"".join(number.to_bytes(4, "little") for number in range(250_000))
 PART = 64 << 10

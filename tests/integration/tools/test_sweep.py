@@ -5,13 +5,14 @@ from typing import Any
 
 import pytest
 
+from mpreader import S3Client
 from mpreader.config import KiB, MiB, PoolConfig, S3ClientConfig
 from mpreader.errors import ConfigError, ObjectMissing, PlanError, PoolTimeout
-from mpreader.s3 import S3Client
 from mpreader.telemetry.events import RequestEvent, add_observer, remove_observer
 from mpreader.testing import Fault, FaultKind, FaultServer
+from mpreader.tools.bench.measurement import Benchmark, Measurement, Settings
+from mpreader.tools.bench.objects import SourceObject, find_objects, passes
 from mpreader.tools.bench.sweep import AXES, Results, Sweep, recommend, search, sweep
-from mpreader.tools.bench.trials import Measurement, Settings, SourceObject, Trials, find_objects, passes
 
 _DATA = bytes(range(256)) * 8192  # 2 MiB
 _USUAL = Settings(4, 16, 8 * MiB)
@@ -58,7 +59,7 @@ def test_recommended_is_the_leanest_of_what_is_as_fast_as_the_best(results: Resu
 @pytest.mark.parametrize(("rate", "are_fine"), [(2.1, True), (1.95, True), (1.9, False)])
 def test_defaults_are_fine_within_three_percent_of_the_best(rate: float, are_fine: bool) -> None:
     results = {_USUAL: measured(rate), Settings(1, 1, MiB): measured(2.0)}
-    assert Sweep("s3://b/k", 1, 1, 1, 1, _USUAL, {"heat": results}, {}).defaults_are_fine is are_fine
+    assert Sweep("s3://b/k", 1, 1, 1, 1, _USUAL, {"round": results}, {}).defaults_are_fine is are_fine
 
 
 # -- the search
@@ -81,33 +82,33 @@ _GRID = {"workers": [1, 2, 4], "connections_per_worker": [4, 8, 16], "part_size"
 
 def test_search_sweeps_one_setting_after_the_other_from_what_was_enough() -> None:
     host = Host(0.8)
-    heats, lines = search(_GRID, _USUAL, host.measure)
+    rounds, axes = search(_GRID, _USUAL, host.measure)
     assert host.calls == [
         ("workers", [Settings(1, 16, 8 * MiB), Settings(2, 16, 8 * MiB), _USUAL]),
         ("connections per worker", [*(Settings(1, count, 8 * MiB) for count in (4, 8, 16)), _USUAL]),
         ("part size", [Settings(1, 8, 4 * MiB), Settings(1, 8, 8 * MiB), _USUAL]),
-        ("last heat", [Settings(1, 16, 8 * MiB), Settings(1, 8, 8 * MiB), Settings(1, 8, 4 * MiB), _USUAL]),
+        ("final round", [Settings(1, 16, 8 * MiB), Settings(1, 8, 8 * MiB), Settings(1, 8, 4 * MiB), _USUAL]),
     ]
-    assert [(name, list(results)) for name, results in heats.items()] == host.calls
-    assert list(lines) == list(AXES)
-    assert list(lines["connections_per_worker"].results) == host.calls[1][1][:3]
-    assert [len(line.defaults) for line in lines.values()] == [1, 1, 1]
+    assert [(name, list(results)) for name, results in rounds.items()] == host.calls
+    assert list(axes) == list(AXES)
+    assert list(axes["connections_per_worker"].results) == host.calls[1][1][:3]
+    assert [len(each.defaults) for each in axes.values()] == [1, 1, 1]
 
 
 def test_search_of_everything_measures_every_combination_once() -> None:
     host = Host(100)
     usual = Settings(3, 16, 8 * MiB)
-    heats, lines = search(_GRID, usual, host.measure, full=True)
-    assert list(heats) == ["all settings"]
+    rounds, axes = search(_GRID, usual, host.measure, full=True)
+    assert list(rounds) == ["all settings"]
     assert len(host.calls[0][1]) == 3 * 3 * 2 + 1
-    assert recommend(heats["all settings"]) == Settings(4, 16, 4 * MiB)
-    assert list(lines["workers"].results) == [Settings(count, 16, 4 * MiB) for count in (1, 2, 4)]
+    assert recommend(rounds["all settings"]) == Settings(4, 16, 4 * MiB)
+    assert list(axes["workers"].results) == [Settings(count, 16, 4 * MiB) for count in (1, 2, 4)]
 
 
 def test_search_of_single_values_measures_them_and_the_defaults() -> None:
-    heats, lines = search({axis: [getattr(_USUAL, axis) * 2] for axis in AXES}, _USUAL, Host(100).measure)
-    assert [list(results) for results in heats.values()] == [[Settings(8, 32, 16 * MiB), _USUAL]]
-    assert [list(line.results) for line in lines.values()] == [[Settings(8, 32, 16 * MiB)]]
+    rounds, axes = search({axis: [getattr(_USUAL, axis) * 2] for axis in AXES}, _USUAL, Host(100).measure)
+    assert [list(results) for results in rounds.values()] == [[Settings(8, 32, 16 * MiB), _USUAL]]
+    assert [list(each.results) for each in axes.values()] == [[Settings(8, 32, 16 * MiB)]]
 
 
 def test_search_compares_only_what_was_measured_together() -> None:
@@ -117,8 +118,8 @@ def test_search_compares_only_what_was_measured_together() -> None:
         host.most *= 0.7  # something else begins to take more and more of the host
         return host.measure(name, settings)
 
-    heats, _ = search(_GRID, _USUAL, measure)
-    done = Sweep("s3://b/k", 1, 1, 1, 1, _USUAL, heats, {})
+    rounds, _ = search(_GRID, _USUAL, measure)
+    done = Sweep("s3://b/k", 1, 1, 1, 1, _USUAL, rounds, {})
     assert done.recommended == Settings(1, 4, 4 * MiB)
     assert done.defaults_are_fine
     assert done.best_gb_per_s == pytest.approx(0.4 * 0.7**4)
@@ -168,9 +169,9 @@ def test_largest_objects_below_a_prefix_are_read(bucket: str) -> None:
 def test_measurement_asks_for_parts_of_the_size_with_the_workers_it_says(
     server: FaultServer, events: list[RequestEvent]
 ) -> None:
-    trials = Trials([SourceObject(server.url("/data"), len(_DATA))], 5 * MiB, 60, S3ClientConfig())
+    benchmark = Benchmark([SourceObject(server.url("/data"), len(_DATA))], 5 * MiB, 60, S3ClientConfig())
     advanced: list[int] = []
-    done = trials.measure(Settings(3, 2, 256 * KiB), advanced.append)
+    done = benchmark.measure(Settings(3, 2, 256 * KiB), advanced.append)
     asked = [request.range for request in server.requests if request.method == "GET"]
     sizes = [end - start + 1 for start, end in (map(int, text[6:].split("-")) for text in asked if text)]
     assert sizes.count(256 * KiB) == 20  # the 2 MiB twice and a half
@@ -185,15 +186,15 @@ def test_measurement_asks_for_parts_of_the_size_with_the_workers_it_says(
 
 def test_measurement_of_a_few_bytes_does_not_wait_for_workers_that_have_nothing_to_do(server: FaultServer) -> None:
     server.put("/data", b"x")
-    done = Trials([SourceObject(server.url("/data"), 1)], 3, 10, S3ClientConfig()).measure(Settings(2, 1, MiB), int)
+    done = Benchmark([SourceObject(server.url("/data"), 1)], 3, 10, S3ClientConfig()).measure(Settings(2, 1, MiB), int)
     assert (done.nbytes, done.requests) == (3, 3)
 
 
 def test_measurement_counts_retries(server: FaultServer) -> None:
     # The warm-up reads the first bytes of each half only.
     server.inject(Fault(FaultKind.RESET, covering=200_000, at=(1,)))
-    trials = Trials([SourceObject(server.url("/data"), len(_DATA))], MiB, 60, S3ClientConfig())
-    done = trials.measure(Settings(1, 1, 512 * KiB), int)
+    benchmark = Benchmark([SourceObject(server.url("/data"), len(_DATA))], MiB, 60, S3ClientConfig())
+    done = benchmark.measure(Settings(1, 1, 512 * KiB), int)
     assert (done.nbytes, done.retries) == (MiB, 1)
 
 
@@ -205,7 +206,7 @@ def test_sweep_that_is_too_slow_reads_less_and_says_so(monkeypatch: pytest.Monke
         done = sweep(server.url("/data") + "?secret", grid=grid, seconds=0.6, repeat=1)
     assert done.defaults == Settings(1, 1, 64 * KiB)
     assert 0 < done.nbytes < done.wanted_nbytes == done.source_nbytes == len(_DATA)
-    assert list(done.heats["workers"]) == [done.defaults]
+    assert list(done.rounds["workers"]) == [done.defaults]
     assert done.source.endswith("/data")
 
 
@@ -223,7 +224,7 @@ def test_parts_that_memory_does_not_allow_are_not_measured_twice(
     monkeypatch.setenv("MPREADER_MAX_MEMORY", "8MiB")  # for parts of 512 KiB
     grid = {"workers": [1], "connections_per_worker": [2], "part_size": [256 * KiB, 4 * MiB, 16 * MiB]}
     done = sweep(server.url("/data"), grid=grid, nbytes=MiB, repeat=2)
-    assert [each.part_size for each in done.lines["part_size"].results] == [256 * KiB, 512 * KiB]
+    assert [each.part_size for each in done.axes["part_size"].results] == [256 * KiB, 512 * KiB]
 
 
 @pytest.mark.parametrize(
@@ -258,8 +259,8 @@ def test_settings_as_environment_are_the_settings(monkeypatch: pytest.MonkeyPatc
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, list[Any]]:
     """A chart's file and panels. Made once, before descriptors are counted: matplotlib keeps its fonts open."""
     chart = pytest.importorskip("mpreader.tools.bench.chart")
-    heats, lines = search(_GRID, _USUAL, Host(2.0).measure)
-    shown = Sweep("s3://b/$x_{$/漢字/" + "k" * 200, 1, 1, 1, 1, _USUAL, heats, lines)
+    rounds, axes = search(_GRID, _USUAL, Host(2.0).measure)
+    shown = Sweep("s3://b/$x_{$/漢字/" + "k" * 200, 1, 1, 1, 1, _USUAL, rounds, axes)
     file = tmp_path_factory.mktemp("chart") / "chart.png"
     chart.save_chart(shown, file)
     return file.read_bytes(), chart.draw_sweep(shown).axes

@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import io
 import struct
+import weakref
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -112,6 +115,40 @@ def test_copy_refuses_every_flipped_byte_of_the_payload(
     target = make_target(tensor.shape, tensor.dtype, kind)
     with pytest.raises(RecordCorrupted, match="CRC-32"):
         copy_into(cut_item(bytes(record)), layout, target)
+
+
+class LentItem:
+    """A record in pieces of 1000 bytes; asserts that the last piece is gone when the next one is asked for."""
+
+    def __init__(self, record: bytes) -> None:
+        self._record = record
+        self._lent: weakref.ref[Any] = weakref.ref(set())
+        self.size = len(record)
+
+    def pieces(self, start: int, end: int) -> Iterator[memoryview]:
+        for at in range(start, end, 1000):
+            yield self._lend(at, min(at + 1000, end))
+            assert self._lent() is None
+
+    def _lend(self, start: int, end: int) -> memoryview:
+        memory: Any = np.frombuffer(bytearray(self._record[start:end]), np.uint8)
+        self._lent = weakref.ref(memory)
+        return memoryview(memory)
+
+    def view(self, start: int, end: int) -> memoryview:
+        return memoryview(bytearray(self._record[start:end]))
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("kind", ["contiguous", "transposed", "converted"])
+def test_copy_of_a_box_lets_go_of_each_piece_before_the_next_one(kind: str, verify: bool) -> None:
+    tensor = filled([40, 300], torch.float32, 1).nan_to_num()
+    item = LentItem(record_of(tensor))
+    layout = decode_layout(item)
+    assert layout is not None
+    target = make_target(torch.Size((20, 300)), torch.float32, kind)
+    copy_into(item, layout, target, (10, 0), (20, 300), verify=verify)
+    assert torch.equal(target, tensor[10:30].to(target.dtype))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The demo would notice a wrong bit."""
+"""Sample state: a comparison with a loaded one notices every wrong bit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from mpreader.tools.demo import differing, make_state
+from mpreader.dcp.sample import differing, make_state
 
 
 def _flip(tensor: torch.Tensor) -> None:

@@ -1,10 +1,11 @@
-"""An object of S3 as a source of the pool."""
+"""S3Source: an object of S3 as a source of the pool."""
 
 from __future__ import annotations
 
 from mpreader.pool.source import ObjectVersion
 from mpreader.pool.worker.route import Route
-from mpreader.s3.client import S3Client
+from mpreader.s3.client import BaseS3Client
+from mpreader.sources.network import proxy_for, route_to
 
 __all__ = ["S3Source"]
 
@@ -13,14 +14,14 @@ class S3Source:
     """One object of S3. See :class:`mpreader.pool.source.Source`.
 
     Args:
-        client: How S3 is reached.
+        client: Client that makes the HEAD request and signs the routes.
         bucket: The object's bucket.
         key: The object's key.
     """
 
     version: ObjectVersion | None = None
 
-    def __init__(self, client: S3Client, bucket: str, key: str) -> None:
+    def __init__(self, client: BaseS3Client, bucket: str, key: str) -> None:
         self._client = client
         self._bucket = bucket
         self._key = key
@@ -57,12 +58,16 @@ class S3Source:
         return ObjectVersion(info.size, info.etag)
 
     def route(self) -> Route:
-        """Make a freshly signed route, without a request.
+        """Make a freshly signed route, through the environment's proxy if it names one. Makes no request.
 
         Raises:
             AccessDenied: There are no credentials.
+            ConfigError: The proxy is of a kind that the workers can't use.
         """
-        return self._client.route(self._bucket, self._key)
+        presigned = self._client.presign(self._bucket, self._key)
+        # The proxy depends on the origin alone; the rest of the URL is a secret, and an error's frames may be shown.
+        proxy = proxy_for(presigned.origin)
+        return route_to(presigned.url, presigned.headers, proxy, presigned.ca_file)
 
     def __repr__(self) -> str:
         return f"<S3Source {self.uri}>"

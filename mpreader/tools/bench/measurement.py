@@ -1,40 +1,33 @@
-"""How fast a source is read with given settings: timed, with workers that are up already; bytes are dropped at once."""
+"""Measurements of pool settings: a source is read with them, its bytes are dropped at once, and the time is taken.
+
+The clock starts when the workers are up and connected, since a sweep compares settings, not how fast processes start.
+:mod:`mpreader.tools.bench.sweep` decides which settings are measured.
+"""
 
 from __future__ import annotations
 
-import itertools
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
-from mpreader.config import KiB, MiB, PoolConfig, S3ClientConfig
-from mpreader.errors import ObjectMissing, PlanError, PoolTimeout
+from mpreader.config import KiB, PoolConfig, S3ClientConfig, format_bytes
+from mpreader.errors import PoolTimeout
 from mpreader.fetch.fetcher import RangeFetcher
-from mpreader.sources.http import HttpSource
 from mpreader.tools.bench.memory import tree_memory_bytes
+from mpreader.tools.bench.objects import SourceObject, passes
 
-__all__ = [
-    "Measurement",
-    "Settings",
-    "SourceObject",
-    "Trials",
-    "binary_bytes",
-    "find_objects",
-    "passes",
-    "without_secrets",
-]
+__all__ = ["Benchmark", "Measurement", "Settings"]
 
-_MOST_LISTED: Final = 10_000
 _WARM_UP_BYTES: Final = 64 * KiB
 _WARM_UP_TIMEOUT_S: Final = 20.0
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What is swept: fields of ``PoolConfig``, sizes in bytes."""
+    """Fields of ``PoolConfig`` that a sweep varies, sizes in bytes."""
 
     workers: int
     connections_per_worker: int
@@ -47,22 +40,22 @@ class Settings:
 
     @property
     def cost(self) -> tuple[int, int, int]:
-        """What is leaner sorts first: fewer connections, then less memory in flight, then fewer processes."""
+        """Sort key, leaner settings first: fewer connections, then less memory in flight, then fewer processes."""
         return self.connections, self.connections * self.part_size, self.workers
 
     def environment(self) -> dict[str, str]:
-        """The variables that make them the defaults."""
-        values = {**asdict(self), "part_size": binary_bytes(self.part_size)}
+        """The environment variables that make these settings the defaults."""
+        values = {**asdict(self), "part_size": format_bytes(self.part_size)}
         return {f"MPREADER_{name.upper()}": str(value) for name, value in values.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One reading of bytes that were dropped at once, with workers that were up already.
+    """One timed reading of a source.
 
     Attributes:
-        nbytes: Bytes that were taken.
-        seconds: How long it took, planning and HEAD requests included.
+        nbytes: Bytes that were received and dropped.
+        seconds: Wall time, planning and HEAD requests included.
         cpu_seconds: Processor time of this process and the workers.
         requests: GETs made.
         retries: GETs that were made again.
@@ -83,87 +76,22 @@ class Measurement:
 
     @property
     def cpu_s_per_gb(self) -> float:
-        """Processor seconds per gigabyte; 0 where nothing was received."""
+        """Processor seconds per gigabyte; 0 if nothing was received."""
         return self.cpu_seconds / self.nbytes * 1e9 if self.nbytes else 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class SourceObject:
-    """An object that is read, ``nbytes`` large."""
+class Benchmark:
+    """Measures settings on one source, each time with the same number of bytes.
 
-    source: str
-    nbytes: int
+    Args:
+        objects: The objects that are read.
+        nbytes: Bytes of each measurement.
+        share_s: Seconds that a measurement is meant to take at most.
+        s3client_config: Settings of the S3 client.
 
-
-def find_objects(source: str, nbytes: int, s3client_config: S3ClientConfig) -> list[SourceObject]:
-    """The object, or the largest ones below the prefix: as many as have ``nbytes`` together, if there are so many.
-
-    Raises:
-        PlanError: There are objects, but all are empty.
-        ObjectMissing: There is none.
+    Attributes:
+        nbytes: Bytes of each measurement; :meth:`calibrate` may lower it.
     """
-    if source.startswith("s3://"):
-        found = _find_on_s3(source, s3client_config)
-    else:
-        found = [SourceObject(source, HttpSource(source, s3client_config.max_attempts).open().size)]
-    largest = sorted((item for item in found if item.nbytes), key=lambda item: item.nbytes, reverse=True)
-    if not largest:
-        raise PlanError(f"{without_secrets(source)} is empty: there is nothing to measure with")
-    before = itertools.accumulate((item.nbytes for item in largest), initial=0)
-    return [item for item, others in zip(largest, before, strict=False) if others < nbytes]
-
-
-def without_secrets(source: str) -> str:
-    """The source as it may be shown: a URL without user name, password and query."""
-    return source if source.startswith("s3://") else HttpSource(source).uri
-
-
-def binary_bytes(number: int) -> str:
-    """As ``parse_bytes`` reads it: ``8MiB``."""
-    for size, unit in ((MiB, "MiB"), (KiB, "KiB")):
-        if number % size == 0:
-            return f"{number // size}{unit}"
-    return str(number)
-
-
-def _find_on_s3(source: str, s3client_config: S3ClientConfig) -> list[SourceObject]:
-    from mpreader.s3 import S3Client, parse_s3_uri
-
-    bucket, key = parse_s3_uri(source)
-    client = S3Client(s3client_config=s3client_config)
-    try:
-        missing = ObjectMissing(f"{source}: there are no objects below it", bucket=bucket, key=key)
-        if key and not key.endswith("/"):
-            try:
-                return [SourceObject(source, client.head_object(bucket, key).size)]
-            except ObjectMissing as error:
-                missing = error
-        prefix = f"{key.rstrip('/')}/" if key else ""
-        pages = client.list_objects(bucket, prefix)
-        listed = itertools.islice((info for page in pages for info in page.object_info), _MOST_LISTED)
-        found = [SourceObject(f"s3://{bucket}/{info.key}", info.size) for info in listed]
-        if not found:
-            raise missing
-        return found
-    finally:
-        client.close()
-
-
-def passes(objects: Sequence[SourceObject], nbytes: int, part_size: int) -> Iterator[dict[str, list[tuple[int, int]]]]:
-    """Ranges of at most ``part_size`` bytes, ``nbytes`` together; in more than one pass where the objects have less."""
-    left = nbytes
-    while left:
-        ranges: dict[str, list[tuple[int, int]]] = {}
-        for item in objects:
-            size = min(item.nbytes, left)
-            left -= size
-            if size:
-                ranges[item.source] = [(start, min(start + part_size, size)) for start in range(0, size, part_size)]
-        yield ranges
-
-
-class Trials:
-    """Measures settings on one source, each time with ``nbytes`` bytes."""
 
     def __init__(
         self, objects: Sequence[SourceObject], nbytes: int, share_s: float, s3client_config: S3ClientConfig
@@ -174,10 +102,10 @@ class Trials:
         self._s3client_config = s3client_config
 
     def calibrate(self, settings: Settings, on_bytes: Callable[[int], object]) -> None:
-        """Read as much as can be read in the time for one measurement; the others then read no more than that.
+        """Lower ``nbytes`` to as much as these settings read in the time for one measurement.
 
         Raises:
-            PoolTimeout: Nothing has come.
+            PoolTimeout: Not one part was received.
         """
         self.nbytes = self._timed(settings, self._share_s, on_bytes).nbytes
         if not self.nbytes:
@@ -186,12 +114,18 @@ class Trials:
             )
 
     def measure(self, settings: Settings, on_bytes: Callable[[int], object]) -> Measurement:
-        """Measure once."""
+        """Measure once; a measurement is cut off after twice its time.
+
+        Args:
+            settings: Settings of the pool.
+            on_bytes: Is called with the bytes of each piece; in all with ``nbytes``, also if it was cut off.
+        """
         measurement = self._timed(settings, 2 * self._share_s, on_bytes)
-        on_bytes(self.nbytes - measurement.nbytes)  # what was cut off will not come
+        on_bytes(self.nbytes - measurement.nbytes)
         return measurement
 
     def _timed(self, settings: Settings, limit_s: float, on_bytes: Callable[[int], object]) -> Measurement:
+        # The settings of a pool are fixed, so each measurement has a pool of its own.
         memory_before, others = tree_memory_bytes(os.getpid()), _children()
         with RangeFetcher(self._s3client_config, PoolConfig(**asdict(settings))) as fetcher:
             _warm_up(fetcher, self._objects[0], settings)
@@ -200,11 +134,13 @@ class Trials:
             nbytes = self._read(fetcher, started + limit_s, on_bytes)
             seconds = time.monotonic() - started
             cpu_s, done = _cpu_seconds(pids) - cpu_s, fetcher.stats
-            memory = tree_memory_bytes(os.getpid()) - memory_before  # segments are kept until the pool ends
+            # Sampled once, at the end: the pool keeps its segments until it is closed, so this is the most it took.
+            memory = tree_memory_bytes(os.getpid()) - memory_before
         requests, retries = done.requests - stats.requests, done.retries - stats.retries
         return Measurement(nbytes, seconds, cpu_s, requests, retries, max(0, memory))
 
     def _read(self, fetcher: RangeFetcher, deadline: float, on_bytes: Callable[[int], object]) -> int:
+        """Read until all bytes are there or the deadline is over; returns how many there were."""
         taken = 0
         for ranges in passes(self._objects, self.nbytes, fetcher.part_size):
             left_s = deadline - time.monotonic()
@@ -218,20 +154,21 @@ class Trials:
                     del view  # or it would keep its memory while the next one is waited for
             except PoolTimeout:
                 if time.monotonic() < deadline:
-                    raise  # that was the time of a part
+                    raise  # the time of a part was over, not that of the measurement
         return taken
 
 
 def _warm_up(fetcher: RangeFetcher, item: SourceObject, settings: Settings) -> None:
-    """Read a little for each connection, until every worker has answered."""
+    """Read a little for each connection, until every worker has received something."""
     stride = max(2, item.nbytes // max(2 * settings.workers, settings.connections))
-    width = min(_WARM_UP_BYTES, stride // 2)  # what touches would be fetched as one
+    width = min(_WARM_UP_BYTES, stride // 2)  # ranges that touch would be fetched as one
     ranges = [(start, start + width) for start in range(0, item.nbytes - width + 1, stride)]
     deadline = time.monotonic() + _WARM_UP_TIMEOUT_S
     while True:
         for _ in fetcher.stream(item.source, ranges, order="completion", max_gap_size=0):
             pass
         answered = sum(worker.requests > 0 for worker in fetcher.stats.workers)
+        # A small object has fewer ranges than there are workers; and some workers may never get one.
         if answered >= min(settings.workers, len(ranges)) or time.monotonic() > deadline:
             return
 
@@ -254,8 +191,9 @@ def _cpu_seconds(pids: Iterable[int]) -> float:
 
 
 def _stat_fields(stat: Path) -> list[str]:
-    """What follows a process's name in its ``stat``; nothing if it has ended."""
+    """Fields of a process's ``stat`` from its state on; none if it has ended."""
     try:
+        # The name before them is in parentheses, and may hold anything, spaces and parentheses too.
         return stat.read_text().rpartition(")")[2].split()
     except OSError:
         return []
