@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import threading
-
 import pytest
 
-from mpreader.pool.coordinator.concurrency import ConcurrencyLimiter, is_host_busy
+from mpreader.pool.coordinator.concurrency import ConcurrencyLimiter
 
 WORKERS, MOST = 2, 32
 PART = 8 * 1024 * 1024
@@ -68,21 +65,3 @@ def test_limiter_learns_about_each_server_and_size_on_its_own() -> None:
 @pytest.mark.parametrize("most", [1, 3])
 def test_limiter_never_exceeds_the_connections(most: int) -> None:
     assert simulate(ConcurrencyLimiter(WORKERS, most, idle), seconds=0.093, stalled_s=0.0) == most
-
-
-def test_host_is_busy_while_every_processor_computes() -> None:
-    stop = threading.Event()
-    pids = []
-    for _ in range(len(os.sched_getaffinity(0)) + 1):
-        pid = os.fork()
-        if not pid:
-            while True:
-                pass
-        pids.append(pid)
-    try:
-        # The kernel's count is of this moment: all of the children must have been started.
-        assert any(is_host_busy() or stop.wait(0.01) for _ in range(500))
-    finally:
-        for pid in pids:
-            os.kill(pid, 9)
-            os.waitpid(pid, 0)
