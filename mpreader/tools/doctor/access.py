@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from mpreader.config import S3ClientConfig
 from mpreader.errors import AccessDenied, ConfigError, ObjectMissing
 from mpreader.s3 import parse_s3_uri
-from mpreader.s3.account import Account, Answer, Identity, Readable, Silence, code_of
+from mpreader.s3.account import Account, Identity, NoResponse, Readable, ServiceResponse, code_of
 from mpreader.sources.network import proxy_for
 from mpreader.tools.doctor.finding import Finding
 
@@ -75,7 +75,7 @@ def examine_access(source: str | None, config: S3ClientConfig, limit_s: float = 
     deadline = time.monotonic() + limit_s
     host = urlsplit(account.url).hostname or ""
     addresses = _begin(lambda: _addresses(host))
-    answer = _begin(account.knock)
+    answer = _begin(account.probe)
     identity = _begin(account.identify)
     readable = _begin(lambda: _read(account, answer, identity, prefix, config)) if bucket else None
     asked: list[Future[Any]] = [addresses, answer, identity, *([] if readable is None else [readable])]
@@ -110,7 +110,7 @@ def _begin(work: Callable[[], Found]) -> Future[Found]:
 
 
 def _read(
-    account: Account, answer: Future[Answer], identity: Future[Identity], prefix: str, config: S3ClientConfig
+    account: Account, answer: Future[ServiceResponse], identity: Future[Identity], prefix: str, config: S3ClientConfig
 ) -> Readable:
     """Ask for the bucket, once it is known that there is somebody to ask, and something to ask with."""
     if answer.exception() or not (config.unsigned or (identity.exception() is None and identity.result().source)):
@@ -145,11 +145,11 @@ def _way(account: Account, host: str, addresses: Future[list[str]], limit_s: flo
     yield Finding("name", "fail", host, f"it has no address: {why}", remedy)
 
 
-def _answer(account: Account, answer: Future[Answer], config: S3ClientConfig) -> Iterator[Finding]:
+def _answer(account: Account, answer: Future[ServiceResponse], config: S3ClientConfig) -> Iterator[Finding]:
     """What the service's answer tells: that it is there, the time, the bucket's region."""
     failure = _failure(answer)
     if failure is not None:
-        cause = failure.cause if isinstance(failure, Silence) else "timeout"
+        cause = failure.cause if isinstance(failure, NoResponse) else "timeout"
         remedy = _CONNECTION_REMEDIES[cause].format(url=account.url, host=urlsplit(account.url).hostname)
         yield Finding("endpoint", "fail", account.url, f"it can't be asked: {failure}", remedy)
         return

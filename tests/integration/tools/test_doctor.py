@@ -432,6 +432,13 @@ def test_what_a_bucket_refuses_is_found(
     assert findings["endpoint"].status == "ok", "a refusal is an answer"
 
 
+def test_a_service_that_redirects_without_naming_a_region_is_found(service: Service) -> None:
+    service.refused = dict.fromkeys(("head", "list", "read"), (301, "PermanentRedirect"))
+    finding = of_service("s3://bucket/run")["bucket"]
+    check(finding, "fail", "redirects the request", "aws s3 ls s3://bucket/run")
+    check(finding, "fail", "check endpoint_url, and S3ClientConfig(region=…)", "")
+
+
 # -- credentials
 
 
