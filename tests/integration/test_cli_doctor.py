@@ -98,7 +98,7 @@ def test_whatever_is_wrong_is_told_without_a_traceback(
 
 
 def test_doctor_waits_only_seconds_for_who_does_not_answer(aws_environment: None, tmp_path: Path) -> None:
-    (tmp_path / "config").write_text("[default]\ncredential_process = sleep 6\n")
+    (tmp_path / "config").write_text("[default]\ncredential_process = sleep 20\n")
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         started = time.monotonic()
@@ -112,4 +112,4 @@ def test_doctor_waits_only_seconds_for_who_does_not_answer(aws_environment: None
     assert done.returncode == 1
     assert "fail  endpoint" in done.stdout
     assert "fail  credentials" in done.stdout
-    assert 3 < seconds < 6, "of both at the same time"
+    assert seconds < 10, "one after the other, the two would take ten"

@@ -124,7 +124,7 @@ def test_docstring_of_pool_config_has_each_default_that_the_code_has() -> None:
 def test_readme_has_each_field_of_s3_client_config_and_its_default() -> None:
     [paragraph] = re.findall(r"^`S3ClientConfig` says .*?(?=\n\n)", README, re.MULTILINE | re.DOTALL)
     shown = dict(re.findall(r"`(\w+)`(?: \((.*?)\))?", paragraph.partition(":")[2]))
-    defaults = {field.name: field.default for field in fields(S3ClientConfig)}
+    defaults: dict[str, Any] = {field.name: field.default for field in fields(S3ClientConfig)}
     assert list(shown) == list(defaults)
     assert {name: text.replace(" ", "") for name, text in shown.items() if text} == {
         name: format_bytes(default) for name, default in defaults.items() if default not in (None, False)

@@ -70,7 +70,8 @@ def passes(objects: Sequence[SourceObject], nbytes: int, part_size: int) -> Iter
 
 
 def _find_on_s3(source: str, s3client_config: S3ClientConfig) -> list[SourceObject]:
-    from mpreader.s3 import S3Client, parse_s3_uri
+    from mpreader import S3Client
+    from mpreader.s3 import parse_s3_uri
 
     bucket, key = parse_s3_uri(source)
     client = S3Client(s3client_config=s3client_config)
