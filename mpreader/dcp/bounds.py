@@ -1,8 +1,11 @@
-"""Whether unpickling would take no more memory than the pickle's size explains.
+"""Bounds check of pickles: refuses one that would take more memory than its own size explains.
 
-Python's unpickler reserves what a length says before it looks whether so many bytes follow, and enlarges its memo to
-whatever index is put into it: ten bytes are enough to take 32 GiB and be killed for it. Opcodes follow one another
-without jumps, so they can be walked beforehand; only those with a length or an index cost a step of Python.
+:mod:`mpreader.dcp.unpickling` makes it before it unpickles. Python's unpickler reserves what a length says before it
+looks if so many bytes follow, and enlarges its memo to whatever index is put into it: ten bytes are enough to take
+32 GiB and be killed for it.
+
+Opcodes follow one another without jumps, so they can be walked beforehand. A regular expression skips those that are
+harmless, as many as there are in a row; only those with a length or an index cost a step of Python.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from typing import Final
 
 __all__ = ["check_bounds"]
 
+# Opcodes whose index the memo is enlarged to. That of BINPUT has one byte: too small to matter.
 _PUTS: Final = frozenset({"LONG_BINPUT", "PUT"})
 _LENGTH_BYTES: Final = {
     pickletools.TAKEN_FROM_ARGUMENT1: 1,
@@ -25,6 +29,7 @@ _STEPS_AT_ONCE: Final = 1024  # a regular expression takes memory for each
 
 
 def _fixed_pattern() -> re.Pattern[bytes]:
+    """Returns what matches opcodes whose arguments have a fixed size and are harmless, and the most frequent others."""
     codes: dict[int, bytes] = {}
     for opcode in pickletools.opcodes:
         nbytes = 0 if opcode.arg is None else opcode.arg.n
@@ -53,7 +58,7 @@ _STOP, _PUT, _LONG_BINPUT = b".pr"
 
 
 def check_bounds(data: bytes) -> None:
-    """Walk over a pickle up to its end, or to the first byte that is no opcode.
+    """Walk over a pickle up to its end, or to the first byte that is no opcode, where unpickling ends, too.
 
     Raises:
         ValueError: A length goes beyond the end, or an index of the memo beyond any that so many bytes can fill.
