@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING, Any
 from mpreader.errors import ConfigError, ObjectMissing
 
 if TYPE_CHECKING:
-    from mpreader.readers.client import S3Client
-    from mpreader.s3 import ObjectInfo
+    from mpreader.s3 import BaseS3Client, ObjectInfo
 
 __all__ = ["Info", "describe", "list_below", "list_folder"]
 
 Info = dict[str, Any]
 
 
-def describe(client: S3Client, path: str) -> Info:
+def describe(client: BaseS3Client, path: str) -> Info:
     """What is known of a file, else of a folder of that name: ``name``, ``type``, ``size``.
 
     Of a file also ``ETag``, ``LastModified`` (in UTC; None where the service does not say) and ``StorageClass``.
@@ -43,7 +42,7 @@ def describe(client: S3Client, path: str) -> Info:
         return _folder(path)
 
 
-def list_folder(client: S3Client, path: str) -> list[Info]:
+def list_folder(client: BaseS3Client, path: str) -> list[Info]:
     """The files and folders in a folder, by name; of a file, itself.
 
     Raises:
@@ -63,7 +62,7 @@ def list_folder(client: S3Client, path: str) -> list[Info]:
     return sorted(infos, key=lambda info: str(info["name"]))
 
 
-def list_below(client: S3Client, path: str) -> Iterator[Info]:
+def list_below(client: BaseS3Client, path: str) -> Iterator[Info]:
     """The files and folders below a folder, at any depth, the folder included; nothing where there is none.
 
     Raises:

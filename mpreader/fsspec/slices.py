@@ -21,7 +21,7 @@ from mpreader.sources.uri import source_of
 from mpreader.sources.versions import PinnedSource, try_resolve_versions
 
 if TYPE_CHECKING:
-    from mpreader.readers.client import S3Client
+    from mpreader.s3 import BaseS3Client
 
 __all__ = ["SliceReader", "Slices", "is_url"]
 
@@ -39,14 +39,14 @@ class SliceReader:
     def __init__(self, s3client_config: S3ClientConfig, pool_config: PoolConfig | None) -> None:
         self._s3client_config = s3client_config
         self._pool_config = pool_config
-        self._client: S3Client | None = None
+        self._client: BaseS3Client | None = None
 
-    def client(self) -> S3Client:
+    def client(self) -> BaseS3Client:
         """The S3 client, made when it is first needed."""
         if self._client is None:
-            from mpreader.readers.client import S3Client
+            from mpreader.s3 import BaseS3Client
 
-            self._client = S3Client(s3client_config=self._s3client_config)
+            self._client = BaseS3Client(s3client_config=self._s3client_config)
         return self._client
 
     def pin(self, path: str, version: ObjectVersion | None = None) -> PinnedSource:
