@@ -19,6 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mpreader import ArenaClosed
 from mpreader.config import KiB, MiB
 from mpreader.pool.coordinator.arena import Arena, Lease, Slot
 
@@ -243,6 +244,16 @@ def in_small_shm(size: str, program: str) -> str:
     )
     assert result.returncode == 0, result.stderr
     return result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("nbytes", [1, BLOCK + 1])
+def test_arena_that_was_closed_allocates_nothing(arena: Arena, nbytes: int) -> None:
+    taken(arena, nbytes)
+    arena.close()
+    arena.close()
+    with pytest.raises(ArenaClosed):
+        arena.allocate(nbytes)
+    assert (arena.reserved_bytes, arena.segments) == (0, {})
 
 
 @pytest.mark.row("small or full /dev/shm")
