@@ -20,7 +20,7 @@ from multiprocessing import resource_tracker
 from multiprocessing.shared_memory import SharedMemory
 from typing import Any, Final
 
-from mpreader.errors import ArenaError
+from mpreader.errors import ArenaClosed, ArenaError
 
 __all__ = ["Arena", "Segment", "Slot"]
 
@@ -198,6 +198,7 @@ class Arena:
         self._made: list[Segment] = []
         self._dropped: list[Segment] = []
         self._next_number = 0
+        self._is_closed = False
 
     def __repr__(self) -> str:
         return f"Arena(reserved={self.reserved_bytes}, max={self.max_bytes}, segments={len(self.segments)})"
@@ -211,7 +212,10 @@ class Arena:
 
         Raises:
             ArenaError: The host has no shared memory left, and the arena has none either.
+            ArenaClosed: The arena was closed.
         """
+        if self._is_closed:
+            raise ArenaClosed("the shared memory was given back when its pool was closed; make a new pool")
         if nbytes > self._block_bytes:
             size = _round_up(nbytes, _PAGE_BYTES)
             self._drop_free_segments(size)
@@ -241,7 +245,8 @@ class Arena:
         return changes
 
     def close(self) -> None:
-        """Give back all that is not leased; leased memory goes with its last view."""
+        """Give back all that is not leased; leased memory goes with its last view. Idempotent."""
+        self._is_closed = True
         for segment in self.segments.values():
             segment.close()
         self.segments.clear()
