@@ -16,7 +16,6 @@ from typing import Any, Final
 
 import click
 
-from mpreader import __version__
 from mpreader.errors import (
     AccessDenied,
     ChecksumMismatch,
@@ -26,6 +25,7 @@ from mpreader.errors import (
     ObjectMissing,
     PlanError,
 )
+from mpreader.version import __version__
 
 __all__ = ["cli", "main"]
 

@@ -33,10 +33,11 @@ from mpreader.dcp.record import BufferItem, ItemBytes, RecordCorrupted, decode_l
 from mpreader.dcp.tensor import check_archive, copy_into, load_whole
 from mpreader.errors import ArenaError, ChecksumMismatch, ConfigError, PlanError, PoolError, TransportError
 from mpreader.pool.stats import PoolStats
+from mpreader.readers.client import S3Client
 from mpreader.readers.kinds import S3ReaderConstructor
 from mpreader.readers.protocols import DCPS3ReaderConstructorProtocol
 from mpreader.readers.read_ahead import MultiprocessConstructor
-from mpreader.s3 import S3Client, parse_s3_uri
+from mpreader.s3 import parse_s3_uri
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -26,7 +26,8 @@ from mpreader.dcp.metadata import MetadataRefused
 from mpreader.errors import MpreaderError, ObjectMissing, PlanError
 from mpreader.host import Host
 from mpreader.pool.sizing import size_pool
-from mpreader.s3 import S3Client, parse_s3_uri
+from mpreader.readers.client import S3Client
+from mpreader.s3 import parse_s3_uri
 
 if TYPE_CHECKING:
     from mpreader.dcp.filesystem import S3FileSystem

@@ -15,7 +15,7 @@ from mpreader.dcp.reader import S3StorageReader
 from mpreader.dcp.state import empty_state, plan_whole, read_metadata, state_bytes
 from mpreader.host import Host
 from mpreader.pool.sizing import size_pool
-from mpreader.ranges import DEFAULT_MAX_GAP_SIZE, ItemRange, Part, coverage, plan_files
+from mpreader.ranges import DEFAULT_MAX_GAP_SIZE, ItemRange, coverage, plan_files
 from mpreader.readers.constructor import ItemRangeConstructor
 
 __all__ = [
@@ -89,6 +89,26 @@ class ItemSummary:
 
 
 @dataclass(frozen=True, slots=True)
+class PlannedRequest:
+    """One GET.
+
+    Attributes:
+        start: First byte.
+        end: One past the last byte.
+        over_read: Number of its bytes that are in gaps between items.
+    """
+
+    start: int
+    end: int
+    over_read: int = 0
+
+    @property
+    def size(self) -> int:
+        """Number of bytes."""
+        return self.end - self.start
+
+
+@dataclass(frozen=True, slots=True)
 class FileRequests:
     """What a load asks for of one file.
 
@@ -108,7 +128,7 @@ class FileRequests:
     wanted_nbytes: int
     fetched_nbytes: int
     over_read_nbytes: int
-    parts: tuple[Part, ...]
+    parts: tuple[PlannedRequest, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,9 +260,9 @@ def _file_requests(
             wanted_nbytes=sum(interval.size for interval in coverage(ranges_by_file[file])),
             fetched_nbytes=sum(part.size for part in plan.parts),
             over_read_nbytes=sum(part.over_read for part in plan.parts),
-            parts=tuple(plan.parts),
+            parts=tuple(PlannedRequest(part.start, part.end, part.over_read) for part in plan.parts),
         )
-        for file, plan in plan_files(ranges_by_file, max_gap_size, part_size).items()
+        for file, plan in plan_files(ranges_by_file, max_gap_bytes=max_gap_size, part_bytes=part_size).items()
     )
 
 

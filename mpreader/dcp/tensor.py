@@ -1,4 +1,7 @@
-"""Copies a stored tensor, or a box of it, into a target tensor; checks the CRC of the bytes as they pass.
+"""Copier of a stored tensor, or of a box of it, into a target tensor; checks the CRC of the bytes as they pass.
+
+The storage reader uses it for every item of a load. A piece of an item may be a slot of shared memory that the next
+piece is waiting for, so nothing here refers to a piece when the next one is asked for.
 
 Memory stays bounded for every tensor that fills its storage without gaps, however large it is, wherever the
 item is cut into pieces, and whatever the target's strides, dtype and device are:
@@ -15,8 +18,10 @@ import io
 import math
 import pickle
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
+from itertools import chain
 from typing import Final
 
 import numpy as np
@@ -49,12 +54,12 @@ def copy_into(
 
     Args:
         item: The record that ``layout`` was decoded from.
-        layout: Where the tensor lies in it.
+        layout: Layout of the tensor in it.
         target: A tensor of exactly the box's shape; not a leaf that requires grad.
         offsets: First index of the box in each dimension; dimensions left out are taken whole.
         lengths: Length of the box in each dimension. As in DCP, a length that is not less than the stored
             dimension takes all of it.
-        verify: Whether to check the CRC of the whole stored tensor, the bytes outside of the box included.
+        verify: True checks the CRC of the whole stored tensor, the bytes outside of the box included.
 
     Raises:
         PlanError: The box is not inside of the stored tensor, or ``target`` has another shape.
@@ -82,7 +87,7 @@ def load_whole(item: ItemBytes, *, verify: bool = True) -> torch.Tensor:
     try:
         loaded: torch.Tensor = torch.load(record, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise  # says what to do
+        raise  # torch's message says what to do about it
     except Exception as error:
         # No CRC covers the archive's headers and directory, and torch reads them in another way than zipfile does.
         raise RecordCorrupted(f"torch.load can't read it: {error}") from error
@@ -90,7 +95,7 @@ def load_whole(item: ItemBytes, *, verify: bool = True) -> torch.Tensor:
 
 
 def check_archive(record: io.BytesIO) -> None:
-    """Check the CRC of all that an archive holds; leave it at its start. What is no archive has no checksums.
+    """Check the CRC of all that an archive holds, and leave it at its start; what is no archive has no checksums.
 
     Raises:
         RecordCorrupted: An entry doesn't match its CRC, or something of the archive is missing.
@@ -111,9 +116,9 @@ def check_archive(record: io.BytesIO) -> None:
 
 
 class _Payload:
-    """The storage's bytes, read in ascending order, so that a large item need not be held.
+    """Bytes of a tensor's storage, read once and in ascending order, so that a large item need not be held.
 
-    Every byte passes the CRC, wanted or not.
+    With a CRC to be checked every byte passes, wanted or not; without one the others are not even asked for.
     """
 
     def __init__(self, item: ItemBytes, layout: TensorLayout, verify: bool) -> None:
@@ -125,45 +130,54 @@ class _Payload:
         self._position = 0
 
     def blocks(self, start: int, end: int) -> Iterator[memoryview]:
-        """Bytes ``[start, end)`` of the payload; ``start`` must not be before the last ``end``."""
+        """Yields the bytes ``[start, end)`` of the payload; ``start`` must not be before the last ``end``."""
         if self._with_crc:
-            for _ in self._checked(self._position, start):
-                pass
+            _drain(self._checked(self._position, start))
         yield from self._checked(start, end)
         self._position = end
 
     def gather(self, start: int, end: int) -> torch.Tensor:
-        """A copy of bytes ``[start, end)``, aligned for any dtype, as the payload itself need not be."""
+        """Returns a copy of the bytes ``[start, end)``, aligned for any dtype, as the payload itself need not be."""
         buffer = torch.empty(end - start, dtype=torch.uint8)
         _fill(buffer, self.blocks(start, end))
         return buffer
 
     def finish(self) -> None:
-        """Compare the CRC, where that is wanted.
+        """Compare the CRC, if it is to be checked.
 
         Raises:
             RecordCorrupted: It is not the one that was saved.
         """
         if not self._verify:
             return
-        for _ in self.blocks(self._layout.payload_nbytes, self._layout.payload_nbytes):
-            pass
+        _drain(self.blocks(self._layout.payload_nbytes, self._layout.payload_nbytes))  # the CRC of what is left
         saved = read_payload_crc(self._item, self._layout)
         if saved is not None and saved != self._crc:
             raise RecordCorrupted(f"a tensor's bytes have CRC-32 {self._crc:08x}, saved was {saved:08x}")
 
     def _checked(self, start: int, end: int) -> Iterator[memoryview]:
+        """Returns the blocks of the bytes ``[start, end)``, each added to the CRC when it is asked for."""
         if start == end:
-            return
+            return iter(())
         first = self._layout.payload_offset
-        for piece in self._item.pieces(first + start, first + end):
-            for cut in range(0, len(piece), _BLOCK_NBYTES):
-                block = piece[cut : cut + _BLOCK_NBYTES]
-                if self._with_crc:
-                    self._crc = crc32(block, self._crc)
-                yield block
-                del block
-            del piece  # what keeps it keeps its slot, which the next piece may be waiting for
+        pieces = self._item.pieces(first + start, first + end)
+        # Iterators rather than loops: a variable of a loop would hold a piece until the next one has come.
+        blocks = chain.from_iterable(map(_cut, pieces))
+        return map(self._add_to_crc, blocks) if self._with_crc else blocks
+
+    def _add_to_crc(self, block: memoryview) -> memoryview:
+        self._crc = crc32(block, self._crc)
+        return block
+
+
+def _cut(piece: memoryview) -> Iterator[memoryview]:
+    for start in range(0, len(piece), _BLOCK_NBYTES):
+        yield piece[start : start + _BLOCK_NBYTES]
+
+
+def _drain(blocks: Iterable[object]) -> None:
+    """Run through ``blocks``; unlike a loop over them, this holds none of them when the next one is asked for."""
+    deque(blocks, maxlen=0)
 
 
 def _fill(target: torch.Tensor, blocks: Iterator[memoryview]) -> None:
@@ -172,19 +186,23 @@ def _fill(target: torch.Tensor, blocks: Iterator[memoryview]) -> None:
     # not); unlike torch's, it doesn't wait for a team of threads on cores that are busy receiving.
     array = target.numpy() if target.is_cpu else None
     position = 0
-    for block in blocks:
+
+    def append(block: memoryview) -> None:
+        nonlocal position
         end = position + len(block)
         if array is not None:
             np.copyto(array[position:end], np.frombuffer(block, np.uint8))
         else:
             target[position:end].copy_(torch.frombuffer(block, dtype=torch.uint8))
         position = end
-        del block
+
+    _drain(map(append, blocks))
     if position != len(target):
         raise RecordCorrupted(f"an item ended {len(target) - position} bytes early")
 
 
 def _box(size: Sequence[int], offsets: Sequence[int], lengths: Sequence[int]) -> Box:
+    """Returns the box that a plan item asks for, with one entry for every dimension of the stored tensor."""
     if len(offsets) != len(lengths) or len(offsets) > len(size):
         raise PlanError(f"offsets {list(offsets)} and lengths {list(lengths)} don't fit a tensor of {list(size)}")
     box = [(0, whole) for whole in size]
@@ -197,6 +215,7 @@ def _box(size: Sequence[int], offsets: Sequence[int], lengths: Sequence[int]) ->
 
 
 def _copy_box(payload: _Payload, layout: TensorLayout, box: Box, target: torch.Tensor) -> None:
+    # A subclass may have a copy_ of its own, and is to be filled through it.
     order = _memory_order(layout.size, layout.stride) if type(target) is torch.Tensor else None
     if order is None:
         storage = payload.gather(0, layout.payload_nbytes)
@@ -222,7 +241,7 @@ def _copy_box(payload: _Payload, layout: TensorLayout, box: Box, target: torch.T
 
 @lru_cache(maxsize=4096)
 def _memory_order(size: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The dimensions, outermost in memory first; None where the elements don't fill memory without gaps."""
+    """Returns the dimensions, outermost in memory first; None if the elements don't fill memory without gaps."""
     natural = range(len(size))
     by_stride = sorted(natural, key=lambda dim: (size[dim] == 1, -stride[dim]))
     for order in (tuple(natural), tuple(by_stride)):
@@ -237,7 +256,7 @@ def _memory_order(size: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, 
 
 
 def _one_run(size: tuple[int, ...], box: Box) -> int | None:
-    """First element of the box where it is one run of a contiguous tensor; None where it is not."""
+    """Returns the first element of the box if it is one run of a contiguous tensor; None if it is not."""
     start = 0
     for dim, (offset, length) in enumerate(box):
         start += offset * math.prod(size[dim + 1 :])
@@ -247,7 +266,7 @@ def _one_run(size: tuple[int, ...], box: Box) -> int | None:
 
 
 def _is_plain(target: torch.Tensor) -> bool:
-    """Whether the target's memory holds its elements, in order and as they are."""
+    """Returns True if the target's memory holds its elements in their order and as they are."""
     return target.is_contiguous() and not target.is_conj() and not target.is_neg()
 
 
@@ -257,7 +276,7 @@ def _copy_rows(
     """Copy a box of a contiguous tensor whose first byte is ``first``, some rows at a time."""
     row_nbytes = math.prod(size[1:]) * dtype.itemsize
     start, length = box[0]
-    if row_nbytes > _BLOCK_NBYTES and len(size) > 1:
+    if row_nbytes > _BLOCK_NBYTES and len(size) > 1:  # a row is too large to be gathered: go one dimension down
         for row in range(length):
             _copy_rows(payload, dtype, first + (start + row) * row_nbytes, size[1:], box[1:], target[row])
         return

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from mpreader.dcp.filesystem import Path, S3FileSystem
-from mpreader.dcp.metadata import is_inside
 from mpreader.dcp.prefix import DefaultPrefixStrategy, S3PrefixStrategyBase
 from mpreader.errors import ConfigError, MpreaderError
+from mpreader.readers.load_plan import is_inside
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.planner import SavePlan, SavePlanner

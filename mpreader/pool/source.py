@@ -45,6 +45,10 @@ class Source(Protocol):
     def max_attempts(self) -> int:
         """Requests made for the same bytes before giving up."""
 
+    @property
+    def version(self) -> ObjectVersion | None:
+        """The version to read, where that is decided already; None: the one that ``open`` finds."""
+
     def open(self) -> ObjectVersion:
         """Ask the server, once, which version there is now.
 

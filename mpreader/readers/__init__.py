@@ -1,1 +1,1 @@
-"""File-like readers of one S3 object, and the constructors that make them."""
+"""Readers: read-only files over one S3 object each, and the constructors that make them for the storage readers."""

@@ -1,19 +1,50 @@
-"""What all readers have in common: a read-only file over one object, with a position and a state."""
+"""Base class of the readers: a read-only file over one object, with a position and a state.
+
+All kinds of readers derive from it; they differ in how they get the bytes. A reader makes no requests itself: it is
+given two functions, :class:`GetObjectInfo` and :class:`GetStream`, and knows neither clients nor credentials.
+"""
 
 from __future__ import annotations
 
 import io
 import operator
 from abc import abstractmethod
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Protocol
 
 from mpreader.errors import ShortRead
-from mpreader.readers.protocols import GetObjectInfo, GetStream
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-__all__ = ["S3Reader", "writable_view"]
+__all__ = ["GetObjectInfo", "GetStream", "ObjectInfo", "S3Reader", "writable_view"]
+
+
+class ObjectInfo(Protocol):
+    """Facts that a HEAD request tells of an object."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole object."""
+
+
+class GetObjectInfo(Protocol):
+    """Asks for the object's size; a reader calls it once at most."""
+
+    def __call__(self) -> ObjectInfo:
+        """Ask."""
+
+
+class GetStream(Protocol):
+    """Opens a stream of the object's bytes."""
+
+    def __call__(self, start: int | None = None, end: int | None = None) -> Iterator[bytes]:
+        """Open a stream.
+
+        Args:
+            start: First byte of the object to send. None: 0.
+            end: One past the last byte to send. None: the object's size.
+        """
 
 
 def writable_view(buffer: WriteableBuffer) -> memoryview:
@@ -25,7 +56,7 @@ def writable_view(buffer: WriteableBuffer) -> memoryview:
     view = memoryview(buffer)
     if view.readonly:
         raise TypeError(f"a writable bytes-like object is required, not {type(buffer).__name__}")
-    # Views without bytes can't be cast.
+    # A view without bytes can't be cast, whatever its format is.
     return view.cast("B") if view.nbytes else memoryview(bytearray())
 
 
@@ -117,20 +148,20 @@ class S3Reader(io.BufferedIOBase):
         """
 
     def tell(self) -> int:
-        """The position: the object's byte that is read next."""
+        """Returns the position: the object's byte that is read next."""
         self._check_open()
         return self._position
 
     def seekable(self) -> bool:
-        """True."""
+        """Returns True."""
         return True
 
     def readable(self) -> bool:
-        """True."""
+        """Returns True."""
         return True
 
     def writable(self) -> bool:
-        """False."""
+        """Returns False."""
         return False
 
     def __repr__(self) -> str:
@@ -140,7 +171,7 @@ class S3Reader(io.BufferedIOBase):
         )
 
     def _facts(self) -> str:
-        """Counts of the kind of reader, for the repr."""
+        """Returns counts of the kind of reader, for the repr."""
         return ""
 
     def _check_open(self) -> None:
@@ -153,8 +184,9 @@ class S3Reader(io.BufferedIOBase):
         return self._size
 
     def _seek_target(self, offset: int, whence: int) -> int:
-        """Where a seek leads, not yet bounded by the object's end."""
+        """Returns the position that a seek leads to, not yet bounded by the object's end."""
         self._check_open()
+        # Everything is checked before the caller sets the position: a seek that fails must not move it.
         target, whence = operator.index(offset), operator.index(whence)
         if whence == io.SEEK_CUR:
             target += self._position

@@ -1,4 +1,9 @@
-"""Constructors: what is configured once and then makes a reader for every object that is opened."""
+"""Constructors of the readers that are told the ranges of a load plan before its files are opened.
+
+A storage reader, mpreader's or s3torchconnector's, tells the constructor the plan, and then has it make a reader for
+each file that it opens. The constructor that starts the downloads as soon as it is told the plan is in
+:mod:`mpreader.readers.read_ahead`.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +12,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from mpreader.errors import PlanError
 from mpreader.ranges import DEFAULT_MAX_GAP_SIZE, ItemRange, check_max_gap
-from mpreader.readers.base import S3Reader
+from mpreader.readers.base import GetObjectInfo, GetStream, S3Reader
 from mpreader.readers.dcp_optimized import FALLBACK_GUIDANCE, DCPOptimizedS3Reader
-from mpreader.readers.protocols import GetObjectInfo, GetStream, PlanItem, StoredItem
+from mpreader.readers.load_plan import item_ranges_by_file
+from mpreader.readers.protocols import PlanItem, StoredItem
 from mpreader.readers.sequential import SequentialS3Reader
 
 __all__ = ["DCPOptimizedConstructor", "ItemRangeConstructor"]
 
 
 class ItemRangeConstructor(ABC):
-    """Base of the constructors that are told the ranges of a load before its files are opened.
+    """Base class of the constructors that are told a load plan.
 
-    Subclasses say which reader an object with known ranges gets; ``.metadata`` gets a sequential one.
+    Subclasses make the reader of an object whose ranges are known; ``.metadata`` gets a sequential one.
 
     Args:
         max_gap_size: Largest gap, in bytes, between two items that are fetched as one.
@@ -31,7 +36,7 @@ class ItemRangeConstructor(ABC):
     """
 
     reader_type: ClassVar[str]
-    """What :meth:`S3ReaderConstructor.get_reader_type_string` calls it."""
+    """Name of the kind of readers, for :meth:`S3ReaderConstructor.get_reader_type_string`."""
 
     def __init__(self, max_gap_size: float = DEFAULT_MAX_GAP_SIZE) -> None:
         check_max_gap(max_gap_size)
@@ -50,24 +55,14 @@ class ItemRangeConstructor(ABC):
 
         Args:
             plan_items: The plan's items, in the order in which they will be read.
-            storage_data: Where each item is stored, by its ``storage_index``.
+            storage_data: Location of each item, by its ``storage_index``.
             base_path: URI of the checkpoint.
 
         Raises:
             ValueError: There are plan items, but no ``storage_data``.
             PlanError: An item lies outside of the checkpoint, or has a negative offset or length.
         """
-        if plan_items and not storage_data:
-            raise ValueError(
-                "storage_data must not be empty: it says where the plan's items are stored; "
-                "call set_up_storage_reader(metadata) before prepare_local_plan(plan)"
-            )
-        ranges_by_file: dict[str, list[ItemRange]] = {}
-        for plan_item in plan_items:
-            stored = storage_data[plan_item.storage_index]
-            uri = _uri_of(os.fspath(base_path), stored.relative_path)
-            ranges_by_file.setdefault(uri, []).append(_range_of(stored))
-        self._item_ranges_by_file = ranges_by_file
+        self._item_ranges_by_file = item_ranges_by_file(plan_items, storage_data, base_path)
 
     def __call__(self, bucket: str, key: str, get_object_info: GetObjectInfo, get_stream: GetStream) -> S3Reader:
         """Make the reader of one file of the checkpoint.
@@ -117,25 +112,3 @@ class DCPOptimizedConstructor(ItemRangeConstructor):
         get_stream: GetStream,
     ) -> S3Reader:
         return DCPOptimizedS3Reader(bucket, key, item_ranges, get_object_info, get_stream, self._max_gap_size)
-
-
-def _uri_of(base_path: str, relative_path: object) -> str:
-    """The URI of a file of the checkpoint, the same that the file systems of DCP build when they open it."""
-    if (
-        not isinstance(relative_path, str)
-        or not relative_path
-        or relative_path.startswith("/")
-        or ".." in relative_path.split("/")
-    ):
-        raise PlanError(f"the checkpoint's metadata names a file outside of the checkpoint: {relative_path!r}")
-    return base_path + relative_path if base_path.endswith("/") else f"{base_path}/{relative_path}"
-
-
-def _range_of(stored: StoredItem) -> ItemRange:
-    numbers: tuple[object, object] = (stored.offset, stored.length)
-    if not all(isinstance(number, int) and number >= 0 for number in numbers):
-        raise PlanError(
-            f"the checkpoint's metadata gives an item of {stored.relative_path!r} an impossible place: "
-            f"offset {stored.offset!r}, length {stored.length!r}"
-        )
-    return ItemRange(stored.offset, stored.offset + stored.length)

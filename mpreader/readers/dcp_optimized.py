@@ -1,6 +1,7 @@
-"""The reader for DCP: told beforehand which items will be read, it streams them in that order, one at a time.
+"""Reader for DCP in one process: told beforehand which items will be read, it streams them in that order.
 
-Items that are close together share a stream::
+It receives in the process of its user, one item at a time, and holds no more than that item and two chunks. Items that
+are close together share a stream::
 
     stream  |..chunk..|..chunk..|..chunk..|     positions are those of the object
     items   [ a ][ b        ] gap [ c ]         a gap is received and skipped
@@ -18,8 +19,7 @@ from typing import TYPE_CHECKING, Final
 
 from mpreader.errors import ShortRead
 from mpreader.ranges import DEFAULT_MAX_GAP_SIZE, ItemRange, check_max_gap
-from mpreader.readers.base import S3Reader, writable_view
-from mpreader.readers.protocols import GetObjectInfo, GetStream
+from mpreader.readers.base import GetObjectInfo, GetStream, S3Reader, writable_view
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -42,7 +42,7 @@ class DCPOptimizedS3Reader(S3Reader):
         bucket: The object's bucket.
         key: The object's key.
         item_ranges: The items in reading order; may repeat and overlap. Empty ones are skipped.
-        get_object_info: Not used; constructors of all readers are called alike.
+        get_object_info: Not used, as no size is needed; constructors of all readers are called alike.
         get_stream: Opens a stream of the object's bytes.
         max_gap_size: Largest gap, in bytes, between two items of one stream. 0: a new stream after every gap.
 
@@ -107,7 +107,7 @@ class DCPOptimizedS3Reader(S3Reader):
         return filled
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        """Move the position, wherever to: whether it can be read from is only known when it is.
+        """Move the position to any byte; an error of one that can't be read comes with the read.
 
         Raises:
             TypeError: ``offset`` is not a whole number.
@@ -126,7 +126,7 @@ class DCPOptimizedS3Reader(S3Reader):
         self._item = None
 
     def _pieces(self, size: int) -> Iterator[memoryview]:
-        """The next ``size`` bytes, which must lie in the current or in the next item."""
+        """Returns the next ``size`` bytes, which must lie in the current or in the next item."""
         start, end = self._position, self._position + size
         if self._item is None or not self._item.holds(start, end):
             self._item = self._load_next(start, end)
@@ -162,12 +162,12 @@ class DCPOptimizedS3Reader(S3Reader):
 
 
 class _ItemBytes:
-    """One item, as views of the chunks it came in."""
+    """Bytes of one item, as views of the chunks that it came in."""
 
     def __init__(self, start: int, segments: list[memoryview]) -> None:
         self.start = self.end = start
         self._segments = segments
-        self._starts: list[int] = []  # of each segment, in the object
+        self._starts: list[int] = []  # first byte of each segment in the object
         for segment in segments:
             self._starts.append(self.end)
             self.end += len(segment)
@@ -176,7 +176,7 @@ class _ItemBytes:
         return self.start <= start and end <= self.end
 
     def pieces(self, start: int, end: int) -> Iterator[memoryview]:
-        """The bytes [start, end), which the item must hold."""
+        """Yields the bytes [start, end), which the item must hold."""
         index = bisect_right(self._starts, start) - 1
         while start < end:
             skip = start - self._starts[index]
@@ -187,19 +187,20 @@ class _ItemBytes:
 
 
 class _ItemStream:
-    """Walks forward through the bytes [position, end) of the object and takes items out of them."""
+    """Stream of the bytes [position, end) of the object, out of which items are taken in ascending order."""
 
     def __init__(
         self, chunks: Iterator[bytes], position: int, end: int, short_read: Callable[[int, int, int], ShortRead]
     ) -> None:
         self._chunks = chunks
-        self._rest = memoryview(b"")  # of the last chunk
+        self._rest = memoryview(b"")  # of the last chunk, the bytes that were not taken yet
         self._start = position
         self._position = position
         self._end = end
         self._short_read = short_read
 
     def reaches(self, item: ItemRange) -> bool:
+        """Returns True if the item lies within the bytes that are still to come."""
         return self._position <= item.start and item.end <= self._end
 
     def take(self, item: ItemRange) -> _ItemBytes:
@@ -212,7 +213,7 @@ class _ItemStream:
         return _ItemBytes(item.start, segments)
 
     def _advance(self, limit: int) -> memoryview:
-        """What is left of the current chunk, or else the next one; not beyond ``limit``."""
+        """Returns the rest of the current chunk, or else the next one; not beyond ``limit``."""
         while not self._rest:
             chunk = next(self._chunks, None)
             if chunk is None:
@@ -225,7 +226,7 @@ class _ItemStream:
 
 
 def _distinct(item_ranges: Sequence[ItemRange]) -> list[ItemRange]:
-    """The items to be streamed: neither empty nor inside the one streamed before them."""
+    """Returns the items to be streamed: those that are neither empty nor inside the one streamed before them."""
     items: list[ItemRange] = []
     for given in item_ranges:
         item = ItemRange(given.start, given.end)  # checks those of s3torchconnector, which are not checked there
@@ -235,8 +236,9 @@ def _distinct(item_ranges: Sequence[ItemRange]) -> list[ItemRange]:
 
 
 def _stream_ends(items: Sequence[ItemRange], max_gap: float) -> list[int]:
-    """For each item, the end of the stream that brings it: the stream goes on while items follow closely."""
+    """Returns, for each item, the end of the stream that brings it: a stream goes on while items follow closely."""
     ends = [item.end for item in items]
+    # Backwards, so that the end of the whole chain of close items is known when its first one is reached.
     for index in reversed(range(len(items) - 1)):
         if 0 <= items[index + 1].start - items[index].end <= max_gap:
             ends[index] = ends[index + 1]

@@ -1,4 +1,8 @@
-"""S3ReaderConstructor: the kinds of readers by name, as users choose them."""
+"""S3ReaderConstructor: makes the constructor of each kind of readers, by the names that users know.
+
+The names are those of s3torchconnector. Importing this module imports neither the worker pool nor boto3: only
+``multiprocess()`` does.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +23,11 @@ __all__ = ["S3ReaderConstructor"]
 
 
 class S3ReaderConstructor:
-    """The kinds of readers, as constructors for ``reader_constructor=`` of the storage readers. They all pickle."""
+    """Kinds of readers, as constructors for ``reader_constructor=`` of the storage readers. All constructors pickle."""
 
     @staticmethod
     def sequential() -> S3ReaderConstructorProtocol:
-        """One stream per object, everything received is kept. For whole objects and any pattern of access."""
+        """One stream per object, of which everything is kept. For whole objects and any pattern of access."""
         return partial(SequentialS3Reader)
 
     @staticmethod
@@ -66,10 +70,10 @@ class S3ReaderConstructor:
 
         Args:
             max_gap_size: Largest gap, in bytes, between two items that are fetched as one.
-            s3client_config: How S3 is reached. None: the defaults.
+            s3client_config: Settings of the S3 client. None: the storage reader's, or the defaults.
             pool_config: Settings of the worker pool. None: the defaults.
-            progress: Whether a load shows a progress bar on stderr. None: on a terminal or in a notebook, and only in
-                the first of several ranks.
+            progress: True shows a progress bar on stderr during a load, False shows none. None: on a terminal or in a
+                notebook, and only in the first of several ranks.
 
         Raises:
             TypeError: ``max_gap_size`` is not a number.

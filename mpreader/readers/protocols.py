@@ -1,53 +1,23 @@
-"""What readers and their constructors expect of others, and what others may expect of them.
+"""Protocols of the constructors of readers, and of the parts of a DCP load plan that they are given.
 
+The storage readers of mpreader and of s3torchconnector take any object that satisfies them; nothing here imports torch.
 The two constructor protocols go by the names that s3torchconnector gave them, and its constructors satisfy them.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
-if TYPE_CHECKING:
-    from mpreader.readers.base import S3Reader
+from mpreader.readers.base import GetObjectInfo, GetStream, S3Reader
 
 __all__ = [
     "DCPS3ReaderConstructorProtocol",
-    "GetObjectInfo",
-    "GetStream",
-    "ObjectInfo",
     "PlanItem",
     "S3ReaderConstructorProtocol",
     "StoredItem",
 ]
-
-
-class ObjectInfo(Protocol):
-    """What a HEAD request tells of an object."""
-
-    @property
-    def size(self) -> int:
-        """Bytes of the whole object."""
-
-
-class GetObjectInfo(Protocol):
-    """Asks for the object's size; called once per reader at most."""
-
-    def __call__(self) -> ObjectInfo:
-        """Ask."""
-
-
-class GetStream(Protocol):
-    """Opens a stream of the object's bytes."""
-
-    def __call__(self, start: int | None = None, end: int | None = None) -> Iterator[bytes]:
-        """Open a stream.
-
-        Args:
-            start: First byte of the object to send. None: 0.
-            end: One past the last byte to send. None: the object's size.
-        """
 
 
 class PlanItem(Protocol):
@@ -59,19 +29,19 @@ class PlanItem(Protocol):
 
 
 class StoredItem(Protocol):
-    """Where a checkpoint keeps an item (the values of DCP's ``Metadata.storage_data``)."""
+    """Location of an item in a checkpoint (the values of DCP's ``Metadata.storage_data``)."""
 
     @property
     def relative_path(self) -> str:
-        """The file that holds it, relative to the checkpoint."""
+        """File that holds it, relative to the checkpoint."""
 
     @property
     def offset(self) -> int:
-        """Its first byte in that file."""
+        """First byte of it in that file."""
 
     @property
     def length(self) -> int:
-        """Its number of bytes."""
+        """Number of its bytes."""
 
 
 @runtime_checkable
@@ -103,6 +73,6 @@ class DCPS3ReaderConstructorProtocol(S3ReaderConstructorProtocol, Protocol):
 
         Args:
             plan_items: The plan's items, in the order in which they will be read.
-            storage_data: Where each item is stored.
+            storage_data: Location of each item, by its ``storage_index``.
             base_path: URI of the checkpoint.
         """

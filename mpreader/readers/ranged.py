@@ -1,4 +1,4 @@
-"""The reader for sparse reads: a ranged request for every read, small ones through a buffer."""
+"""Reader for sparse reads: makes a ranged request for every read, and small reads through a buffer."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import io
 import operator
 from typing import TYPE_CHECKING, Any, Final
 
-from mpreader.readers.base import S3Reader, writable_view
-from mpreader.readers.protocols import GetObjectInfo, GetStream
+from mpreader.readers.base import GetObjectInfo, GetStream, S3Reader, writable_view
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -18,7 +17,7 @@ DEFAULT_BUFFER_SIZE: Final = 8 * 1024 * 1024
 
 
 def check_buffer_size(value: object) -> None:
-    """Refuse what can't be the size of a buffer.
+    """Check the size of a buffer.
 
     Raises:
         TypeError: ``value`` is neither None nor a whole number.
@@ -93,7 +92,7 @@ class RangedS3Reader(S3Reader):
 
     def _drop_buffer(self) -> None:
         self._memory = bytearray()
-        self._buffer = memoryview(b"")  # the valid bytes of the memory
+        self._buffer = memoryview(b"")  # of the memory, the bytes that are valid; the first is at _buffer_start
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("_memory", "_buffer")}
@@ -104,7 +103,7 @@ class RangedS3Reader(S3Reader):
 
     def _fill(self, view: memoryview) -> None:
         """Fill all of ``view`` from the position onwards, and move on."""
-        position = self._position
+        position = self._position  # moved only when all bytes are there: after an error the read can be repeated
         taken = self._copy_from_buffer(view, position)
         if taken < len(view):
             view = view[taken:]
@@ -127,6 +126,7 @@ class RangedS3Reader(S3Reader):
 
     def _load_buffer(self, position: int) -> None:
         size = min(self._buffer_size, self._object_size() - position)
+        # Kept from one request to the next: fresh memory would cost more than receiving into it.
         if len(self._memory) < size:
             self._memory = bytearray(size)
         # Valid again only when it is full: a request that breaks must not leave new bytes among the old ones.

@@ -1,4 +1,7 @@
-"""The reader for everything: receives the object once, from its start, and keeps what it received."""
+"""Reader for any pattern of access: receives the object once, from its start, and keeps what it has received.
+
+It is the default of the storage readers where no other kind is chosen, and reads ``.metadata`` for all of them.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from mpreader.errors import ObjectChanged, TransportError
-from mpreader.readers.base import S3Reader, writable_view
-from mpreader.readers.protocols import GetObjectInfo, GetStream
+from mpreader.readers.base import GetObjectInfo, GetStream, S3Reader, writable_view
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -90,14 +92,14 @@ class SequentialS3Reader(S3Reader):
 
     def _next_chunk(self) -> bytes | None:
         if self._broken:
-            # A generator that failed looks exhausted when asked again: the object would seem to end there.
+            # A generator that has failed looks exhausted when asked again: the object would seem to end there.
             raise TransportError(
                 f"an earlier read of s3://{self._bucket}/{self._key} failed; open a new reader",
                 bucket=self._bucket,
                 key=self._key,
             )
         stream = self._open_stream()
-        self._broken = True
+        self._broken = True  # until the chunk is there: whatever is raised until then, Ctrl-C too, breaks the stream
         chunk = next(stream, None)
         if chunk is None:
             self._check_complete()
@@ -105,6 +107,7 @@ class SequentialS3Reader(S3Reader):
         return chunk
 
     def _check_complete(self) -> None:
+        """Compare the bytes of a stream that has ended with the object's size, if a seek has asked for that."""
         if self._size is None:
             self._size = self._received
         if self._received < self._size:

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import random
-import re
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import urllib3
 from botocore.exceptions import BotoCoreError
 
 from mpreader.config import MiB
 from mpreader.errors import MpreaderError, ObjectChanged, PlanError, ShortRead
-
-if TYPE_CHECKING:
-    from mpreader.readers.protocols import ObjectInfo as HasSize
-    from mpreader.s3.client import S3Client
+from mpreader.pool.worker.partial_content import Mismatch, PartialContent, find_mismatch, parse_content_range
+from mpreader.s3.objects import HasSize
+from mpreader.s3.requester import Requester
 
 __all__ = ["PinnedObject"]
 
@@ -43,7 +41,7 @@ class PinnedObject:
         object_info: What is known of the object; its version is pinned if it has an ``etag``.
     """
 
-    def __init__(self, client: S3Client, bucket: str, key: str, object_info: HasSize | None = None) -> None:
+    def __init__(self, client: Requester, bucket: str, key: str, object_info: HasSize | None = None) -> None:
         self._client = client
         self._bucket = bucket
         self._key = key
@@ -62,8 +60,9 @@ class PinnedObject:
         """
         if self._info is None:
             info = self._client.head_object(self._bucket, self._key)
-            self._pin(info.etag)
-            self._info = info
+            if self._etag and info.etag != self._etag:
+                raise self._other_version(info.etag)
+            self._etag, self._info = info.etag, info
         return self._info
 
     def stream(self, start: int | None = None, end: int | None = None) -> Iterator[bytes]:
@@ -123,28 +122,36 @@ class PinnedObject:
             answer["Body"].close()
             raise
 
-    def _check(self, answer: dict[str, Any], position: int, end: int | None) -> int:
-        """Accept an answer only if its body will be what was asked for; where that ends."""
-        named = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", answer.get("ContentRange", ""))
-        if answer["ResponseMetadata"]["HTTPStatusCode"] != 206 or named is None:
+    def _check(self, response: dict[str, Any], position: int, end: int | None) -> int:
+        """Accept a response only if its body will be the bytes asked for, of one version. Returns where they end."""
+        said = PartialContent(
+            response["ResponseMetadata"]["HTTPStatusCode"],
+            response.get("ContentRange", ""),
+            response.get("ETag", ""),
+            response.get("ContentLength"),
+        )
+        named = parse_content_range(said.content_range)
+        if named is None or named.object_size is None:
             raise _Broken("the server sends the whole object in place of a range")
-        first, last, size = map(int, named.groups())
-        if end is not None and end > size:
-            raise PlanError(f"the range {(position, end)} ends past the {size} bytes of {self._uri()}")
-        end = size if end is None else end
-        if (first, last + 1, answer["ContentLength"]) != (position, end, end - position):
-            raise _Broken(f"asked for bytes {position}-{end - 1}, the answer is for {named[0]!r}")
-        if self._info is not None and self._info.size != size:
-            raise self._changed(f"it has {size} bytes now, not {self._info.size}")
-        self._pin(answer.get("ETag", ""))
+        if end is not None and end > named.object_size:
+            raise PlanError(f"the range {(position, end)} ends past the {named.object_size} bytes of {self._uri()}")
+        end = named.object_size if end is None else end
+        size = None if self._info is None else self._info.size
+        mismatch = find_mismatch(said, start=position, end=end, etag=self._etag, object_size=size)
+        if mismatch is Mismatch.VERSION:
+            raise self._other_version(said.etag)
+        if mismatch is Mismatch.OBJECT_SIZE:
+            raise self._changed(f"it has {named.object_size} bytes now, not {size}")
+        if mismatch is not None:
+            raise _Broken(f"asked for bytes {position}-{end - 1}, the answer is for {said.content_range!r}")
+        self._etag = said.etag  # the first response decides which version it is
         return end
 
-    def _pin(self, etag: str) -> None:
-        if not etag and self._etag:
-            raise _Broken("the answer names no ETag")
-        if self._etag and etag != self._etag:
-            raise self._changed(f"its ETag is {etag} now, not {self._etag}")
-        self._etag = etag
+    def _other_version(self, etag: str) -> Exception:
+        # A response without an ETag does not say that the object changed; the next one may have it.
+        if not etag:
+            return _Broken("the answer names no ETag")
+        return self._changed(f"its ETag is {etag} now, not {self._etag}")
 
     def _pause_or_give_up(self, error: BaseException, failures: int, range: tuple[int, int | None]) -> None:
         if failures >= self._client.s3client_config.max_attempts:

@@ -12,13 +12,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
 from mpreader.errors import MpreaderError, ObjectMissing
+from mpreader.s3.requester import Requester
 from mpreader.s3.upload import MultipartUpload, next_part_bytes, put_whole
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
     from typing_extensions import Self
-
-    from mpreader.s3.client import S3Client
 
 __all__ = ["S3Writer"]
 
@@ -40,7 +39,7 @@ class S3Writer(io.BufferedIOBase):
         storage_class: Such as ``"STANDARD_IA"``. None: the service's default.
     """
 
-    def __init__(self, client: S3Client, bucket: str, key: str, storage_class: str | None = None) -> None:
+    def __init__(self, client: Requester, bucket: str, key: str, storage_class: str | None = None) -> None:
         self._client = client
         self._bucket = bucket
         self._key = key

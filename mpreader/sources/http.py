@@ -44,6 +44,8 @@ class HttpSource:
         ConfigError: ``url`` is not an http(s) URL.
     """
 
+    version: ObjectVersion | None = None
+
     def __init__(self, url: str, max_attempts: int = 10) -> None:
         self._url = _Url.parse(url)
         self._max_attempts = max_attempts

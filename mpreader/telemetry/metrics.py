@@ -105,7 +105,7 @@ class _Report:
     def __init__(self, meter_provider: MeterProvider | None) -> None:
         from opentelemetry.metrics import get_meter
 
-        from mpreader import __version__
+        from mpreader.version import __version__
 
         self.meter_provider = meter_provider
         self.users: set[object] = set()

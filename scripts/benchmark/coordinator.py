@@ -13,9 +13,10 @@ from pathlib import Path
 from mpreader import PoolConfig
 from mpreader.pool.coordinator import process
 from mpreader.pool.pool import Pool
+from mpreader.pool.requests import SlotRead
 from mpreader.pool.source import ObjectVersion
-from mpreader.pool.transfer import Fill, FillPart
 from mpreader.pool.worker.route import Route
+from mpreader.ranges import Part
 
 __all__ = ["print_coordinator_cost"]
 
@@ -28,6 +29,7 @@ class NothingToRead:
 
     bucket = key = uri = "nothing"
     max_attempts = 1
+    version = None
 
     def open(self) -> ObjectVersion:
         return ObjectVersion(PARTS * PART_BYTES, '"etag"')
@@ -41,12 +43,12 @@ def measure(workers: int, connections: int) -> tuple[float, float]:
     with_pool = PoolConfig(workers=workers, connections_per_worker=connections, max_memory=4 << 30)
     pool = Pool(with_pool)
     source = NothingToRead()
-    fills = [Fill(source, PART_BYTES, (FillPart(n * PART_BYTES, (n + 1) * PART_BYTES, 0),)) for n in range(PARTS)]
+    slot_reads = [SlotRead(0, PART_BYTES, (Part(n * PART_BYTES, (n + 1) * PART_BYTES),)) for n in range(PARTS)]
     results = []
     try:
         for _ in range(2):  # the first one starts the workers and reserves the memory
             wall, cpu = time.perf_counter(), time.process_time()
-            transfer = pool.read(fills)
+            transfer = pool.read([source], slot_reads)
             for number in range(PARTS):
                 transfer.take(number)
             transfer.close()

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageIn
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from mpreader.dcp import metadata as subject
+from mpreader.dcp import unpickling as subject
 from mpreader.dcp.metadata import MetadataRefused, load_metadata
 
 for _module in subject._CLASSES_BY_MODULE.keys() - {"pathlib._local"}:

@@ -7,13 +7,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from mpreader.dcp import S3StorageWriter
+
+if TYPE_CHECKING:
+    from tests.integration.conftest import WorkersOf
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 
@@ -59,19 +64,6 @@ def run(program: list[str], stdin: str | None = None) -> str:
     out, err = process.communicate(stdin, timeout=120)
     assert (process.returncode, err) == (0, ""), err
     return out
-
-
-def workers_of(endpoint_marker: str) -> list[int]:
-    """Process ids of worker processes whose parent is the process ``endpoint_marker``."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            command = entry.read_bytes().decode(errors="replace")
-        except OSError:
-            continue
-        if "mpreader.pool.worker.main" in command and f", {endpoint_marker}, " in command:
-            found.append(int(entry.parent.name))
-    return found
 
 
 @pytest.mark.row("no __main__ guard, stdin, daemonic process")
@@ -121,23 +113,24 @@ if __name__ == "__main__":
 
 
 @pytest.mark.row("parent killed")
-def test_killed_parent_leaves_no_worker_and_no_shared_memory(checkpoint: str, tmp_path: Path) -> None:
+def test_killed_parent_leaves_no_worker_and_no_shared_memory(
+    checkpoint: str, tmp_path: Path, workers_of: WorkersOf, new_shared_memory: Callable[[], set[str]]
+) -> None:
     script = tmp_path / "script.py"
     script.write_text(LOAD + f"print('loading', flush=True)\nwhile True:\n    assert load({checkpoint!r})\n")
-    shared_memory = set(os.listdir("/dev/shm"))
     process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     with process, process.stdout:
         assert process.stdout.readline() == "loading\n"
         deadline = time.monotonic() + 30
-        while len(workers_of(str(process.pid))) < 2:
+        while len(workers_of(process.pid)) < 2:
             assert time.monotonic() < deadline, "the workers did not start"
         process.send_signal(signal.SIGKILL)
         process.wait()
         died = time.monotonic()
-        while workers_of(str(process.pid)):
-            assert time.monotonic() - died < 1.0, "workers outlived their parent by a second"
-    assert set(os.listdir("/dev/shm")) == shared_memory
+        while workers_of(process.pid):
+            assert time.monotonic() - died < 30, "workers outlived their parent"
+    assert not new_shared_memory()
 
 
 TORCHRUN = f"""

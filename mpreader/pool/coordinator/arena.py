@@ -1,8 +1,8 @@
-"""Shared memory for received bytes: segments, cut into slots that are recycled last-in-first-out.
+"""Arena: shared memory for received bytes, in segments that are cut into slots and recycled last-in-first-out.
 
 Touching fresh pages costs more than receiving the bytes, so a slot that was just given back (warm, perhaps still in
-the processor's cache) is the first to be given out again. A slot given to a consumer is *leased*: the lease ends by
-itself when the last reference to the view, or to anything made from it, is gone.
+the processor's cache) is the first to be given out again. The arena knows nothing of reads, leases and callers:
+:mod:`mpreader.pool.coordinator.memory` keeps these accounts.
 
 Segments are ``multiprocessing.shared_memory``, reserved in full when they are made (a full ``/dev/shm`` is an error
 then, never a SIGBUS later) and unlinked at once, so that no crash leaves anything behind.
@@ -16,18 +16,13 @@ import logging
 import mmap
 import os
 import sys
-import weakref
-from collections.abc import Callable
 from multiprocessing import resource_tracker
 from multiprocessing.shared_memory import SharedMemory
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import Any, Final
 
 from mpreader.errors import ArenaError
 
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
-
-__all__ = ["Arena", "Lease", "Segment", "Slot"]
+__all__ = ["Arena", "Segment", "Slot"]
 
 log = logging.getLogger(__name__)
 
@@ -89,28 +84,25 @@ class Segment:
             self.fd = -1
 
 
-class Lease(weakref.ref[object]):
-    """A slot is in use until what this refers to is gone.
+class Slot:
+    """A contiguous piece of a segment, leased as a whole.
 
     Attributes:
-        slot: Weak, too: a lease that nobody asks after must not keep memory.
+        segment: Segment that it is a piece of.
+        offset: Its first byte in the segment.
+        nbytes: Its bytes.
+        is_alone: True if the segment was made for it, and goes with it.
+        holders: Leases on it; with the last one it goes back to the arena.
     """
 
-    __slots__ = ("slot",)
-    slot: weakref.ref[Slot]
-
-
-class Slot:
-    """A contiguous piece of a segment, leased as a whole."""
-
-    __slots__ = ("__weakref__", "_lease", "is_alone", "nbytes", "offset", "segment")
+    __slots__ = ("holders", "is_alone", "nbytes", "offset", "segment")
 
     def __init__(self, segment: Segment, offset: int, nbytes: int, *, is_alone: bool) -> None:
         self.segment = segment
         self.offset = offset
         self.nbytes = nbytes
-        self.is_alone = is_alone  # the segment was made for it, and goes with it
-        self._lease: Lease | None = None
+        self.is_alone = is_alone
+        self.holders = 0
 
     def __repr__(self) -> str:
         return f"Slot(segment={self.segment.number}, offset={self.offset}, nbytes={self.nbytes})"
@@ -127,23 +119,6 @@ class Slot:
             os.posix_fallocate(self.segment.fd, start, end - start)
         except OSError as error:
             raise _shortage(end - start, error) from error
-
-    def lease(self, on_end: Callable[[Lease], object]) -> memoryview:
-        """A writable view of the slot.
-
-        Args:
-            on_end: Called once, from whatever thread drops the last reference to the view, to a slice of it, or to
-                an array or tensor made from either; not called if the slot object itself is gone by then. It must
-                not block or take a lock that this thread may hold. And it should not be written in Python: a Ctrl-C
-                that strikes in such a callback is printed, and then lost.
-        """
-        import numpy as np
-
-        # The array, not the view: slices of a view hold on to what is below it, and only that can be watched.
-        array = np.frombuffer(self.segment.map, np.uint8, self.nbytes, self.offset)
-        self._lease = Lease(array, on_end)
-        self._lease.slot = weakref.ref(self)
-        return memoryview(cast("Buffer", array))
 
 
 class Holes:

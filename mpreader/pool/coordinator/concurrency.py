@@ -19,7 +19,7 @@ import os
 from collections.abc import Callable
 from typing import Final
 
-__all__ = ["Pace", "is_host_busy"]
+__all__ = ["ConcurrencyLimiter", "is_host_busy"]
 
 # What a worker can take: 0.25 to 0.35 s of processor time per GB over loopback, and a processor has other things to do.
 WORKER_BYTES_PER_S: Final = 2e9
@@ -34,7 +34,7 @@ _DOUBLING_S: Final = 0.015
 Kind = tuple[str, int, int]
 
 
-class _Experience:
+class _History:
     """What is known of parts of one server and about one size."""
 
     __slots__ = ("bytes_per_s", "limit", "next_step", "pressure")
@@ -46,7 +46,7 @@ class _Experience:
         self.pressure = 0.0
 
 
-class Pace:
+class ConcurrencyLimiter:
     """Decides how many parts may be in flight. Not thread-safe: owned by the coordinator's thread."""
 
     def __init__(self, workers: int, most: int, is_host_busy: Callable[[], bool]) -> None:
@@ -61,16 +61,16 @@ class Pace:
         self._most = most
         self._is_host_busy = is_host_busy
         self._least = min(2 * workers, most)
-        self._known: dict[Kind, _Experience] = {}
+        self._known: dict[Kind, _History] = {}
 
     def limit(self, host: str, port: int, nbytes: int, now: float) -> int:
         """Parts that may be in flight when the next one is of ``nbytes`` bytes from this server."""
-        experience = self._experience(host, port, nbytes, now)
-        if not experience.bytes_per_s and now >= experience.next_step:
-            experience.next_step = now + _DOUBLING_S
+        history = self._history_of(host, port, nbytes, now)
+        if not history.bytes_per_s and now >= history.next_step:
+            history.next_step = now + _DOUBLING_S
             if not self._is_host_busy():
-                experience.limit = min(self._most, 2 * experience.limit)
-        return experience.limit
+                history.limit = min(self._most, 2 * history.limit)
+        return history.limit
 
     def note(self, host: str, port: int, nbytes: int, seconds: float, stalled_s: float, now: float) -> None:
         """A part has arrived.
@@ -83,27 +83,27 @@ class Pace:
             stalled_s: The part of ``seconds`` in which the receiving thread waited for a processor.
             now: Monotonic time.
         """
-        experience = self._experience(host, port, nbytes, now)
+        history = self._history_of(host, port, nbytes, now)
         seconds = max(seconds, 1e-6)
         bytes_per_s, pressure = nbytes / seconds, min(1.0, stalled_s / seconds)
-        if not experience.bytes_per_s:
-            experience.bytes_per_s, experience.pressure = bytes_per_s, pressure
-        is_faster = bytes_per_s > experience.bytes_per_s
-        experience.bytes_per_s += (_SMOOTHING if is_faster else _FADING) * (bytes_per_s - experience.bytes_per_s)
-        experience.pressure += _SMOOTHING * (pressure - experience.pressure)
-        enough = math.ceil(self._workers * WORKER_BYTES_PER_S / experience.bytes_per_s)
+        if not history.bytes_per_s:
+            history.bytes_per_s, history.pressure = bytes_per_s, pressure
+        is_faster = bytes_per_s > history.bytes_per_s
+        history.bytes_per_s += (_SMOOTHING if is_faster else _FADING) * (bytes_per_s - history.bytes_per_s)
+        history.pressure += _SMOOTHING * (pressure - history.pressure)
+        enough = math.ceil(self._workers * WORKER_BYTES_PER_S / history.bytes_per_s)
         wanted = max(self._least, min(self._most, enough))
-        if experience.limit > wanted or experience.pressure > _HIGH_PRESSURE:
-            experience.limit = max(self._least, experience.limit - 1)
-        elif experience.pressure < _LOW_PRESSURE:
-            experience.limit = min(wanted, experience.limit + 1)
+        if history.limit > wanted or history.pressure > _HIGH_PRESSURE:
+            history.limit = max(self._least, history.limit - 1)
+        elif history.pressure < _LOW_PRESSURE:
+            history.limit = min(wanted, history.limit + 1)
 
-    def _experience(self, host: str, port: int, nbytes: int, now: float) -> _Experience:
+    def _history_of(self, host: str, port: int, nbytes: int, now: float) -> _History:
         kind = (host, port, nbytes.bit_length())
-        experience = self._known.get(kind)
-        if experience is None:
-            experience = self._known[kind] = _Experience(self._least, now)
-        return experience
+        history = self._known.get(kind)
+        if history is None:
+            history = self._known[kind] = _History(self._least, now)
+        return history
 
 
 def is_host_busy() -> bool:

@@ -14,7 +14,7 @@ from mpreader.errors import (
     ShortRead,
     TransportError,
 )
-from mpreader.pool.source import Source
+from mpreader.pool.requests import SourceName
 from mpreader.pool.worker.messages import Failed, FailureKind
 
 __all__ = ["delay_before", "error_after", "timeout_error"]
@@ -56,7 +56,7 @@ def delay_before(failure: Failed, attempts: int, max_attempts: int) -> float | N
     return max(failure.retry_after_s, delay * random.uniform(0.5, 1.0))  # noqa: S311  # spreads load, guards nothing
 
 
-def error_after(failure: Failed, source: Source, byte_range: tuple[int, int], attempts: int) -> MpreaderError:
+def error_after(failure: Failed, source: SourceName, byte_range: tuple[int, int], attempts: int) -> MpreaderError:
     """The error that a consumer gets when no attempt is left."""
     name = f"{source.uri} bytes {byte_range[0]}-{byte_range[1]} (end exclusive)"
     tried = "1 attempt" if attempts == 1 else f"{attempts} attempts"
@@ -65,7 +65,7 @@ def error_after(failure: Failed, source: Source, byte_range: tuple[int, int], at
     return cls(message, bucket=source.bucket, key=source.key, range=byte_range, attempts=attempts)
 
 
-def timeout_error(source: Source, byte_range: tuple[int, int], timeout_s: float, last: str) -> PoolTimeout:
+def timeout_error(source: SourceName, byte_range: tuple[int, int], timeout_s: float, last: str) -> PoolTimeout:
     """The error when a part was not there within ``PoolConfig.timeout_s``."""
     return PoolTimeout(
         f"{source.uri} bytes {byte_range[0]}-{byte_range[1]} were not read within {timeout_s:g} s "

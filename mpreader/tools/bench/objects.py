@@ -70,7 +70,7 @@ def passes(objects: Sequence[SourceObject], nbytes: int, part_size: int) -> Iter
 
 
 def _find_on_s3(source: str, s3client_config: S3ClientConfig) -> list[SourceObject]:
-    from mpreader import S3Client
+    from mpreader.readers.client import S3Client
     from mpreader.s3 import parse_s3_uri
 
     bucket, key = parse_s3_uri(source)

@@ -16,12 +16,12 @@ from dataclasses import replace
 from difflib import get_close_matches
 from typing import Final
 
-from mpreader import __version__
 from mpreader.config import POOL_SETTINGS, MiB, PoolConfig, S3ClientConfig
 from mpreader.errors import ConfigError
 from mpreader.pool.sizing import PoolSizes, size_pool
 from mpreader.tools.doctor.facts import HostFacts
 from mpreader.tools.doctor.finding import Finding
+from mpreader.version import __version__
 
 __all__ = ["examine_host", "files_needed"]
 

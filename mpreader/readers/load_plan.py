@@ -1,0 +1,75 @@
+"""Ranges of a load plan: turns the items that DCP is going to read into the byte ranges of each file. Pure.
+
+The constructors that are told a plan, and the description of a checkpoint, use it. Where items are stored is what the
+checkpoint's metadata says, and need not be true: what leads out of the checkpoint is refused here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mpreader.errors import PlanError
+from mpreader.ranges import ItemRange
+from mpreader.readers.protocols import PlanItem, StoredItem
+
+__all__ = ["is_extent", "is_inside", "item_ranges_by_file"]
+
+
+def item_ranges_by_file(
+    plan_items: Sequence[PlanItem], storage_data: Mapping[Any, StoredItem], base_path: str | os.PathLike[str]
+) -> dict[str, list[ItemRange]]:
+    """Sort the ranges of a load plan by file.
+
+    Args:
+        plan_items: The plan's items, in the order in which they will be read.
+        storage_data: Location of each item, by its ``storage_index``.
+        base_path: URI of the checkpoint.
+
+    Returns:
+        The ranges by the URI under which DCP opens the file; files and ranges are in the order of ``plan_items``.
+
+    Raises:
+        ValueError: There are plan items, but no ``storage_data``.
+        PlanError: An item lies outside of the checkpoint, or has a negative offset or length.
+    """
+    if plan_items and not storage_data:
+        raise ValueError(
+            "storage_data must not be empty: it says where the plan's items are stored; "
+            "call set_up_storage_reader(metadata) before prepare_local_plan(plan)"
+        )
+    ranges_by_file: dict[str, list[ItemRange]] = {}
+    for plan_item in plan_items:
+        stored = storage_data[plan_item.storage_index]
+        uri = _uri_of(os.fspath(base_path), stored.relative_path)
+        ranges_by_file.setdefault(uri, []).append(_range_of(stored))
+    return ranges_by_file
+
+
+def is_inside(path: object) -> bool:
+    """Returns True if ``path`` is a relative path that stays inside of the checkpoint."""
+    if not isinstance(path, str) or not path or path.startswith("/") or "\0" in path:
+        return False
+    return {".", ".."}.isdisjoint(path.split("/"))
+
+
+def is_extent(offset: object, length: object) -> bool:
+    """Returns True if both are whole numbers that are not negative."""
+    return type(offset) is int and type(length) is int and offset >= 0 and length >= 0
+
+
+def _uri_of(base_path: str, relative_path: object) -> str:
+    if not is_inside(relative_path):
+        raise PlanError(f"the checkpoint's metadata names a file outside of the checkpoint: {relative_path!r}")
+    # As the file systems of DCP join them when they open the file: a slash at the end of the URI is not doubled.
+    return f"{base_path}{relative_path}" if base_path.endswith("/") else f"{base_path}/{relative_path}"
+
+
+def _range_of(stored: StoredItem) -> ItemRange:
+    if not is_extent(stored.offset, stored.length):
+        raise PlanError(
+            f"the checkpoint's metadata gives an item of {stored.relative_path!r} an impossible place: "
+            f"offset {stored.offset!r}, length {stored.length!r}"
+        )
+    return ItemRange(stored.offset, stored.offset + stored.length)
