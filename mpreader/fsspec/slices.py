@@ -25,7 +25,7 @@ from mpreader.pool.source import ObjectVersion, Source
 from mpreader.sources.versions import PinnedSource, try_resolve_versions
 
 if TYPE_CHECKING:
-    pass
+    from mpreader.s3 import BaseS3Client
 
 __all__ = ["SliceReader", "Slices", "is_url"]
 

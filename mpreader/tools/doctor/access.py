@@ -78,13 +78,13 @@ def examine_access(source: str | None, config: S3ClientConfig, limit_s: float = 
     deadline = time.monotonic() + limit_s
     host = urlsplit(account.url).hostname or ""
     addresses = _begin(lambda: _addresses(host))
-    answer = _begin(account.probe)
+    response = _begin(account.probe)
     identity = _begin(account.identify)
-    readable = _begin(lambda: _read(account, answer, identity, prefix, config)) if bucket else None
-    asked: list[Future[Any]] = [addresses, answer, identity, *([] if readable is None else [readable])]
+    readable = _begin(lambda: _read(account, response, identity, prefix, config)) if bucket else None
+    asked: list[Future[Any]] = [addresses, response, identity, *([] if readable is None else [readable])]
     wait(asked, max(0.0, deadline - time.monotonic()))
     yield from _proxy_and_name(account, host, addresses, limit_s)
-    yield from _answer(account, answer, config)
+    yield from _service(account, response, config)
     yield _credentials(identity, config)
     if readable is not None and not isinstance(_failure(readable), _NotAskedError):
         yield _bucket(account, f"s3://{bucket}/{prefix}", readable)
@@ -113,10 +113,10 @@ def _begin(work: Callable[[], Found]) -> Future[Found]:
 
 
 def _read(
-    account: Account, answer: Future[ServiceResponse], identity: Future[Identity], prefix: str, config: S3ClientConfig
+    account: Account, response: Future[ServiceResponse], identity: Future[Identity], prefix: str, config: S3ClientConfig
 ) -> Readable:
     """Ask for the bucket, once it is known that there is somebody to ask, and something to ask with."""
-    if answer.exception() or not (config.unsigned or (identity.exception() is None and identity.result().source)):
+    if response.exception() or not (config.unsigned or (identity.exception() is None and identity.result().source)):
         raise _NotAskedError
     return account.read(prefix)
 
@@ -148,15 +148,15 @@ def _proxy_and_name(account: Account, host: str, addresses: Future[list[str]], l
     yield Finding("name", "fail", host, f"it has no address: {why}", remedy)
 
 
-def _answer(account: Account, answer: Future[ServiceResponse], config: S3ClientConfig) -> Iterator[Finding]:
-    """Findings of the service's answer: that it is there, its clock, the bucket's region."""
-    failure = _failure(answer)
+def _service(account: Account, response: Future[ServiceResponse], config: S3ClientConfig) -> Iterator[Finding]:
+    """Findings of the service's response: that it is there, its clock, the bucket's region."""
+    failure = _failure(response)
     if failure is not None:
         cause = failure.cause if isinstance(failure, NoResponse) else "timeout"
         remedy = _CONNECTION_REMEDIES[cause].format(url=account.url, host=urlsplit(account.url).hostname)
         yield Finding("endpoint", "fail", account.url, f"it can't be asked: {failure}", remedy)
         return
-    found = answer.result()
+    found = response.result()
     value = f"{account.url} answers within {found.seconds * 1000:.0f} ms"
     if found.status >= 500:
         problem = f"the service is not well: HTTP {found.status}"
