@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mpreader.dcp.loader import check_memory, read_into, read_metadata
 from mpreader.dcp.reader import S3StorageReader
-from mpreader.dcp.state import allocate, check_memory, empty_state, read_into, read_metadata, state_bytes
+from mpreader.dcp.state import allocate, empty_state, state_bytes
 from mpreader.errors import ConfigError
 from mpreader.ranges import DEFAULT_MAX_GAP_SIZE
 from mpreader.readers.kinds import S3ReaderConstructor
