@@ -21,13 +21,12 @@ from multiprocessing.shared_memory import SharedMemory
 from typing import Any, Final
 
 from mpreader.errors import ArenaClosed, ArenaError
+from mpreader.pool.sizing import GRAIN_BYTES
 
 __all__ = ["Arena", "Segment", "Slot"]
 
 log = logging.getLogger(__name__)
 
-# Slots start and end at multiples of this: holes stay few, and small slots keep apart from each other's cache lines.
-GRAIN_BYTES: Final = 64 * 1024
 _MAX_SEGMENT_BYTES: Final = 1024 * 1024 * 1024
 _PAGE_BYTES: Final = mmap.PAGESIZE
 
