@@ -44,11 +44,13 @@ def _fixed_pattern() -> re.Pattern[bytes]:
 
 
 _FIXED: Final = _fixed_pattern()
+# Bytes of the length that follows an opcode.
 _LENGTHS: Final = {
     ord(opcode.code): _LENGTH_BYTES[opcode.arg.n]
     for opcode in pickletools.opcodes
     if opcode.arg is not None and opcode.arg.n in _LENGTH_BYTES
 }
+# Lines of text that follow an opcode.
 _LINES: Final = {
     ord(opcode.code): 2 if opcode.name in ("GLOBAL", "INST") else 1
     for opcode in pickletools.opcodes
@@ -63,7 +65,7 @@ def check_bounds(data: bytes) -> None:
     Raises:
         ValueError: A length goes beyond the end, or an index of the memo beyond any that so many bytes can fill.
     """
-    position = 0
+    position = 0  # of an opcode, always: from any other byte on, all would be read as something else
     while True:
         at = _FIXED.match(data, position).end()  # type: ignore[union-attr]  # it matches the empty string, too
         if at >= len(data) or data[at] == _STOP:
@@ -83,9 +85,9 @@ def check_bounds(data: bytes) -> None:
             if code == _PUT:
                 _check_index(int(data[at + 1 : position]), data)
         elif at == position:
-            return
+            return  # no opcode
         else:
-            position = at
+            position = at  # after _STEPS_AT_ONCE harmless ones
 
 
 def _end_of_lines(data: bytes, at: int, lines: int) -> int:
@@ -97,5 +99,6 @@ def _end_of_lines(data: bytes, at: int, lines: int) -> int:
 
 
 def _check_index(index: int, data: bytes) -> None:
+    # Pickles number the entries of the memo from 0 on, and each entry takes an opcode of at least one byte.
     if index > len(data):
         raise ValueError(f"index {index} of the memo in a pickle of {len(data)} bytes")

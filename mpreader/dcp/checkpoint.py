@@ -97,7 +97,7 @@ def load_checkpoint(
     Raises:
         PlanError: Nothing matches, or there is less free memory than it takes.
         ItemRefused: An item needs a class that ``weights_only`` does not allow.
-        MetadataRefused: ``.metadata`` is damaged, or names a class or a place that it may not.
+        MetadataRefused: ``.metadata`` is damaged, or names a class or a path that it may not.
         ChecksumMismatch: Bytes don't match their CRC-32, also when received again.
         TransportError: Bytes can't be had.
     """

@@ -61,7 +61,7 @@ def describe_checkpoint(  # noqa: D417  # the other arguments are explained at l
 
     Raises:
         PlanError: Nothing matches.
-        MetadataRefused: ``.metadata`` is damaged, or names a class or a place that it may not.
+        MetadataRefused: ``.metadata`` is damaged, or names a class or a path that it may not.
         TransportError: ``.metadata`` can't be read.
     """
     check_type("pool_config", pool_config, PoolConfig)

@@ -57,6 +57,7 @@ def read_opcodes(data: bytes) -> Any:
 
 
 def _step(name: str, argument: Any, stack: list[Any], memo: dict[int, Any]) -> None:
+    """Do what an opcode does, with nodes in place of imports and calls."""
     if name in _LITERALS:
         stack.append(argument)
     elif name in _CONSTANTS:

@@ -117,7 +117,7 @@ class S3StorageReader(FileSystemReader):
         """Read ``.metadata`` through an allowlist.
 
         Raises:
-            MetadataRefused: It is damaged, or names a class or a place that it may not.
+            MetadataRefused: It is damaged, or names a class or a path that it may not.
             TransportError: It can't be read.
         """
         if isinstance(self._reader_constructor, MultiprocessConstructor):
@@ -130,7 +130,7 @@ class S3StorageReader(FileSystemReader):
             with collector_paused():  # it makes an object for each item, and no garbage
                 metadata = load_metadata(raw, allowed_globals=self._allowed_globals)
                 spare_new_objects()
-        if getattr(metadata, "storage_meta", None) is None:
+        if getattr(metadata, "storage_meta", None) is None:  # from here on as in torch's own reader
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id  # type: ignore[union-attr]
         return metadata

@@ -144,7 +144,7 @@ def read_payload_crc(item: ItemBytes, layout: TensorLayout) -> int | None:
 
 
 def _known_layout(front: bytes) -> TensorLayout | None:
-    # Equal bytes up to the payload include a data.pkl that was checked before.
+    # A front that is equal up to the payload has the same data.pkl, which was checked when it was read first.
     prefix, layout = _known_fronts.get(_front_key(front), (b"", None))
     return layout if front.startswith(prefix) else None
 
@@ -155,6 +155,7 @@ def _front_key(front: bytes) -> bytes:
 
 
 def _parse_front(front: bytes) -> TensorLayout | None:
+    """Read the entries before the payload; returns None if there is one that is not understood, or not all of it."""
     entries: dict[str, _Entry] = {}
     position = 0
     while (header := _read_header(front, position)) is not None and not header.name.startswith("data/"):
@@ -165,6 +166,7 @@ def _parse_front(front: bytes) -> TensorLayout | None:
         position = entry.end
     if header is None:
         return None
+    # torch.save without checksums writes 0 for all; with them, a CRC of 0 is a matter of chance for a single entry.
     has_crc = any(entry.crc32 for entry in entries.values())
     if has_crc:
         _check(entries)
@@ -187,6 +189,7 @@ def _read_header(front: bytes, position: int) -> _Header | None:
     signature, flags, method, crc, stored, size, name_length, extra_length = fields
     name_start = position + _LOCAL_HEADER.size
     content_start = name_start + name_length + extra_length
+    # An entry that is neither compressed nor encrypted, and has no flag that would change how it is read.
     understood = signature == b"PK\x03\x04" and not method and not flags & ~(_HAS_DESCRIPTOR | _UTF8_NAME)
     if not understood or stored != size or content_start > len(front):
         return None
@@ -217,6 +220,7 @@ def _check(entries: dict[str, _Entry]) -> None:
 
 
 def _is_understood(entries: dict[str, _Entry]) -> bool:
+    # An entry that is not known may change the meaning of the others: such a record is left to torch.load.
     if not {"data.pkl", "byteorder"} <= entries.keys():
         return False
     if not entries.keys() <= {"data.pkl", *_REQUIRED_CONTENT, *_IGNORED_ENTRIES}:

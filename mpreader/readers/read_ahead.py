@@ -147,6 +147,7 @@ class MultiprocessConstructor(ItemRangeConstructor):
 
     reader_type = "multiprocess"
 
+    # Set by _forget_state, for a new constructor and for one that was unpickled.
     _client: BaseS3Client | None
     _pool: Pool | None
     _leave_pool: weakref.finalize[..., MultiprocessConstructor]
