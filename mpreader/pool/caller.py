@@ -83,7 +83,7 @@ class Caller:
 
         Args:
             sources: The objects.
-            slot_reads: What to read of them, in the order in which it will be taken.
+            slot_reads: Reads of these objects, in the order in which they will be taken.
             grows: Go beyond the limit of shared memory rather than fail.
 
         Raises:

@@ -94,7 +94,7 @@ class SlotRead(NamedTuple):
         source: Index of the object among the sources of the read.
         nbytes: Bytes of the slot, at least 1.
         parts: Byte ranges to request, each received at its ``slot_offset``; at least one.
-        over_read: How many of the bytes are gaps that nobody asked for.
+        over_read: Number of its bytes that are gaps between what was asked for.
     """
 
     source: int

@@ -1,4 +1,4 @@
-"""How large a pool is: pure arithmetic over the settings and what the host has.
+"""Sizes of a pool: workers, connections and memory, derived from the settings and the host. Pure arithmetic.
 
 S3 gives about 90 MB/s to a connection and answers after 30 to 200 ms, so throughput is connections times 90 MB/s and
 needs as many parts in flight. Shared memory beyond that only holds what the consumer has not taken yet: the *window*

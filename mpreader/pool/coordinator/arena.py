@@ -35,7 +35,7 @@ class Segment:
     """One piece of shared memory. It is unmapped when the segment and all views of it are gone.
 
     Attributes:
-        number: What coordinator and workers call it.
+        number: Its number, by which callers and workers know it.
         size: Bytes.
         fd: Descriptor to pass to the workers.
     """
@@ -44,7 +44,7 @@ class Segment:
         """Make and reserve it.
 
         Args:
-            number: What coordinator and workers call it.
+            number: Its number, by which callers and workers know it.
             size: Bytes.
             is_reserved: Reserve all of it now. Otherwise only ask whether there is room, and leave that to
                 :meth:`Slot.reserve`: a gigabyte takes a quarter of a second.
@@ -58,7 +58,7 @@ class Segment:
         untracked: dict[str, Any] = {"track": False} if sys.version_info >= (3, 13) else {}
         if not untracked:
             resource_tracker.ensure_running()  # if it failed to start after the memory was made, that would stay
-        _require_descriptors(3)
+        _require_descriptors(3)  # of the memory, of our own opening of it, and of what the tracker needs
         memory = SharedMemory(create=True, size=size, **untracked)
         try:
             self.fd = os.open(f"/dev/shm/{memory.name}", os.O_RDWR | os.O_CLOEXEC)  # noqa: S108  # where shm_open puts it
@@ -67,6 +67,7 @@ class Segment:
             memory.unlink()
         try:
             if is_reserved:
+                # SharedMemory's ftruncate promises nothing: on a full /dev/shm, touching a page would be a SIGBUS.
                 os.posix_fallocate(self.fd, 0, size)
             elif _free_shm() < size:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -161,7 +162,7 @@ class Holes:
         return end
 
     def has(self, segment: int, start: int, end: int) -> bool:
-        """Whether exactly these bytes are a hole."""
+        """True if exactly these bytes are a hole."""
         return self._ends.get((segment, start)) == end
 
     def clear(self) -> None:
@@ -231,10 +232,11 @@ class Arena:
     def free(self, slot: Slot) -> None:
         """Take a slot back."""
         if slot.is_alone:
+            # Kept for the next one, it might be of the wrong size, and would be most of the memory.
             self._drop_segment(slot.segment)
             return
         self._holes.add(slot.segment.number, slot.offset, slot.offset + slot.nbytes)
-        if self.reserved_bytes > self.max_bytes:
+        if self.reserved_bytes > self.max_bytes:  # after a slot beyond the limit: come back below it
             self._drop_free_segments(0)
 
     def take_changes(self) -> tuple[list[Segment], list[Segment]]:
