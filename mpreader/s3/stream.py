@@ -32,6 +32,7 @@ class _Broken(Exception):
     """A response that can't be used, and may be right at the next attempt."""
 
 
+# All that botocore, urllib3 and the socket raise of a broken body; which of them does depends on where it breaks.
 _BREAKS: Final = (_Broken, BotoCoreError, urllib3.exceptions.HTTPError, OSError)
 
 
@@ -83,7 +84,7 @@ class PinnedObject:
             TransportError: The service refused, or could not be reached.
         """
         chunks = self._chunks(start or 0, end)
-        next(chunks, None)  # the request goes out now; the first chunk is empty
+        next(chunks, None)  # the request goes out now, and its error comes from here; the first chunk is empty
         return chunks
 
     def _chunks(self, position: int, end: int | None) -> Iterator[bytes]:
@@ -106,6 +107,7 @@ class PinnedObject:
                     return  # nothing is left to send: S3 has no answer for that but an error
                 raise
             except _BREAKS as error:
+                # An attempt that brought bytes is no reason to give up: a large body may break many times.
                 failures = failures + 1 if position == reached else 1
                 self._pause_or_give_up(error, failures, (position, end))
 

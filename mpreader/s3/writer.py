@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["S3Writer"]
 
-_THREADS: Final = 2
+_THREADS: Final = 2  # each holds a part, and the writer a third one
 _log = logging.getLogger(__name__)
 
 
@@ -117,13 +117,14 @@ class S3Writer(io.BufferedIOBase):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        # The base class would close it whatever happened, and so make an object of what is only half written.
         if kind is None:
             self.close()
         elif not self.closed:
             self._give_up()
 
     def __del__(self) -> None:
-        # The base class would close it, and so make an object of what is only half written.
+        # As in __exit__: not close(), as the base class does.
         with contextlib.suppress(Exception):
             # A forked child's copy must not abort the upload that goes on in the parent.
             if not self.closed and os.getpid() == self._pid:

@@ -133,9 +133,9 @@ class HttpSource:
         retries = Retry(
             self._max_attempts - 1,
             other=0,  # a certificate does not get better
-            redirect=False,
+            redirect=False,  # _follow does it, which keeps the password from other servers
             status_forcelist=_BUSY,
-            raise_on_status=False,
+            raise_on_status=False,  # _refusal explains it
             respect_retry_after_header=False,  # it may name an hour
             backoff_factor=0.05,
         )

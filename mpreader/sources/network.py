@@ -52,9 +52,10 @@ def proxy_for(url: str) -> Proxy | None:
     proxy_url = getproxies().get(parts.scheme)
     if not proxy_url or proxy_bypass(parts.netloc):
         return None
-    if "://" not in proxy_url:
+    if "://" not in proxy_url:  # host:port alone is common
         proxy_url = "http://" + proxy_url.removeprefix("//")
     proxy = urlsplit(proxy_url)
+    # The workers speak plain HTTP to a proxy, and TLS through it; SOCKS and https:// proxies would need more.
     if proxy.scheme != "http" or not proxy.hostname:
         name = f"{parts.scheme.upper()}_PROXY"
         raise ConfigError(f"{name} names a proxy of the kind {proxy.scheme}://; only http://host:port can be used")
