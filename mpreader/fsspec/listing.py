@@ -13,15 +13,14 @@ from typing import TYPE_CHECKING, Any
 from mpreader.errors import ConfigError, ObjectMissing
 
 if TYPE_CHECKING:
-    from mpreader.readers.client import S3Client
-    from mpreader.s3 import ObjectInfo
+    from mpreader.s3 import BaseS3Client, ObjectInfo
 
 __all__ = ["Info", "describe", "list_below", "list_folder"]
 
 Info = dict[str, Any]
 
 
-def describe(client: S3Client, path: str) -> Info:
+def describe(client: BaseS3Client, path: str) -> Info:
     """Describe a file or, where there is none of that name, a folder.
 
     Returns:
@@ -47,7 +46,7 @@ def describe(client: S3Client, path: str) -> Info:
         return _folder(path)
 
 
-def list_folder(client: S3Client, path: str) -> list[Info]:
+def list_folder(client: BaseS3Client, path: str) -> list[Info]:
     """List the files and folders in a folder, sorted by name; a file is all that is listed of itself.
 
     Raises:
@@ -67,7 +66,7 @@ def list_folder(client: S3Client, path: str) -> list[Info]:
     return sorted(infos, key=lambda info: str(info["name"]))
 
 
-def list_below(client: S3Client, path: str) -> Iterator[Info]:
+def list_below(client: BaseS3Client, path: str) -> Iterator[Info]:
     """List the files and folders below a folder, at any depth, the folder included; nothing where there is none.
 
     Raises:

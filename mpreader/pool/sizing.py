@@ -16,10 +16,11 @@ from typing import Final
 from mpreader.config import MIN_PART_BYTES, MiB, PoolConfig, S3ClientConfig
 from mpreader.errors import ConfigError
 from mpreader.host import Host
-from mpreader.pool.coordinator.arena import GRAIN_BYTES
 
-__all__ = ["PoolSizes", "size_pool"]
+__all__ = ["GRAIN_BYTES", "PoolSizes", "size_pool"]
 
+# Slots start and end at multiples of this: holes stay few, and small slots keep apart from each other's cache lines.
+GRAIN_BYTES: Final = 64 * 1024
 MAX_WORKERS: Final = 8
 CONNECTIONS_PER_WORKER: Final = 16
 CONNECTION_BYTES_PER_S: Final = 90_000_000

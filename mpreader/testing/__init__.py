@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mpreader.testing.fault import random_faults as random_faults
     from mpreader.testing.fault_server import FaultedRequest as FaultedRequest
     from mpreader.testing.fault_server import FaultServer as FaultServer
-    from mpreader.testing.s3_server import S3Request as S3Request
+    from mpreader.testing.request_log import S3Request as S3Request
     from mpreader.testing.s3_server import S3Server as S3Server
 
 # Imported lazily: `python -m mpreader.testing.s3_server` would warn if its module were imported already.
@@ -26,7 +26,7 @@ _HOME_OF = {
     "FaultServer": "mpreader.testing.fault_server",
     "FaultedRequest": "mpreader.testing.fault_server",
     "S3Server": "mpreader.testing.s3_server",
-    "S3Request": "mpreader.testing.s3_server",
+    "S3Request": "mpreader.testing.request_log",
 }
 
 __all__ = [*_HOME_OF]

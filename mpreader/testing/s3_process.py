@@ -28,8 +28,8 @@ from werkzeug.serving import ThreadedWSGIServer, WSGIRequestHandler
 from werkzeug.test import run_wsgi_app
 
 from mpreader.testing.certificate import server_context
+from mpreader.testing.request_log import LOG_PATH
 from mpreader.testing.response import byte_range
-from mpreader.testing.s3_server import LOG_PATH
 
 __all__ = ["serve"]
 

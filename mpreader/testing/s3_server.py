@@ -13,19 +13,18 @@ import ssl
 import subprocess
 import sys
 import urllib.request
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from mpreader.testing.certificate import LoopbackCertificate
+from mpreader.testing.request_log import LOG_PATH, S3Request
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["REGION", "S3Request", "S3Server", "aws_environment"]
+__all__ = ["REGION", "S3Server", "aws_environment"]
 
 REGION: Final = "us-east-1"
-LOG_PATH: Final = "/_requests"  # no bucket can have this name
 
 
 def aws_environment(endpoint_url: str, ca_file: Path | None = None) -> dict[str, str]:
@@ -52,23 +51,6 @@ def aws_environment(endpoint_url: str, ca_file: Path | None = None) -> dict[str,
     if ca_file is not None:
         environment["AWS_CA_BUNDLE"] = str(ca_file)
     return environment
-
-
-@dataclass(frozen=True, slots=True)
-class S3Request:
-    """One request that the server got.
-
-    Attributes:
-        method: ``"GET"``, ``"HEAD"``, …
-        path: Percent-decoded path without the query: ``/bucket/key``.
-        range: The Range header; None if there was none.
-        status: Status of the response.
-    """
-
-    method: str
-    path: str
-    range: str | None
-    status: int
 
 
 class S3Server:

@@ -20,14 +20,13 @@ from multiprocessing import resource_tracker
 from multiprocessing.shared_memory import SharedMemory
 from typing import Any, Final
 
-from mpreader.errors import ArenaError
+from mpreader.errors import ArenaClosed, ArenaError
+from mpreader.pool.sizing import GRAIN_BYTES
 
 __all__ = ["Arena", "Segment", "Slot"]
 
 log = logging.getLogger(__name__)
 
-# Slots start and end at multiples of this: holes stay few, and small slots keep apart from each other's cache lines.
-GRAIN_BYTES: Final = 64 * 1024
 _MAX_SEGMENT_BYTES: Final = 1024 * 1024 * 1024
 _PAGE_BYTES: Final = mmap.PAGESIZE
 
@@ -198,6 +197,7 @@ class Arena:
         self._made: list[Segment] = []
         self._dropped: list[Segment] = []
         self._next_number = 0
+        self._is_closed = False
 
     def __repr__(self) -> str:
         return f"Arena(reserved={self.reserved_bytes}, max={self.max_bytes}, segments={len(self.segments)})"
@@ -211,7 +211,10 @@ class Arena:
 
         Raises:
             ArenaError: The host has no shared memory left, and the arena has none either.
+            ArenaClosed: The arena was closed.
         """
+        if self._is_closed:
+            raise ArenaClosed("the shared memory was given back when its pool was closed; make a new pool")
         if nbytes > self._block_bytes:
             size = _round_up(nbytes, _PAGE_BYTES)
             self._drop_free_segments(size)
@@ -241,7 +244,8 @@ class Arena:
         return changes
 
     def close(self) -> None:
-        """Give back all that is not leased; leased memory goes with its last view."""
+        """Give back all that is not leased; leased memory goes with its last view. Idempotent."""
+        self._is_closed = True
         for segment in self.segments.values():
             segment.close()
         self.segments.clear()
