@@ -1,7 +1,8 @@
-"""Settings: frozen, validated when made, each default owned by one entry of one table.
+"""Settings of S3 and of the worker pool: frozen, validated when made, each default owned by one entry of one table.
 
-A ``PoolConfig`` field that is None takes its ``MPREADER_*`` environment variable, else the table's default,
-else (where the table says "host") a value derived from the host by :mod:`mpreader.pool.sizing`.
+A ``PoolConfig`` field that is None takes its ``MPREADER_*`` environment variable, else the table's default, else (where
+the table has none) a value that :mod:`mpreader.pool.sizing` derives from the host. Nothing here looks at the host or
+reaches S3.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _UNITS: Final = {"": 1, "K": KiB, "M": MiB, "G": GiB}
 
 
 def parse_bytes(text: str) -> int:
-    """Read a number of bytes: ``"67108864"``, ``"64M"``, ``"64MiB"``, ``"1.5G"`` (powers of 1024).
+    """Parse a number of bytes: ``"67108864"``, ``"64M"``, ``"64MiB"``, ``"1.5G"`` (powers of 1024).
 
     Raises:
         ValueError: ``text`` is none of these.
@@ -66,6 +67,8 @@ def _require_number(name: str, value: object, unit: str) -> None:
 def check_type(name: str, value: object, cls: type) -> None:
     """Refuse an argument that is neither None nor a ``cls``.
 
+    Without this a dict in place of a configuration would be found out only where a field of it is needed.
+
     Raises:
         TypeError: It is something else, a dict, say.
     """
@@ -75,7 +78,7 @@ def check_type(name: str, value: object, cls: type) -> None:
 
 @dataclass(frozen=True)
 class S3ClientConfig:
-    """How S3 is reached; the credentials themselves come from boto3's usual chain.
+    """Settings of S3. The credentials themselves come from boto3's usual chain, and are never part of the settings.
 
     The fields that s3torchconnector's class of this name has mean what they mean there.
 
@@ -125,10 +128,15 @@ class S3ClientConfig:
 
 @dataclass(frozen=True)
 class Setting:
-    """Unit and default of a ``PoolConfig`` field; the class's docstring has the words."""
+    """Row of the settings table: unit and default of a ``PoolConfig`` field, whose docstring has the words.
+
+    Attributes:
+        unit: Unit of its values.
+        default: Value where nothing else is given; None: derived from the host.
+    """
 
     unit: str
-    default: int | float | None  # None: derived from the host
+    default: int | float | None
 
 
 POOL_SETTINGS: Final[Mapping[str, Setting]] = {
@@ -185,7 +193,11 @@ class PoolConfig:
             _check_pool_field(field.name, getattr(self, field.name))
 
     def value(self, name: str) -> Any:
-        """The value in force of the field ``name``; None where it is to be derived from the host."""
+        """Return the value in force of the field ``name``; None where it is to be derived from the host.
+
+        Raises:
+            ConfigError: The field's environment variable has a wrong value.
+        """
         given = getattr(self, name)
         if given is None:
             given = _from_environment(name)

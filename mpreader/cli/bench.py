@@ -23,12 +23,12 @@ _HEADERS: Final = (
     *("round", "workers", "connections", "part size", "GB/s", "min", "max"),
     *("CPU s/GB", "GETs", "retries", "memory", ""),
 )
-_SHORT_S: Final = 0.3
-_WIDE: Final = 0.1
+_SHORT_S: Final = 0.3  # shorter measurements are not steady
+_WIDE: Final = 0.1  # nor are those whose rates differ by more than this
 
 
 class _List(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.3
-    """Values with commas between them."""
+    """List of values with commas between them."""
 
     name = "list"
 
@@ -36,7 +36,7 @@ class _List(click.ParamType):  # type: ignore[type-arg]  # generic since click 8
         self._item = item
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        """Read it."""
+        """Read a list from the command line."""
         if isinstance(value, tuple):
             return value
         return tuple(self._item.convert(item.strip(), param, ctx) for item in value.split(","))
@@ -121,7 +121,12 @@ def command(
 
 
 def _chart_writer(chart: str | None) -> Any:
-    """What draws; found before there is something to draw, so that no long measurement is in vain."""
+    """Function that draws the chart; found before anything is measured, so that no long measurement is in vain.
+
+    Raises:
+        click.UsageError: The chart can't be written to this place.
+        ModuleNotFoundError: matplotlib is not installed.
+    """
     if chart is None:
         return None
     folder = Path(chart).parent
@@ -237,7 +242,7 @@ def _entry(results: Results, settings: Settings) -> dict[str, Any]:
 
 
 def _numbers(measurements: Sequence[Measurement]) -> dict[str, float]:
-    """Medians, and the span of the rates."""
+    """Medians of the measurements, and the span of their rates."""
     rates = [each.gb_per_s for each in measurements]
     names = ("gb_per_s", "cpu_s_per_gb", "requests", "retries", "memory_bytes")
     medians = {name: statistics.median(getattr(each, name) for each in measurements) for name in names}

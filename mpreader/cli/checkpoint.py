@@ -1,4 +1,4 @@
-"""What the commands for checkpoints share: their argument and options."""
+"""Argument and options that the commands for checkpoints share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def checkpoint_options(command: Command) -> Command:
-    """Add a checkpoint's URI and how it is read.
+    """Add the URI of a checkpoint, and the options for reading it.
 
     The command gets it as ``uri``, and ``settings``: the keyword arguments that all functions of ``mpreader.dcp`` for
     whole checkpoints take.

@@ -1,4 +1,4 @@
-"""``mpreader demo``: what the library does, on this machine, without credentials."""
+"""``mpreader demo``: saves and loads a checkpoint on this machine alone, and prints the comparison."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def command(size_mb: int, max_memory: int | None, workers: int | None, every_rea
       mpreader demo --workers 2 --max-memory 64MiB --json
     """  # noqa: D301  # click reads the \b
     pool_config = PoolConfig(workers=workers, max_memory=max_memory)
-    if find_spec("moto") is None:  # it is imported by another process only
+    if find_spec("moto") is None:  # only the server's process imports it, where its error would not be seen
         raise ModuleNotFoundError("the embedded S3 is moto's", name="moto")
     from mpreader.tools.demo import run_demo
 

@@ -22,7 +22,7 @@ class _Bytes(click.ParamType):  # type: ignore[type-arg]  # generic since click 
     name = "bytes"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Read it."""
+        """Read a number of bytes from the command line."""
         if isinstance(value, int):
             return value
         try:

@@ -1,7 +1,12 @@
-"""PyTorch Distributed Checkpoints on S3; the only part of mpreader that imports torch."""
+"""PyTorch Distributed Checkpoints on S3: the storage reader and writer, and functions for whole checkpoints.
 
+The names below are public. This is the only part of the library that imports torch.
+"""
+
+from mpreader.dcp.checkpoint import ItemRefused, load_checkpoint
 from mpreader.dcp.conversion import dcp_to_torch_save
 from mpreader.dcp.filesystem import S3FileSystem
+from mpreader.dcp.inspection import describe_checkpoint
 from mpreader.dcp.metadata import MetadataRefused
 from mpreader.dcp.prefix import (
     BinaryPrefixStrategy,
@@ -19,9 +24,7 @@ from mpreader.dcp.summary import (
     ItemSummary,
     LoadSummary,
     TensorSummary,
-    describe_checkpoint,
 )
-from mpreader.dcp.whole import ItemRefused, load_checkpoint
 from mpreader.dcp.writer import S3StorageWriter
 
 __all__ = [

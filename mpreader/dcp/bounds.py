@@ -1,8 +1,11 @@
-"""Whether unpickling would take no more memory than the pickle's size explains.
+"""Bounds check of pickles: refuses one that would take more memory than its own size explains.
 
-Python's unpickler reserves what a length says before it looks whether so many bytes follow, and enlarges its memo to
-whatever index is put into it: ten bytes are enough to take 32 GiB and be killed for it. Opcodes follow one another
-without jumps, so they can be walked beforehand; only those with a length or an index cost a step of Python.
+:mod:`mpreader.dcp.unpickling` makes it before it unpickles. Python's unpickler reserves what a length says before it
+looks if so many bytes follow, and enlarges its memo to whatever index is put into it: ten bytes are enough to take
+32 GiB and be killed for it.
+
+Opcodes follow one another without jumps, so they can be walked beforehand. A regular expression skips those that are
+harmless, as many as there are in a row; only those with a length or an index cost a step of Python.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from typing import Final
 
 __all__ = ["check_bounds"]
 
+# Opcodes whose index the memo is enlarged to. That of BINPUT has one byte: too small to matter.
 _PUTS: Final = frozenset({"LONG_BINPUT", "PUT"})
 _LENGTH_BYTES: Final = {
     pickletools.TAKEN_FROM_ARGUMENT1: 1,
@@ -25,6 +29,7 @@ _STEPS_AT_ONCE: Final = 1024  # a regular expression takes memory for each
 
 
 def _fixed_pattern() -> re.Pattern[bytes]:
+    """Returns what matches opcodes whose arguments have a fixed size and are harmless, and the most frequent others."""
     codes: dict[int, bytes] = {}
     for opcode in pickletools.opcodes:
         nbytes = 0 if opcode.arg is None else opcode.arg.n
@@ -39,11 +44,13 @@ def _fixed_pattern() -> re.Pattern[bytes]:
 
 
 _FIXED: Final = _fixed_pattern()
+# Bytes of the length that follows an opcode.
 _LENGTHS: Final = {
     ord(opcode.code): _LENGTH_BYTES[opcode.arg.n]
     for opcode in pickletools.opcodes
     if opcode.arg is not None and opcode.arg.n in _LENGTH_BYTES
 }
+# Lines of text that follow an opcode.
 _LINES: Final = {
     ord(opcode.code): 2 if opcode.name in ("GLOBAL", "INST") else 1
     for opcode in pickletools.opcodes
@@ -53,12 +60,12 @@ _STOP, _PUT, _LONG_BINPUT = b".pr"
 
 
 def check_bounds(data: bytes) -> None:
-    """Walk over a pickle up to its end, or to the first byte that is no opcode.
+    """Walk over a pickle up to its end, or to the first byte that is no opcode, where unpickling ends, too.
 
     Raises:
         ValueError: A length goes beyond the end, or an index of the memo beyond any that so many bytes can fill.
     """
-    position = 0
+    position = 0  # of an opcode, always: from any other byte on, all would be read as something else
     while True:
         at = _FIXED.match(data, position).end()  # type: ignore[union-attr]  # it matches the empty string, too
         if at >= len(data) or data[at] == _STOP:
@@ -78,9 +85,9 @@ def check_bounds(data: bytes) -> None:
             if code == _PUT:
                 _check_index(int(data[at + 1 : position]), data)
         elif at == position:
-            return
+            return  # no opcode
         else:
-            position = at
+            position = at  # after _STEPS_AT_ONCE harmless ones
 
 
 def _end_of_lines(data: bytes, at: int, lines: int) -> int:
@@ -92,5 +99,6 @@ def _end_of_lines(data: bytes, at: int, lines: int) -> int:
 
 
 def _check_index(index: int, data: bytes) -> None:
+    # Pickles number the entries of the memo from 0 on, and each entry takes an opcode of at least one byte.
     if index > len(data):
         raise ValueError(f"index {index} of the memo in a pickle of {len(data)} bytes")

@@ -1,7 +1,7 @@
-"""Converts a checkpoint on S3 to one local file for ``torch.load``.
+"""Converter of a checkpoint on S3 to one local file for ``torch.load``.
 
-The file grows under another name, beside its place, and takes that when all of it is on the disk. It is there before
-anything is loaded, so that a place that can't be written to costs no load.
+The file is written under another name in the same folder, and renamed when all of it is on the disk. It is made before
+anything is loaded, so that a folder that can't be written to is an error before the load, not after it.
 """
 
 from __future__ import annotations
@@ -13,13 +13,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 
-from mpreader.dcp.reader import S3StorageReader
+from mpreader.dcp.checkpoint import LoadOptions, load_state
 from mpreader.dcp.state import state_bytes
-from mpreader.dcp.whole import load_through
 from mpreader.errors import ConfigError, PlanError
 from mpreader.files import errors_naming, whole_file
 from mpreader.ranges import DEFAULT_MAX_GAP_SIZE
-from mpreader.readers.kinds import S3ReaderConstructor
 from mpreader.telemetry.progress import Progress, progress_bar
 
 if TYPE_CHECKING:
@@ -30,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["dcp_to_torch_save"]
 
 
-def dcp_to_torch_save(
+def dcp_to_torch_save(  # noqa: D417  # most arguments are explained at load_checkpoint
     uri: str | os.PathLike[str],
     path: str | os.PathLike[str],
     *,
@@ -51,18 +49,14 @@ def dcp_to_torch_save(
 
     Args:
         uri: ``s3://`` URI of the checkpoint.
-        path: The file.
-        region: As for :func:`load_checkpoint`, like all that follow.
-        s3client_config: How S3 is reached.
-        pool_config: Settings of the worker pool.
-        max_gap_size: Largest gap, in bytes, between two items that are fetched as one.
-        match: Convert only what these patterns select.
-        verify: Whether CRC-32s are checked.
-        weights_only: Whether items that are no tensors must be of plain types; torch's function, which has no such
-            choice, unpickles whatever there is, as with False.
-        allowed_globals: Classes that ``.metadata`` may make.
-        overwrite: Whether a file that is there when this is called is replaced, in the end, as torch does it.
-        progress: Whether progress bars are shown: one for the load, one for the file.
+        path: Path of the file.
+        weights_only: True refuses items that are no tensors and not of plain types; torch's function, which has no
+            such choice, unpickles whatever there is, as False does.
+        overwrite: True replaces a file that is there when this is called, in the end, as torch's function does.
+        progress: True shows two progress bars, one for the load and one for the file. None, False: as for
+            :func:`load_checkpoint`.
+
+    All other arguments are those of :func:`load_checkpoint`.
 
     Raises:
         ConfigError: There is no such folder, ``path`` is not that of a file, or is there and is not to be replaced.
@@ -71,19 +65,17 @@ def dcp_to_torch_save(
         MpreaderError: As for :func:`load_checkpoint`. Of all of these nothing is left behind.
     """
     target = _target(path, overwrite=overwrite)
-    constructor = S3ReaderConstructor.multiprocess(max_gap_size, pool_config=pool_config, progress=progress)
+    options = LoadOptions(
+        region, s3client_config, pool_config, max_gap_size, match, verify, weights_only, allowed_globals, progress
+    )
     with whole_file(target) as file:
-        with S3StorageReader(
-            region, uri, s3client_config, constructor, verify=verify, allowed_globals=allowed_globals
-        ) as reader:
-            check = partial(_check_disk, file, target)
-            state, nbytes = load_through(reader, pool_config, match, weights_only=weights_only, check=check)
+        state, nbytes = load_state(uri, options, check=partial(_check_disk, file, target))
         with errors_naming(target), progress_bar(nbytes, "write", show=progress) as bar:
             _write(state, _Counted(file, bar))
 
 
 class _Counted:
-    """A file of which the progress is shown."""
+    """File for ``torch.save`` that moves a progress bar with what is written to it."""
 
     def __init__(self, file: BinaryIO, progress: Progress) -> None:
         self._file = file
@@ -99,7 +91,12 @@ class _Counted:
 
 
 def _target(path: str | os.PathLike[str], *, overwrite: bool) -> str:
-    # Of a link the file behind it is replaced, as if it were written to.
+    """Returns the path of the file to be made, links followed, if it can be made there.
+
+    Raises:
+        ConfigError: It can't, or is there and is not to be replaced.
+    """
+    # A link stays, and the file behind it is replaced, as if the link had been opened and written to.
     target = os.path.realpath(path)
     if os.path.exists(target):
         if not os.path.isfile(target):

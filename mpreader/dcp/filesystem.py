@@ -1,4 +1,7 @@
-"""DCP's file system over S3: what ``FileSystemReader`` and ``FileSystemWriter`` need of one."""
+"""File system of DCP over S3: the operations that torch's ``FileSystemReader`` and ``FileSystemWriter`` need.
+
+Every operation is a request of :class:`S3Client` for one object or a listing; nothing is kept between them.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +28,13 @@ Path = str | os.PathLike[str]
 
 
 class S3FileSystem(FileSystemBase):
-    """Files are objects, named by their ``s3://bucket/key`` URI; directories don't exist and need not.
+    """File system whose files are objects, named by their ``s3://bucket/key`` URI; there are no directories.
 
     Args:
         region: The bucket's region. None: the configuration's, or the environment's.
         s3_client: Client to use. None: a new one.
         s3client_config: Settings of the new client.
-        reader_constructor: Makes the readers. None: ``S3ReaderConstructor.default()``.
+        reader_constructor: Makes the readers of the files. None: ``S3ReaderConstructor.default()``.
 
     Raises:
         ConfigError: Both ``s3_client`` and ``s3client_config`` are given.
@@ -54,9 +57,9 @@ class S3FileSystem(FileSystemBase):
         """Open an object.
 
         Args:
-            path: Its URI.
-            mode: ``"rb"`` to read; ``"wb"`` to write it anew. It appears, whole, when the block ends, and not at all
-                where the block raises.
+            path: URI of the object.
+            mode: ``"rb"`` reads it; ``"wb"`` writes it anew: the object appears, whole, when the block ends, and not at
+                all if the block raises.
 
         Raises:
             ValueError: ``mode`` is another one, or ``path`` is not a URI.
@@ -73,12 +76,12 @@ class S3FileSystem(FileSystemBase):
             raise ValueError(f'mode must be "rb" or "wb", got {mode!r}')
 
     def concat_path(self, path: Path, suffix: str) -> str:
-        """The URI of ``suffix`` under ``path``; slashes in ``path`` stay as they are, they are part of the key."""
+        """Returns the URI of ``suffix`` under ``path``, whose slashes are part of the key and stay as they are."""
         base = os.fspath(path)
         return base + suffix if base.endswith("/") else f"{base}/{suffix}"
 
     def init_path(self, path: Path) -> str:
-        """The URI as text.
+        """Returns the URI as text.
 
         Raises:
             ValueError: ``path`` is not a URI.
@@ -107,7 +110,7 @@ class S3FileSystem(FileSystemBase):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Path) -> bool:
-        """Whether it is a URI of S3."""
+        """Returns True if it is a URI of S3."""
         try:
             _parse(checkpoint_id)
         except (TypeError, ValueError):
@@ -115,7 +118,7 @@ class S3FileSystem(FileSystemBase):
         return True
 
     def exists(self, path: Path) -> bool:
-        """Whether there is such an object.
+        """Returns True if there is such an object.
 
         Raises:
             TransportError: It could not be found out.
@@ -135,7 +138,7 @@ class S3FileSystem(FileSystemBase):
         self.client.delete_object(*_parse(path))
 
     def ls(self, path: Path) -> list[str]:
-        """The URIs of all objects under ``path``, at any depth, in the order of their keys.
+        """Returns the URIs of all objects under ``path``, at any depth, in the order of their keys.
 
         Raises:
             TransportError: They can't be listed.

@@ -1,4 +1,8 @@
-"""What the pickle of a ``torch.save`` record says about its one tensor."""
+"""Layout of the tensor of a ``torch.save`` record, read from the pickle of the record.
+
+:mod:`mpreader.dcp.record` uses it. Everything in the pickle is checked: a layout that is returned can be copied from
+without another look at its numbers.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ __all__ = ["TensorLayout", "read_layout"]
 
 
 class TensorLayout(NamedTuple):
-    """How a tensor lies in its record.
+    """Layout of a tensor in its record.
 
     Attributes:
         dtype: Element type.
@@ -22,7 +26,7 @@ class TensorLayout(NamedTuple):
         storage_offset: First element within the payload, in elements.
         payload_offset: First byte of the payload (the whole storage) within the record.
         payload_nbytes: Bytes of the payload.
-        has_crc: Whether the record was saved with checksums.
+        has_crc: True if the record was saved with checksums.
     """
 
     dtype: torch.dtype
@@ -66,13 +70,13 @@ _NO_HOOKS: Final = Call(Global("collections OrderedDict"), ())
 
 
 def read_layout(data: bytes, payload_name: str, payload_offset: int, *, has_crc: bool) -> TensorLayout | None:
-    """Read a data.pkl; None where it describes anything but one plain CPU tensor in one storage.
+    """Read a data.pkl; returns None if it describes anything but one plain CPU tensor in one storage.
 
     Args:
         data: The whole pickle.
         payload_name: Name of the archive's entry that holds the storage, such as ``data/0``.
-        payload_offset: Where that entry's content begins in the record.
-        has_crc: Whether the record was saved with checksums.
+        payload_offset: First byte of that entry's content in the record.
+        has_crc: True if the record was saved with checksums.
     """
     try:
         tree = read_opcodes(data)
@@ -97,7 +101,7 @@ def read_layout(data: bytes, payload_name: str, payload_offset: int, *, has_crc:
 
 
 def _read_storage(fields: Any, dtype_name: Any, payload_name: str) -> tuple[torch.dtype, int] | None:
-    """The element type, and the bytes of the storage."""
+    """Returns the element type, and the bytes of the storage."""
     if not isinstance(fields, tuple) or len(fields) != 5:
         return None
     tag, storage_type, key, device, count = fields
@@ -113,11 +117,11 @@ def _read_storage(fields: Any, dtype_name: Any, payload_name: str) -> tuple[torc
 
 
 def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**62
+    return type(value) is int and 0 <= value < 2**62  # torch keeps it in 64 bits
 
 
 def _is_inside(layout: TensorLayout) -> bool:
-    """Whether the geometry is well-formed and every element of it lies in the payload."""
+    """Returns True if the geometry is well-formed and every element of it lies in the payload."""
     size, stride = layout.size, layout.stride
     if type(size) is not tuple or type(stride) is not tuple or len(size) != len(stride):
         return False

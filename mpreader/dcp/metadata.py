@@ -27,7 +27,8 @@ def load_metadata(stream: IO[bytes], *, allowed_globals: Iterable[str] = ()) -> 
             called with what the file says: name only what you trust with hostile arguments.
 
     Raises:
-        MetadataRefused: The file is damaged, needs a class that is not allowed, or names a place outside.
+        MetadataRefused: The file is damaged, needs a class that is not allowed, or names a path that leads out of the
+            checkpoint.
         TransportError: The stream can't be read.
     """
     data = stream.read()

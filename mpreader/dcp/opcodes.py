@@ -1,7 +1,8 @@
-"""What a ``torch.save`` pickle says, read without running it.
+"""Reader of the pickle of a ``torch.save`` record, which it never runs.
 
-The few opcodes that a plain tensor needs build inert nodes; there is no import, no call and no object of any
-class but these, so a hostile pickle has nothing to work with. Any other opcode is refused.
+:mod:`mpreader.dcp.layout` finds the shape of a tensor with it. The few opcodes that a plain tensor needs build inert
+nodes; there is no import, no call and no object of any class but these, so a hostile pickle has nothing to work with.
+Any other opcode is refused, and the record is left to ``torch.load(weights_only=True)``.
 """
 
 from __future__ import annotations
@@ -13,20 +14,20 @@ __all__ = ["Call", "Global", "Persistent", "read_opcodes"]
 
 
 class Global(NamedTuple):
-    """A name that unpickling would import, as ``"module name"``."""
+    """Name that unpickling would import, as ``"module name"``."""
 
     name: str
 
 
 class Call(NamedTuple):
-    """A call that unpickling would make."""
+    """Call that unpickling would make."""
 
     function: Any
     arguments: Any
 
 
 class Persistent(NamedTuple):
-    """A reference to something stored beside the pickle: a storage."""
+    """Reference to something that is stored beside the pickle: a storage."""
 
     id: Any
 
@@ -38,7 +39,7 @@ _TUPLES: Final = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 def read_opcodes(data: bytes) -> Any:
-    """The tree of nodes, tuples and literals that the pickle ``data`` describes.
+    """Returns the tree of nodes, tuples and literals that the pickle ``data`` describes.
 
     Raises:
         ValueError: ``data`` is not a pickle, or uses an opcode that a plain tensor does not need.
@@ -56,6 +57,7 @@ def read_opcodes(data: bytes) -> Any:
 
 
 def _step(name: str, argument: Any, stack: list[Any], memo: dict[int, Any]) -> None:
+    """Do what an opcode does, with nodes in place of imports and calls."""
     if name in _LITERALS:
         stack.append(argument)
     elif name in _CONSTANTS:

@@ -1,4 +1,4 @@
-"""Prefix strategies: under which keys the ranks save, so that S3 spreads them over its partitions.
+"""Prefix strategies: choose the keys under which the ranks save, so that S3 spreads them over its partitions.
 
 S3 partitions a bucket by the front of the keys. Ranks that save under prefixes that differ in their *first*
 characters are soon served by different partitions, and reach a higher request rate.
@@ -24,35 +24,35 @@ __all__ = [
 
 
 class S3PrefixStrategyBase(ABC):
-    """Names the files of a rank: what it gives, a running number and ``.distcp`` make a file's name."""
+    """Chooser of the names of a rank's files: a file's name is the prefix, a running number and ``.distcp``."""
 
     def __call__(self, rank: int) -> str:
-        """The same as :meth:`generate_prefix`."""
+        """Returns the same as :meth:`generate_prefix`."""
         return self.generate_prefix(rank)
 
     @abstractmethod
     def generate_prefix(self, rank: int) -> str:
-        """The prefix of ``rank``'s files, relative to the checkpoint; different for every rank."""
+        """Returns the prefix of the files of ``rank``, relative to the checkpoint; different for every rank."""
 
 
 class DefaultPrefixStrategy(S3PrefixStrategyBase):
-    """All ranks side by side, named as DCP does: ``__0_``."""
+    """Prefixes of DCP itself, all in one folder: ``__0_``."""
 
     def generate_prefix(self, rank: int) -> str:
-        """The prefix of ``rank``'s files."""
+        """Returns the prefix of the files of ``rank``."""
         return f"__{rank}_"
 
 
 class NumericPrefixStrategy(S3PrefixStrategyBase):
-    """Ranks under ``<number>/epoch_<epoch_num>/__<rank>_``, the number written backwards.
+    """Prefixes ``<number>/epoch_<epoch_num>/__<rank>_``, in which the number is written backwards.
 
-    Backwards, because neighbouring numbers then differ in their first digit.
+    Neighbouring numbers then differ in their first digit.
 
     Args:
         base: Base in which the number is written.
         epoch_num: Number of the checkpoint, written into the prefix. None: left out.
         min_prefix_length: Fewest digits of the number, filled up with zeros.
-        prefix_count: How many numbers there are; the ranks take turns. None: one for each rank.
+        prefix_count: Number of different numbers; the ranks take turns. None: one for each rank.
 
     Raises:
         ConfigError: An argument has a wrong type or value.
@@ -79,7 +79,7 @@ class NumericPrefixStrategy(S3PrefixStrategyBase):
         self.prefix_map = self._numbers()
 
     def generate_prefix(self, rank: int) -> str:
-        """The prefix of ``rank``'s files."""
+        """Returns the prefix of the files of ``rank``."""
         return _join(self.prefix_map[rank % self.prefix_count], self.epoch_num, rank)
 
     def _numbers(self) -> list[str]:
@@ -94,7 +94,7 @@ class NumericPrefixStrategy(S3PrefixStrategyBase):
 
 
 class BinaryPrefixStrategy(NumericPrefixStrategy):
-    """Numbers of zeros and ones; see :class:`NumericPrefixStrategy`."""
+    """Prefixes with binary numbers; see :class:`NumericPrefixStrategy`."""
 
     def __init__(
         self, epoch_num: int | None = None, min_prefix_length: int = 10, prefix_count: int | None = None
@@ -106,7 +106,7 @@ class BinaryPrefixStrategy(NumericPrefixStrategy):
 
 
 class HexPrefixStrategy(NumericPrefixStrategy):
-    """Hexadecimal numbers; see :class:`NumericPrefixStrategy`."""
+    """Prefixes with hexadecimal numbers; see :class:`NumericPrefixStrategy`."""
 
     def __init__(
         self, epoch_num: int | None = None, min_prefix_length: int = 10, prefix_count: int | None = None
@@ -118,7 +118,7 @@ class HexPrefixStrategy(NumericPrefixStrategy):
 
 
 class RoundRobinPrefixStrategy(S3PrefixStrategyBase):
-    """Ranks take turns in prefixes of your own: ``<prefix>/epoch_<epoch_num>/__<rank>_``.
+    """Prefixes of the user's own, in which the ranks take turns: ``<prefix>/epoch_<epoch_num>/__<rank>_``.
 
     Args:
         user_prefixes: The prefixes, without a slash at either end.
@@ -136,7 +136,7 @@ class RoundRobinPrefixStrategy(S3PrefixStrategyBase):
         self.epoch_num = epoch_num
 
     def generate_prefix(self, rank: int) -> str:
-        """The prefix of ``rank``'s files."""
+        """Returns the prefix of the files of ``rank``."""
         return _join(self.user_prefixes[rank % len(self.user_prefixes)], self.epoch_num, rank)
 
 

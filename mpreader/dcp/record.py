@@ -1,6 +1,7 @@
-"""Where the bytes of a tensor lie in its ``torch.save`` record, found from the front of the record.
+"""Decoder of ``torch.save`` records: finds the bytes of a record's tensor from the front of the record.
 
-A record is an uncompressed zip archive, written as a stream::
+The storage reader uses it for every tensor, to copy the bytes from where they have arrived. A record is an uncompressed
+zip archive, written as a stream::
 
     data.pkl | .format_version, .storage_alignment (torch 2.7+) | byteorder | data/0 | version | … | directory
 
@@ -26,28 +27,31 @@ __all__ = ["BufferItem", "ItemBytes", "RecordCorrupted", "decode_layout", "read_
 
 
 class RecordCorrupted(MpreaderError):
-    """A record's bytes contradict a checksum stored in it."""
+    """The bytes of a record contradict a checksum that is stored in it."""
 
 
 class ItemBytes(Protocol):
-    """The bytes of one stored item, wherever they lie; positions count from the item's first byte."""
+    """Bytes of one stored item, wherever they lie; positions count from the item's first byte."""
 
     @property
     def size(self) -> int:
         """Bytes of the item."""
 
     def view(self, start: int, end: int) -> memoryview:
-        """Bytes ``[start, end)`` in one piece; a copy where they lie in several.
+        """Returns the bytes ``[start, end)`` in one piece; a copy if they lie in several.
 
         The caller owns the view; it is valid until its last reference dies.
         """
 
     def pieces(self, start: int, end: int) -> Iterator[memoryview]:
-        """Bytes ``[start, end)`` in order, without copying. Each piece is writable and is not kept by the caller."""
+        """Yields the bytes ``[start, end)`` in order, without copying.
+
+        Each piece is writable. The caller lets go of it before asking for the next one, which may need its memory.
+        """
 
 
 class BufferItem:
-    """An item whose bytes lie in one writable buffer."""
+    """Item whose bytes lie in one writable buffer."""
 
     def __init__(self, data: bytearray | memoryview) -> None:
         self._data = memoryview(data)
@@ -58,26 +62,26 @@ class BufferItem:
         return len(self._data)
 
     def view(self, start: int, end: int) -> memoryview:
-        """Bytes ``[start, end)``."""
+        """Returns the bytes ``[start, end)``."""
         return self._data[start:end]
 
     def pieces(self, start: int, end: int) -> Iterator[memoryview]:
-        """Bytes ``[start, end)`` as one piece."""
+        """Yields the bytes ``[start, end)`` as one piece."""
         yield self._data[start:end]
 
 
 class _Header(NamedTuple):
-    """A local header of the archive."""
+    """Local header of an entry of the archive."""
 
     name: str
     content_start: int
     has_descriptor: bool
-    crc32: int  # this and the size are 0 where a descriptor follows the content
+    crc32: int  # like the size, 0 if a descriptor follows the content
     size: int
 
 
 class _Entry(NamedTuple):
-    """One entry of the archive before the payload."""
+    """Entry of the archive before the payload."""
 
     content: bytes
     crc32: int
@@ -93,17 +97,19 @@ _UTF8_NAME: Final = 0x800
 _IGNORED_ENTRIES: Final = frozenset({".storage_alignment", "version", ".data/serialization_id"})
 _REQUIRED_CONTENT: Final = {"byteorder": b"little", ".format_version": b"1"}
 
-# Most records' payload begins within the first; a storage alignment of 4 KiB needs the second.
+# The payload of most records begins within the first; a storage alignment of 4 KiB needs the second.
 _FRONT_SIZES: Final = (1024, 64 * 1024)
+# Tensors of equal shape and dtype have equal fronts, so what was read of one is remembered. Threads may share it: the
+# values don't change, and a front that is lost when all are dropped is only read again.
 _MAX_KNOWN_FRONTS: Final = 4096
 _known_fronts: dict[bytes, tuple[bytes, TensorLayout]] = {}
 
 
 def decode_layout(item: ItemBytes) -> TensorLayout | None:
-    """Find the tensor in a record; None where it is not a plain tensor as ``torch.save`` writes it.
+    """Find the tensor in a record; returns None if it is not a plain tensor as ``torch.save`` writes it.
 
-    Reads the front of the record only. The payload lies within the item; whether its bytes are right is only known
-    after :func:`read_payload_crc`.
+    Reads the front of the record only. The payload lies within the item; it takes :func:`read_payload_crc` to know that
+    its bytes are right.
 
     Raises:
         RecordCorrupted: The front of the record doesn't match its checksums.
@@ -120,10 +126,10 @@ def decode_layout(item: ItemBytes) -> TensorLayout | None:
 
 
 def read_payload_crc(item: ItemBytes, layout: TensorLayout) -> int | None:
-    """The CRC-32 that was saved behind a payload that is not empty; None where the record has no checksums.
+    """Returns the CRC-32 that was saved behind a payload that is not empty; None if the record has no checksums.
 
     Raises:
-        RecordCorrupted: What stands behind the payload is not its data descriptor.
+        RecordCorrupted: The payload is not followed by its data descriptor.
     """
     end = layout.payload_offset + layout.payload_nbytes
     tail = item.view(end, min(end + _DESCRIPTOR_64.size, item.size))
@@ -138,17 +144,18 @@ def read_payload_crc(item: ItemBytes, layout: TensorLayout) -> int | None:
 
 
 def _known_layout(front: bytes) -> TensorLayout | None:
-    # Equal bytes up to the payload include a data.pkl that was checked before.
+    # A front that is equal up to the payload has the same data.pkl, which was checked when it was read first.
     prefix, layout = _known_fronts.get(_front_key(front), (b"", None))
     return layout if front.startswith(prefix) else None
 
 
 def _front_key(front: bytes) -> bytes:
-    """The bytes up to the end of data.pkl."""
+    """Returns the bytes up to the end of data.pkl, the first entry."""
     return front[: front.find(_DESCRIPTOR_SIGNATURE)]
 
 
 def _parse_front(front: bytes) -> TensorLayout | None:
+    """Read the entries before the payload; returns None if there is one that is not understood, or not all of it."""
     entries: dict[str, _Entry] = {}
     position = 0
     while (header := _read_header(front, position)) is not None and not header.name.startswith("data/"):
@@ -159,6 +166,7 @@ def _parse_front(front: bytes) -> TensorLayout | None:
         position = entry.end
     if header is None:
         return None
+    # torch.save without checksums writes 0 for all; with them, a CRC of 0 is a matter of chance for a single entry.
     has_crc = any(entry.crc32 for entry in entries.values())
     if has_crc:
         _check(entries)
@@ -181,6 +189,7 @@ def _read_header(front: bytes, position: int) -> _Header | None:
     signature, flags, method, crc, stored, size, name_length, extra_length = fields
     name_start = position + _LOCAL_HEADER.size
     content_start = name_start + name_length + extra_length
+    # An entry that is neither compressed nor encrypted, and has no flag that would change how it is read.
     understood = signature == b"PK\x03\x04" and not method and not flags & ~(_HAS_DESCRIPTOR | _UTF8_NAME)
     if not understood or stored != size or content_start > len(front):
         return None
@@ -194,7 +203,7 @@ def _read_entry(front: bytes, header: _Header) -> _Entry | None:
     if not header.has_descriptor:
         end = start + header.size
         return _Entry(front[start:end], header.crc32, end) if end <= len(front) else None
-    # The size stands behind the content only. A signature within the content is told by its wrong size.
+    # The size stands behind the content only. A signature within the content is recognised by the wrong size behind it.
     end = front.find(_DESCRIPTOR_SIGNATURE, start)
     while 0 <= end <= len(front) - _DESCRIPTOR.size:
         _, crc, stored, size = _DESCRIPTOR.unpack_from(front, end)
@@ -211,6 +220,7 @@ def _check(entries: dict[str, _Entry]) -> None:
 
 
 def _is_understood(entries: dict[str, _Entry]) -> bool:
+    # An entry that is not known may change the meaning of the others: such a record is left to torch.load.
     if not {"data.pkl", "byteorder"} <= entries.keys():
         return False
     if not entries.keys() <= {"data.pkl", *_REQUIRED_CONTENT, *_IGNORED_ENTRIES}:

@@ -207,7 +207,7 @@ def _box(size: Sequence[int], offsets: Sequence[int], lengths: Sequence[int]) ->
         raise PlanError(f"offsets {list(offsets)} and lengths {list(lengths)} don't fit a tensor of {list(size)}")
     box = [(0, whole) for whole in size]
     for dim, (offset, length, whole) in enumerate(zip(offsets, lengths, size, strict=False)):
-        if length < whole:
+        if length < whole:  # else all of the dimension, as torch's narrow_tensor_by_index takes it
             box[dim] = (offset, length)
             if offset < 0 or length < 0 or offset + length > whole:
                 raise PlanError(f"box at {list(offsets)} of {list(lengths)} is outside of a tensor of {list(size)}")
@@ -215,14 +215,10 @@ def _box(size: Sequence[int], offsets: Sequence[int], lengths: Sequence[int]) ->
 
 
 def _copy_box(payload: _Payload, layout: TensorLayout, box: Box, target: torch.Tensor) -> None:
-    # A subclass may have a copy_ of its own, and is to be filled through it.
+    # A subclass may have a copy_ of its own, and is to be filled through it, in one go.
     order = _memory_order(layout.size, layout.stride) if type(target) is torch.Tensor else None
     if order is None:
-        storage = payload.gather(0, layout.payload_nbytes)
-        stored = storage.view(layout.dtype).as_strided(layout.size, layout.stride, layout.storage_offset)
-        for dim, (start, length) in enumerate(box):
-            stored = stored.narrow(dim, start, length)
-        target.copy_(stored)
+        _copy_gathered(payload, layout, box, target)
         return
     # With its dimensions in the order of memory, the source is contiguous; the target follows along.
     size = tuple(layout.size[dim] for dim in order)
@@ -239,9 +235,19 @@ def _copy_box(payload: _Payload, layout: TensorLayout, box: Box, target: torch.T
         _copy_rows(payload, layout.dtype, first, size or (1,), box or ((0, 1),), target if size else target[None])
 
 
-@lru_cache(maxsize=4096)
+def _copy_gathered(payload: _Payload, layout: TensorLayout, box: Box, target: torch.Tensor) -> None:
+    """Copy a box of any tensor; holds the whole storage in memory."""
+    storage = payload.gather(0, layout.payload_nbytes)
+    stored = storage.view(layout.dtype).as_strided(layout.size, layout.stride, layout.storage_offset)
+    for dim, (start, length) in enumerate(box):
+        stored = stored.narrow(dim, start, length)
+    target.copy_(stored)
+
+
+@lru_cache(maxsize=4096)  # the tensors of a checkpoint have few different shapes
 def _memory_order(size: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...] | None:
     """Returns the dimensions, outermost in memory first; None if the elements don't fill memory without gaps."""
+    # The stride of a dimension of length 1 says nothing: such a dimension is left where it is, or put innermost.
     natural = range(len(size))
     by_stride = sorted(natural, key=lambda dim: (size[dim] == 1, -stride[dim]))
     for order in (tuple(natural), tuple(by_stride)):
@@ -260,6 +266,7 @@ def _one_run(size: tuple[int, ...], box: Box) -> int | None:
     start = 0
     for dim, (offset, length) in enumerate(box):
         start += offset * math.prod(size[dim + 1 :])
+        # Every dimension inside of one that is longer than 1 must be taken whole.
         if length != 1 and box[dim + 1 :] != tuple((0, whole) for whole in size[dim + 1 :]):
             return None
     return start

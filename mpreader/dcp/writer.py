@@ -1,4 +1,8 @@
-"""Saves checkpoints to S3."""
+"""Storage writer: saves checkpoints to S3 for ``torch.distributed.checkpoint``.
+
+torch's own writer makes the files; this one gives them the names that a prefix strategy chooses, has them uploaded
+while they are written, and notices when one of torch's writing threads has failed.
+"""
 
 from __future__ import annotations
 
@@ -24,23 +28,23 @@ __all__ = ["S3StorageWriter"]
 
 @dataclasses.dataclass
 class _Prefix:
-    """What ``FileSystemWriter.write_data`` takes a rank's file names from."""
+    """Storage data of a rank's save plan, from which ``FileSystemWriter.write_data`` takes the names of its files."""
 
     prefix: str
 
 
 class S3StorageWriter(FileSystemWriter):
-    """Pass it as ``storage_writer`` to ``torch.distributed.checkpoint.save``.
+    """Storage writer of a checkpoint on S3, for ``storage_writer=`` of ``torch.distributed.checkpoint.save``.
 
     Every file is uploaded while it is written, and appears when it is complete; ``.metadata`` comes last.
 
     Args:
         region: The bucket's region. None: the configuration's, or the environment's.
         path: ``s3://`` URI of the checkpoint.
-        s3client_config: How S3 is reached.
+        s3client_config: Settings of the S3 client.
         prefix_strategy: Names the ranks' files. None: ``DefaultPrefixStrategy()``.
         thread_count: Files written at the same time by each rank.
-        kwargs: What torch's ``FileSystemWriter`` takes besides: ``overwrite``, ``_extensions``,
+        kwargs: Further arguments of torch's ``FileSystemWriter``: ``overwrite``, ``_extensions``,
             ``single_file_per_rank`` and so on, according to torch's version.
 
     Raises:
@@ -67,9 +71,9 @@ class S3StorageWriter(FileSystemWriter):
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Give this rank its prefix where the ranks save without telling each other."""
         plan = super().prepare_local_plan(plan)
-        rank = getattr(self, "rank", None)  # there since torch 2.8
+        rank = getattr(self, "rank", None)  # since torch 2.8, where it is set if the ranks don't plan together
         if plan.storage_data is None or rank is None:
-            return plan
+            return plan  # prepare_global_plan gives all ranks theirs
         return dataclasses.replace(plan, storage_data=self._prefix(rank))
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
@@ -100,7 +104,7 @@ class S3StorageWriter(FileSystemWriter):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Path) -> bool:
-        """Whether it is a URI of S3."""
+        """Returns True if it is a URI of S3."""
         return S3FileSystem.validate_checkpoint_id(checkpoint_id)
 
     def _prefix(self, rank: int) -> _Prefix:

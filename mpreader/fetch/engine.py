@@ -29,8 +29,8 @@ class Engine:
     Args:
         s3client_config: Settings of the S3 client and of its sources. None: the defaults.
         pool_config: Settings of the worker pool. None: the defaults.
-        progress: True where calls show a progress bar; see :func:`~mpreader.telemetry.progress.progress_bar`.
-        shares_pool: Use the process's shared pool, which stays warm when the engine is closed, and not one of its own.
+        progress: Progress bars of calls: ``show`` of :func:`~mpreader.telemetry.progress.progress_bar`.
+        shares_pool: Use the process's shared pool, which stays warm when the engine is closed, and no pool of its own.
         known: Sources to use for these names; see :class:`Sources`.
 
     Attributes:

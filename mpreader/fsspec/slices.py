@@ -25,7 +25,7 @@ from mpreader.pool.source import ObjectVersion, Source
 from mpreader.sources.versions import PinnedSource, try_resolve_versions
 
 if TYPE_CHECKING:
-    from mpreader.readers.client import S3Client
+    from mpreader.s3 import BaseS3Client
 
 __all__ = ["SliceReader", "Slices", "is_url"]
 
@@ -45,7 +45,7 @@ class SliceReader:
         self._pool_config = pool_config
         self._sources = Sources(s3client_config)
 
-    def client(self) -> S3Client:
+    def client(self) -> BaseS3Client:
         """Return the S3 client, which is made when it is first needed."""
         return self._sources.client()
 
@@ -88,7 +88,7 @@ class SliceReader:
             The bytes of each slice of these files, by its number.
 
         Raises:
-            MpreaderError: As for :meth:`mpreader.RangeFetcher.fetch`.
+            MpreaderError: As for :class:`mpreader.RangeFetcher`.
         """
         ranges: dict[str, list[tuple[int, int | None]]] = {}
         buffers: dict[int, io.BytesIO] = {}

@@ -27,6 +27,7 @@ from mpreader.pool.requests import (
     RequestEnded,
     RequestRepeated,
     ResolveSource,
+    SegmentMemory,
     SlotArrived,
     SlotFailed,
     SlotRead,
@@ -82,7 +83,7 @@ class Caller:
 
         Args:
             sources: The objects.
-            slot_reads: What to read of them, in the order in which it will be taken.
+            slot_reads: Reads of these objects, in the order in which they will be taken.
             grows: Go beyond the limit of shared memory rather than fail.
 
         Raises:
@@ -104,13 +105,13 @@ class Caller:
 
     # -- for the coordinator
 
-    def post(self, message: object, memory: mmap.mmap | None = None) -> None:
+    def post(self, message: object, memory: SegmentMemory | None = None) -> None:
         """Take in a message of the coordinator; with a MapSegment comes its ``memory``."""
         receive = self._receivers.get(type(message))
         if receive is not None:
             receive(message)
         elif isinstance(message, MapSegment) and memory is not None:
-            self._segments[message.segment] = memory
+            self._segments[message.segment] = memory.map
         else:
             raise TypeError(f"no message for a caller: {message!r}")
 

@@ -1,7 +1,15 @@
-"""A pool as its users hold it: starts when it is first needed, is used again and again, ends when it is closed.
+"""Pool: worker processes and shared memory as callers hold them, and the pools that a process shares.
 
-A pool that was idle for ``idle_timeout_s`` gives back processes and memory and starts again when needed. In a forked
-child it starts anew; the parent's is left untouched.
+It starts and stops coordinators and is their one caller; readers and fetchers use it, and nothing below this module.
+
+::
+
+    not running ──read, start──► running ──idle_timeout_s, rest, an error──► not running
+                                    │ close                                      │ close
+                                    └────────────► closed ◄──────────────────────┘
+
+Each time that it runs it has a new coordinator and a new caller. In a forked child it is not running, whatever it was
+in the parent; the parent's workers and memory are left untouched.
 """
 
 from __future__ import annotations
@@ -37,7 +45,14 @@ _watches_forks = False
 
 
 class Pool:
-    """Worker processes and shared memory behind a coordinator. Thread-safe."""
+    """Worker processes and shared memory behind a coordinator. Thread-safe.
+
+    Attributes:
+        sizes: Numbers that its coordinators are made with.
+        timeouts: Waiting times that its coordinators are made with.
+        users: Number of users of a shared pool; see :func:`use_shared_pool`.
+        rests_when_unused: True if a user of a shared pool has asked for its end, which waits for the last user.
+    """
 
     def __init__(self, config: PoolConfig | None = None, s3client_config: S3ClientConfig | None = None) -> None:
         """Set a pool up; nothing is started yet.
@@ -68,12 +83,12 @@ class Pool:
 
     @property
     def is_running(self) -> bool:
-        """Whether worker processes are up."""
+        """True while worker processes are up."""
         return self._coordinator is not None and not self._coordinator.is_ended
 
     @property
     def is_closed(self) -> bool:
-        """Whether it was closed by its owner."""
+        """True after its owner has closed it."""
         return self._is_closed
 
     @property
@@ -82,7 +97,7 @@ class Pool:
         return self._coordinator
 
     def stats(self) -> PoolStats:
-        """What it has done so far, all its runs together."""
+        """Statistics of all its runs together."""
         with self._lock:
             return total([self._past_runs, self._run_stats()])
 
@@ -101,7 +116,7 @@ class Pool:
 
         Args:
             sources: Objects to read from.
-            slot_reads: What to read of them, in the order in which it will be taken.
+            slot_reads: Reads of these objects, in the order in which they will be taken.
             grows: Go beyond ``max_memory`` rather than fail: for consumers that can't work with less than one whole
                 item.
 
@@ -157,7 +172,7 @@ class Pool:
 
 
 def shared_pool(config: PoolConfig | None, s3client_config: S3ClientConfig | None = None) -> Pool:
-    """The process's pool for these settings, made when it is first asked for.
+    """Returns the process's pool for these settings, made when it is first asked for.
 
     It ends when it is idle, at exit, or when its users have said that it is not needed (``release_shared_pool``).
 

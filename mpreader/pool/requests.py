@@ -31,7 +31,8 @@ Each direction keeps its order. Two rules follow from that, and hold the memory 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import mmap
+from typing import NamedTuple, Protocol
 
 from mpreader.errors import MpreaderError
 from mpreader.pool.source import ObjectVersion
@@ -51,6 +52,7 @@ __all__ = [
     "RequestEnded",
     "RequestRepeated",
     "ResolveSource",
+    "SegmentMemory",
     "SlotArrived",
     "SlotFailed",
     "SlotRead",
@@ -92,7 +94,7 @@ class SlotRead(NamedTuple):
         source: Index of the object among the sources of the read.
         nbytes: Bytes of the slot, at least 1.
         parts: Byte ranges to request, each received at its ``slot_offset``; at least one.
-        over_read: How many of the bytes are gaps that nobody asked for.
+        over_read: Number of its bytes that are gaps between what was asked for.
     """
 
     source: int
@@ -163,6 +165,22 @@ class CloseRead(NamedTuple):
 
 
 # -- to a caller (besides MapSegment and UnmapSegment of mpreader.pool.worker.messages)
+
+
+class SegmentMemory(Protocol):
+    """The memory that comes with a MapSegment.
+
+    A caller in the coordinator's process shares the mapping, since another one would cost page faults; one in another
+    process is sent the descriptor and maps that.
+    """
+
+    @property
+    def fd(self) -> int:
+        """Descriptor of the shared memory, the coordinator's."""
+
+    @property
+    def map(self) -> mmap.mmap:
+        """Mapping of the whole segment."""
 
 
 class ResolveSource(NamedTuple):

@@ -75,7 +75,7 @@ class Transfer:
     Args:
         read: Its name.
         sources: Names of its objects.
-        slot_reads: What is read, in the order in which it will be taken.
+        slot_reads: Its slot reads, in the order in which they will be taken.
         tell: Sends a message to the coordinator. It is called under the transfer's lock, so that the messages of
             several threads keep the order of the decisions.
         view_of: Makes a leased view of a slot that has arrived.

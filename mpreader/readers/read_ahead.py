@@ -31,7 +31,7 @@ from mpreader.readers.protocols import PlanItem, StoredItem
 from mpreader.telemetry.progress import Progress, progress_bar
 
 if TYPE_CHECKING:
-    from mpreader.readers.client import S3Client
+    from mpreader.s3 import BaseS3Client
 
 __all__ = ["MultiprocessConstructor", "ReadAhead"]
 
@@ -42,7 +42,7 @@ class ReadAhead:
     def __init__(
         self,
         pool: Pool,
-        client: S3Client,
+        client: BaseS3Client,
         ranges_by_file: Mapping[str, Sequence[ItemRange]],
         gap: float,
         *,
@@ -147,7 +147,8 @@ class MultiprocessConstructor(ItemRangeConstructor):
 
     reader_type = "multiprocess"
 
-    _client: S3Client | None
+    # Set by _forget_state, for a new constructor and for one that was unpickled.
+    _client: BaseS3Client | None
     _pool: Pool | None
     _leave_pool: weakref.finalize[..., MultiprocessConstructor]
     _read_ahead: ReadAhead | None
@@ -169,7 +170,7 @@ class MultiprocessConstructor(ItemRangeConstructor):
         self._progress = progress
         self._forget_state()
 
-    def use_client(self, client: S3Client) -> None:
+    def use_client(self, client: BaseS3Client) -> None:
         """Read through ``client``, unless an ``s3client_config`` was given."""
         if self._s3client_config is None:
             self._client = client
@@ -225,9 +226,9 @@ class MultiprocessConstructor(ItemRangeConstructor):
 
     def _begin(self, ranges_by_file: Mapping[str, Sequence[ItemRange]]) -> ReadAhead:
         if self._client is None:
-            from mpreader.readers.client import S3Client
+            from mpreader.s3 import BaseS3Client
 
-            self._client = S3Client(s3client_config=self._s3client_config)
+            self._client = BaseS3Client(s3client_config=self._s3client_config)
         return ReadAhead(self._get_pool(), self._client, ranges_by_file, self._max_gap_size, progress=self._progress)
 
     def _get_pool(self) -> Pool:

@@ -1,10 +1,14 @@
-"""The border to botocore: what it raises becomes an error of mpreader's that says what to do."""
+"""Translation of botocore's errors, the only one: each becomes an error of mpreader's that says what to do.
+
+Used around every request that this package makes. Streams that break are not its business: :mod:`mpreader.s3.stream`
+resumes them.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from botocore import exceptions as boto
 from botocore.exceptions import BotoCoreError, ClientError
@@ -23,12 +27,12 @@ __all__ = ["Target", "translated"]
 
 
 class Target(NamedTuple):
-    """What a request was about, for the error that may come of it.
+    """Subject of a request, for the error that may come of it.
 
     Attributes:
         bucket: The bucket.
         key: The key, or "".
-        where: Names the service that is asked for a bucket.
+        where: Returns, in words, the service that is asked for a bucket.
         max_attempts: Requests that boto3 makes before it gives up.
         range: Bytes that were asked for, end exclusive; None: no range.
     """
@@ -59,6 +63,12 @@ _DENIED: Final = (
 _WRONG_REGION: Final = (
     "the bucket lies in another region, and could not be followed there: set S3ClientConfig(region=…)"
 )
+
+_NO_REGION: Final = (
+    "the service redirects the request, perhaps to another region, but names none: check endpoint_url, and "
+    "S3ClientConfig(region=…)"
+)
+_REDIRECTS: Final = frozenset({301, 302, 307, 308})
 
 _BY_CODE: Final[dict[str, tuple[type[TransportError], str]]] = {
     "NoSuchBucket": (ObjectMissing, "there is no such bucket"),
@@ -130,7 +140,7 @@ def translated(target: Target) -> Iterator[None]:
 
 
 def _refusal(error: ClientError, target: Target) -> MpreaderError:
-    """The error for an answer of the service."""
+    """Make the error for a response of the service that is a refusal."""
     details = error.response.get("Error", {})
     facts = error.response.get("ResponseMetadata")
     status = facts["HTTPStatusCode"] if facts else 0
@@ -140,12 +150,18 @@ def _refusal(error: ClientError, target: Target) -> MpreaderError:
     if code == "InvalidRange" or status == 416:
         return PlanError(f"{target}: the range {target.range} lies outside of the object ({said})")
     kind, advice = _BY_CODE.get(code) or _BY_STATUS.get(status) or (TransportError, "the service failed")
+    if status in _REDIRECTS and not (details.get("Region") or _region_header(facts)):
+        kind, advice = TransportError, _NO_REGION
     attempts = (facts.get("RetryAttempts", 0) if facts else 0) + 1
     return target.error(kind, f"{advice} ({said})", attempts)
 
 
+def _region_header(facts: Any) -> str | None:
+    return facts["HTTPHeaders"].get("x-amz-bucket-region") if facts else None
+
+
 def _failure(error: BotoCoreError, target: Target) -> MpreaderError:
-    """The error for what went wrong before there was an answer."""
+    """Make the error for a failure before there was a response."""
     if isinstance(error, _SETTINGS):
         return ConfigError(f"{target}: {' '.join(str(error).split())}")
     if isinstance(error, _CREDENTIALS):

@@ -115,7 +115,7 @@ class Server:
 
 
 class Pieces(NamedTuple):
-    """What a server sends, and how."""
+    """Bytes that a server sends, and where they are cut into pieces."""
 
     data: bytes
     cuts: tuple[int, ...]
@@ -149,7 +149,7 @@ def little_memory() -> Iterator[None]:
 
 
 def get(server: Server, raw: bytes, cuts: Sequence[int], etag: str = ETAG, repeats: int = 1) -> bytes | None:
-    """What a GET of the wanted range receives; None where it fails."""
+    """Bytes that a GET of the wanted range receives; None where it fails."""
     server.pieces = Pieces(raw, tuple(cuts)).all() * repeats
     slot = bytearray(GUARD + bytes(LENGTH) + GUARD)
     route = Route(False, "127.0.0.1", server.port, "/b/k", (("Host", "h"),))

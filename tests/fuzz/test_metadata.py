@@ -120,7 +120,7 @@ def read(data: bytes) -> Metadata | None:
 
 
 def check(metadata: Metadata | None) -> None:
-    """What is not refused must be harmless to whoever goes by it."""
+    """Check that metadata that is not refused is harmless to whoever goes by it."""
     if metadata is None:
         return
     assert isinstance(metadata, Metadata)

@@ -48,7 +48,7 @@ class Item:
 
 
 class Geometry(NamedTuple):
-    """What a record's pickle says, in torch's own words."""
+    """Geometry that a record's pickle gives its tensor, in torch's own words."""
 
     dtype: torch.dtype
     size: tuple[int, ...]

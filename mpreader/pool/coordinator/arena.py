@@ -20,14 +20,13 @@ from multiprocessing import resource_tracker
 from multiprocessing.shared_memory import SharedMemory
 from typing import Any, Final
 
-from mpreader.errors import ArenaError
+from mpreader.errors import ArenaClosed, ArenaError
+from mpreader.pool.sizing import GRAIN_BYTES
 
 __all__ = ["Arena", "Segment", "Slot"]
 
 log = logging.getLogger(__name__)
 
-# Slots start and end at multiples of this: holes stay few, and small slots keep apart from each other's cache lines.
-GRAIN_BYTES: Final = 64 * 1024
 _MAX_SEGMENT_BYTES: Final = 1024 * 1024 * 1024
 _PAGE_BYTES: Final = mmap.PAGESIZE
 
@@ -36,7 +35,7 @@ class Segment:
     """One piece of shared memory. It is unmapped when the segment and all views of it are gone.
 
     Attributes:
-        number: What coordinator and workers call it.
+        number: Its number, by which callers and workers know it.
         size: Bytes.
         fd: Descriptor to pass to the workers.
     """
@@ -45,7 +44,7 @@ class Segment:
         """Make and reserve it.
 
         Args:
-            number: What coordinator and workers call it.
+            number: Its number, by which callers and workers know it.
             size: Bytes.
             is_reserved: Reserve all of it now. Otherwise only ask whether there is room, and leave that to
                 :meth:`Slot.reserve`: a gigabyte takes a quarter of a second.
@@ -59,7 +58,7 @@ class Segment:
         untracked: dict[str, Any] = {"track": False} if sys.version_info >= (3, 13) else {}
         if not untracked:
             resource_tracker.ensure_running()  # if it failed to start after the memory was made, that would stay
-        _require_descriptors(3)
+        _require_descriptors(3)  # of the memory, of our own opening of it, and of what the tracker needs
         memory = SharedMemory(create=True, size=size, **untracked)
         try:
             self.fd = os.open(f"/dev/shm/{memory.name}", os.O_RDWR | os.O_CLOEXEC)  # noqa: S108  # where shm_open puts it
@@ -68,6 +67,7 @@ class Segment:
             memory.unlink()
         try:
             if is_reserved:
+                # SharedMemory's ftruncate promises nothing: on a full /dev/shm, touching a page would be a SIGBUS.
                 os.posix_fallocate(self.fd, 0, size)
             elif _free_shm() < size:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -162,7 +162,7 @@ class Holes:
         return end
 
     def has(self, segment: int, start: int, end: int) -> bool:
-        """Whether exactly these bytes are a hole."""
+        """True if exactly these bytes are a hole."""
         return self._ends.get((segment, start)) == end
 
     def clear(self) -> None:
@@ -198,6 +198,7 @@ class Arena:
         self._made: list[Segment] = []
         self._dropped: list[Segment] = []
         self._next_number = 0
+        self._is_closed = False
 
     def __repr__(self) -> str:
         return f"Arena(reserved={self.reserved_bytes}, max={self.max_bytes}, segments={len(self.segments)})"
@@ -211,7 +212,10 @@ class Arena:
 
         Raises:
             ArenaError: The host has no shared memory left, and the arena has none either.
+            ArenaClosed: The arena was closed.
         """
+        if self._is_closed:
+            raise ArenaClosed("the shared memory was given back when its pool was closed; make a new pool")
         if nbytes > self._block_bytes:
             size = _round_up(nbytes, _PAGE_BYTES)
             self._drop_free_segments(size)
@@ -228,10 +232,11 @@ class Arena:
     def free(self, slot: Slot) -> None:
         """Take a slot back."""
         if slot.is_alone:
+            # Kept for the next one, it might be of the wrong size, and would be most of the memory.
             self._drop_segment(slot.segment)
             return
         self._holes.add(slot.segment.number, slot.offset, slot.offset + slot.nbytes)
-        if self.reserved_bytes > self.max_bytes:
+        if self.reserved_bytes > self.max_bytes:  # after a slot beyond the limit: come back below it
             self._drop_free_segments(0)
 
     def take_changes(self) -> tuple[list[Segment], list[Segment]]:
@@ -241,7 +246,8 @@ class Arena:
         return changes
 
     def close(self) -> None:
-        """Give back all that is not leased; leased memory goes with its last view."""
+        """Give back all that is not leased; leased memory goes with its last view. Idempotent."""
+        self._is_closed = True
         for segment in self.segments.values():
             segment.close()
         self.segments.clear()

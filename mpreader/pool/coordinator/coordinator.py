@@ -21,7 +21,6 @@ see :mod:`mpreader.pool.requests`.
 from __future__ import annotations
 
 import logging
-import mmap
 import os
 import selectors
 import threading
@@ -39,7 +38,17 @@ from mpreader.pool.coordinator.scheduler import Scheduler, SchedulerLimits
 from mpreader.pool.coordinator.state import PartState
 from mpreader.pool.coordinator.wakeup import Wakeup
 from mpreader.pool.coordinator.workers import WorkerHandle, WorkerLimits, WorkerSupervisor
-from mpreader.pool.requests import CloseRead, Demand, Discard, Ended, GiveBack, OpenRead, SlotTaken, SourceResolved
+from mpreader.pool.requests import (
+    CloseRead,
+    Demand,
+    Discard,
+    Ended,
+    GiveBack,
+    OpenRead,
+    SegmentMemory,
+    SlotTaken,
+    SourceResolved,
+)
 from mpreader.pool.sizing import PoolSizes
 from mpreader.pool.stats import PoolStats
 from mpreader.pool.worker.messages import Cancel, Failed, Fetch, Fetched, MapSegment, UnmapSegment
@@ -57,7 +66,7 @@ _STOP_TIMEOUT_S: Final = 5.0
 class Mailbox(Protocol):
     """A caller, as the coordinator sees it. Its methods are called in the coordinator's thread, and must not block."""
 
-    def post(self, message: object, memory: mmap.mmap | None = None) -> None:
+    def post(self, message: object, memory: SegmentMemory | None = None) -> None:
         """Take a message; with a MapSegment comes its ``memory``."""
 
     def collect(self) -> Sequence[object]:
@@ -289,7 +298,7 @@ class Coordinator:
     def _connect(self, message: _Connect) -> None:
         self._mailboxes[message.number] = message.mailbox
         for segment in self._arena.segments.values():
-            message.mailbox.post(MapSegment(segment.number, segment.size), segment.map)
+            message.mailbox.post(MapSegment(segment.number, segment.size), segment)
 
     def _post_to(self, caller: int) -> Callable[[object], None]:
         return self._mailboxes[caller].post
@@ -356,7 +365,7 @@ class Coordinator:
         self.workers.announce(made, dropped)
         for mailbox in self._mailboxes.values():
             for segment in made:
-                mailbox.post(MapSegment(segment.number, segment.size), segment.map)
+                mailbox.post(MapSegment(segment.number, segment.size), segment)
             for segment in dropped:
                 mailbox.post(UnmapSegment(segment.number))
 

@@ -26,7 +26,7 @@ class SlotMemory:
     A slot has as many holders as there are leases on it, and goes back to the arena with the last.
 
     Attributes:
-        arena: Where the slots come from.
+        arena: The arena, which makes the slots.
         ahead_bytes: Bytes of slots that are being received into, or wait to be taken. What consumers have taken is not
             counted: it must not keep the rest from being read ahead.
     """

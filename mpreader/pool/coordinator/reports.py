@@ -24,7 +24,7 @@ def report_request(part: PartState, worker: int, nbytes: int, result: Fetched | 
         part: The part, as it was before the result was noted.
         worker: Place of the worker in the pool.
         nbytes: Bytes that the GET brought.
-        result: What the worker said.
+        result: The worker's message about it.
     """
     if not events.observers and not log.isEnabledFor(logging.DEBUG):
         return

@@ -1,4 +1,8 @@
-"""When a failed GET is tried again, and what error it ends in when it is not: pure decisions."""
+"""Retry policy: decides whether and when a failed GET is repeated, and words the error if it is not.
+
+Pure functions, used by the scheduler. An attempt counts against ``max_attempts`` only if it brought no byte: the
+scheduler begins to count anew when bytes have come, so that a large part over a bad line still arrives.
+"""
 
 from __future__ import annotations
 
@@ -43,8 +47,8 @@ def delay_before(failure: Failed, attempts: int, max_attempts: int) -> float | N
     attempts, and a thousand parts don't come back at one time.
 
     Args:
-        failure: What the last attempt ended in.
-        attempts: How many there were, at least 1; a resumed body that made progress starts again at 1.
+        failure: Result of the last attempt.
+        attempts: Number of attempts since bytes last came, at least 1.
         max_attempts: Most attempts.
     """
     if failure.kind not in _RETRIED or attempts >= max_attempts:
@@ -57,7 +61,7 @@ def delay_before(failure: Failed, attempts: int, max_attempts: int) -> float | N
 
 
 def error_after(failure: Failed, source: SourceName, byte_range: tuple[int, int], attempts: int) -> MpreaderError:
-    """The error that a consumer gets when no attempt is left."""
+    """Makes the error that a consumer gets when no attempt is left; ``byte_range`` is [start, end) of the part."""
     name = f"{source.uri} bytes {byte_range[0]}-{byte_range[1]} (end exclusive)"
     tried = "1 attempt" if attempts == 1 else f"{attempts} attempts"
     cls, what, advice = _WORDING.get(failure.kind, (TransportError, "the read failed", ""))
@@ -66,7 +70,7 @@ def error_after(failure: Failed, source: SourceName, byte_range: tuple[int, int]
 
 
 def timeout_error(source: SourceName, byte_range: tuple[int, int], timeout_s: float, last: str) -> PoolTimeout:
-    """The error when a part was not there within ``PoolConfig.timeout_s``."""
+    """Makes the error of a part that was not there within ``PoolConfig.timeout_s``; ``last`` is its last failure."""
     return PoolTimeout(
         f"{source.uri} bytes {byte_range[0]}-{byte_range[1]} were not read within {timeout_s:g} s "
         f"(last failure: {last or 'none'}). If the network is that slow, raise PoolConfig.timeout_s "

@@ -1,7 +1,10 @@
-"""The worker processes of a pool together: started, fed, watched, replaced when they die, and ended.
+"""Worker supervisor: starts the worker processes, gives them parts, watches and replaces them, and ends them.
 
-A dead worker is an event (its pidfd), a stuck one is noticed by its silence. Its parts are given to others only when
-the process is known to be gone, so that it can never wake up and write into a slot that was used again.
+It decides which worker gets a part, never which part is next. Used by the coordinator, in its thread.
+
+A worker that has died is an event: its pidfd becomes readable. A worker that is stuck gives no event, so it is sent a
+Ping now and then, and killed when it has said nothing for too long. Its parts go to others only when the process is
+known to be gone, so that it can never wake up and write into a slot that was used again.
 """
 
 from __future__ import annotations
@@ -24,7 +27,8 @@ __all__ = ["WorkerSupervisor", "WorkerLimits", "Lost"]
 
 log = logging.getLogger(__name__)
 
-# Deaths in a row, with nothing received in between, that end the pool: no loop of restarts.
+# Deaths in a row, with nothing received in between, that end the pool: workers that can't work must not be restarted
+# for ever.
 _MAX_DEATHS_PER_WORKER: Final = 2
 # A worker that starts is given more time than one that works: four times as much, and no less than this.
 _LEAST_START_TIMEOUT_S: Final = 10.0
@@ -32,7 +36,7 @@ _END_TIMEOUT_S: Final = 0.5
 
 
 class WorkerLimits(NamedTuple):
-    """How many workers and connections, and how long to wait for them."""
+    """Numbers of workers and connections, and how long each is waited for, in seconds."""
 
     workers: int
     connections_per_worker: int
@@ -42,7 +46,7 @@ class WorkerLimits(NamedTuple):
 
 
 class Lost(NamedTuple):
-    """A worker is gone, with these parts."""
+    """A worker that is gone: the numbers of the parts that it had, its exit status, and the reason in words."""
 
     parts: tuple[int, ...]
     exitcode: int
@@ -50,20 +54,38 @@ class Lost(NamedTuple):
 
 
 class WorkerHandle:
-    """A worker process and what it has in hand."""
+    """A worker process, the parts that it has, and when it was last heard.
+
+    Attributes:
+        process: The process.
+        parts: Numbers of the parts that were sent to it and are not answered yet, in order; used as a set.
+        is_ready: True once it has said so.
+        is_ending: True once it has closed its socket, or was killed: it gets nothing more.
+        is_unresponsive: True if it was killed because it had said nothing for too long.
+        last_heard: Time of its last message, or from which on one is expected, by the monotonic clock.
+        last_asked: Time of the last Ping.
+    """
 
     def __init__(self, process: WorkerProcess, now: float) -> None:
         self.process = process
-        self.parts: dict[int, None] = {}  # numbers of the parts it has in hand, in the order in which it got them
+        self.parts: dict[int, None] = {}
         self.is_ready = False
-        self.is_ending = False  # it has closed its socket, or was killed: it gets nothing more
-        self.has_not_responded = False
+        self.is_ending = False
+        self.is_unresponsive = False
         self.last_heard = now
         self.last_asked = now
 
 
 class WorkerSupervisor:
-    """The workers. Not thread-safe: owned by the coordinator's thread."""
+    """All workers of a coordinator. Not thread-safe: owned by the coordinator's thread.
+
+    Args:
+        limits: See there.
+        selector: Gets the sockets and pidfds of the workers; the data of each is the handle, and True for a pidfd.
+
+    Attributes:
+        restarts: Workers that were replaced.
+    """
 
     def __init__(self, limits: WorkerLimits, selector: selectors.BaseSelector) -> None:
         self._limits = limits
@@ -90,41 +112,40 @@ class WorkerSupervisor:
 
     @property
     def in_flight(self) -> int:
-        """Parts that the workers have in hand."""
+        """Number of parts that the workers have."""
         return sum(len(worker.parts) for worker in self._workers)
 
     def has_room(self) -> bool:
-        """Whether a worker can take a part."""
+        """Returns True if a worker can take a part."""
         return any(map(self._can_take, self._workers))
 
     def send(self, fetch: Fetch, now: float) -> bool:
-        """Give a part to the worker with the least in hand; False if none takes it."""
+        """Give a part to the worker that has the fewest; False if none takes it."""
         free = filter(self._can_take, self._workers)
         for worker in sorted(free, key=lambda worker: len(worker.parts)):
             if not worker.parts:
-                worker.last_heard = worker.last_asked = now  # its silence counts from now
+                worker.last_heard = worker.last_asked = now  # an idle worker says nothing, and need not
             if worker.process.send(fetch):
                 worker.parts[fetch.part] = None
                 return True
         return False
 
     def send_to_holder(self, part: int, message: object) -> None:
-        """Send a message to the worker that has a part in hand, if one has."""
+        """Send a message to the worker that has a part, if one has."""
         for worker in self._workers:
             if part in worker.parts:
                 worker.process.send(message)
 
     def announce(self, made: Iterable[Segment], dropped: Iterable[Segment]) -> None:
-        """Tell all workers which segments there are now."""
+        """Tell all workers of the segments that were made and dropped."""
         for worker in self._workers:
             for segment in made:
-                if not worker.process.send(MapSegment(segment.number, segment.size), segment.fd):
-                    self._kill(worker)
+                self._send_segment(worker, segment)
             for segment in dropped:
                 worker.process.send(UnmapSegment(segment.number))
 
     def receive(self, worker: WorkerHandle, now: float) -> list[Fetched | Failed]:
-        """What a worker has said about parts."""
+        """Returns the results of parts that a worker has sent, and notes everything else that it has said."""
         results: list[Fetched | Failed] = []
         try:
             while (message := worker.process.try_receive()) is not None:
@@ -141,7 +162,10 @@ class WorkerSupervisor:
         return results
 
     def replace(self, worker: WorkerHandle, segments: Iterable[Segment]) -> Lost:
-        """A worker's process has ended: reap it, start another, tell what it had in hand.
+        """Reap a worker whose process has ended, and start another in its place.
+
+        Returns:
+            The parts that it had, which are to be given to others.
 
         Raises:
             PoolError: Workers can't be started, or keep dying.
@@ -150,7 +174,7 @@ class WorkerSupervisor:
         self._unregister(worker)
         stderr = worker.process.stderr()
         exitcode = worker.process.reap()
-        why = _describe_end(exitcode, worker.has_not_responded, self._patience_s(worker))
+        why = _describe_end(exitcode, worker.is_unresponsive, self._patience_s(worker))
         log.warning("worker process %d ended: %s%s", worker.process.pid, why, f": {stderr}" if stderr else "")
         self._deaths += 1
         if self._deaths > _MAX_DEATHS_PER_WORKER * self._limits.workers:
@@ -162,12 +186,12 @@ class WorkerSupervisor:
         return Lost(tuple(worker.parts), exitcode, why)
 
     def watch(self, now: float) -> None:
-        """Ask those that are silent whether they live; kill those that don't answer."""
+        """Send a Ping to workers that have parts; kill those that have said nothing for too long."""
         for worker in self._workers:
             quiet_s = now - worker.last_heard
             patience_s = self._patience_s(worker)
             if quiet_s > patience_s and (worker.parts or not worker.is_ready):
-                worker.has_not_responded = True
+                worker.is_unresponsive = True
                 self._kill(worker)
             elif worker.parts and now - worker.last_asked > self._limits.worker_timeout_s / 4:
                 worker.last_asked = now
@@ -205,8 +229,12 @@ class WorkerSupervisor:
         self._selector.register(process.sock, selectors.EVENT_READ, (worker, False))
         self._selector.register(process.pidfd, selectors.EVENT_READ, (worker, True))
         for segment in segments:
-            if not process.send(MapSegment(segment.number, segment.size), segment.fd):
-                self._kill(worker)
+            self._send_segment(worker, segment)
+
+    def _send_segment(self, worker: WorkerHandle, segment: Segment) -> None:
+        # Without the segment it would fail its parts one by one, and others would have to do its work.
+        if not worker.process.send(MapSegment(segment.number, segment.size), segment.fd):
+            self._kill(worker)
 
     def _note(self, worker: WorkerHandle, message: Fetched | Failed) -> None:
         worker.parts.pop(message.part, None)
@@ -231,8 +259,8 @@ def _end(process: WorkerProcess, deadline: float) -> None:
         process.reap()
 
 
-def _describe_end(exitcode: int, has_not_responded: bool, worker_timeout_s: float) -> str:
-    if has_not_responded and exitcode == -signal.SIGKILL:
+def _describe_end(exitcode: int, is_unresponsive: bool, worker_timeout_s: float) -> str:
+    if is_unresponsive and exitcode == -signal.SIGKILL:
         return f"it was silent for {worker_timeout_s:g} s and was killed"
     if exitcode == -signal.SIGKILL:
         return "killed by SIGKILL (out of memory?)"

@@ -1,8 +1,9 @@
 """Connection of a worker: ranged GETs, one at a time, whose bodies are received straight into shared memory.
 
 Used by the connection threads of :mod:`~mpreader.pool.worker.main`. The only place where errors of sockets, TLS and
-HTTP become a :class:`GetFailed`. It never requests a part twice (that is the coordinator's decision), with one
-exception, which is drawn here. The steps of a GET, and the kind of failure that each may end in:
+HTTP become a ``GetFailed``; opening a socket is done by :mod:`~mpreader.pool.worker.transport`, checking a response by
+:mod:`~mpreader.pool.worker.failure`. It does not retry, which is the coordinator's decision, with the one exception
+drawn here: the steps of a GET, and the kind of failure that each may end in.
 
     idle: ``part`` is None, ``deadline`` infinite; perhaps a socket is kept open
       │ get()

@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mpreader.dcp.loader import check_memory, read_into, read_metadata
 from mpreader.dcp.reader import S3StorageReader
-from mpreader.dcp.state import allocate, check_memory, empty_state, read_into, read_metadata, state_bytes, touch_memory
+from mpreader.dcp.state import allocate, empty_state, state_bytes, touch_memory
 from mpreader.errors import ConfigError
 from mpreader.ranges import DEFAULT_MAX_GAP_SIZE
 from mpreader.readers.kinds import S3ReaderConstructor

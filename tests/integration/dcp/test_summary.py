@@ -179,6 +179,13 @@ def test_metadata_that_describes_nothing_loadable_is_refused(write: Write, forge
             use(uri)
 
 
+def test_summary_of_items_that_have_no_name_is_refused(write: Write) -> None:
+    metadata = sharded()
+    metadata.storage_data["no MetadataIndex"] = _StorageInfo("a.distcp", 0, 1)
+    with pytest.raises(MetadataRefused, match="not so that they could be loaded"):
+        describe_checkpoint(write(metadata))
+
+
 @pytest.mark.row("hostile .metadata")
 def test_load_refuses_more_than_the_host_can_hold_before_it_asks_for_it(write: Write, s3_server: S3Server) -> None:
     metadata = metadata_of(w=tensor_of((1 << 50,), torch.int8, 1 << 50))

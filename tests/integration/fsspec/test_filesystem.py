@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 from mpreader import ConfigError, ObjectChanged, ObjectMissing, PoolConfig, S3ClientConfig
 from mpreader.config import KiB, MiB
 from mpreader.fsspec.filesystem import RangeFileSystem
-from mpreader.testing import FaultServer, S3Server
+from mpreader.testing import Fault, FaultKind, FaultServer, S3Server
 
 pytestmark = pytest.mark.timeout(90)
 
@@ -148,6 +148,18 @@ def test_cat_ranges_gives_errors_in_their_places_or_raises_the_first(fs: RangeFi
     assert isinstance(again, FileNotFoundError)
     with pytest.raises(FileNotFoundError, match="missing"):
         fs.cat_ranges(paths, 0, 4, on_error="raise")
+
+
+def test_error_while_files_are_read_takes_the_place_of_one_file_only(fs: RangeFileSystem) -> None:
+    with FaultServer({"/first": b"first", "/gone": b"gone", "/last": b"last"}) as server:
+        server.inject(Fault(FaultKind.STATUS, status=404, path="/gone"))  # its HEAD is answered
+        paths = [server.url(path) for path in ("/first", "/gone", "/last", "/gone")]
+        first, gone, last, again = fs.cat_ranges(paths, 0, 2)
+        assert (first, last) == (b"fi", b"la")
+        assert isinstance(gone, ObjectMissing)
+        assert isinstance(again, ObjectMissing)
+        with pytest.raises(ObjectMissing):
+            fs.cat_ranges(paths, 0, 2, on_error="raise")
 
 
 def test_cat_ranges_refuses_what_does_not_fit_together(fs: RangeFileSystem, root: str) -> None:

@@ -1,4 +1,4 @@
-"""What the readers of a plan promise beyond the loads that DCP makes: lifetimes, order, going back."""
+"""Promises of the readers of a plan that loads of DCP don't make use of: lifetimes, order, going back."""
 
 from __future__ import annotations
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import http.client
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote
 
 import pytest
 
-from mpreader import AccessDenied, S3Client, S3ClientConfig, TransportError
+from mpreader import AccessDenied, PoolConfig, RangeFetcher, S3Client, S3ClientConfig, TransportError
+from mpreader.dcp import load_checkpoint
 from mpreader.sources.s3 import S3Source
 
 _HOME = "eu-west-1"
@@ -30,6 +31,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer()
 
+    def do_PUT(self) -> None:
+        self._answer()
+
     def log_message(self, format: str, *args: object) -> None:
         """Keep quiet."""
 
@@ -37,7 +41,9 @@ class _Handler(BaseHTTPRequestHandler):
         scope = re.search(r"Credential=[^/]+/\d+/([^/]+)/s3/", unquote(self.headers.get("Authorization", self.path)))
         region = scope[1] if scope else ""
         self.server.seen.append((self.command, region))
-        if "denied" in self.path:
+        if "nowhere" in self.path:
+            self._send(301, _error("PermanentRedirect"), {})
+        elif "denied" in self.path:
             self._send(403, _error("ExpiredToken" if "expired" in self.path else "AccessDenied"), {})
         elif "payer" in self.path and self.headers.get("x-amz-request-payer") != "requester":
             self._send(403, _error("AccessDenied"), {})
@@ -65,7 +71,7 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(body)
 
 
@@ -126,6 +132,34 @@ def test_reader_follows_the_bucket(client: S3Client) -> None:
 def test_source_that_can_not_follow_says_which_setting_to_change(client: S3Client) -> None:
     with pytest.raises(TransportError, match=r"another region.*region=.*\[region us-east-1, endpoint http://127"):
         S3Source(client, "unhelpful", "moved").open()
+
+
+def _fetch(client: S3Client, bucket: str) -> object:
+    with RangeFetcher(client.s3client_config, PoolConfig(workers=1)) as fetcher:
+        return fetcher.fetch(f"s3://{bucket}/key", [(0, 1)])
+
+
+@pytest.mark.parametrize("bucket", ["nowhere", "nowhere--use1-az4--x-s3"], ids=["bucket", "directory-bucket"])
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda client, bucket: client.head_object(bucket, "key"),
+        lambda client, bucket: next(client.list_objects(bucket)),
+        lambda client, bucket: client.call("head_bucket", bucket),
+        lambda client, bucket: client.get_object(bucket, "key").read(),
+        lambda client, bucket: client.put_object(bucket, "key").close(),
+        lambda client, bucket: client.copy_object("bucket", "key", bucket, "key"),
+        _fetch,
+        lambda client, bucket: load_checkpoint(f"s3://{bucket}/run", s3client_config=client.s3client_config),
+    ],
+    ids=["head", "list", "head-bucket", "read", "write", "copy", "fetch", "load"],
+)
+def test_redirect_that_names_no_region_is_an_error_that_says_what_to_check(
+    client: S3Client, server: _Server, use: Callable[[S3Client, str], object], bucket: str
+) -> None:
+    with pytest.raises(TransportError, match=r"redirects the request.*check endpoint_url.*region=.*HTTP 301"):
+        use(client, bucket)
+    assert len(server.seen) < 10
 
 
 @pytest.mark.parametrize(("key", "said"), [("denied", "AccessDenied"), ("denied-expired", "ExpiredToken")])

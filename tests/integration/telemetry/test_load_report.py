@@ -1,4 +1,4 @@
-"""What a load tells: its numbers on the reader, one line at INFO, and a bar where one was asked for."""
+"""Report of a load: its numbers on the reader, one line at INFO, and a progress bar if one was asked for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is wrong with a host, or on the way to S3, is found, named, and comes with what mends it."""
+"""The doctor finds the faults of a host and of its access to S3, names them, and tells the remedy of each."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ from mpreader.testing import FaultServer, S3Server
 from mpreader.testing.s3_server import aws_environment as environment_of
 from mpreader.tools.doctor.access import examine_access
 from mpreader.tools.doctor.examine import examine
+from mpreader.tools.doctor.facts import HostFacts
 from mpreader.tools.doctor.finding import Finding
-from mpreader.tools.doctor.host import Surroundings, examine_host, files_needed
+from mpreader.tools.doctor.host import examine_host, files_needed
 
 GiB = 1024 * MiB
-HEALTHY = Surroundings(
+HEALTHY = HostFacts(
     all_cores=16,
     memory_bytes=128 * GiB,
     host=Host(cores=16, free_memory=64 * GiB, free_shm=32 * GiB),
@@ -56,8 +57,8 @@ def host(**facts: int) -> dict[str, Host]:
 
 
 def of_host(config: PoolConfig | None = None, **facts: Any) -> dict[str, Finding]:
-    around = dataclasses.replace(HEALTHY, **facts)
-    return {finding.name: finding for finding in examine_host(around, S3ClientConfig(), config or PoolConfig())}
+    host_facts = dataclasses.replace(HEALTHY, **facts)
+    return {finding.name: finding for finding in examine_host(host_facts, S3ClientConfig(), config or PoolConfig())}
 
 
 def check(finding: Finding, status: str, problem: str, remedy: str) -> None:
@@ -132,13 +133,13 @@ def test_ranks_of_a_host_share_it() -> None:
 
 
 def test_this_host_is_measured() -> None:
-    around = Surroundings.now()
-    assert 1 <= around.host.cores <= around.all_cores
-    assert 0 < around.host.free_shm <= around.shm_bytes
-    assert around.host.free_memory <= around.memory_bytes
-    assert around.files == resource.getrlimit(resource.RLIMIT_NOFILE)
-    assert around.open_files == len(os.listdir("/proc/self/fd")) - 1
-    assert around.versions["boto3"]
+    facts = HostFacts.now()
+    assert 1 <= facts.host.cores <= facts.all_cores
+    assert 0 < facts.host.free_shm <= facts.shm_bytes
+    assert facts.host.free_memory <= facts.memory_bytes
+    assert facts.files == resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert facts.open_files == len(os.listdir("/proc/self/fd")) - 1
+    assert facts.versions["boto3"]
 
 
 def test_descriptors_that_are_said_to_be_enough_are_enough() -> None:
@@ -430,6 +431,13 @@ def test_what_a_bucket_refuses_is_found(
     findings = of_service("s3://bucket/run")
     check(findings["bucket"], status, problem, remedy)
     assert findings["endpoint"].status == "ok", "a refusal is an answer"
+
+
+def test_a_service_that_redirects_without_naming_a_region_is_found(service: Service) -> None:
+    service.refused = dict.fromkeys(("head", "list", "read"), (301, "PermanentRedirect"))
+    finding = of_service("s3://bucket/run")["bucket"]
+    check(finding, "fail", "redirects the request", "aws s3 ls s3://bucket/run")
+    check(finding, "fail", "check endpoint_url, and S3ClientConfig(region=…)", "")
 
 
 # -- credentials

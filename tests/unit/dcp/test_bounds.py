@@ -1,4 +1,4 @@
-"""What unpickling may reserve, by what the pickle says of lengths and indices."""
+"""Pickles whose lengths and indices would make unpickling reserve much memory are refused, and no others."""
 
 from __future__ import annotations
 

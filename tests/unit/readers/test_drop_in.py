@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:Us
 
 
 class FolderClient:
-    """What S3FileSystem asks of its S3 client: the last segments of the keys are files of a folder.
+    """Client for s3torchconnector's S3FileSystem: the last segments of the keys are files of a folder.
 
     Attributes:
         requests: (start, end) of each stream of a file other than ``.metadata``.

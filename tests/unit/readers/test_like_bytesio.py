@@ -42,7 +42,7 @@ class Judge(io.BytesIO):
 
 
 def outcome(file: Any, step: Step) -> object:
-    """What a step returns and leaves behind, or the type of what it raises."""
+    """Result of a step and the state after it, or the type of the exception that it raises."""
     name, arguments = step
     try:
         if name == "readinto":

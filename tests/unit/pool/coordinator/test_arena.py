@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mpreader import ArenaClosed
 from mpreader.config import KiB, MiB
 from mpreader.pool.coordinator.arena import Arena, Slot
 
@@ -133,3 +134,13 @@ def test_arena_leaves_no_name_in_dev_shm(arena: Arena, new_shared_memory: Callab
     assert not new_shared_memory()
     assert os.fstat(slot.segment.fd).st_nlink == 0
     assert os.fstat(slot.segment.fd).st_blocks * 512 >= slot.segment.size, "not reserved in full"
+
+
+@pytest.mark.parametrize("nbytes", [1, BLOCK + 1])
+def test_arena_that_was_closed_allocates_nothing(arena: Arena, nbytes: int) -> None:
+    taken(arena, nbytes)
+    arena.close()
+    arena.close()
+    with pytest.raises(ArenaClosed):
+        arena.allocate(nbytes)
+    assert (arena.reserved_bytes, arena.segments) == (0, {})

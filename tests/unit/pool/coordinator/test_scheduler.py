@@ -116,7 +116,7 @@ class Bench:
             parts += [] if part is None else [part]
         made, _ = self.arena.take_changes()
         for segment in made:
-            self.caller.post(MapSegment(segment.number, segment.size), segment.map)
+            self.caller.post(MapSegment(segment.number, segment.size), segment)
         return parts
 
     def receive(self, parts: list[PartState]) -> None:

@@ -1,4 +1,7 @@
-"""S3's answers to GET and HEAD, computed without any I/O, and the faults that are wrong answers."""
+"""Responses of S3 to GET and HEAD, computed without any I/O; also the wrong ones that a fault asks for.
+
+The fault server sends them. The embedded S3 uses :func:`byte_range`, so that both read a Range header alike.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from urllib.parse import unquote
 
 from mpreader.testing.fault import Fault, FaultKind
 
-__all__ = ["Answer", "Content", "Request", "StoredObject", "answer_to", "byte_range", "read_request"]
+__all__ = ["Content", "Request", "Response", "StoredObject", "byte_range", "read_request", "respond"]
 
 Content = bytes | bytearray | memoryview | Path
 
@@ -32,14 +35,19 @@ _ERRORS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class StoredObject:
-    """The bytes of an object and their ETag, in quotes."""
+    """An object that is served.
+
+    Attributes:
+        data: Its bytes.
+        etag: Its ETag, in quotes.
+    """
 
     data: memoryview
     etag: str
 
     @classmethod
     def of(cls, content: Content) -> StoredObject:
-        """Take ``content`` without copying it; a path names a file that must stay as it is."""
+        """Serve ``content`` without copying it; a path names a file that must stay as it is."""
         if isinstance(content, Path):
             with content.open("rb") as file:
                 content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
@@ -49,7 +57,13 @@ class StoredObject:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """The head of a request: the path percent-decoded and without query, header names in lower case."""
+    """Head of a request.
+
+    Attributes:
+        method: ``"GET"``, ``"HEAD"``, …
+        path: The path, percent-decoded and without the query.
+        headers: The headers, names in lower case.
+    """
 
     method: str
     path: str
@@ -57,22 +71,26 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """A status, headers, and the bytes to send behind them."""
+class Response:
+    """A response: status, headers, and the bytes to send behind them."""
 
     status: int
     headers: Mapping[str, str]
     body: memoryview
 
     def head(self) -> bytes:
-        """Status line and headers, as sent."""
+        """Status line and headers, as they are sent."""
         lines = [f"HTTP/1.1 {self.status} {_REASONS.get(self.status, 'Error')}"]
         lines += [f"{name}: {value}" for name, value in self.headers.items()]
         return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
 
 def read_request(stream: BinaryIO) -> Request | None:
-    """The next request of a connection; None when the client has closed it."""
+    """Read the next request of a connection; None when the client has closed it.
+
+    Raises:
+        ConnectionError: The client speaks no HTTP, or sends no end of a request's head.
+    """
     lines: list[str] = []
     size = 0
     while line := stream.readline(_MAX_HEAD_BYTES):
@@ -92,8 +110,14 @@ def read_request(stream: BinaryIO) -> Request | None:
     return None
 
 
-def answer_to(request: Request, stored: StoredObject | None, fault: Fault | None) -> Answer:
-    """What S3 would answer, spoilt as ``fault`` says."""
+def respond(request: Request, stored: StoredObject | None, fault: Fault | None) -> Response:
+    """Response of S3 to a request, made wrong as ``fault`` says.
+
+    Args:
+        request: The request.
+        stored: The object at its path; None: there is none.
+        fault: The fault that strikes the request. Those that concern the connection change no response.
+    """
     kind = None if fault is None else fault.kind
     if fault is not None and kind is FaultKind.STATUS:
         return _error(request, fault.status, fault.code)
@@ -101,16 +125,18 @@ def answer_to(request: Request, stored: StoredObject | None, fault: Fault | None
         return _error(request, 405)
     if stored is None:
         return _error(request, 404)
+    # A server with one of these faults knows nothing of this header.
     ignored = {FaultKind.WHOLE_OBJECT: "range", FaultKind.OTHER_ETAG: "if-match"}.get(kind) if kind else None
     headers = {name: value for name, value in request.headers.items() if name != ignored}
-    answer = _right_answer(replace(request, headers=headers), stored)
-    return answer if fault is None or answer.status >= 300 else _spoilt(answer, request, stored, fault)
+    response = _right_response(replace(request, headers=headers), stored)
+    return response if fault is None or response.status >= 300 else _wrong_response(response, request, stored, fault)
 
 
 def byte_range(header: str | None, size: int) -> range | None:
-    """Which bytes of an object of ``size`` bytes a Range header asks for.
+    """Bytes of an object of ``size`` bytes that a Range header asks for.
 
-    Empty if the object has none of them; None if S3 would answer as if there were no such header.
+    Returns:
+        The positions, empty if the object has none of them; None if S3 would ignore the header.
     """
     match = re.fullmatch(r"bytes=(\d*)-(\d*)", header or "")
     if match is None or match[0] == "bytes=-":
@@ -121,7 +147,7 @@ def byte_range(header: str | None, size: int) -> range | None:
     return range(first, min(last + 1, size)) if first <= last or not match[2] else None
 
 
-def _right_answer(request: Request, stored: StoredObject) -> Answer:
+def _right_response(request: Request, stored: StoredObject) -> Response:
     if request.headers.get("if-match", stored.etag) not in (stored.etag, "*"):
         return _error(request, 412)
     size = len(stored.data)
@@ -139,21 +165,21 @@ def _right_answer(request: Request, stored: StoredObject) -> Answer:
     if asked is not None:
         headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
     body = stored.data[start:end] if request.method == "GET" else memoryview(b"")
-    return Answer(200 if asked is None else 206, headers, body)
+    return Response(200 if asked is None else 206, headers, body)
 
 
-def _error(request: Request, status: int, code: str = "") -> Answer:
+def _error(request: Request, status: int, code: str = "") -> Response:
     usual_code, message = _ERRORS.get(status, ("InternalError", "Injected by the test"))
     body = (
         '<?xml version="1.0" encoding="UTF-8"?>\n'
         f"<Error><Code>{code or usual_code}</Code><Message>{message}</Message><RequestId>0</RequestId></Error>"
     ).encode()
     headers = {"Content-Type": "application/xml", "Content-Length": str(len(body))}
-    return Answer(status, headers, memoryview(b"" if request.method == "HEAD" else body))
+    return Response(status, headers, memoryview(b"" if request.method == "HEAD" else body))
 
 
-def _spoilt(answer: Answer, request: Request, stored: StoredObject, fault: Fault) -> Answer:
-    headers, body, size = dict(answer.headers), answer.body, len(stored.data)
+def _wrong_response(response: Response, request: Request, stored: StoredObject, fault: Fault) -> Response:
+    headers, body, size = dict(response.headers), response.body, len(stored.data)
     asked = byte_range(request.headers.get("range"), size) or range(size)
     start, end = asked.start, asked.stop
     match fault.kind:
@@ -171,8 +197,8 @@ def _spoilt(answer: Answer, request: Request, stored: StoredObject, fault: Fault
         case FaultKind.OTHER_ETAG:
             headers["ETag"] = '"another-version"'
         case FaultKind.FLIPPED_BIT if body:
-            spoilt = bytearray(body)
+            flipped = bytearray(body)
             position = fault.after_bytes if fault.covering is None else fault.covering - start
-            spoilt[min(position, len(spoilt) - 1)] ^= 1
-            body = memoryview(spoilt)
-    return Answer(answer.status, headers, body)
+            flipped[min(position, len(flipped) - 1)] ^= 1
+            body = memoryview(flipped)
+    return Response(response.status, headers, body)

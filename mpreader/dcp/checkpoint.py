@@ -1,0 +1,162 @@
+"""Loader of whole checkpoints, or of what patterns select of them, without a state that says what they hold.
+
+:func:`load_checkpoint` is public; the conversion to a local file uses :func:`load_state`. Items that are no tensors
+were pickled by the author of the checkpoint: they are unpickled here, as plain types only unless the user trusts that
+author.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mpreader.dcp.loader import check_memory, read_into, read_metadata
+from mpreader.dcp.reader import S3StorageReader
+from mpreader.dcp.state import allocate, empty_state, nest, state_bytes
+from mpreader.errors import PlanError
+from mpreader.ranges import DEFAULT_MAX_GAP_SIZE
+from mpreader.readers.kinds import S3ReaderConstructor
+
+if TYPE_CHECKING:
+    from mpreader.config import PoolConfig, S3ClientConfig
+
+__all__ = ["ItemRefused", "LoadOptions", "load_checkpoint", "load_state"]
+
+
+class ItemRefused(PlanError):
+    """An item that is no tensor can't be loaded without running code that its author chose."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """Options of a load: the keyword arguments of :func:`load_checkpoint`, which explains them."""
+
+    region: str | None
+    s3client_config: S3ClientConfig | None
+    pool_config: PoolConfig | None
+    max_gap_size: float
+    match: str | Iterable[str] | None
+    verify: bool
+    weights_only: bool
+    allowed_globals: Iterable[str]
+    progress: bool | None
+
+    def open_reader(self, uri: str | os.PathLike[str]) -> S3StorageReader:
+        """Make the storage reader of the checkpoint; the caller closes it."""
+        constructor = S3ReaderConstructor.multiprocess(
+            self.max_gap_size, pool_config=self.pool_config, progress=self.progress
+        )
+        return S3StorageReader(
+            self.region,
+            uri,
+            self.s3client_config,
+            constructor,
+            verify=self.verify,
+            allowed_globals=self.allowed_globals,
+        )
+
+
+def load_checkpoint(
+    uri: str | os.PathLike[str],
+    *,
+    region: str | None = None,
+    s3client_config: S3ClientConfig | None = None,
+    pool_config: PoolConfig | None = None,
+    max_gap_size: float = DEFAULT_MAX_GAP_SIZE,
+    match: str | Iterable[str] | None = None,
+    verify: bool = True,
+    weights_only: bool = True,
+    allowed_globals: Iterable[str] = (),
+    progress: bool | None = None,
+) -> dict[str, Any]:
+    """Load a checkpoint into memory, without knowing its contents.
+
+    Args:
+        uri: ``s3://`` URI of the checkpoint.
+        region: The bucket's region. None: the configuration's, or the environment's.
+        s3client_config: Settings of the S3 client.
+        pool_config: Settings of the worker pool.
+        max_gap_size: Largest gap, in bytes, between two items that are fetched as one.
+        match: Load only items with a name that this pattern, or one of these, matches: ``"model.*"``, with ``*``, ``?``
+            and ``[…]`` as in file names, dots being nothing special. None: everything.
+        verify: True checks the CRC-32s that ``torch.save`` wrote.
+        weights_only: True unpickles items that are no tensors as ``torch.load(weights_only=True)`` does, which makes
+            plain types only. False runs code that the checkpoint's author chose.
+        allowed_globals: Classes, such as ``"package.module.Name"``, that ``.metadata`` may make besides DCP's own.
+        progress: True shows a progress bar on stderr, False shows none. None: on a terminal or in a notebook.
+
+    Returns:
+        The state, nested as it was saved, its tensors in the memory of the CPU. Of a list of which only some was
+        loaded, the rest is None.
+
+    Raises:
+        PlanError: Nothing matches, or there is less free memory than it takes.
+        ItemRefused: An item needs a class that ``weights_only`` does not allow.
+        MetadataRefused: ``.metadata`` is damaged, or names a class or a path that it may not.
+        ChecksumMismatch: Bytes don't match their CRC-32, also when received again.
+        TransportError: Bytes can't be had.
+    """
+    options = LoadOptions(
+        region, s3client_config, pool_config, max_gap_size, match, verify, weights_only, allowed_globals, progress
+    )
+    return load_state(uri, options)[0]
+
+
+def load_state(
+    uri: str | os.PathLike[str],
+    options: LoadOptions,
+    *,
+    check: Callable[[Mapping[str, Any]], object] | None = None,
+) -> tuple[dict[str, Any], int]:
+    """Load a checkpoint as :func:`load_checkpoint` does.
+
+    Args:
+        uri: ``s3://`` URI of the checkpoint.
+        options: The options of the load.
+        check: Gets the state before its memory is allocated and its bytes are asked for; may raise an exception to
+            refuse the load.
+
+    Returns:
+        The state, nested as it was saved, and the bytes of its tensors.
+    """
+    with options.open_reader(uri) as reader:
+        metadata = read_metadata(reader)
+        planned = empty_state(metadata, options.match)
+        check_memory(planned, reader, options.pool_config)
+        if check is not None:
+            check(planned)
+        state = allocate(planned)
+        read_into(reader, metadata, state, _safe_item if options.weights_only else _any_item)
+    return nest(state, metadata), state_bytes(planned)
+
+
+def _safe_item(fqn: str, stored: io.BytesIO) -> Any:
+    try:
+        return torch.load(stored, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch has several types for what it refuses
+        raise ItemRefused(
+            f"{fqn!r} is no tensor, and can't be loaded as plain types{_unsafe_globals(stored)}; nothing of it was "
+            "run. If you trust whoever wrote the checkpoint: weights_only=False (--trust)"
+        ) from error
+
+
+def _unsafe_globals(stored: io.BytesIO) -> str:
+    """Returns the names that an item needs and may not have, for an error; "" if torch can't tell them."""
+    name_them: Any = getattr(torch.serialization, "get_unsafe_globals_in_checkpoint", None)  # since torch 2.6
+    if name_them is None:
+        return ""
+    stored.seek(0)
+    try:
+        names = name_them(stored)
+    except Exception:  # noqa: BLE001  # only to say more; it may be no archive
+        return ""
+    return f": it needs {', '.join(names)}" if names else ""
+
+
+def _any_item(fqn: str, stored: io.BytesIO) -> Any:  # noqa: ARG001  # a LoadItem
+    return torch.load(stored, map_location="cpu", weights_only=False)

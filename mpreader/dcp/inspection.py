@@ -1,0 +1,167 @@
+"""Inspection of a checkpoint: makes a summary of its contents and of the requests of a load, from ``.metadata`` alone.
+
+It plans the load with the functions that the load itself uses, so that the requests are exactly those that a load with
+the same settings makes on this host. ``mpreader inspect`` uses it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata
+
+from mpreader.config import PoolConfig, S3ClientConfig, check_type
+from mpreader.dcp.loader import read_metadata
+from mpreader.dcp.reader import S3StorageReader
+from mpreader.dcp.state import described, empty_state, name_patterns, plan_whole, state_bytes
+from mpreader.dcp.summary import (
+    CheckpointSummary,
+    FileRequests,
+    FileSummary,
+    ItemSummary,
+    LoadSummary,
+    PlannedRequest,
+    TensorSummary,
+)
+from mpreader.host import Host
+from mpreader.pool.sizing import size_pool
+from mpreader.ranges import DEFAULT_MAX_GAP_SIZE, ItemRange, check_max_gap, coverage, plan_files
+from mpreader.readers.kinds import S3ReaderConstructor
+from mpreader.readers.load_plan import item_ranges_by_file
+from mpreader.readers.protocols import StoredItem
+
+__all__ = ["describe_checkpoint"]
+
+_METADATA_REQUESTS: Final = 1  # one stream from its first byte on
+
+
+def describe_checkpoint(  # noqa: D417  # the other arguments are explained at load_checkpoint
+    uri: str | os.PathLike[str],
+    *,
+    region: str | None = None,
+    s3client_config: S3ClientConfig | None = None,
+    pool_config: PoolConfig | None = None,
+    max_gap_size: float = DEFAULT_MAX_GAP_SIZE,
+    match: str | Iterable[str] | None = None,
+    allowed_globals: Iterable[str] = (),
+) -> CheckpointSummary:
+    """Tell what a checkpoint holds, and exactly what a load of it would ask S3 for; only ``.metadata`` is read.
+
+    Args:
+        uri: ``s3://`` URI of the checkpoint.
+        s3client_config: Settings of the S3 client, and the size of a request.
+        pool_config: Settings of the worker pool of that load. If they leave the size of requests to the host, it is
+            this host's, now.
+        match: Plan only for what these patterns select; what the checkpoint holds is told of all.
+
+    All other arguments are those of :func:`load_checkpoint`.
+
+    Raises:
+        PlanError: Nothing matches.
+        MetadataRefused: ``.metadata`` is damaged, or names a class or a path that it may not.
+        TransportError: ``.metadata`` can't be read.
+    """
+    check_type("pool_config", pool_config, PoolConfig)
+    check_max_gap(max_gap_size)
+    patterns = name_patterns(match)
+    # Only .metadata is read: no worker processes are started for it.
+    constructor = S3ReaderConstructor.sequential()
+    with S3StorageReader(region, uri, s3client_config, constructor, allowed_globals=allowed_globals) as reader:
+        metadata = read_metadata(reader)
+        selected = empty_state(metadata, patterns)
+        plan = plan_whole(metadata, selected)
+        reader.set_up_storage_reader(metadata, is_coordinator=True)
+        plan = reader.prepare_local_plan(plan)
+    part_size = size_pool(pool_config or PoolConfig(), s3client_config or S3ClientConfig(), Host.now()).part_bytes
+    ranges_by_file = item_ranges_by_file(plan.items, metadata.storage_data, uri)
+    files = _file_requests(os.fspath(uri), ranges_by_file, max_gap_size, part_size)
+    load = _load_summary(selected, files, match=patterns, part_size=part_size, max_gap_size=max_gap_size)
+    with described(metadata):
+        return _summarize(os.fspath(uri), metadata, selected, load)
+
+
+def _file_requests(
+    uri: str, ranges_by_file: Mapping[str, Sequence[ItemRange]], max_gap_size: float, part_size: int
+) -> tuple[FileRequests, ...]:
+    base = uri if uri.endswith("/") else f"{uri}/"
+    return tuple(
+        FileRequests(
+            path=file.removeprefix(base),
+            groups=plan.groups,
+            requests=len(plan.parts),
+            wanted_nbytes=sum(interval.size for interval in coverage(ranges_by_file[file])),
+            fetched_nbytes=sum(part.size for part in plan.parts),
+            over_read_nbytes=sum(part.over_read for part in plan.parts),
+            parts=tuple(PlannedRequest(part.start, part.end, part.over_read) for part in plan.parts),
+        )
+        for file, plan in plan_files(ranges_by_file, max_gap_bytes=max_gap_size, part_bytes=part_size).items()
+    )
+
+
+def _load_summary(selected: Mapping[str, Any], files: tuple[FileRequests, ...], **settings: Any) -> LoadSummary:
+    tensors = sum(value is not None for value in selected.values())
+    return LoadSummary(
+        tensors=tensors,
+        items=len(selected) - tensors,
+        nbytes=state_bytes(selected),
+        metadata_requests=_METADATA_REQUESTS,
+        head_requests=sum(file.requests > 0 for file in files),
+        groups=sum(file.groups for file in files),
+        requests=sum(file.requests for file in files),
+        wanted_nbytes=sum(file.wanted_nbytes for file in files),
+        fetched_nbytes=sum(file.fetched_nbytes for file in files),
+        over_read_nbytes=sum(file.over_read_nbytes for file in files),
+        files=files,
+        **settings,
+    )
+
+
+def _summarize(uri: str, metadata: Metadata, selected: Mapping[str, Any], load: LoadSummary) -> CheckpointSummary:
+    whole = empty_state(metadata)
+    pieces: dict[str, list[StoredItem]] = {fqn: [] for fqn in whole}
+    for index, stored in metadata.storage_data.items():
+        # A forged .metadata may store items that it does not describe: those are counted in their file only.
+        pieces.setdefault(index.fqn, []).append(stored)
+    tensors = tuple(
+        _tensor_summary(fqn, value, pieces[fqn], is_selected=fqn in selected)
+        for fqn, value in whole.items()
+        if value is not None
+    )
+    items = tuple(
+        _item_summary(fqn, pieces[fqn], is_selected=fqn in selected) for fqn, value in whole.items() if value is None
+    )
+    files = _file_summaries(metadata.storage_data.values())
+    stored_nbytes = sum(file.nbytes for file in files)
+    return CheckpointSummary(uri, state_bytes(whole), stored_nbytes, files, tensors, items, load)
+
+
+def _file_summaries(pieces: Iterable[StoredItem]) -> tuple[FileSummary, ...]:
+    lengths: dict[str, list[int]] = {}
+    for stored in pieces:
+        lengths.setdefault(stored.relative_path, []).append(stored.length)
+    return tuple(FileSummary(path, len(lengths[path]), sum(lengths[path])) for path in sorted(lengths))
+
+
+def _tensor_summary(fqn: str, value: torch.Tensor, pieces: Sequence[StoredItem], *, is_selected: bool) -> TensorSummary:
+    return TensorSummary(
+        fqn=fqn,
+        dtype=str(value.dtype).removeprefix("torch."),
+        shape=tuple(value.shape),
+        nbytes=value.nbytes,
+        stored_nbytes=_stored_bytes(pieces),
+        chunks=len(pieces),
+        files=tuple(sorted({stored.relative_path for stored in pieces})),
+        is_selected=is_selected,
+    )
+
+
+def _item_summary(fqn: str, pieces: Sequence[StoredItem], *, is_selected: bool) -> ItemSummary:
+    file = pieces[0].relative_path if pieces else None
+    return ItemSummary(fqn, _stored_bytes(pieces), file, is_selected)
+
+
+def _stored_bytes(pieces: Iterable[StoredItem]) -> int:
+    return sum(stored.length for stored in pieces)

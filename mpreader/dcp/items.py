@@ -1,0 +1,141 @@
+"""Loader of the items of a load plan: brings each from its file into the target that DCP's planner has for it.
+
+The storage reader uses it for the files whose readers hand out items in place (``MultiprocessS3Reader``). Tensors are
+decoded where their bytes have arrived, without ``torch.load``::
+
+    reader.item ──> decode_layout ──> planner.resolve_tensor ──> copy_into (checks the CRC) ──> planner.commit_tensor
+                        └ None: torch.load, after a check of its CRCs
+
+Bytes that contradict their CRC are received once more; an item that is damaged then, too, is an error that names it.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch.distributed._shard._utils import narrow_tensor_by_index
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, ReadItem
+
+from mpreader.dcp.record import BufferItem, ItemBytes, RecordCorrupted, decode_layout
+from mpreader.dcp.tensor import check_archive, copy_into, load_whole
+from mpreader.errors import ArenaError, ChecksumMismatch, PlanError, PoolError, TransportError
+from mpreader.readers.protocols import StoredItem
+from mpreader.s3 import parse_s3_uri
+
+__all__ = ["ItemLoader", "ItemReader", "PlannedItem"]
+
+
+class ItemReader(Protocol):
+    """Reader of a file that hands out items in place (``MultiprocessS3Reader``)."""
+
+    def item(self, offset: int, length: int) -> ItemBytes:
+        """Returns the bytes of the item."""
+
+    def refetch(self, offset: int, length: int) -> ItemBytes:
+        """Returns the bytes of the item, received once more."""
+
+
+class PlannedItem(NamedTuple):
+    """Item of a load plan, and its location in the checkpoint."""
+
+    request: ReadItem
+    stored: StoredItem
+
+
+class ItemLoader:
+    """Loads items into the targets of one planner, one after the other.
+
+    Args:
+        planner: Has the targets.
+        transforms: Undoes the extensions of the save, such as compression; None in a torch that has no extensions.
+        verify: True checks the CRC-32s that ``torch.save`` wrote.
+    """
+
+    def __init__(self, planner: LoadPlanner, transforms: Any, *, verify: bool) -> None:
+        self._planner = planner
+        self._transforms = transforms
+        self._verify = verify
+
+    def load(self, item: PlannedItem, uri: str, reader: ItemReader) -> None:
+        """Load an item.
+
+        Args:
+            item: The item.
+            uri: URI of its file.
+            reader: Reads that file.
+
+        Raises:
+            ChecksumMismatch: Its bytes don't match their CRC-32, also when received again.
+            PlanError: Its target has another shape.
+            TransportError: Its bytes can't be had; this, and an error of the pool, names the item.
+        """
+        try:
+            self._load_checked(item, uri, reader)
+        except ChecksumMismatch:
+            raise  # names the item already
+        except (TransportError, PoolError, ArenaError) as error:
+            raise error.needed_for(item.request.storage_index.fqn) from error.__cause__
+
+    def _load_checked(self, item: PlannedItem, uri: str, reader: ItemReader) -> None:
+        offset, length = item.stored.offset, item.stored.length
+        try:
+            self._load_into_target(item, reader.item(offset, length))
+        except RecordCorrupted:
+            # Bits may have flipped on the way; if they did in the bucket, they are the same again.
+            try:
+                self._load_into_target(item, reader.refetch(offset, length))
+            except RecordCorrupted as error:
+                raise _mismatch(item, uri, error) from error
+
+    def _load_into_target(self, item: PlannedItem, stored_bytes: ItemBytes) -> None:
+        request = item.request
+        content = self._transformed(item, stored_bytes)
+        if request.type == LoadItemType.BYTE_IO:
+            value = io.BytesIO(content.view(0, content.size))
+            if self._verify:
+                check_archive(value)
+            self._planner.load_bytes(request, value)
+            return
+        layout = decode_layout(content)
+        if layout is not None:
+            target = self._planner.resolve_tensor(request).detach()
+            copy_into(content, layout, target, request.storage_offsets, request.lengths, verify=self._verify)
+        else:
+            loaded = load_whole(content, verify=self._verify)
+            loaded = narrow_tensor_by_index(loaded, request.storage_offsets, request.lengths)
+            target = self._planner.resolve_tensor(request).detach()
+            _check_shape(loaded, target)  # copy_ would broadcast
+            target.copy_(loaded)
+        self._planner.commit_tensor(request, target)
+
+    def _transformed(self, item: PlannedItem, stored_bytes: ItemBytes) -> ItemBytes:
+        """Returns the item as it was before the extensions of the save."""
+        descriptors = getattr(item.stored, "transform_descriptors", None)
+        if not descriptors:
+            return stored_bytes
+        raw = io.BytesIO(stored_bytes.view(0, stored_bytes.size))
+        stream = self._transforms.transform_load_stream(item.request, descriptors, raw)
+        try:
+            return BufferItem(bytearray(stream.read(-1)))
+        except Exception as error:  # each extension has its own types
+            raise RecordCorrupted(f"{', '.join(descriptors)} can't read it: {error}") from error
+
+
+def _mismatch(item: PlannedItem, uri: str, error: RecordCorrupted) -> ChecksumMismatch:
+    bucket, key = parse_s3_uri(uri)
+    start, end = item.stored.offset, item.stored.offset + item.stored.length
+    return ChecksumMismatch(
+        f"{item.request.storage_index.fqn!r} is damaged in {uri}, bytes {start}-{end}, also when received again: "
+        f"{error}. Restore the file, or load from another checkpoint; verify=False does not check tensors",
+        bucket=bucket,
+        key=key,
+        range=(start, end),
+        attempts=2,
+    )
+
+
+def _check_shape(loaded: torch.Tensor, target: torch.Tensor) -> None:
+    if loaded.size() != target.size():
+        raise PlanError(f"a box of shape {list(loaded.size())} can't be read into {list(target.size())}")
