@@ -1,4 +1,4 @@
-"""What the tests of the pool share: a source on a fault server, pools that are closed again, fills."""
+"""Fixtures of the integration tests: an interpreter for programs; a served source and pools that are closed again."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from mpreader.pool.source import ObjectVersion
 from mpreader.pool.worker.route import Route
 from mpreader.ranges import Part
 from mpreader.testing import FaultServer
+from tests.integration.warm_interpreter import WarmInterpreter
 
 
 class ServedSource:
@@ -62,6 +63,12 @@ class CutObject(Protocol):
     """Cuts an object into slot reads of ``size`` bytes, one part each."""
 
     def __call__(self, size: int, count: int | None = None, start: int = 0) -> list[SlotRead]: ...
+
+
+@pytest.fixture(scope="session")
+def warm_interpreter() -> Iterator[WarmInterpreter]:
+    with WarmInterpreter() as interpreter:
+        yield interpreter
 
 
 @pytest.fixture

@@ -7,7 +7,9 @@ import json
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -18,6 +20,9 @@ from mpreader import PoolConfig, RangeFetcher
 from mpreader.config import KiB, MiB
 from mpreader.dcp import S3StorageReader, S3StorageWriter
 from mpreader.testing import Fault, FaultKind, FaultServer
+
+if TYPE_CHECKING:
+    from tests.integration.warm_interpreter import WarmInterpreter
 
 pytestmark = [pytest.mark.timeout(90), pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
 
@@ -77,7 +82,9 @@ def _memory_bytes(name: str) -> int:
 
 LEAKS = """
 import gc, json, os, sys, threading, time, warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 warnings.simplefilter("error")
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 %s
@@ -143,13 +150,21 @@ def load(number):
 """
 
 
-def growth(program: str, *, warm_up: int, loads: int) -> dict[str, int]:
-    """What a process holds more after some loads than it did before them."""
-    command = [sys.executable, "-c", LEAKS % program, str(warm_up), str(loads)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert (result.returncode, result.stderr) == (0, "")
-    grown: dict[str, int] = json.loads(result.stdout)
-    return grown
+Check = Callable[[str, int, int], None]
+
+
+@pytest.fixture
+def check_that_nothing_grows(warm_interpreter: WarmInterpreter, tmp_path: Path) -> Check:
+    """Check what a process holds more after some loads than it did after the first."""
+
+    def check(program: str, warm_up: int, loads: int) -> None:
+        file = tmp_path / "program.py"
+        file.write_text(LEAKS % program)
+        done = warm_interpreter.run(file, str(warm_up), str(loads))
+        assert (done.returncode, done.stderr) == (0, "")
+        assert_nothing_grew(json.loads(done.stdout))
+
+    return check
 
 
 def assert_nothing_grew(grown: dict[str, int]) -> None:
@@ -160,15 +175,15 @@ def assert_nothing_grew(grown: dict[str, int]) -> None:
     assert grown["bytes"] < 4 * MiB, grown
 
 
-def test_200_fetches_in_a_row_leave_nothing_behind(server: FaultServer) -> None:
-    assert_nothing_grew(growth(FETCHES.format(url=server.url("/object")), warm_up=50, loads=150))
+def test_200_fetches_in_a_row_leave_nothing_behind(server: FaultServer, check_that_nothing_grows: Check) -> None:
+    check_that_nothing_grows(FETCHES.format(url=server.url("/object")), 50, 150)
 
 
-def test_40_loads_in_a_row_leave_nothing_behind(bucket: str) -> None:
+def test_40_loads_in_a_row_leave_nothing_behind(bucket: str, check_that_nothing_grows: Check) -> None:
     state = {"w": torch.arange(8 * 16384.0).view(8, 16384), "b": torch.ones(100), "step": 7}
     uri = f"s3://{bucket}/checkpoint"
     save(state, storage_writer=S3StorageWriter(REGION, uri))
-    assert_nothing_grew(growth(LOADS.format(uri=uri), warm_up=15, loads=25))
+    check_that_nothing_grows(LOADS.format(uri=uri), 15, 25)
 
 
 # -- many processes at one time

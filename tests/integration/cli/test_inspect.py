@@ -4,9 +4,8 @@ import dataclasses
 import json
 import re
 import subprocess
-import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -28,6 +27,9 @@ from mpreader.dcp import (
     load_checkpoint,
 )
 from mpreader.testing import S3Server
+
+if TYPE_CHECKING:
+    from tests.integration.warm_interpreter import WarmInterpreter
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -181,9 +183,8 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
     return run
 
 
-def test_inspect_is_a_command(checkpoint: str) -> None:
-    command = [sys.executable, "-W", "error", "-m", "mpreader", "inspect", checkpoint]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=60)
+def test_inspect_is_a_command(checkpoint: str, warm_interpreter: WarmInterpreter) -> None:
+    shown = warm_interpreter.run("mpreader", "inspect", checkpoint, module="mpreader", is_strict=True)
     assert (shown.returncode, shown.stderr) == (0, "")
     assert shown.stdout.startswith(f"{checkpoint}: 48 tensors of ")
 

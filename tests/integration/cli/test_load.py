@@ -3,10 +3,9 @@ from __future__ import annotations
 import json
 import pickle
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -16,6 +15,9 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from mpreader.cli.main import main
 from mpreader.dcp import S3FileSystem, S3StorageWriter, describe_checkpoint
 from mpreader.testing import S3Server
+
+if TYPE_CHECKING:
+    from tests.integration.warm_interpreter import WarmInterpreter
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -64,9 +66,9 @@ def rewrite(uri: str, change: Any) -> None:
     files.close()
 
 
-def test_load_prints_a_row_for_each_load_and_nothing_else(checkpoint: str) -> None:
-    command = [sys.executable, "-W", "error", "-m", "mpreader", "load", checkpoint]
-    done = subprocess.run([*command, "--repeat", "2", "--workers", "1"], capture_output=True, text=True, timeout=60)
+def test_load_prints_a_row_for_each_load_and_nothing_else(checkpoint: str, warm_interpreter: WarmInterpreter) -> None:
+    command = ["mpreader", "load", checkpoint, "--repeat", "2", "--workers", "1"]
+    done = warm_interpreter.run(*command, module="mpreader", is_strict=True)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert lines[0] == f"{checkpoint}: 2.4 MB of tensors, verified"

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
-import subprocess
-import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tests.integration.warm_interpreter import WarmInterpreter
 
 _PEAK_SCRIPT = """
 import io, re, sys, torch
@@ -26,6 +29,9 @@ assert torch.equal(target, stored.float())
 """
 
 
-def test_copy_needs_little_memory_for_a_large_conversion() -> None:
-    done = subprocess.run([sys.executable, "-c", _PEAK_SCRIPT], capture_output=True, text=True, check=True, timeout=60)
+def test_copy_needs_little_memory_for_a_large_conversion(tmp_path: Path, warm_interpreter: WarmInterpreter) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(_PEAK_SCRIPT)
+    done = warm_interpreter.run(program)
+    assert (done.returncode, done.stderr) == (0, "")
     assert int(done.stdout) < 16 * 1024, "KiB beyond the item and its target"

@@ -5,11 +5,10 @@ import errno
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -30,6 +29,9 @@ from mpreader.dcp import (
 )
 from mpreader.errors import ConfigError, ObjectMissing, PlanError
 from mpreader.testing import S3Server
+
+if TYPE_CHECKING:
+    from tests.integration.warm_interpreter import WarmInterpreter
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -259,10 +261,12 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
     return run
 
 
-def test_command_converts_and_replaces_only_what_it_may(checkpoint: str, tmp_path: Path, run: Run) -> None:
+def test_command_converts_and_replaces_only_what_it_may(
+    checkpoint: str, tmp_path: Path, run: Run, warm_interpreter: WarmInterpreter
+) -> None:
     file = tmp_path / "file.pt"
-    command = [sys.executable, "-W", "error", "-m", "mpreader", "convert", checkpoint, str(file)]
-    done = subprocess.run([*command, "--match", "model.*"], capture_output=True, text=True, timeout=60)
+    command = ["mpreader", "convert", checkpoint, str(file), "--match", "model.*"]
+    done = warm_interpreter.run(*command, module="mpreader", is_strict=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"{file}: 36")
     assert_same(torch.load(file, weights_only=True), {"model": example()["model"]})
@@ -297,8 +301,11 @@ def test_command_runs_nothing_of_the_authors_unless_it_is_told_to(bucket: str, t
     assert sorted(os.listdir(tmp_path)) == ["file.pt", "ran"]
 
 
-def test_command_leaves_no_half_file_where_the_disk_is_full(checkpoint: str, tmp_path: Path) -> None:
-    program = """
+def test_command_leaves_no_half_file_where_the_disk_is_full(
+    checkpoint: str, tmp_path: Path, warm_interpreter: WarmInterpreter
+) -> None:
+    program = tmp_path / "program.py"
+    program.write_text("""
 import resource, runpy, torch
 save = torch.save
 def save_to_a_full_disk(*arguments):
@@ -306,10 +313,10 @@ def save_to_a_full_disk(*arguments):
     save(*arguments)
 torch.save = save_to_a_full_disk
 runpy.run_module("mpreader", run_name="__main__")
-"""
-    file = tmp_path / "file.pt"
-    command = [sys.executable, "-c", program, "convert", checkpoint, str(file)]
-    failed = subprocess.run(command, capture_output=True, text=True, timeout=60)
+""")
+    file = tmp_path / "files" / "file.pt"
+    file.parent.mkdir()
+    failed = warm_interpreter.run(program, "convert", checkpoint, file)
     assert failed.returncode == 1
     assert failed.stderr == f"mpreader: {file}: {os.strerror(errno.EFBIG)}\n"
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(file.parent) == []

@@ -231,4 +231,4 @@ def test_metadata_of_100_000_entries_loads() -> None:
         MetadataIndex(f"weight.{n}", [0, 0], 0): _StorageInfo(f"__{n % 8}_0.distcp", n, 1) for n in range(100_000)
     }
     data = pickle.dumps(metadata_with(storage, count=100_000))
-    assert load_metadata(io.BytesIO(data)).storage_data == pickle.loads(data).storage_data
+    assert load_metadata(io.BytesIO(data)).storage_data == storage
