@@ -1,3 +1,5 @@
+"""``mpreader load`` as a user calls it: times, a timeline, and one line for each error."""
+
 from __future__ import annotations
 
 import json
