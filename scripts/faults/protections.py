@@ -186,8 +186,8 @@ PROTECTIONS = (
         "worker stopped (stuck)",
         "a worker that is silent is killed",
         "mpreader/pool/coordinator/workers.py",
-        "                worker.has_not_responded = True\n                self._kill(worker)\n",
-        "                worker.has_not_responded = True\n",
+        "                worker.is_unresponsive = True\n                self._kill(worker)\n",
+        "                worker.is_unresponsive = True\n",
         f"{WORKERS}::test_stuck_worker_is_killed_and_its_parts_are_read_again",
     ),
     Protection(
