@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from mpreader.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from mpreader.config import PoolConfig as PoolConfig
     from mpreader.config import S3ClientConfig as S3ClientConfig
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from mpreader.ranges import ItemRange as ItemRange
     from mpreader.ranges import RangeGroup as RangeGroup
     from mpreader.readers.base import S3Reader as S3Reader
+    from mpreader.readers.client import S3Client as S3Client
     from mpreader.readers.constructor import DCPOptimizedConstructor as DCPOptimizedConstructor
     from mpreader.readers.dcp_optimized import DCPOptimizedS3Reader as DCPOptimizedS3Reader
     from mpreader.readers.kinds import S3ReaderConstructor as S3ReaderConstructor
@@ -41,11 +44,8 @@ if TYPE_CHECKING:
     from mpreader.readers.ranged import RangedS3Reader as RangedS3Reader
     from mpreader.readers.read_ahead import MultiprocessConstructor as MultiprocessConstructor
     from mpreader.readers.sequential import SequentialS3Reader as SequentialS3Reader
-    from mpreader.s3 import S3Client as S3Client
     from mpreader.telemetry.timeline import Timeline as Timeline
     from mpreader.telemetry.timeline import record_timeline as record_timeline
-
-__version__ = "0.1.0"
 
 _HOME_OF = {
     "S3ClientConfig": "mpreader.config",
@@ -64,7 +64,7 @@ _HOME_OF = {
     "RangedS3Reader": "mpreader.readers.ranged",
     "DCPOptimizedS3Reader": "mpreader.readers.dcp_optimized",
     "MultiprocessS3Reader": "mpreader.readers.multiprocess",
-    "S3Client": "mpreader.s3",
+    "S3Client": "mpreader.readers.client",
     "Timeline": "mpreader.telemetry.timeline",
     "record_timeline": "mpreader.telemetry.timeline",
     "AccessDenied": "mpreader.errors",

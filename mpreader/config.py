@@ -1,7 +1,8 @@
-"""Settings: frozen, validated when made, each default owned by one entry of one table.
+"""Settings of S3 and of the worker pool: frozen, validated when made, each default owned by one entry of one table.
 
-A ``PoolConfig`` field that is None takes its ``MPREADER_*`` environment variable, else the table's default,
-else (where the table says "host") a value derived from the host by :mod:`mpreader.pool.sizing`.
+A ``PoolConfig`` field that is None takes its ``MPREADER_*`` environment variable, else the table's default, else (where
+the table has none) a value that :mod:`mpreader.pool.sizing` derives from the host. Nothing here looks at the host or
+reaches S3.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _UNITS: Final = {"": 1, "K": KiB, "M": MiB, "G": GiB}
 
 
 def parse_bytes(text: str) -> int:
-    """Read a number of bytes: ``"67108864"``, ``"64M"``, ``"64MiB"``, ``"1.5G"`` (powers of 1024).
+    """Parse a number of bytes: ``"67108864"``, ``"64M"``, ``"64MiB"``, ``"1.5G"`` (powers of 1024).
 
     Raises:
         ValueError: ``text`` is none of these.
@@ -36,6 +37,14 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
+def format_bytes(number: int) -> str:
+    """Write a number of bytes as :func:`parse_bytes` reads it, in the largest unit that needs no fraction: ``8MiB``."""
+    for size, unit in ((GiB, "GiB"), (MiB, "MiB"), (KiB, "KiB")):
+        if number and number % size == 0:
+            return f"{number // size}{unit}"
+    return str(number)
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
@@ -43,13 +52,14 @@ def _require(condition: bool, message: str) -> None:
 
 def _require_int(name: str, value: object, least: int) -> None:
     _require(
-        isinstance(value, int) and not isinstance(value, bool) and value >= least,
+        isinstance(value, int) and not isinstance(value, bool) and value >= least,  # True is an int, too
         f"{name} must be a whole number of at least {least}, got {value!r}",
     )
 
 
 def _require_number(name: str, value: object, unit: str) -> None:
     _require(
+        # NaN is neither above 0 nor below infinity.
         isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf"),
         f"{name} must be a number of {unit} above 0, got {value!r}",
     )
@@ -57,6 +67,8 @@ def _require_number(name: str, value: object, unit: str) -> None:
 
 def check_type(name: str, value: object, cls: type) -> None:
     """Refuse an argument that is neither None nor a ``cls``.
+
+    Without this a dict in place of a configuration would be found out only where a field of it is needed.
 
     Raises:
         TypeError: It is something else, a dict, say.
@@ -67,7 +79,7 @@ def check_type(name: str, value: object, cls: type) -> None:
 
 @dataclass(frozen=True)
 class S3ClientConfig:
-    """How S3 is reached; the credentials themselves come from boto3's usual chain.
+    """Settings of S3. The credentials themselves come from boto3's usual chain, and are never part of the settings.
 
     The fields that s3torchconnector's class of this name has mean what they mean there.
 
@@ -117,24 +129,28 @@ class S3ClientConfig:
 
 @dataclass(frozen=True)
 class Setting:
-    """One row of the settings table: what a ``PoolConfig`` field does, its unit and its default."""
+    """Row of the settings table: unit and default of a ``PoolConfig`` field, whose docstring has the words.
 
-    doc: str
+    Attributes:
+        unit: Unit of its values.
+        default: Value where nothing else is given; None: derived from the host.
+    """
+
     unit: str
-    default: int | float | None  # None: derived from the host
+    default: int | float | None
 
 
 POOL_SETTINGS: Final[Mapping[str, Setting]] = {
-    "workers": Setting("Worker processes of the pool.", "processes", None),
-    "connections_per_worker": Setting("Connections that each worker keeps open.", "connections", None),
-    "max_memory": Setting("Shared memory that the pool may reserve at one time.", "bytes", None),
-    "part_size": Setting("Most bytes of one ranged GET.", "bytes", None),
-    "connect_timeout_s": Setting("Longest wait for a connection, TLS included.", "seconds", 10.0),
-    "stall_timeout_s": Setting("A connection that brings less than 256 KiB in this time is replaced.", "seconds", 20.0),
-    "timeout_s": Setting("Longest time for one part, all its attempts together.", "seconds", 300.0),
-    "worker_timeout_s": Setting("A worker process that is silent this long is killed and replaced.", "seconds", 15.0),
-    "lease_timeout_s": Setting("How long to wait for held views to end when memory is full.", "seconds", 10.0),
-    "idle_timeout_s": Setting("A pool unused this long gives back processes and memory.", "seconds", 60.0),
+    "workers": Setting("processes", None),
+    "connections_per_worker": Setting("connections", None),
+    "max_memory": Setting("bytes", None),
+    "part_size": Setting("bytes", None),
+    "connect_timeout_s": Setting("seconds", 10.0),
+    "stall_timeout_s": Setting("seconds", 20.0),
+    "timeout_s": Setting("seconds", 300.0),
+    "worker_timeout_s": Setting("seconds", 15.0),
+    "lease_timeout_s": Setting("seconds", 10.0),
+    "idle_timeout_s": Setting("seconds", 60.0),
 }
 
 
@@ -178,7 +194,11 @@ class PoolConfig:
             _check_pool_field(field.name, getattr(self, field.name))
 
     def value(self, name: str) -> Any:
-        """The value in force of the field ``name``; None where it is to be derived from the host."""
+        """Return the value in force of the field ``name``; None where it is to be derived from the host.
+
+        Raises:
+            ConfigError: The field's environment variable has a wrong value.
+        """
         given = getattr(self, name)
         if given is None:
             given = _from_environment(name)

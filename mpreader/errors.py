@@ -1,9 +1,11 @@
-"""Every error that mpreader raises on purpose.
+"""Errors: every class that mpreader raises on purpose, besides ``ValueError`` and ``TypeError`` for wrong arguments.
 
-Each class carries its facts as attributes, says what to do in its message, and survives pickling
-(errors cross process borders in ``torch.distributed`` and in DataLoader workers).
+Each carries its facts as attributes, says in its message what to do, and survives pickling: errors cross process
+borders in ``torch.distributed`` and in DataLoader workers.
 
-``PoolClosed`` / ``ArenaClosed`` mean *you closed it*; the other pool and arena errors mean *it broke*.
+Something that *was closed* and something that *broke* are different errors. ``PoolClosed`` and ``ArenaClosed`` mean
+that the program went on to use what it had closed: it is to be corrected. ``WorkerCrashed``, ``PoolTimeout`` and
+``ArenaExhausted`` mean that what is open could not do its work: the host or the settings are to be looked at.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ __all__ = [
 
 
 def _rebuild(cls: type[MpreaderError], args: tuple[Any, ...], facts: dict[str, Any]) -> MpreaderError:
+    # Not by calling the class: facts that were set later, such as notes, are among those that must come along.
     error = cls.__new__(cls, *args)
     error.args = args
     error.__dict__.update(facts)
@@ -42,11 +45,11 @@ def _rebuild(cls: type[MpreaderError], args: tuple[Any, ...], facts: dict[str, A
 
 
 class MpreaderError(Exception):
-    """The base of all errors of mpreader."""
+    """Base of all errors of mpreader."""
 
     def needed_for(self, tensor: str) -> Self:
-        """The same error, for somebody who knows tensors and not byte ranges."""
-        error = copy.copy(self)
+        """Return a copy of the error that also names the tensor it was raised for."""
+        error = copy.copy(self)  # another consumer of the same bytes may be given the original
         error.args = (f"{self.args[0]} [needed for {tensor!r}]", *self.args[1:])
         return error
 
@@ -56,7 +59,7 @@ class MpreaderError(Exception):
 
 
 class ConfigError(MpreaderError, ValueError):
-    """A setting has a wrong type or value, or contradicts another one."""
+    """A setting has a wrong type or value, or contradicts another one. Raised before any request is made for it."""
 
 
 class PlanError(MpreaderError, ValueError):
@@ -70,7 +73,7 @@ class TransportError(MpreaderError):
         bucket: The bucket, or the host of an http(s) source.
         key: The key, or the path of an http(s) source.
         range: ``(start, end)`` in bytes of the object, end exclusive; None where no range was asked for.
-        attempts: How many requests were made for it.
+        attempts: Number of requests that were made for it.
     """
 
     def __init__(
@@ -102,27 +105,36 @@ class ObjectChanged(TransportError):
 
 
 class ShortRead(TransportError):
-    """The service kept sending fewer bytes than it promised."""
+    """The service kept sending fewer bytes than it promised, in every attempt. No short result is handed out."""
 
 
 class ChecksumMismatch(TransportError):
-    """Bytes arrived that don't match the checksum stored with them."""
+    """Bytes arrived, as many as were asked for, that don't match the checksum stored with them."""
 
 
 class PoolError(MpreaderError):
-    """The worker pool can't do its work."""
+    """Base of the errors of the worker pool; itself raised where the pool can't be started."""
 
 
 class PoolClosed(PoolError):
-    """The pool, fetcher or reader was closed by its owner."""
+    """The program used a pool, fetcher, stream or read that it had closed, or had begun before a fork.
+
+    Nothing broke: a pool that does raises :class:`WorkerCrashed` or :class:`PoolTimeout`, and can be used again; a
+    closed one can't.
+    """
 
 
 class PoolTimeout(PoolError, TimeoutError):
-    """Work was not done within its deadline (``PoolConfig.timeout_s``, or a call's ``timeout_s``)."""
+    """Work was not done within its deadline (``PoolConfig.timeout_s``, or a call's ``timeout_s``).
+
+    The pool is still open, unlike after :class:`PoolClosed`; only this piece of work was given up.
+    """
 
 
 class WorkerCrashed(PoolError):
     """Worker processes died, or could not be started, more often than is worth another try.
+
+    The pool broke; nobody closed it, which would be :class:`PoolClosed`. Its next use starts new workers.
 
     Attributes:
         exitcode: Exit status of the last worker that died; negative is the signal that killed it.
@@ -136,12 +148,18 @@ class WorkerCrashed(PoolError):
 
 
 class ArenaError(MpreaderError):
-    """Shared memory can't be had."""
+    """Shared memory can't be had: the host has too little of it, or one of the errors below."""
 
 
 class ArenaExhausted(ArenaError):
-    """All shared memory that ``PoolConfig.max_memory`` allows is held by views that are still in use."""
+    """All shared memory that ``PoolConfig.max_memory`` allows is held by views that are still in use, or would be.
+
+    The arena is open and whole, unlike after :class:`ArenaClosed`: as views are dropped, it has room again.
+    """
 
 
 class ArenaClosed(ArenaError):
-    """The arena was closed by its owner."""
+    """Shared memory was asked of an arena after its pool had been closed; make a new pool.
+
+    There was no shortage, which would be :class:`ArenaExhausted` or a plain :class:`ArenaError`.
+    """

@@ -1,4 +1,8 @@
-"""Host facts: the cores, memory, shared memory and sharers that this process has, cgroup limits included."""
+"""Host facts: cores, memory, shared memory and ranks beside this process, under the limits of its control groups.
+
+They are read from ``/proc``, ``/sys`` and the environment, and nothing is decided here: :mod:`mpreader.pool.sizing`
+makes the pool's sizes of them, and the doctor judges them.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +15,20 @@ from typing import Final
 
 __all__ = ["Cgroup", "Host"]
 
+# Version 1 has no word for "no limit": it shows the largest multiple of a page below 2**63 bytes.
 _NO_LIMIT: Final = 1 << 60
 
 
 @dataclass(frozen=True, slots=True)
 class Cgroup:
-    """The limits of the control groups that this process is in: the tightest of its own and of those above.
+    """Limits of the control groups that this process is in: the tightest of its own group and of those above it.
 
     Attributes:
-        version: 2, or 1; 0 where there are none.
-        cores: CPU quota; None: no limit.
-        memory_bytes: Memory limit; None: no limit.
+        version: Version of the control groups, 1 or 2; 0 where there are none.
+        cores: CPU quota, in cores; None: no limit.
+        memory_bytes: Memory limit, in bytes; None: no limit.
         free_memory: Bytes that may still be allocated under it; page cache that can be dropped counts as free.
+            None: no limit.
     """
 
     version: int = 0
@@ -32,34 +38,35 @@ class Cgroup:
 
     @classmethod
     def of(cls, root: Path) -> Cgroup:
-        """Read them.
+        """Read the limits.
 
         Args:
             root: Folder that has ``proc`` and ``sys`` in it, such as ``/``.
         """
         quotas, limits = [], []
-        for folder, is_v2 in _folders(root, "cpu"):
+        for folder, is_v2 in _groups(root, "cpu"):
             with contextlib.suppress(OSError, ValueError):
                 quotas.append(_quota(folder, is_v2=is_v2))
-        for folder, is_v2 in _folders(root, "memory"):
+        memory_groups = _groups(root, "memory")
+        for folder, is_v2 in memory_groups:
             with contextlib.suppress(OSError, ValueError):
                 limits.append(_memory_limit(folder, is_v2=is_v2))
-        number = max((2 if is_v2 else 1 for _, is_v2 in _folders(root, "memory")), default=0)
         return cls(
-            version=number,
+            version=max((2 if is_v2 else 1 for _, is_v2 in memory_groups), default=0),
             cores=min(quotas, default=None),
             memory_bytes=min((limit for limit, _ in limits), default=None),
+            # Not the free bytes under the smallest limit: a group above may be nearly full with other processes.
             free_memory=min((free for _, free in limits), default=None),
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """What this process may use of the host.
+    """Share of the host that this process may use.
 
     Attributes:
-        cores: Cores that the process may run on.
-        free_memory: Bytes that may still be allocated, under the cgroup's limit.
+        cores: Cores that the process may run on, by its affinity and its CPU quota, rounded up.
+        free_memory: Bytes that may still be allocated, on the host and under the cgroup's limit.
         free_shm: Bytes free in ``/dev/shm``.
         sharers: Processes that load at the same time on this host, this one included (``LOCAL_WORLD_SIZE``).
     """
@@ -71,20 +78,29 @@ class Host:
 
     @classmethod
     def now(cls) -> Host:
-        """Measure it."""
+        """Measure the host as it is now.
+
+        Raises:
+            OSError: There is no ``/dev/shm``.
+        """
         status = os.statvfs("/dev/shm")  # noqa: S108  # asked about, not written to
-        limits = Cgroup.of(Path("/"))
+        cgroup = Cgroup.of(Path("/"))
         cores, free = len(os.sched_getaffinity(0)), _available_memory()
         return cls(
-            cores=cores if limits.cores is None else min(cores, max(1, math.ceil(limits.cores))),
-            free_memory=free if limits.free_memory is None else min(free, limits.free_memory),
+            cores=cores if cgroup.cores is None else min(cores, max(1, math.ceil(cgroup.cores))),
+            free_memory=free if cgroup.free_memory is None else min(free, cgroup.free_memory),
             free_shm=status.f_bavail * status.f_frsize,
             sharers=_local_world_size(),
         )
 
 
-def _folders(root: Path, controller: str) -> list[tuple[Path, bool]]:
-    """The folders of a controller for this process and its groups above, and whether they are of version 2."""
+def _groups(root: Path, controller: str) -> list[tuple[Path, bool]]:
+    """Return the folders of this process's control group and of those above it, and True for each of version 2.
+
+    Args:
+        root: Folder that has ``proc`` and ``sys`` in it.
+        controller: ``"cpu"`` or ``"memory"``: in version 1 each has a hierarchy of its own.
+    """
     top, found = root / "sys/fs/cgroup", []
     with contextlib.suppress(OSError):
         for line in (root / "proc/self/cgroup").read_text().splitlines():
@@ -94,18 +110,19 @@ def _folders(root: Path, controller: str) -> list[tuple[Path, bool]]:
             if not (top / "cgroup.controllers").exists() if is_v2 else controller not in controllers.split(","):
                 continue
             mount = top if is_v2 else top / controller
-            # With a namespace of its own, or in a container, the path may lead nowhere; the mount is ours all the same.
+            # In a container, or with a namespace of its own, the path may be the host's and lead nowhere here. The
+            # mount itself (depth 0) is then the group of the container, whose limits hold.
             own = [] if ".." in path else [part for part in path.split("/") if part]
             found += [(mount.joinpath(*own[:depth]), is_v2) for depth in range(len(own), -1, -1)]
     return [(folder, is_v2) for folder, is_v2 in found if folder.is_dir()]
 
 
 def _quota(folder: Path, *, is_v2: bool) -> float:
-    """The CPU quota, in cores.
+    """Return the CPU quota of a group, in cores.
 
     Raises:
-        OSError: The group has none.
-        ValueError: The group has none.
+        OSError: The group has none: there is no such file.
+        ValueError: The group has none: the file says "max", or -1.
     """
     if is_v2:
         quota, period = (folder / "cpu.max").read_text().split()
@@ -117,11 +134,11 @@ def _quota(folder: Path, *, is_v2: bool) -> float:
 
 
 def _memory_limit(folder: Path, *, is_v2: bool) -> tuple[int, int]:
-    """The memory limit, and what is free under it.
+    """Return the memory limit of a group, and the bytes that are free under it.
 
     Raises:
-        OSError: The group has none.
-        ValueError: The group has none.
+        OSError: The group has none: there is no such file.
+        ValueError: The group has none: the file says "max", or a number beyond all memory.
     """
     limit_file, used_file, cache = (
         ("memory.max", "memory.current", "inactive_file")
@@ -129,8 +146,9 @@ def _memory_limit(folder: Path, *, is_v2: bool) -> tuple[int, int]:
         else ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
     )
     limit = int((folder / limit_file).read_text())
-    if limit >= _NO_LIMIT:  # how version 1 says that there is none
+    if limit >= _NO_LIMIT:
         raise ValueError("no limit")
+    # Usage counts page cache; the kernel drops the inactive part of it before it refuses an allocation.
     used = int((folder / used_file).read_text())
     for line in (folder / "memory.stat").read_text().splitlines():
         if line.startswith(cache + " "):
@@ -139,9 +157,11 @@ def _memory_limit(folder: Path, *, is_v2: bool) -> tuple[int, int]:
 
 
 def _available_memory() -> int:
+    """Return the bytes that may be allocated on the host without swapping."""
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
+    # Kernels before 3.14 have no such line.
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 

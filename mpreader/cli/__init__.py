@@ -1,1 +1,1 @@
-"""The command ``mpreader``: arguments, printing, exit codes. What the commands do is in the modules they call."""
+"""Command line ``mpreader``: arguments, printing, exit codes. The work itself is in ``tools/`` and ``dcp/``."""

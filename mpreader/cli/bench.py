@@ -1,4 +1,4 @@
-"""``mpreader bench``: this host against this bucket, and the settings that are worth it."""
+"""``mpreader bench``: measures this host against a bucket, and prints the settings that it recommends."""
 
 from __future__ import annotations
 
@@ -7,30 +7,28 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import click
 
 from mpreader.cli.options import BYTES, json_option, progress_option, s3_options
 from mpreader.cli.output import human_bytes, print_json, print_table
-from mpreader.config import MiB
-
-if TYPE_CHECKING:
-    from mpreader.tools.bench.sweep import Results, Sweep
-    from mpreader.tools.bench.trials import Measurement, Settings
+from mpreader.config import MiB, format_bytes
+from mpreader.tools.bench.measurement import Measurement, Settings
+from mpreader.tools.bench.sweep import CONNECTIONS, DEFAULT_NBYTES, MAX_WORKERS, PART_SIZES, Results, Sweep, sweep
 
 __all__ = ["command"]
 
 _HEADERS: Final = (
-    *("heat", "workers", "connections", "part size", "GB/s", "min", "max"),
+    *("round", "workers", "connections", "part size", "GB/s", "min", "max"),
     *("CPU s/GB", "GETs", "retries", "memory", ""),
 )
-_SHORT_S: Final = 0.3
-_WIDE: Final = 0.1
+_SHORT_S: Final = 0.3  # shorter measurements are not steady
+_WIDE: Final = 0.1  # nor are those whose rates differ by more than this
 
 
 class _List(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.3
-    """Values with commas between them."""
+    """List of values with commas between them."""
 
     name = "list"
 
@@ -38,7 +36,7 @@ class _List(click.ParamType):  # type: ignore[type-arg]  # generic since click 8
         self._item = item
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        """Read it."""
+        """Read a list from the command line."""
         if isinstance(value, tuple):
             return value
         return tuple(self._item.convert(item.strip(), param, ctx) for item in value.split(","))
@@ -49,10 +47,23 @@ _COUNTS: Final = _List(click.IntRange(1))
 
 @click.command("bench", short_help="Find the fastest settings for this host and bucket.")
 @click.argument("source")
-@click.option("--workers", type=_COUNTS, metavar="N,N,…", help="Worker processes to try.  [default: 1 to 16, by cores]")
-@click.option("--connections", type=_COUNTS, metavar="N,N,…", help="Connections of a worker.  [default: 4,8,16,32]")
 @click.option(
-    "--part-size", type=_List(BYTES), metavar="N,N,…", help="Bytes of one request.  [default: 4MiB,8MiB,16MiB]"
+    "--workers",
+    type=_COUNTS,
+    metavar="N,N,…",
+    help=f"Worker processes to try.  [default: 1 to {MAX_WORKERS}, by cores]",
+)
+@click.option(
+    "--connections",
+    type=_COUNTS,
+    metavar="N,N,…",
+    help=f"Connections of a worker.  [default: {','.join(map(str, CONNECTIONS))}]",
+)
+@click.option(
+    "--part-size",
+    type=_List(BYTES),
+    metavar="N,N,…",
+    help=f"Bytes of one request.  [default: {','.join(map(format_bytes, PART_SIZES))}]",
 )
 @click.option("--full", is_flag=True, help="Try all combinations, not one setting after the other.")
 @click.option(
@@ -60,14 +71,14 @@ _COUNTS: Final = _List(click.IntRange(1))
     "nbytes",
     type=BYTES,
     help="How much is read for each measurement, again and again if the source has less.  "
-    "[default: 1GiB, or what the source has]",
+    f"[default: {format_bytes(DEFAULT_NBYTES)}, or what the source has]",
 )
 @click.option(
     "--seconds",
     type=click.FloatRange(0, min_open=True),
     default=15.0,
     show_default=True,
-    help="About how long all measurements of one setting may take in a heat; less is read where that is too little.",
+    help="About how long all measurements of one setting may take in a round; less is read where that is too little.",
 )
 @click.option("--repeat", type=click.IntRange(1), default=3, show_default=True, help="Measurements of each setting.")
 @click.option("--chart", type=click.Path(dir_okay=False, writable=True), help="Draw the result into this file, a .png.")
@@ -87,7 +98,7 @@ def command(
 
     SOURCE is s3://bucket/key, an http(s) URL, or s3://bucket/prefix, such as a checkpoint's, whose largest objects are
     read. Bytes are dropped as they come. Workers are tried first, then connections, then part sizes, each with what
-    was found to be enough before; in a last heat, what has won is measured once more. The defaults are measured
+    was found to be enough before; in a final round, the winners are measured once more. The defaults are measured
     together with all of them. Recommended are the fewest connections, and the smallest parts, that are at most 3 %
     slower than the best.
 
@@ -97,8 +108,6 @@ def command(
       mpreader bench s3://my-bucket/data.bin --workers 2,4,8 --connections 8,16 --bytes 4GiB --json
     """  # noqa: D301  # click reads the \b
     draw = _chart_writer(chart)
-    from mpreader.tools.bench.sweep import sweep
-
     asked = {"workers": workers, "connections_per_worker": connections, "part_size": part_size}
     done = sweep(source, grid={axis: values for axis, values in asked.items() if values}, **arguments)
     if chart:
@@ -112,7 +121,12 @@ def command(
 
 
 def _chart_writer(chart: str | None) -> Any:
-    """What draws; found before there is something to draw, so that no long measurement is in vain."""
+    """Function that draws the chart; found before anything is measured, so that no long measurement is in vain.
+
+    Raises:
+        click.UsageError: The chart can't be written to this place.
+        ModuleNotFoundError: matplotlib is not installed.
+    """
     if chart is None:
         return None
     folder = Path(chart).parent
@@ -129,8 +143,9 @@ def _print(sweep: Sweep) -> None:
     for line in _introduction(sweep):
         click.echo(line)
     click.echo()
-    print_table(_HEADERS, [_row(sweep, name, settings) for name, heat in sweep.heats.items() for settings in heat])
-    click.echo("(medians; compare within a heat; memory: what workers and shared memory took)\n")
+    rows = [_row(sweep, name, settings) for name, results in sweep.rounds.items() for settings in results]
+    print_table(_HEADERS, rows)
+    click.echo("(medians; compare within a round; memory: what workers and shared memory took)\n")
     for line in _verdict(sweep):
         click.echo(line)
 
@@ -148,11 +163,11 @@ def _introduction(sweep: Sweep) -> Iterator[str]:
         yield f"the defaults are those of your environment: {', '.join(variables)}"
 
 
-def _row(sweep: Sweep, heat: str, settings: Settings) -> tuple[object, ...]:
-    numbers = _numbers(sweep.heats[heat][settings])
+def _row(sweep: Sweep, round_name: str, settings: Settings) -> tuple[object, ...]:
+    numbers = _numbers(sweep.rounds[round_name][settings])
     marks = {"recommended": settings == sweep.recommended, "defaults": settings == sweep.defaults}
     return (
-        heat,
+        round_name,
         settings.workers,
         settings.connections_per_worker,
         settings.environment()["MPREADER_PART_SIZE"],
@@ -168,7 +183,7 @@ def _row(sweep: Sweep, heat: str, settings: Settings) -> tuple[object, ...]:
 
 
 def _verdict(sweep: Sweep) -> Iterator[str]:
-    best, numbers = sweep.recommended, _numbers(sweep.last_heat[sweep.recommended])
+    best, numbers = sweep.recommended, _numbers(sweep.final_round[sweep.recommended])
     code = ", ".join(f"{name}={_in_python(value)}" for name, value in asdict(best).items())
     yield (
         f"recommended: {numbers['gb_per_s']:.2f} GB/s ({numbers['min_gb_per_s']:.2f} to "
@@ -176,7 +191,7 @@ def _verdict(sweep: Sweep) -> Iterator[str]:
     )
     yield f"  PoolConfig({code})"
     yield f"  {' '.join(f'{name}={value}' for name, value in best.environment().items())}"
-    usual = _numbers(sweep.last_heat[sweep.defaults])
+    usual = _numbers(sweep.final_round[sweep.defaults])
     rate = f"{usual['gb_per_s']:.2f} GB/s ({usual['min_gb_per_s']:.2f} to {usual['max_gb_per_s']:.2f})"
     if sweep.defaults_are_fine:
         leaner = "" if best == sweep.defaults else "; those recommended are as fast, and leaner"
@@ -188,7 +203,7 @@ def _verdict(sweep: Sweep) -> Iterator[str]:
 
 
 def _doubts(sweep: Sweep) -> Iterator[str]:
-    everything = [measurements for heat in sweep.heats.values() for measurements in heat.values()]
+    everything = [measurements for results in sweep.rounds.values() for measurements in results.values()]
     spread = max(map(_spread, everything))
     shortest = min(statistics.median(each.seconds for each in measurements) for measurements in everything)
     if spread > _WIDE:
@@ -207,27 +222,27 @@ def _document(sweep: Sweep) -> dict[str, Any]:
         "bytes_per_measurement": sweep.nbytes,
         "bytes_asked_for": sweep.wanted_nbytes,
         "best_gb_per_s": sweep.best_gb_per_s,
-        "defaults": _entry(sweep.last_heat, sweep.defaults),
+        "defaults": _entry(sweep.final_round, sweep.defaults),
         "defaults_are_fine": sweep.defaults_are_fine,
-        "recommended": {**_entry(sweep.last_heat, sweep.recommended), "environment": sweep.recommended.environment()},
-        "heats": [
-            {"name": name, "results": [_with_measurements(heat, settings) for settings in heat]}
-            for name, heat in sweep.heats.items()
+        "recommended": {**_entry(sweep.final_round, sweep.recommended), "environment": sweep.recommended.environment()},
+        "rounds": [
+            {"name": name, "results": [_with_measurements(results, settings) for settings in results]}
+            for name, results in sweep.rounds.items()
         ],
     }
 
 
-def _with_measurements(heat: Results, settings: Settings) -> dict[str, Any]:
-    measurements = [{**asdict(each), "gb_per_s": each.gb_per_s} for each in heat[settings]]
-    return {**_entry(heat, settings), "measurements": measurements}
+def _with_measurements(results: Results, settings: Settings) -> dict[str, Any]:
+    measurements = [{**asdict(each), "gb_per_s": each.gb_per_s} for each in results[settings]]
+    return {**_entry(results, settings), "measurements": measurements}
 
 
-def _entry(heat: Results, settings: Settings) -> dict[str, Any]:
-    return {**asdict(settings), **_numbers(heat[settings])}
+def _entry(results: Results, settings: Settings) -> dict[str, Any]:
+    return {**asdict(settings), **_numbers(results[settings])}
 
 
 def _numbers(measurements: Sequence[Measurement]) -> dict[str, float]:
-    """Medians, and the span of the rates."""
+    """Medians of the measurements, and the span of their rates."""
     rates = [each.gb_per_s for each in measurements]
     names = ("gb_per_s", "cpu_s_per_gb", "requests", "retries", "memory_bytes")
     medians = {name: statistics.median(getattr(each, name) for each in measurements) for name in names}

@@ -1,4 +1,4 @@
-"""What the commands for checkpoints share: their argument and options."""
+"""Argument and options that the commands for checkpoints share."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from mpreader.cli.options import BYTES, pool_options, s3_options
+from mpreader.config import format_bytes
 from mpreader.ranges import DEFAULT_MAX_GAP_SIZE
 
 __all__ = ["checkpoint_options"]
@@ -17,7 +18,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def checkpoint_options(command: Command) -> Command:
-    """Add a checkpoint's URI and how it is read.
+    """Add the URI of a checkpoint, and the options for reading it.
 
     The command gets it as ``uri``, and ``settings``: the keyword arguments that all functions of ``mpreader.dcp`` for
     whole checkpoints take.
@@ -34,7 +35,8 @@ def checkpoint_options(command: Command) -> Command:
         "--max-gap-size",
         type=BYTES,
         default=DEFAULT_MAX_GAP_SIZE,
-        help="Largest gap between two tensors that are fetched as one; more than 2MiB never is.  [default: 32MiB]",
+        help="Largest gap between two tensors that are fetched as one; more than 2MiB never is.  "
+        f"[default: {format_bytes(DEFAULT_MAX_GAP_SIZE)}]",
     )
     @click.option(
         "--allow-global",

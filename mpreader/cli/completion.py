@@ -1,4 +1,4 @@
-"""``mpreader completion``: what a shell needs to complete its commands and options."""
+"""``mpreader completion``: prints the script by which a shell completes commands and options."""
 
 from __future__ import annotations
 

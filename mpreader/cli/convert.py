@@ -1,4 +1,4 @@
-"""``mpreader convert``: a checkpoint on S3 to one local file for ``torch.load``."""
+"""``mpreader convert``: converts a checkpoint on S3 to one local file for ``torch.load``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``mpreader demo``: what the library does, on this machine, without credentials."""
+"""``mpreader demo``: saves and loads a checkpoint on this machine alone, and prints the comparison."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def command(size_mb: int, max_memory: int | None, workers: int | None, every_rea
       mpreader demo --workers 2 --max-memory 64MiB --json
     """  # noqa: D301  # click reads the \b
     pool_config = PoolConfig(workers=workers, max_memory=max_memory)
-    if find_spec("moto") is None:  # it is imported by another process only
+    if find_spec("moto") is None:  # only the server's process imports it, where its error would not be seen
         raise ModuleNotFoundError("the embedded S3 is moto's", name="moto")
     from mpreader.tools.demo import run_demo
 
-    loads = run_demo(size_mb, pool_config, every_reader=every_reader, say=_keep_quiet if as_json else click.echo)
+    loads = run_demo(size_mb, pool_config, every_reader=every_reader, report=_keep_quiet if as_json else click.echo)
     is_verified = not any(load.differing for load in loads)
     if as_json:
         print_json({"size_bytes": loads[0].nbytes, "is_verified": is_verified, "loads": [_row(load) for load in loads]})

@@ -1,4 +1,4 @@
-"""``mpreader doctor``: what is wrong with a host's set-up."""
+"""``mpreader doctor``: prints the faults of a host's set-up, and their remedies."""
 
 from __future__ import annotations
 

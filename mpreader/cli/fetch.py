@@ -1,4 +1,4 @@
-"""``mpreader fetch``: an object, or ranges of it, into a file or a pipe."""
+"""``mpreader fetch``: fetches an object, or ranges of it, into a file or a pipe."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from mpreader.config import PoolConfig, S3ClientConfig
 from mpreader.errors import MpreaderError, ObjectChanged
 from mpreader.fetch.fetcher import RangeFetcher
 from mpreader.telemetry.progress import Progress, progress_bar
-from mpreader.tools.download.download import CHECKSUMS, Downloaded, RangeOfObject, copy_to, download, name_of
+from mpreader.telemetry.timeline import timeline_to
+from mpreader.tools.download.download import Downloaded, copy_to, download, name_of
 from mpreader.tools.download.part_file import PartFile
+from mpreader.tools.download.plan import CHECKSUMS, RangeOfObject
 
 __all__ = ["command"]
 
@@ -25,12 +27,12 @@ _STDOUT = "-"
 
 
 class _Range(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.3
-    """``A-B``, ``A-`` or ``-N``."""
+    """A range of bytes: ``A-B``, ``A-`` or ``-N``, as in HTTP, but B excluded."""
 
     name = "range"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> RangeOfObject:
-        """Read it."""
+        """Read a range from the command line."""
         match = re.fullmatch(r"([0-9]+)-([0-9]*)|-([0-9]+)", value)
         if match is None:
             self.fail(f"not a range: {value!r}; write 0-100, 100- or -100", param, ctx)
@@ -101,10 +103,7 @@ def command(
         raise click.UsageError("--json and the bytes can't both go to stdout; name a file with -o FILE")
     path = output or name_of(source)
     with ExitStack() as stack:
-        if timeline is not None:
-            from mpreader.telemetry.timeline import timeline_to
-
-            stack.enter_context(timeline_to(timeline))
+        stack.enter_context(timeline_to(timeline))
         fetcher = stack.enter_context(RangeFetcher(s3client_config, pool_config))
         bar = _Bar(stack, progress)
         if _is_plain(path):
@@ -121,7 +120,7 @@ def command(
 
 
 class _Bar:
-    """A progress bar that begins when it is known how many bytes are to be fetched."""
+    """Progress bar that begins when the number of bytes is known; it is called as ``on_progress`` of a download."""
 
     def __init__(self, stack: ExitStack, show: bool | None) -> None:
         self._stack = stack
@@ -131,12 +130,12 @@ class _Bar:
 
     @property
     def has_begun(self) -> bool:
-        """Whether anything was to be fetched: what is in the part is ours then."""
+        """True once the download has begun to fetch: the part that is there is then one of this call."""
         return self._bar is not None
 
     def __call__(self, done: int, total: int) -> None:
         if self._bar is None:
-            # What was there already took no time, and would spoil the rate.
+            # Bytes that were there already took no time: counted, they would spoil the rate.
             self._bar = self._stack.enter_context(progress_bar(total - done, "fetch", show=self._show))
         else:
             self._bar.advance(done - self._done)
@@ -160,7 +159,7 @@ def _download(
     try:
         return download(fetcher, source, path, ranges, on_progress=bar, **arguments)
     except (KeyboardInterrupt, MpreaderError, OSError) as error:
-        bar.close()  # or the line would be written behind it
+        bar.close()  # first, or the message would be on its line
         left = PartFile.try_size(path) if bar.has_begun and not isinstance(error, ObjectChanged) else None
         if left and not quiet:
             click.echo(f"mpreader: {human_bytes(left)} are in {path}.part; the same command goes on there", err=True)
@@ -168,7 +167,10 @@ def _download(
 
 
 def _is_plain(path: str) -> bool:
-    """Whether it is a file, will be one, or can't be one; a device or pipe is written to as it is."""
+    """True if ``path`` is downloaded to: a file, or a name for one. A device or a pipe is written to as it is.
+
+    A folder is downloaded to as well: that tells the user what is wrong with it.
+    """
     return path != _STDOUT and (not os.path.exists(path) or os.path.isfile(path) or os.path.isdir(path))
 
 

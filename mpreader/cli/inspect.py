@@ -1,4 +1,4 @@
-"""``mpreader inspect``: what a checkpoint holds, and what a load of it would ask for."""
+"""``mpreader inspect``: prints the contents of a checkpoint, and the requests that a load of it would make."""
 
 from __future__ import annotations
 

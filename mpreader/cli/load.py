@@ -1,9 +1,8 @@
-"""``mpreader load``: timed loads of a checkpoint into memory."""
+"""``mpreader load``: loads a checkpoint into memory, and prints the time and memory that it took."""
 
 from __future__ import annotations
 
 import dataclasses
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -11,6 +10,7 @@ import click
 from mpreader.cli.checkpoint import checkpoint_options
 from mpreader.cli.options import json_option, progress_option, timeline_option
 from mpreader.cli.output import human_bytes, print_json, print_table
+from mpreader.telemetry.timeline import timeline_to
 
 if TYPE_CHECKING:
     from mpreader.tools.bench.loads import TimedLoad
@@ -50,10 +50,13 @@ def command(
       mpreader load s3://my-bucket/checkpoint --match 'model.layers.0.*' --workers 4 --json
       mpreader load s3://my-bucket/checkpoint --timeline load.png
     """  # noqa: D301  # click reads the \b
-    with _recorded(timeline):
+    with timeline_to(timeline):  # a wrong path is told at once, not after torch was imported
+        from mpreader.dcp.checkpoint import LoadOptions
         from mpreader.tools.bench.loads import time_loads
 
-        loads = list(time_loads(uri, repeat, verify=not no_verify, progress=progress, **settings))
+        # The region is one of the settings of the S3 client.
+        options = LoadOptions(region=None, verify=not no_verify, weights_only=True, progress=progress, **settings)
+        loads = list(time_loads(uri, options, repeat))
     if as_json:
         print_json(
             {
@@ -64,15 +67,6 @@ def command(
         )
     else:
         _print(uri, loads, verified=not no_verify)
-
-
-def _recorded(timeline: str | None) -> AbstractContextManager[object]:
-    """Records the requests of the block where that was asked for."""
-    if timeline is None:
-        return nullcontext()
-    from mpreader.telemetry.timeline import timeline_to
-
-    return timeline_to(timeline)
 
 
 def _print(uri: str, loads: list[TimedLoad], *, verified: bool) -> None:

@@ -1,4 +1,4 @@
-"""The command ``mpreader``: its subcommands, imported when they are used, and what becomes of errors.
+"""Entry point of the command line: finds the subcommand, runs it, and turns errors into messages and exit codes.
 
 Every error ends here, and nowhere else: as one line on stderr, or with ``--json`` as one document on stdout.
 """
@@ -16,7 +16,6 @@ from typing import Any, Final
 
 import click
 
-from mpreader import __version__
 from mpreader.errors import (
     AccessDenied,
     ChecksumMismatch,
@@ -26,6 +25,7 @@ from mpreader.errors import (
     ObjectMissing,
     PlanError,
 )
+from mpreader.version import __version__
 
 __all__ = ["cli", "main"]
 
@@ -60,11 +60,10 @@ Exit codes:
   5    the bytes are damaged, or were overwritten while they were read
   130  ended by Ctrl-C
 """
-# What `pip install 'mpreader[…]'` brings, by the module that is found to be missing.
+# Extras of `pip install 'mpreader[…]'`, by the package that is found to be missing.
 _EXTRAS: Final = {
     "torch": "dcp",
     "moto": "testing",
-    "cryptography": "testing",
     "matplotlib": "plot",
     "fsspec": "fsspec",
 }
@@ -73,14 +72,14 @@ _log = logging.getLogger("mpreader")
 
 
 class _Commands(click.Group):
-    """Subcommands by name; each module has its command as ``command``."""
+    """Subcommands by name, each imported when it is used, so that no command waits for the packages of another."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  # click's signature
-        """Names, in the order in which ``--help`` shows them."""
+        """Names of the subcommands, in the order in which ``--help`` shows them."""
         return list(_COMMANDS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:  # noqa: ARG002
-        """Import a subcommand."""
+        """Import a subcommand: the ``command`` of its module; None if there is none of this name."""
         home = _COMMANDS.get(name)
         if home is None:
             return None
@@ -96,7 +95,7 @@ class _Commands(click.Group):
             click.UsageError: There is none of this name; the nearest is named.
         """
         name = args[0]
-        # Click's own suggestion knows only commands that are imported.
+        # Click itself suggests only commands that are imported already.
         if name not in _COMMANDS and not name.startswith("-") and not ctx.resilient_parsing:
             near = difflib.get_close_matches(name, _COMMANDS, 1)
             ctx.fail(f"No such command {name!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
@@ -122,13 +121,14 @@ def cli(verbose: int) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command and exit with its exit code; a user's mistake never ends in a traceback."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if sys.stdout is None:  # it was closed by whoever started us
+    if sys.stdout is None:  # the parent process had closed it
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
         code = _run(arguments)
         sys.stdout.flush()
     except OSError as error:
-        # Nobody reads our output, or there is no room for it; the interpreter must not complain when it flushes.
+        # The reader of our output is gone, or a disk is full. Stdout is flushed once more when the interpreter ends:
+        # then it must lead nowhere, or that would print a traceback.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
             click.echo(f"mpreader: can't write to stdout: {_message(error)}", err=True)
@@ -151,7 +151,7 @@ def _run(arguments: list[str]) -> int:
             error.show()
         return error.exit_code
     except BrokenPipeError:
-        raise
+        raise  # main() ends quietly
     except (MpreaderError, OSError) as error:
         _report(arguments, type(error).__name__, _message(error), _facts(error))
         return next((code for kind, code in _EXIT_CODES if isinstance(error, kind)), _FAILED)
@@ -161,7 +161,7 @@ def _run(arguments: list[str]) -> int:
             return _report_bug(arguments, error)
         _report(arguments, "MissingPackage", f"this needs {error.name}: pip install 'mpreader[{extra}]'")
         return _USAGE
-    except Exception as error:  # noqa: BLE001  # whatever it is, it is ours
+    except Exception as error:  # noqa: BLE001  # any other error is a bug of mpreader's
         return _report_bug(arguments, error)
 
 
@@ -187,14 +187,11 @@ def _message(error: Exception) -> str:
 
 
 def _is_json(arguments: list[str]) -> bool:
-    # Of the arguments, not of what click has made of them: they may be what is wrong.
+    # Looked up in the raw arguments: click may be reporting that it can't parse them.
     options = arguments[: arguments.index("--")] if "--" in arguments else arguments
     return "--json" in options
 
 
 def _facts(error: Exception) -> dict[str, Any]:
+    """Attributes of an error that a JSON document can hold, such as bucket, key and range."""
     return {name: value for name, value in vars(error).items() if isinstance(value, (str, int, tuple, type(None)))}
-
-
-if __name__ == "__main__":
-    main()

@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 
 import click
 
-from mpreader.config import PoolConfig, S3ClientConfig, parse_bytes
+from mpreader.config import PoolConfig, S3ClientConfig, format_bytes, parse_bytes
+from mpreader.pool.sizing import CONNECTIONS_PER_WORKER
 
 __all__ = ["BYTES", "json_option", "pool_options", "progress_option", "s3_options", "timeline_option"]
 
@@ -21,7 +22,7 @@ class _Bytes(click.ParamType):  # type: ignore[type-arg]  # generic since click 
     name = "bytes"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Read it."""
+        """Read a number of bytes from the command line."""
         if isinstance(value, int):
             return value
         try:
@@ -67,10 +68,16 @@ def pool_options(command: Command) -> Command:
 
     @click.option("--workers", type=click.IntRange(1), help="Worker processes.  [default: from the host's cores]")
     @click.option(
-        "--connections", type=click.IntRange(1), help="Connections of each worker.  [default: at most 16, as needed]"
+        "--connections",
+        type=click.IntRange(1),
+        help=f"Connections of each worker.  [default: at most {CONNECTIONS_PER_WORKER}, as needed]",
     )
     @click.option("--max-memory", type=BYTES, help="Shared memory, such as 64MiB.  [default: what the host can spare]")
-    @click.option("--part-size", type=BYTES, help="Most bytes of one request.  [default: 8MiB]")
+    @click.option(
+        "--part-size",
+        type=BYTES,
+        help=f"Most bytes of one request.  [default: {format_bytes(S3ClientConfig.part_size)}]",
+    )
     @functools.wraps(command)
     def with_config(**arguments: Any) -> Any:
         config = PoolConfig(

@@ -6,10 +6,8 @@ anything is loaded, so that a folder that can't be written to is an error before
 
 from __future__ import annotations
 
-import contextlib
 import os
-import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -18,6 +16,7 @@ import torch
 from mpreader.dcp.checkpoint import LoadOptions, load_state
 from mpreader.dcp.state import state_bytes
 from mpreader.errors import ConfigError, PlanError
+from mpreader.files import errors_naming, whole_file
 from mpreader.ranges import DEFAULT_MAX_GAP_SIZE
 from mpreader.telemetry.progress import Progress, progress_bar
 
@@ -69,9 +68,9 @@ def dcp_to_torch_save(  # noqa: D417  # most arguments are explained at load_che
     options = LoadOptions(
         region, s3client_config, pool_config, max_gap_size, match, verify, weights_only, allowed_globals, progress
     )
-    with _new_file(target) as file:
+    with whole_file(target) as file:
         state, nbytes = load_state(uri, options, check=partial(_check_disk, file, target))
-        with _named(target), progress_bar(nbytes, "write", show=progress) as bar:
+        with errors_naming(target), progress_bar(nbytes, "write", show=progress) as bar:
             _write(state, _Counted(file, bar))
 
 
@@ -110,35 +109,6 @@ def _target(path: str | os.PathLike[str], *, overwrite: bool) -> str:
     return target
 
 
-@contextlib.contextmanager
-def _new_file(target: str) -> Iterator[BinaryIO]:
-    """Make a file that replaces ``target`` when the block ends; if the block raises, it is removed."""
-    temporary = os.path.join(os.path.dirname(target), f".mpreader-{secrets.token_hex(8)}.part")
-    with _named(target):
-        file = open(temporary, "xb")  # noqa: SIM115  # closed below, where its errors are told apart
-    try:
-        yield file
-        with _named(target):
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(temporary, target)
-            _sync_folder(os.path.dirname(target))  # the new name, too, must survive a crash
-    finally:
-        with contextlib.suppress(OSError):  # after fsync there is nothing left to fail
-            file.close()
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-
-
-@contextlib.contextmanager
-def _named(target: str) -> Iterator[None]:
-    """Make the errors of the block name the file that was asked for, and not the one that is written."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, target) from error
-
-
 def _check_disk(file: BinaryIO, target: str, state: Mapping[str, Any]) -> None:
     status = os.fstatvfs(file.fileno())
     needed, free = state_bytes(state), status.f_bavail * status.f_frsize
@@ -158,11 +128,3 @@ def _write(state: dict[str, Any], file: _Counted) -> None:
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
-
-
-def _sync_folder(folder: str) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, cast
 from torch.distributed.checkpoint.filesystem import FileSystemBase
 
 from mpreader.errors import ConfigError, ObjectMissing
+from mpreader.readers.client import S3Client
 from mpreader.readers.kinds import S3ReaderConstructor
-from mpreader.s3 import S3Client, parse_s3_uri
+from mpreader.s3 import parse_s3_uri
 
 if TYPE_CHECKING:
     from mpreader.config import S3ClientConfig

@@ -23,6 +23,7 @@ from mpreader.dcp.summary import (
     FileSummary,
     ItemSummary,
     LoadSummary,
+    PlannedRequest,
     TensorSummary,
 )
 from mpreader.host import Host
@@ -94,9 +95,9 @@ def _file_requests(
             wanted_nbytes=sum(interval.size for interval in coverage(ranges_by_file[file])),
             fetched_nbytes=sum(part.size for part in plan.parts),
             over_read_nbytes=sum(part.over_read for part in plan.parts),
-            parts=tuple(plan.parts),
+            parts=tuple(PlannedRequest(part.start, part.end, part.over_read) for part in plan.parts),
         )
-        for file, plan in plan_files(ranges_by_file, max_gap_size, part_size).items()
+        for file, plan in plan_files(ranges_by_file, max_gap_bytes=max_gap_size, part_bytes=part_size).items()
     )
 
 

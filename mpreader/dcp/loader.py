@@ -22,7 +22,7 @@ from mpreader.dcp.state import plan_whole, state_bytes
 from mpreader.errors import MpreaderError, ObjectMissing, PlanError
 from mpreader.host import Host
 from mpreader.pool.sizing import size_pool
-from mpreader.s3 import S3Client, parse_s3_uri
+from mpreader.s3 import BaseS3Client, parse_s3_uri
 
 if TYPE_CHECKING:
     from mpreader.dcp.filesystem import S3FileSystem
@@ -114,11 +114,11 @@ class _Planner(DefaultLoadPlanner):
         self.state_dict[fqn] = self._load_item(fqn, value)
 
 
-def _client_of(reader: S3StorageReader) -> S3Client:
+def _client_of(reader: S3StorageReader) -> BaseS3Client:
     return cast("S3FileSystem", reader.fs).client
 
 
-def _hint(client: S3Client, uri: str) -> str:
+def _hint(client: BaseS3Client, uri: str) -> str:
     """Returns what there is at the URI, or begins with the same letters; "" if that can't be found out."""
     bucket, key = parse_s3_uri(uri)
     try:

@@ -29,10 +29,10 @@ from mpreader.dcp.items import ItemLoader, ItemReader, PlannedItem
 from mpreader.dcp.metadata import load_metadata
 from mpreader.errors import ConfigError, PlanError
 from mpreader.pool.stats import PoolStats
+from mpreader.readers.client import S3Client
 from mpreader.readers.kinds import S3ReaderConstructor
 from mpreader.readers.protocols import DCPS3ReaderConstructorProtocol, S3ReaderConstructorProtocol, StoredItem
 from mpreader.readers.read_ahead import MultiprocessConstructor
-from mpreader.s3 import S3Client
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

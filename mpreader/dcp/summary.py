@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mpreader.ranges import Part
-
 __all__ = ["CheckpointSummary", "FileRequests", "FileSummary", "ItemSummary", "LoadSummary", "TensorSummary"]
 
 
@@ -71,6 +69,26 @@ class ItemSummary:
 
 
 @dataclass(frozen=True, slots=True)
+class PlannedRequest:
+    """One GET.
+
+    Attributes:
+        start: First byte.
+        end: One past the last byte.
+        over_read: Number of its bytes that are in gaps between items.
+    """
+
+    start: int
+    end: int
+    over_read: int = 0
+
+    @property
+    def size(self) -> int:
+        """Number of bytes."""
+        return self.end - self.start
+
+
+@dataclass(frozen=True, slots=True)
 class FileRequests:
     """Requests of a load for one file.
 
@@ -90,7 +108,7 @@ class FileRequests:
     wanted_nbytes: int
     fetched_nbytes: int
     over_read_nbytes: int
-    parts: tuple[Part, ...]
+    parts: tuple[PlannedRequest, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,8 @@
-"""Range fetches for asyncio: the same pool, awaited instead of waited for."""
+"""Range fetcher for asyncio: the same pool as that of the plain fetcher, awaited instead of waited for.
+
+Plans are made in threads, since that may import boto3, start processes and ask servers for sizes. Bytes that have
+arrived wake the event loop from the coordinator's thread; no thread waits for them.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +14,15 @@ from collections.abc import AsyncGenerator, Collection, Mapping
 from typing import TYPE_CHECKING
 
 from mpreader.config import PoolConfig, S3ClientConfig
-from mpreader.fetch.engine import Ranges, deadline_of
-from mpreader.fetch.fetcher import DEFAULT_FETCH_GAP_SIZE, RangeFetcher
-from mpreader.fetch.plan import StreamOrder
-from mpreader.fetch.stream import Collected, Filled, Order, in_order_async, members_of
+from mpreader.fetch.arguments import DEFAULT_FETCH_GAP_SIZE, DEFAULT_STREAM_ORDER, FetchOptions, Ranges, StreamOrder
+from mpreader.fetch.engine import Engine
+from mpreader.fetch.plan import FetchPlan
+from mpreader.fetch.result import result_of
+from mpreader.fetch.stream import Piece, PieceSequence
 from mpreader.pool.source import ObjectVersion
 from mpreader.pool.stats import PoolStats
-from mpreader.pool.transfer import REDRAW_S, Transfer
+from mpreader.pool.transfer import LOOK_S, Transfer
+from mpreader.telemetry.progress import Progress
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -27,12 +33,13 @@ __all__ = ["AsyncRangeFetcher"]
 class AsyncRangeFetcher:
     """:class:`~mpreader.RangeFetcher` for asyncio: the same methods, to be awaited, and streams for ``async for``.
 
-    Any number of calls may be under way at one time. A call that is cancelled stops its downloads.
+    Arguments and errors are described at :class:`~mpreader.RangeFetcher`. Any number of calls may be under way at one
+    time. A call that is cancelled stops its downloads.
 
     Args:
-        s3client_config: How S3 is reached. None: the defaults and the usual ``AWS_*`` environment.
-        pool_config: Settings of the worker pool. None: the defaults.
-        progress: Whether calls that take long show a progress bar; as for :class:`~mpreader.RangeFetcher`.
+        s3client_config: As for :class:`~mpreader.RangeFetcher`.
+        pool_config: As for :class:`~mpreader.RangeFetcher`.
+        progress: As for :class:`~mpreader.RangeFetcher`.
 
     Raises:
         ConfigError: A setting is wrong, or the host has too little memory.
@@ -46,8 +53,7 @@ class AsyncRangeFetcher:
         *,
         progress: bool | None = False,
     ) -> None:
-        self._fetcher = RangeFetcher(s3client_config, pool_config, progress=progress)
-        self._engine = self._fetcher._engine
+        self._engine = Engine(s3client_config, pool_config, progress=progress)
 
     async def fetch(
         self,
@@ -72,23 +78,20 @@ class AsyncRangeFetcher:
         timeout_s: float | None = None,
     ) -> dict[str, list[memoryview]]:
         """Fetch ranges of several objects at once; see :meth:`mpreader.RangeFetcher.fetch_many`."""
-        deadline = deadline_of(timeout_s)
-        # Plans are made in threads: that may import boto3, start processes and ask servers for sizes.
-        order = await asyncio.to_thread(
-            self._engine.plan_fetch, ranges_by_source, max_gap_size, deadline, has_room=out is not None
-        )
-        result = Collected(order) if out is None else Filled(order, out)
-        async with contextlib.aclosing(self._take(order, "completion", deadline)) as pieces:
+        options = FetchOptions(max_gap_size=max_gap_size, timeout_s=timeout_s)
+        plan = await asyncio.to_thread(self._engine.plan_fetch, ranges_by_source, options, has_room=out is not None)
+        result = result_of(plan, out)
+        async with contextlib.aclosing(self._pieces(plan, options)) as pieces:
             async for piece in pieces:
                 result.put(*piece)
-        return dict(zip(order.uris, result.views, strict=True))
+        return result.views_by_uri()
 
     async def stream(
         self,
         source: str,
         ranges: Ranges,
         *,
-        order: StreamOrder = "offset",
+        order: StreamOrder = DEFAULT_STREAM_ORDER,
         max_gap_size: float = DEFAULT_FETCH_GAP_SIZE,
         timeout_s: float | None = None,
     ) -> AsyncGenerator[tuple[int, memoryview], None]:
@@ -100,41 +103,40 @@ class AsyncRangeFetcher:
         async with contextlib.aclosing(many) as pieces:
             async for _, index, view in pieces:
                 yield index, view
-                del view
+                del view  # or it would keep its memory while the next one is waited for
 
     async def stream_many(
         self,
         ranges_by_source: Mapping[str, Ranges],
         *,
-        order: StreamOrder = "offset",
+        order: StreamOrder = DEFAULT_STREAM_ORDER,
         max_gap_size: float = DEFAULT_FETCH_GAP_SIZE,
         timeout_s: float | None = None,
     ) -> AsyncGenerator[tuple[str, int, memoryview], None]:
         """Fetch ranges of several objects one after the other; see :meth:`mpreader.RangeFetcher.stream_many`."""
-        deadline = deadline_of(timeout_s)
-        planned = await asyncio.to_thread(self._engine.plan_stream, ranges_by_source, max_gap_size, order, deadline)
-        taken = self._take(planned, order, deadline)
-        async with contextlib.aclosing(taken), contextlib.aclosing(in_order_async(planned, order, taken)) as pieces:
-            async for number, index, view in pieces:
-                yield planned.uris[number], index, view
-                del view
+        options = FetchOptions(order=order, max_gap_size=max_gap_size, timeout_s=timeout_s)
+        plan = await asyncio.to_thread(self._engine.plan_stream, ranges_by_source, options)
+        async with contextlib.aclosing(self._pieces(plan, options)) as pieces:
+            async for source_index, index, view in pieces:
+                yield plan.uris[source_index], index, view
+                del view  # or it would keep its memory while the next one is waited for
 
     async def fetch_object(self, source: str, *, out: object = None, timeout_s: float | None = None) -> memoryview:
-        """Fetch a whole object into one piece of memory; see :meth:`fetch`."""
+        """Fetch a whole object into one piece of memory; see :meth:`mpreader.RangeFetcher.fetch_object`."""
         return (await self.fetch(source, None, out=out, timeout_s=timeout_s))[0]
 
     async def stat(self, source: str, *, timeout_s: float | None = None) -> ObjectVersion:
         """Ask for the size and the ETag of an object; see :meth:`mpreader.RangeFetcher.stat`."""
-        return await asyncio.to_thread(self._fetcher.stat, source, timeout_s=timeout_s)
+        return await asyncio.to_thread(self._engine.stat, source, FetchOptions(timeout_s=timeout_s))
 
     @property
     def stats(self) -> PoolStats:
-        """What the workers have done so far."""
-        return self._fetcher.stats
+        """Bytes, requests, retries and seconds of the workers so far, and each worker's share."""
+        return self._engine.pool.stats()
 
     async def close(self) -> None:
         """End the workers and wait until they are gone. Views that were handed out stay valid. Idempotent."""
-        await asyncio.to_thread(self._fetcher.close)
+        await asyncio.to_thread(self._engine.close)
 
     async def __aenter__(self) -> Self:
         return self
@@ -143,50 +145,53 @@ class AsyncRangeFetcher:
         await self.close()
 
     def __repr__(self) -> str:
-        return f"Async{self._fetcher!r}"
+        return f"AsyncRangeFetcher({self._engine.pool!r})"
 
-    async def _take(
-        self, order: Order, stream_order: StreamOrder, deadline: float
-    ) -> AsyncGenerator[tuple[int, int, memoryview], None]:
-        if not order.batches:
-            return
-        loop = asyncio.get_running_loop()
-        arrived = asyncio.Event()
-        await asyncio.to_thread(self._engine.pool.start)  # starts processes, where there are none
-        transfer = self._engine.begin(order)
-        transfer.on_arrival = lambda: _wake(loop, arrived)
-        try:
-            remaining = dict.fromkeys(range(len(order.batches)))
-            for number in range(len(order.batches)):
-                wanted: Collection[int] = remaining if stream_order == "completion" else (number,)
-                taken, slot_view = await _take_first(transfer, wanted, arrived, deadline)
-                del remaining[taken]
-                for piece in members_of(order.batches[taken], slot_view):
-                    yield piece
-                    del piece
-                del slot_view  # or it would keep the slot while the next one is waited for
-        finally:
-            transfer.close()
+    async def _pieces(self, plan: FetchPlan, options: FetchOptions) -> AsyncGenerator[Piece, None]:
+        sequence = PieceSequence(plan, options.order)
+        for piece in sequence.first():
+            yield piece
+        if plan.batches:
+            await asyncio.to_thread(self._engine.pool.start)  # starts processes, if there are none
+            transfer = self._engine.begin(plan)
+            try:
+                with self._engine.progress_of(transfer) as progress:
+                    while sequence.wanted:
+                        taken = await _take_first(transfer, sequence.wanted, options.deadline, progress)
+                        pieces = sequence.pieces_of(*taken)
+                        del taken  # or it would keep its slot while the next one is waited for
+                        for piece in pieces:
+                            yield piece
+                            del piece
+            finally:
+                transfer.close()
+        for piece in sequence.last():
+            yield piece
 
 
 async def _take_first(
-    transfer: Transfer, wanted: Collection[int], arrived: asyncio.Event, deadline: float
+    transfer: Transfer, wanted: Collection[int], deadline: float, progress: Progress
 ) -> tuple[int, memoryview]:
-    while True:
-        arrived.clear()  # before the look: what arrives after it sets it again
-        taken = transfer.try_take_first(wanted)
-        if taken is not None:
-            return taken
-        left_s = deadline - time.monotonic()
-        wait_s = min(left_s, REDRAW_S) if transfer.progress.is_shown else left_s
-        try:
-            await asyncio.wait_for(arrived.wait(), None if wait_s == math.inf else max(0.0, wait_s))
-        except asyncio.TimeoutError:  # another class before Python 3.11
-            transfer.show_progress()
-            if time.monotonic() >= deadline:
-                raise transfer.late(wanted) from None
+    """Await what :meth:`Transfer.take_first` waits for. If this is cancelled, the transfer waits for it no more."""
+    loop = asyncio.get_running_loop()
+    done = asyncio.Event()
+    take = transfer.begin_take(wanted, lambda: _wake(loop, done))
+    try:
+        while not take.is_done:
+            left_s = deadline - time.monotonic()
+            wait_s = min(left_s, LOOK_S) if progress.is_shown else left_s
+            try:
+                await asyncio.wait_for(done.wait(), None if wait_s == math.inf else max(0.0, wait_s))
+            except asyncio.TimeoutError:  # another class before Python 3.11
+                if time.monotonic() >= deadline:
+                    raise transfer.late(wanted) from None
+            progress.advance_to(transfer.received_bytes)
+        return transfer.result(take)
+    except BaseException:
+        transfer.cancel(take)
+        raise
 
 
-def _wake(loop: asyncio.AbstractEventLoop, arrived: asyncio.Event) -> None:
+def _wake(loop: asyncio.AbstractEventLoop, done: asyncio.Event) -> None:
     with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile: nobody waits any more
-        loop.call_soon_threadsafe(arrived.set)
+        loop.call_soon_threadsafe(done.set)

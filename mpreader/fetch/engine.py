@@ -1,153 +1,144 @@
-"""What fetchers are made of: a worker pool, an S3 client, and the planning of what is asked for."""
+"""Engine of the fetchers: the worker pool and the sources behind RangeFetcher and AsyncRangeFetcher.
+
+It turns the arguments of a call into a plan, and begins to read it. The fetchers take what arrives; nothing here waits
+for bytes.
+"""
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
-from mpreader.config import S3ClientConfig
-from mpreader.errors import ArenaExhausted, ConfigError
-from mpreader.fetch.plan import (
-    Batch,
-    RangeLike,
-    StreamOrder,
-    absolute,
-    check_order,
-    group_ranges,
-    is_relative,
-    pack,
-    to_item_ranges,
-)
-from mpreader.fetch.stream import Order
-from mpreader.pool.pool import Pool
+from mpreader.config import PoolConfig, S3ClientConfig
+from mpreader.errors import ArenaExhausted
+from mpreader.fetch.arguments import FetchOptions, Ranges, needs_size, to_item_ranges
+from mpreader.fetch.plan import Batch, FetchPlan, cut_into_pieces, plan_batches
+from mpreader.fetch.sources import Sources
+from mpreader.pool.pool import Pool, release_shared_pool, shared_pool
 from mpreader.pool.source import ObjectVersion, Source
 from mpreader.pool.transfer import Transfer
-from mpreader.ranges import ItemRange, check_max_gap
-from mpreader.sources.versions import pin
-from mpreader.telemetry.progress import progress_bar
+from mpreader.ranges import ItemRange
+from mpreader.sources.versions import PinnedSource, resolve_versions
+from mpreader.telemetry.progress import Progress, progress_bar
 
-if TYPE_CHECKING:
-    from mpreader.s3 import S3Client
-
-__all__ = ["Engine", "Ranges", "deadline_of"]
-
-Ranges = Iterable[RangeLike] | None
+__all__ = ["Engine"]
 
 
 class Engine:
-    """Plans and begins what :class:`~mpreader.RangeFetcher` and its like are asked for. Thread-safe.
+    """Plans and begins the calls of one fetcher. Thread-safe.
 
     Args:
-        pool: Its workers fetch.
-        s3client_config: How S3 is reached.
-        progress: Whether calls show a progress bar; see :func:`~mpreader.telemetry.progress.progress_bar`.
-        known: Sources to use for these URIs.
+        s3client_config: Settings of the S3 client and of its sources. None: the defaults.
+        pool_config: Settings of the worker pool. None: the defaults.
+        progress: Progress bars of calls: ``show`` of :func:`~mpreader.telemetry.progress.progress_bar`.
+        shares_pool: Use the process's shared pool, which stays warm when the engine is closed, and no pool of its own.
+        known: Sources to use for these names; see :class:`Sources`.
+
+    Attributes:
+        pool: The pool whose workers fetch.
+        sources: The sources, and the S3 client.
+
+    Raises:
+        ConfigError: A setting is wrong, or the host has too little memory.
+        TypeError: A configuration is something else.
     """
 
     def __init__(
         self,
-        pool: Pool,
-        s3client_config: S3ClientConfig,
+        s3client_config: S3ClientConfig | None,
+        pool_config: PoolConfig | None,
         *,
         progress: bool | None = False,
+        shares_pool: bool = False,
         known: Mapping[str, Source] | None = None,
     ) -> None:
-        self.pool = pool
-        self._s3client_config = s3client_config
+        self.pool = (shared_pool if shares_pool else Pool)(pool_config, s3client_config)
+        # Workers start while boto3 is imported and a client is made.
+        self.sources = Sources(s3client_config or S3ClientConfig(), known, on_client_needed=self.pool.start)
         self._progress = progress
-        self._known = known or {}
-        self._client: S3Client | None = None
+        self._shares_pool = shares_pool
 
-    def client(self) -> S3Client:
-        """The S3 client, made when it is first needed."""
-        client = self._client
-        if client is None:
-            from mpreader.s3 import S3Client
+    def close(self) -> None:
+        """End the pool and its workers and close connections, or leave the shared pool as it is."""
+        if self._shares_pool:
+            release_shared_pool(self.pool, keep_warm=True)
+        else:
+            self.pool.close()
+            self.sources.close()
 
-            # Without a lock, which a fork could leave closed: two of them would share a session all the same.
-            client = self._client = S3Client(s3client_config=self._s3client_config)
-        return client
-
-    def close_client(self) -> None:
-        """Close the connections of the S3 client."""
-        if self._client is not None:
-            self._client.close()
-
-    def stat(self, uri: str, deadline: float) -> ObjectVersion:
+    def stat(self, uri: str, options: FetchOptions) -> ObjectVersion:
         """Ask for the version of an object."""
-        return pin([self._source(uri)], deadline, lambda: self.pool.is_closed)[0].version
+        return self._resolve([self.sources.source(uri)], options)[0].version
 
-    def plan_fetch(
-        self, ranges_by_source: Mapping[str, Ranges], max_gap_size: float, deadline: float, *, has_room: bool
-    ) -> Order:
-        """Plan what is held at one time, or, where the caller ``has_room`` for it, is copied there piece by piece.
+    def plan_fetch(self, ranges_by_source: Mapping[str, Ranges], options: FetchOptions, *, has_room: bool) -> FetchPlan:
+        """Plan a fetch, whose ranges are all held at one time.
+
+        Args:
+            ranges_by_source: Ranges by URI.
+            options: Options of the call.
+            has_room: The caller has memory for the ranges, into which they are copied piece by piece.
 
         Raises:
-            ArenaExhausted: It can't be held.
+            ArenaExhausted: The ranges are to be held in shared memory, and are more than it may have.
         """
-        order = self._plan(ranges_by_source, max_gap_size, "completion", deadline, cuts=has_room)
+        plan = self._plan(ranges_by_source, options, cuts_ranges=has_room)
         if not has_room:
-            self._check_bytes(sum(batch.fill.nbytes for batch in order.batches))
-        return order
+            self._check_bytes(plan.slot_bytes)
+        return plan
 
-    def plan_stream(
-        self, ranges_by_source: Mapping[str, Ranges], max_gap_size: float, order: StreamOrder, deadline: float
-    ) -> Order:
-        """Plan what is taken range by range.
+    def plan_stream(self, ranges_by_source: Mapping[str, Ranges], options: FetchOptions) -> FetchPlan:
+        """Plan a stream, whose ranges are taken one after the other.
 
         Raises:
-            ArenaExhausted: A range can't be held.
+            ArenaExhausted: A range is larger than shared memory may be.
         """
-        planned = self._plan(ranges_by_source, max_gap_size, order, deadline)
-        self._check_bytes(max((item_range.size for ranges in planned.ranges for item_range in ranges), default=0))
-        return planned
+        plan = self._plan(ranges_by_source, options)
+        self._check_bytes(plan.largest_range_bytes)
+        return plan
 
-    def begin(self, order: Order) -> Transfer:
+    def begin(self, plan: FetchPlan) -> Transfer:
         """Begin to fetch; the caller closes the transfer."""
-        transfer = self.pool.read([batch.fill for batch in order.batches])
-        nbytes = sum(fill.nbytes for fill in transfer.fills)
-        transfer.progress = progress_bar(nbytes, "fetch", show=self._progress)
-        return transfer
+        return self.pool.read(plan.sources, [batch.slot_read for batch in plan.batches])
+
+    def progress_of(self, transfer: Transfer) -> Progress:
+        """Begin a progress bar for a transfer, if one is wanted; the caller closes it."""
+        return progress_bar(transfer.nbytes, "fetch", show=self._progress)
 
     def _plan(
-        self,
-        ranges_by_source: Mapping[str, Ranges],
-        max_gap_size: float,
-        stream_order: StreamOrder,
-        deadline: float,
-        *,
-        cuts: bool = False,
-    ) -> Order:
-        check_max_gap(max_gap_size)
-        check_order(stream_order)
-        wanted = {uri: None if ranges is None else list(ranges) for uri, ranges in ranges_by_source.items()}
-        sources, item_ranges = self._resolve(wanted, deadline)
+        self, ranges_by_source: Mapping[str, Ranges], options: FetchOptions, *, cuts_ranges: bool = False
+    ) -> FetchPlan:
+        sources, ranges_of = self._with_sizes(ranges_by_source, options)
         sizes = self.pool.sizes
         batches: list[Batch] = []
-        owners = []
-        for number, (source, ranges) in enumerate(zip(sources, item_ranges, strict=True)):
-            pieces, owner = _cut(ranges, sizes.part_bytes) if cuts else (ranges, [])
-            groups = group_ranges(pieces, max_gap_size, stream_order)
-            batches.extend(pack(number, source, groups, sizes.part_bytes, sizes.block_bytes))
-            owners.append(owner)
-        return Order(list(wanted), item_ranges, batches, owners)
+        origins = []
+        for source_index, ranges in enumerate(ranges_of):
+            pieces, origins_of_pieces = cut_into_pieces(ranges, sizes.part_bytes) if cuts_ranges else (ranges, [])
+            batches += plan_batches(
+                source_index,
+                pieces,
+                order=options.order,
+                max_gap_bytes=options.max_gap_size,
+                part_bytes=sizes.part_bytes,
+                slot_bytes=sizes.block_bytes,
+            )
+            origins.append(origins_of_pieces)
+        return FetchPlan(list(ranges_by_source), sources, ranges_of, batches, origins)
 
-    def _resolve(
-        self, wanted: Mapping[str, list[RangeLike] | None], deadline: float
+    def _with_sizes(
+        self, ranges_by_source: Mapping[str, Ranges], options: FetchOptions
     ) -> tuple[list[Source], list[list[ItemRange]]]:
-        """The sources, and their ranges from the first byte; asks for sizes where some are meant from the end."""
-        sources: list[Source] = [self._source(uri) for uri in wanted]
-        relative = [number for number, ranges in enumerate(wanted.values()) if is_relative(ranges)]
-        sizes = {}
-        pinned = pin([sources[number] for number in relative], deadline, lambda: self.pool.is_closed)
-        for number, source in zip(relative, pinned, strict=True):
-            sources[number], sizes[number] = source, source.version.size
-        return sources, [
-            to_item_ranges(absolute(ranges, sizes[number]) if number in sizes else ranges or ())
-            for number, ranges in enumerate(wanted.values())
-        ]
+        """Return the sources with their ranges; asks for the sizes of those whose ranges are meant from the end."""
+        # Lists: ranges may come from an iterator, which can be gone through only once.
+        wanted = [None if ranges is None else list(ranges) for ranges in ranges_by_source.values()]
+        sources: list[Source] = [self.sources.source(uri) for uri in ranges_by_source]
+        sizes: list[int | None] = [None] * len(sources)
+        unsized = [index for index, ranges in enumerate(wanted) if needs_size(ranges)]
+        for index, pinned in zip(unsized, self._resolve([sources[i] for i in unsized], options), strict=True):
+            # The bytes must be of the version that had this size.
+            sources[index], sizes[index] = pinned, pinned.version.size
+        return sources, [to_item_ranges(ranges, size) for ranges, size in zip(wanted, sizes, strict=True)]
+
+    def _resolve(self, sources: list[Source], options: FetchOptions) -> list[PinnedSource]:
+        return resolve_versions(sources, options.deadline, lambda: self.pool.is_closed)
 
     def _check_bytes(self, wanted: int) -> None:
         if wanted > self.pool.sizes.max_bytes:
@@ -155,43 +146,3 @@ class Engine:
                 f"{wanted} bytes are asked for at one time, {self.pool.sizes.max_bytes} may be held: use stream() "
                 "with smaller ranges, or raise PoolConfig.max_memory (MPREADER_MAX_MEMORY)"
             )
-
-    def _source(self, uri: str) -> Source:
-        if uri in self._known:
-            return self._known[uri]
-        if not isinstance(uri, str):
-            raise ConfigError(f"a source is text such as s3://bucket/key or https://host/path, got {uri!r}")
-        if uri.startswith("s3://"):
-            self.pool.start()  # while boto3 is imported and a client made
-            from mpreader.s3 import S3Source, parse_s3_uri
-
-            bucket, key = parse_s3_uri(uri)
-            if not key:
-                raise ConfigError(f"{uri!r} names a bucket, not an object in it; write s3://bucket/key")
-            return S3Source(self.client(), bucket, key)
-        from mpreader.sources.http import HttpSource
-
-        return HttpSource(uri, max_attempts=self._s3client_config.max_attempts)
-
-
-def deadline_of(timeout_s: float | None) -> float:
-    """When a call's time is up, by the monotonic clock.
-
-    Raises:
-        ConfigError: ``timeout_s`` is no number above 0.
-    """
-    if timeout_s is None:
-        return math.inf
-    if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not timeout_s > 0:
-        raise ConfigError(f"timeout_s is a number of seconds above 0, or None, got {timeout_s!r}")
-    return time.monotonic() + timeout_s
-
-
-def _cut(ranges: Sequence[ItemRange], size: int) -> tuple[list[ItemRange], list[tuple[int, int]]]:
-    """Pieces of at most ``size`` bytes, and for each the index of its range and its offset in it."""
-    pieces, owners = [], []
-    for index, item_range in enumerate(ranges):
-        for start in range(item_range.start, item_range.end, size):
-            pieces.append(ItemRange(start, min(start + size, item_range.end)))
-            owners.append((index, start - item_range.start))
-    return pieces, owners

@@ -1,68 +1,66 @@
-"""Ranges that were planned, as they come from the pool: as a stream, or into the caller's own buffers."""
+"""Streams of ranges: iterators over the ranges of a plan, as they come from the pool.
+
+:class:`RangeStream` is what callers of ``stream`` hold; a fetch reads by one, too. :class:`PieceSequence` decides
+what is taken next, for asyncio as well. Nothing is planned here.
+"""
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator, Mapping
-from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+from collections.abc import Callable, Collection, Iterator
+from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
-from mpreader.errors import PlanError
-from mpreader.fetch.buffers import targets_of
-from mpreader.fetch.plan import Batch, StreamOrder
-from mpreader.ranges import ItemRange
+from mpreader.fetch.arguments import FetchOptions, StreamOrder
+from mpreader.fetch.engine import Engine
+from mpreader.fetch.plan import FetchPlan
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from mpreader.fetch.engine import Engine
     from mpreader.pool.transfer import Transfer
 
-__all__ = ["Collected", "Filled", "Order", "RangeStream", "in_order", "in_order_async", "members_of"]
+__all__ = ["Piece", "PieceSequence", "RangeStream"]
 
-Piece = TypeVar("Piece")
+Made = TypeVar("Made")
+Piece = tuple[int, int, memoryview]  # source index, position of the range, its bytes
 
-
-class Order(NamedTuple):
-    """What a call asks for: ranges of each source, planned.
-
-    ``owners`` says, where ranges were cut into pieces, of which range a piece is, and at which offset in it.
-    """
-
-    uris: list[str]
-    ranges: list[list[ItemRange]]
-    batches: list[Batch]
-    owners: list[list[tuple[int, int]]]
+_NO_BYTES: Final = memoryview(b"")
 
 
-class RangeStream(Generic[Piece]):
-    """Ranges as they come; made by :meth:`RangeFetcher.stream`. Thread-safe: several threads may share one.
+class RangeStream(Generic[Made]):
+    """Iterator over ranges, and a context manager. Thread-safe: threads that share it get each range once.
 
-    An iterator and a context manager.
+    Made by :meth:`mpreader.RangeFetcher.stream`. Downloads begin when the first range is asked for, and end with the
+    last one, with ``close()``, at an error, or when the stream is dropped.
+
+    Args:
+        engine: Engine of the fetcher.
+        plan: Plan of the call.
+        options: Options of the call.
+        make: Makes the item that is handed out of a source index, the position of a range, and its bytes.
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        order: Order,
-        stream_order: StreamOrder,
-        deadline: float,
-        make: Callable[[int, int, memoryview], Piece],
+        self, engine: Engine, plan: FetchPlan, options: FetchOptions, make: Callable[[int, int, memoryview], Made]
     ) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # guards _pieces: a generator can't be advanced by two threads at one time
         self._is_closed = False
-        # Not of this object: a stream that is dropped must end at once, so it can't be part of a cycle.
-        self._reading = _Reading(engine, order, stream_order, deadline)
-        self._pieces = (make(*piece) for piece in in_order(order, stream_order, self._reading.pieces()))
+        # Generators of another object, not of this one: a stream that is dropped must end at once, and would not if it
+        # and its generators referred to each other.
+        self._reading = _Reading(engine, plan, options)
+        # Not a loop: its variable would keep the last piece, and so its slot, while the next one is waited for.
+        self._pieces = itertools.starmap(make, self._reading.pieces())
 
     def close(self) -> None:
-        """End it: downloads stop, and whoever waits for a range gets ``PoolClosed``. Idempotent."""
+        """Stop the downloads; threads that wait for a range get ``PoolClosed``. From any thread; idempotent."""
         self._is_closed = True
         self._reading.close()
 
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> Piece:
+    def __next__(self) -> Made:
         if self._is_closed:
             raise StopIteration
         with self._lock:
@@ -79,35 +77,35 @@ class RangeStream(Generic[Piece]):
         self.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "_reading"):
+        if hasattr(self, "_reading"):  # not where __init__ failed
             self.close()
 
 
 class _Reading:
-    """The transfer behind a stream; begun when the first piece is asked for."""
+    """Transfer behind a stream; begun when the first piece is asked for."""
 
-    def __init__(self, engine: Engine, order: Order, stream_order: StreamOrder, deadline: float) -> None:
+    def __init__(self, engine: Engine, plan: FetchPlan, options: FetchOptions) -> None:
         self._engine = engine
-        self._order = order
-        self._stream_order = stream_order
-        self._deadline = deadline
+        self._plan = plan
+        self._sequence = PieceSequence(plan, options.order)
+        self._deadline = options.deadline
         self._transfer: Transfer | None = None
         self._is_closed = False
 
-    def pieces(self) -> Iterator[tuple[int, int, memoryview]]:
-        batches = self._order.batches
-        if not batches:
-            return
-        transfer = self._transfer = self._engine.begin(self._order)
-        if self._is_closed:  # by another thread, just now
-            transfer.close()
-        remaining = dict.fromkeys(range(len(batches)))
-        for number in range(len(batches)):
-            wanted: Collection[int] = remaining if self._stream_order == "completion" else (number,)
-            taken, slot_view = transfer.take_first(wanted, self._deadline)
-            del remaining[taken]
-            yield from members_of(batches[taken], slot_view)
-            del slot_view  # or it would keep the slot while the next one is waited for
+    def pieces(self) -> Iterator[Piece]:
+        sequence = self._sequence
+        yield from sequence.first()
+        if self._plan.batches:
+            transfer = self._transfer = self._engine.begin(self._plan)
+            if self._is_closed:  # by another thread, just now
+                transfer.close()
+            with self._engine.progress_of(transfer) as progress:
+                on_wait = (lambda: progress.advance_to(transfer.received_bytes)) if progress.is_shown else None
+                while sequence.wanted:
+                    yield from sequence.pieces_of(*transfer.take_first(sequence.wanted, self._deadline, on_wait))
+                    if on_wait is not None:
+                        on_wait()
+        yield from sequence.last()
 
     def close(self) -> None:
         self._is_closed = True
@@ -115,105 +113,57 @@ class _Reading:
             self._transfer.close()
 
 
-class Collected:
-    """Views of shared memory, as they come.
+class PieceSequence:
+    """Order in which the pieces of a fetch come: the slot reads to take next, and the pieces that they hold.
 
-    Attributes:
-        views: One for each range, by source.
+    It does not wait: threads and event loops both drive it. A *piece* is the source index, the position of a range, and
+    its bytes. Empty ranges have no bytes to wait for: they come before all others, or in the order of the input at
+    their places.
+
+    Args:
+        plan: Plan of the call.
+        order: Order of the stream.
     """
 
-    def __init__(self, order: Order) -> None:
-        self.views = [[memoryview(b"")] * len(ranges) for ranges in order.ranges]
+    def __init__(self, plan: FetchPlan, order: StreamOrder) -> None:
+        self._plan = plan
+        self._order = order
+        self._remaining = dict.fromkeys(range(len(plan.batches)))
+        self._place = (0, 0)  # source index and position of the next piece, in the order of the input
 
-    def put(self, number: int, index: int, view: memoryview) -> None:
-        """Take one range."""
-        self.views[number][index] = view
+    @property
+    def wanted(self) -> Collection[int]:
+        """Indices of the slot reads any of which may be taken next; empty after the last one."""
+        if self._order == "completion" or not self._remaining:
+            return self._remaining
+        return (next(iter(self._remaining)),)
 
+    def first(self) -> Iterator[Piece]:
+        """Yield the pieces that come before all slots."""
+        if self._order != "input":
+            for source_index, ranges in enumerate(self._plan.ranges):
+                yield from ((source_index, index, _NO_BYTES) for index, each in enumerate(ranges) if not each.size)
 
-class Filled:
-    """The caller's own buffers, being filled.
+    def pieces_of(self, taken: int, slot_view: memoryview) -> Iterator[Piece]:
+        """Yield the pieces in a slot that was taken. The iterator holds the slot until it is exhausted, or dropped."""
+        del self._remaining[taken]
+        batch = self._plan.batches[taken]
+        for index, slot_offset, nbytes in batch.members:
+            if self._order == "input":
+                yield from self._empty_until((batch.source_index, index))
+            yield batch.source_index, index, slot_view[slot_offset : slot_offset + nbytes]
 
-    Attributes:
-        views: Of the buffers, one for each range, by source.
+    def last(self) -> Iterator[Piece]:
+        """Yield the pieces that come after all slots."""
+        if self._order == "input":
+            yield from self._empty_until((len(self._plan.ranges), 0))
 
-    Raises:
-        PlanError: A buffer is missing, or is of another size than its ranges.
-    """
-
-    def __init__(self, order: Order, out: Mapping[str, object]) -> None:
-        missing = [uri for uri in order.uris if uri not in out]
-        if missing:
-            raise PlanError(f"out has no entry for {missing[0]!r}")
-        self.views = [
-            targets_of(out[uri], [item_range.size for item_range in ranges])
-            for uri, ranges in zip(order.uris, order.ranges, strict=True)
-        ]
-        self._owners = order.owners
-
-    def put(self, number: int, index: int, view: memoryview) -> None:
-        """Copy one piece of one range; what is empty has none."""
-        if view.nbytes:
-            owner, offset = self._owners[number][index]
-            self.views[number][owner][offset : offset + len(view)] = view
-
-
-def in_order(
-    order: Order, stream_order: StreamOrder, pieces: Iterator[tuple[int, int, memoryview]]
-) -> Iterator[tuple[int, int, memoryview]]:
-    """The pieces, and the empty ranges: those come first, or at their place in the input."""
-    for number, index in _empty_ranges(order, stream_order):
-        yield number, index, memoryview(b"")
-    if stream_order != "input":
-        yield from pieces
-        return
-    place = (0, 0)
-    for number, index, view in pieces:
-        yield from _empty_between(order, place, (number, index))
-        yield number, index, view
-        del view  # or it would keep the slot while the next one is waited for
-        place = (number, index + 1)
-    yield from _empty_between(order, place, (len(order.ranges), 0))
-
-
-async def in_order_async(
-    order: Order, stream_order: StreamOrder, pieces: AsyncIterator[tuple[int, int, memoryview]]
-) -> AsyncGenerator[tuple[int, int, memoryview], None]:
-    """The same for asyncio."""
-    for number, index in _empty_ranges(order, stream_order):
-        yield number, index, memoryview(b"")
-    place = (0, 0)
-    async for number, index, view in pieces:
-        if stream_order == "input":
-            for empty in _empty_between(order, place, (number, index)):
-                yield empty
-        yield number, index, view
-        del view  # or it would keep the slot while the next one is waited for
-        place = (number, index + 1)
-    if stream_order == "input":
-        for empty in _empty_between(order, place, (len(order.ranges), 0)):
-            yield empty
-
-
-def _empty_ranges(order: Order, stream_order: StreamOrder) -> Iterator[tuple[int, int]]:
-    """(source, index) of the ranges that come before all others."""
-    if stream_order != "input":
-        for number, ranges in enumerate(order.ranges):
-            yield from ((number, index) for index, item_range in enumerate(ranges) if not item_range.size)
-
-
-def _empty_between(
-    order: Order, start: tuple[int, int], stop: tuple[int, int]
-) -> Iterator[tuple[int, int, memoryview]]:
-    number, index = start
-    while (number, index) < stop:
-        if index < len(order.ranges[number]):
-            yield number, index, memoryview(b"")
-            index += 1
-        else:
-            number, index = number + 1, 0
-
-
-def members_of(batch: Batch, slot_view: memoryview) -> Iterator[tuple[int, int, memoryview]]:
-    """The ranges of a batch: number of the source, index of the range, its bytes."""
-    for index, slot_offset, size in batch.members:
-        yield batch.order, index, slot_view[slot_offset : slot_offset + size]
+    def _empty_until(self, stop: tuple[int, int]) -> Iterator[Piece]:
+        source_index, index = self._place
+        while (source_index, index) < stop:
+            if index < len(self._plan.ranges[source_index]):
+                yield source_index, index, _NO_BYTES
+                index += 1
+            else:
+                source_index, index = source_index + 1, 0
+        self._place = (stop[0], stop[1] + 1)

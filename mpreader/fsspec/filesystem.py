@@ -1,7 +1,10 @@
-"""Objects for users of fsspec (pandas, pyarrow, zarr, dask, …), read through the worker pool; it only reads.
+"""File system for users of fsspec (pandas, pyarrow, zarr, dask, …), which reads through the worker pool.
 
 ``fsspec.open("mpreader://bucket/key")`` works by itself. ``fsspec.register_implementation("s3", RangeFileSystem,
 clobber=True)`` puts it in place of s3fs; ``"https"`` works, too.
+
+It gives fsspec's methods their arguments and results. Bytes are read by :mod:`mpreader.fsspec.slices`, names are listed
+by :mod:`mpreader.fsspec.listing`. It never writes to a store.
 """
 
 from __future__ import annotations
@@ -15,11 +18,12 @@ from dataclasses import replace
 from typing import Any, NoReturn
 
 from fsspec.callbacks import DEFAULT_CALLBACK
-from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
+from fsspec.spec import AbstractFileSystem
 from fsspec.utils import isfilelike, stringify_path, tokenize
 
 from mpreader.config import PoolConfig, S3ClientConfig, check_type
-from mpreader.fetch.fetcher import DEFAULT_FETCH_GAP_SIZE
+from mpreader.fetch.arguments import DEFAULT_FETCH_GAP_SIZE
+from mpreader.fsspec.file import RangeFile
 from mpreader.fsspec.listing import Info, describe, list_below, list_folder
 from mpreader.fsspec.slices import SliceReader, is_url
 from mpreader.pool.source import ObjectVersion
@@ -35,12 +39,12 @@ class RangeFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
     opened. Instances with equal settings share a pool of worker processes, which ends when it is idle.
 
     Args:
-        s3client_config: How S3 is reached. None: the defaults and the usual ``AWS_*`` environment.
+        s3client_config: Settings of the S3 client. None: the defaults and the usual ``AWS_*`` environment.
         pool_config: Settings of the worker pool. None: the defaults.
-        region: In place of ``s3client_config.region``.
-        endpoint_url: In place of ``s3client_config.endpoint_url``.
-        profile: In place of ``s3client_config.profile``.
-        anon: In place of ``s3client_config.unsigned``.
+        region: Replaces ``s3client_config.region``.
+        endpoint_url: Replaces ``s3client_config.endpoint_url``.
+        profile: Replaces ``s3client_config.profile``.
+        anon: Replaces ``s3client_config.unsigned``; fsspec's name for it.
 
     Raises:
         ConfigError: A setting is wrong.
@@ -94,7 +98,7 @@ class RangeFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
         Raises:
             ValueError: There are not as many starts or ends as paths.
             TypeError: ``paths`` is a single path, or a limit is no whole number.
-            MpreaderError: As for :meth:`mpreader.RangeFetcher.fetch`, if ``on_error`` is ``"raise"``.
+            MpreaderError: As for :class:`mpreader.RangeFetcher`, if ``on_error`` is ``"raise"``.
         """
         if isinstance(paths, (str, os.PathLike)):
             raise TypeError(f"paths is a list of paths, got {paths!r}")
@@ -102,16 +106,15 @@ class RangeFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
         wanted: dict[str, dict[int, slice]] = {}
         for index, (path, limits) in enumerate(zip(paths, slices, strict=True)):
             wanted.setdefault(self._strip_protocol(path), {})[index] = limits
-        gap = DEFAULT_FETCH_GAP_SIZE if max_gap is None else max_gap
-        read = self._reader.try_read_now if on_error == "return" else self._reader.read_now
-        contents = read(wanted, gap)
+        read = self._reader.try_read_current if on_error == "return" else self._reader.read_current
+        contents = read(wanted, DEFAULT_FETCH_GAP_SIZE if max_gap is None else max_gap)
         return [contents[index] for index in range(len(paths))]
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **_ignored: object) -> bytes:
         """Read bytes [start, end) of a file; limits are those of :meth:`cat_ranges`.
 
         Raises:
-            MpreaderError: As for :meth:`mpreader.RangeFetcher.fetch`.
+            MpreaderError: As for :class:`mpreader.RangeFetcher`.
         """
         content: bytes = self.cat_ranges([path], start, end, on_error="raise")[0]
         return content
@@ -120,24 +123,26 @@ class RangeFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
         """Read files, all at the same time.
 
         Args:
-            path: A path, one with wildcards, or a list of such.
-            recursive: Read all files below them.
-            on_error: ``"raise"``; ``"omit"``: leave out what can't be read; ``"return"``: give the error in its place.
-            limits: ``start`` and ``end`` of what is read of each file.
+            path: A path, a path with wildcards, or a list of paths.
+            recursive: Read all files below the paths.
+            on_error: ``"raise"``: the first error is raised. ``"omit"``: a file that can't be read is left out.
+                ``"return"``: an error takes the place of the bytes.
+            limits: ``start`` and ``end`` of the bytes to read of each file, as for :meth:`cat_file`.
 
         Returns:
             The file's bytes; where ``path`` means several files, a dict of them by their paths.
 
         Raises:
-            FileNotFoundError: There is none.
+            FileNotFoundError: There is no such file.
+            MpreaderError: As for :class:`mpreader.RangeFetcher`, if ``on_error`` is ``"raise"``.
         """
         paths = self.expand_path(path)
         if recursive:
             paths = sorted({name for root in paths for name in self.find(root)})
         if isinstance(path, str) and paths == [self._strip_protocol(path)]:
             return self.cat_file(path, **limits)
-        spares_errors = "raise" if on_error == "raise" else "return"
-        contents = self.cat_ranges(paths, limits.get("start"), limits.get("end"), on_error=spares_errors)
+        on_error_of_ranges = "raise" if on_error == "raise" else "return"
+        contents = self.cat_ranges(paths, limits.get("start"), limits.get("end"), on_error=on_error_of_ranges)
         return {
             name: content
             for name, content in zip(paths, contents, strict=True)
@@ -147,16 +152,16 @@ class RangeFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
     def get_file(
         self, rpath: str, lpath: Any = None, callback: Any = DEFAULT_CALLBACK, outfile: Any = None, **_ignored: object
     ) -> None:
-        """Copy a file to a local one, in bounded memory; a folder becomes an empty one.
+        """Copy a file to a local file, in bounded memory; a folder becomes an empty local folder.
 
         Args:
-            rpath: The file.
-            lpath: Path of the local file, or an open one. Folders are made as needed.
-            callback: Is told of the progress.
+            rpath: Path of the file.
+            lpath: Path of the local file, or an open file. Folders are made as needed.
+            callback: Callback of fsspec, which is told of the progress in bytes.
             outfile: An open file, in place of ``lpath``.
 
         Raises:
-            MpreaderError: As for :meth:`mpreader.RangeFetcher.fetch`.
+            MpreaderError: As for :class:`mpreader.RangeFetcher`.
             OSError: The local file can't be written.
         """
         outfile = lpath if outfile is None and isfilelike(lpath) else outfile
@@ -165,46 +170,65 @@ class RangeFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
             os.makedirs(lpath, exist_ok=True)
             return
         path, size = info["name"], info["size"]
-        version = ObjectVersion(size, info["ETag"])
+        file = self._reader.at_version(path, ObjectVersion(size, info["ETag"]))
         with ExitStack() as stack:
             if outfile is None:
                 os.makedirs(os.path.dirname(os.path.abspath(lpath)), exist_ok=True)
                 outfile = stack.enter_context(open(lpath, "wb"))
             callback.set_size(size)
-            fetcher = stack.enter_context(self._reader.fetcher({path: self._reader.pin(path, version)}))
+            fetcher = stack.enter_context(self._reader.fetcher({path: file}))
             parts = [(at, min(at + fetcher.part_size, size)) for at in range(0, size, fetcher.part_size)]
             for _, view in stack.enter_context(fetcher.stream(path, parts)):
                 outfile.write(view)
                 callback.relative_update(len(view))
                 del view  # or it would keep its memory while the next one is waited for
 
-    def _open(self, path: str, mode: str = "rb", block_size: int | None = None, **options: Any) -> RangeFile:
+    def _open(
+        self,
+        path: str,
+        mode: str = "rb",
+        block_size: int | None = None,
+        *,
+        size: int | None = None,
+        etag: str | None = None,
+        **options: Any,
+    ) -> RangeFile:
+        # fsspec calls it, with a size and an ETag where a file is unpickled: then that version is opened.
         if set(mode) & set("wax+"):
             self._refuse(path)
         if mode != "rb":
             raise ValueError(f"mode must be 'rb' or 'r', got {mode!r}")
-        return RangeFile(self, path, mode, block_size, **options)
+        details = None
+        if size is None or etag is None:
+            details = self._file_info(path)
+            size, etag = details["size"], details["ETag"] if etag is None else etag
+        version = ObjectVersion(size, etag)
+        return RangeFile(self, path, self._reader, version, details, mode=mode, block_size=block_size, **options)
 
     # -- names
 
     def info(self, path: str, **_ignored: object) -> Info:
-        """What is known of a file or folder: ``name``, ``type``, ``size``; of a file also ``ETag``, ``LastModified``.
+        """Describe a file or folder.
+
+        Returns:
+            ``name``, ``type`` (``"file"`` or ``"directory"``) and ``size`` in bytes; of a file also ``ETag`` and
+            ``LastModified``, in UTC, None where the service does not say.
 
         Raises:
-            FileNotFoundError: There is neither.
+            FileNotFoundError: There is no such file or folder.
             MpreaderError: The server refuses, or can't be asked.
         """
         path = self._strip_protocol(path)
         if not is_url(path):
             return describe(self._reader.client(), path)
-        version = self._reader.pin(path).version
+        version = self._reader.current(path).version
         return {"name": path, "size": version.size, "type": "file", "ETag": version.etag, "LastModified": None}
 
     def exists(self, path: str, **_ignored: object) -> bool:
-        """Whether there is such a file or folder.
+        """Return True if there is such a file or folder.
 
         Raises:
-            MpreaderError: The server refuses to say so, or can't be asked.
+            MpreaderError: The server refuses to say so, or can't be asked; a refusal is not taken for a no.
         """
         try:
             self.info(path)
@@ -217,7 +241,7 @@ class RangeFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
 
         Args:
             path: The folder, or a bucket.
-            detail: Give what :meth:`info` does. False: only names.
+            detail: Return the descriptions that :meth:`info` gives. False: only names.
 
         Raises:
             FileNotFoundError: There is no such file or folder.
@@ -235,10 +259,10 @@ class RangeFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
 
         Args:
             path: The folder, or a bucket.
-            maxdepth: How deep to go. None: without limit, which takes the fewest requests.
+            maxdepth: Levels of folders to go down. None: without limit, which takes the fewest requests.
             withdirs: List folders, too.
-            detail: Give a dict of what :meth:`info` gives, by names. False: a list of names.
-            options: What fsspec's ``find`` takes besides.
+            detail: Return a dict of the descriptions that :meth:`info` gives, by name. False: a list of names.
+            options: Further arguments of fsspec's ``find``.
 
         Raises:
             ConfigError: No bucket is named.
@@ -246,18 +270,18 @@ class RangeFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
         """
         path = self._strip_protocol(path)
         if maxdepth is not None and not is_url(path):
-            return super().find(path, maxdepth, withdirs, detail, **options)
+            return super().find(path, maxdepth, withdirs, detail, **options)  # a request for each folder
         try:
             found = [] if is_url(path) else [*list_below(self._reader.client(), path)]
-            if not found and "/" in path:
+            if not found and "/" in path:  # a file, perhaps; without a slash it is a bucket
                 found = [self.info(path)]
         except FileNotFoundError:
-            found = []
+            found = []  # as fsspec does: there is nothing below what is not there
         infos = {info["name"]: info for info in found if withdirs or info["type"] == "file"}
         return {name: infos[name] for name in sorted(infos)} if detail else sorted(infos)
 
     def glob(self, path: str, maxdepth: int | None = None, **options: Any) -> Any:
-        """Find files by a pattern, as fsspec does; the ``?`` of a URL is none.
+        """Find files by a pattern, as fsspec does; a URL is never one, though it may have a ``?``.
 
         Raises:
             MpreaderError: As for :meth:`find`.
@@ -266,18 +290,18 @@ class RangeFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
         return self.find(url, **options) if is_url(url) else super().glob(path, maxdepth, **options)
 
     def checksum(self, path: str) -> int:
-        """A number that is another one when the file has changed, made of its ETag."""
+        """Return a version token of a file as a number: it differs whenever the ETag differs."""
         return int(self.ukey(path), 16)
 
     def ukey(self, path: str) -> str:
-        """A text that is another one when the file has changed, made of its ETag."""
+        """Return a version token of a file as text: it differs whenever the ETag differs."""
         return str(tokenize(self._file_info(path)["ETag"]))
 
     def modified(self, path: str) -> datetime.datetime:
-        """When the file was written, in UTC.
+        """Return the moment at which a file was written, in UTC.
 
         Raises:
-            OSError: It is a folder, or the service does not say.
+            OSError: It is a folder, or the service does not tell the moment.
         """
         moment: datetime.datetime | None = self._file_info(path)["LastModified"]
         if moment is None:
@@ -290,7 +314,7 @@ class RangeFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
         """Close connections, and end the workers once nobody uses them; a later use starts anew. Idempotent."""
         self._reader.close()
 
-    # -- what it does not do
+    # -- writing, which is refused
 
     def _refuse(self, path: Any = None, *_: object, **__: object) -> NoReturn:
         raise OSError(errno.EROFS, "mpreader's file system only reads", str(path))
@@ -302,6 +326,7 @@ class RangeFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
 
     @classmethod
     def _strip_protocol(cls, path: Any) -> Any:
+        # fsspec calls it for every path: of mpreader:// and s3:// the rest remains, a URL remains as it is.
         if isinstance(path, list):
             return [cls._strip_protocol(each) for each in path]
         path = stringify_path(path)
@@ -313,29 +338,6 @@ class RangeFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
         if info["type"] == "directory":
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
         return info
-
-
-class RangeFile(AbstractBufferedFile):  # type: ignore[misc]  # fsspec has no types
-    """A file that was opened for reading, buffered by one of fsspec's caches.
-
-    Args:
-        fs: Its file system.
-        path: Its path.
-        etag: ETag of the version to read. None: that of now.
-        options: What fsspec's ``AbstractBufferedFile`` takes.
-    """
-
-    def __init__(self, fs: RangeFileSystem, path: str, *options: Any, etag: str | None = None, **named: Any) -> None:
-        if etag is None:
-            self._details = fs._file_info(path)
-            etag, named["size"] = self._details["ETag"], self._details["size"]
-        # fsspec gives it to a copy of the file, too, in another process perhaps.
-        super().__init__(fs, path, *options, etag=etag, **named)
-
-    def _fetch_range(self, start: int, end: int) -> bytes:
-        reader: SliceReader = self.fs._reader
-        source = reader.pin(self.path, ObjectVersion(self.size, self.kwargs["etag"]))
-        return reader.read({self.path: source}, {self.path: {0: slice(start, end)}}, 0)[0]
 
 
 def _for_each(paths: Sequence[str], limits: int | Iterable[int | None] | None) -> list[int | None]:

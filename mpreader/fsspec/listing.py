@@ -1,6 +1,7 @@
-"""What there is in S3, told as fsspec tells it: files, and the folders that their names make.
+"""Listings of S3 in fsspec's form: files, and the folders that the slashes in their names make.
 
-A path is ``bucket/key``, without a slash at its end.
+Used by :mod:`mpreader.fsspec.filesystem` only. A path is ``bucket/key``, without a slash at its end. Keys that end with
+a slash are how some programs mark an empty folder; they are listed as folders, never as files.
 """
 
 from __future__ import annotations
@@ -12,17 +13,19 @@ from typing import TYPE_CHECKING, Any
 from mpreader.errors import ConfigError, ObjectMissing
 
 if TYPE_CHECKING:
-    from mpreader.s3 import ObjectInfo, S3Client
+    from mpreader.s3 import BaseS3Client, ObjectInfo
 
 __all__ = ["Info", "describe", "list_below", "list_folder"]
 
 Info = dict[str, Any]
 
 
-def describe(client: S3Client, path: str) -> Info:
-    """What is known of a file, else of a folder of that name: ``name``, ``type``, ``size``.
+def describe(client: BaseS3Client, path: str) -> Info:
+    """Describe a file or, where there is none of that name, a folder.
 
-    Of a file also ``ETag``, ``LastModified`` (in UTC; None where the service does not say) and ``StorageClass``.
+    Returns:
+        ``name``, ``type`` (``"file"`` or ``"directory"``) and ``size`` in bytes; of a file also ``ETag``,
+        ``LastModified`` (in UTC; None where the service does not say) and ``StorageClass``.
 
     Raises:
         ObjectMissing: There is neither.
@@ -36,14 +39,15 @@ def describe(client: S3Client, path: str) -> Info:
     try:
         return _file(bucket, client.head_object(bucket, key))
     except ObjectMissing:
+        # S3 knows no folders: one is there if a key begins with its name and a slash.
         page = next(client.list_objects(bucket, f"{key}/", max_keys=1))
         if not page.object_info:
             raise
         return _folder(path)
 
 
-def list_folder(client: S3Client, path: str) -> list[Info]:
-    """The files and folders in a folder, by name; of a file, itself.
+def list_folder(client: BaseS3Client, path: str) -> list[Info]:
+    """List the files and folders in a folder, sorted by name; a file is all that is listed of itself.
 
     Raises:
         ObjectMissing: There is no such file or folder.
@@ -52,7 +56,7 @@ def list_folder(client: S3Client, path: str) -> list[Info]:
     """
     bucket, prefix = _prefix(path)
     infos: list[Info] = []
-    is_folder = not prefix
+    is_folder = not prefix  # a bucket is a folder, even without objects
     for page in client.list_objects(bucket, prefix, "/"):
         is_folder |= bool(page.object_info or page.common_prefixes)
         infos += (_file(bucket, listed) for listed in page.object_info if not listed.key.endswith("/"))
@@ -62,8 +66,8 @@ def list_folder(client: S3Client, path: str) -> list[Info]:
     return sorted(infos, key=lambda info: str(info["name"]))
 
 
-def list_below(client: S3Client, path: str) -> Iterator[Info]:
-    """The files and folders below a folder, at any depth, the folder included; nothing where there is none.
+def list_below(client: BaseS3Client, path: str) -> Iterator[Info]:
+    """List the files and folders below a folder, at any depth, the folder included; nothing where there is none.
 
     Raises:
         ConfigError: No bucket is named.
@@ -74,6 +78,7 @@ def list_below(client: S3Client, path: str) -> Iterator[Info]:
     for page in client.list_objects(bucket, prefix):
         for listed in page.object_info:
             name = f"{bucket}/{listed.key}"
+            # Each slash behind the path ends the name of a folder: the listing of S3 has only the keys.
             for end in (end for end, letter in enumerate(name) if letter == "/" and end >= len(path)):
                 if name[:end] not in folders:
                     folders.add(name[:end])
@@ -83,7 +88,7 @@ def list_below(client: S3Client, path: str) -> Iterator[Info]:
 
 
 def _prefix(path: str) -> tuple[str, str]:
-    """The bucket, and what the keys below a folder begin with."""
+    """Return the bucket, and the prefix of the keys below a folder."""
     bucket, _, key = path.partition("/")
     if not bucket:
         raise ConfigError("name a bucket: bucket/key; what buckets there are is not listed")

@@ -1,4 +1,8 @@
-"""Slices of files: like ranges, but cut off at the file's end, given as ``bytes``, of versions that are known.
+"""Slice reader of the file system: ``bytes`` of slices of files, read on the process's shared pool.
+
+A slice differs from a range of the fetcher: it is cut off at the file's end, so that the file's size must be known
+before anything is read. What is read is of the version that had this size. Used by :mod:`mpreader.fsspec.filesystem`
+only; downloads are the fetcher's.
 
 A path is ``bucket/key`` or an http(s) URL.
 """
@@ -7,170 +11,177 @@ from __future__ import annotations
 
 import errno
 import io
+import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Final
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from mpreader.config import PoolConfig, S3ClientConfig
 from mpreader.errors import MpreaderError
 from mpreader.fetch.fetcher import RangeFetcher, SharedPoolFetcher
+from mpreader.fetch.sources import Sources
 from mpreader.pool.pool import release_shared_pool, shared_pool
 from mpreader.pool.source import ObjectVersion, Source
-from mpreader.sources.versions import PinnedSource
+from mpreader.sources.versions import PinnedSource, try_resolve_versions
 
 if TYPE_CHECKING:
-    from mpreader.s3 import S3Client
+    from mpreader.s3 import BaseS3Client
 
 __all__ = ["SliceReader", "Slices", "is_url"]
 
-_MAX_HEADS: Final = 16  # at one time
-
-Slices = Mapping[str, Mapping[int, slice]]  # by path, and by a number for each
+Slices = Mapping[str, Mapping[int, slice]]  # by path, and by a number that the caller gives to each
 
 
 class SliceReader:
-    """Reads slices on the process's shared pool. Thread-safe; works after a fork.
+    """Reads slices of files. Thread-safe; works after a fork.
 
     Args:
-        s3client_config: How S3 is reached.
+        s3client_config: Settings of the S3 client.
         pool_config: Settings of the worker pool. None: the defaults.
     """
 
     def __init__(self, s3client_config: S3ClientConfig, pool_config: PoolConfig | None) -> None:
         self._s3client_config = s3client_config
         self._pool_config = pool_config
-        self._client: S3Client | None = None
+        self._sources = Sources(s3client_config)
 
-    def client(self) -> S3Client:
-        """The S3 client, made when it is first needed."""
-        if self._client is None:
-            from mpreader.s3 import S3Client
+    def client(self) -> BaseS3Client:
+        """Return the S3 client, which is made when it is first needed."""
+        return self._sources.client()
 
-            self._client = S3Client(s3client_config=self._s3client_config)
-        return self._client
-
-    def pin(self, path: str, version: ObjectVersion | None = None) -> PinnedSource:
-        """The file at a path, of one version.
-
-        Args:
-            path: The path.
-            version: The version. None: that of now, which the server is asked for.
+    def current(self, path: str) -> PinnedSource:
+        """Ask the server for a file; what is read of it then is of the version that there is now.
 
         Raises:
-            IsADirectoryError: It is a bucket.
+            IsADirectoryError: The path is that of a bucket.
             TransportError: The version could not be found out.
         """
-        source = self._source(path)
-        return PinnedSource(source, version or source.open())
+        [(_, found)] = self._try_current([path])
+        if isinstance(found, Exception):
+            raise found
+        return found
 
-    def fetcher(self, sources: Mapping[str, PinnedSource]) -> RangeFetcher:
-        """A fetcher of the files at these paths: it makes no HEAD, and gives no byte of a later version."""
-        return SharedPoolFetcher(self._s3client_config, self._pool_config, sources)
+    def at_version(self, path: str, version: ObjectVersion) -> PinnedSource:
+        """Make the source of one version of a file, without a request.
 
-    def read(self, sources: Mapping[str, PinnedSource], wanted: Slices, max_gap: float) -> dict[int, bytes]:
+        Raises:
+            IsADirectoryError: The path is that of a bucket.
+        """
+        return PinnedSource(self._source(path), version)
+
+    def fetcher(self, files: Mapping[str, PinnedSource]) -> RangeFetcher:
+        """Make a fetcher on the shared pool whose sources are these files, by path.
+
+        It makes no HEAD, and gives no byte of a later version. The caller closes it.
+        """
+        return SharedPoolFetcher(self._s3client_config, self._pool_config, files)
+
+    def read(self, files: Mapping[str, PinnedSource], wanted: Slices, max_gap_size: float) -> dict[int, bytes]:
         """Read slices of files, all at the same time.
 
         Args:
-            sources: The files, by path.
-            wanted: The slices of these, and perhaps of other files.
-            max_gap: Largest gap, in bytes, between two slices that are read as one.
+            files: The files, by path.
+            wanted: Slices of these, and perhaps of other files.
+            max_gap_size: Largest gap, in bytes, between two slices that are fetched as one.
+
+        Returns:
+            The bytes of each slice of these files, by its number.
 
         Raises:
-            MpreaderError: As for :meth:`mpreader.RangeFetcher.fetch`.
+            MpreaderError: As for :class:`mpreader.RangeFetcher`.
         """
         ranges: dict[str, list[tuple[int, int | None]]] = {}
         buffers: dict[int, io.BytesIO] = {}
-        for path, source in sources.items():
+        for path, file in files.items():
             ranges[path] = []
             for number, limits in wanted[path].items():
-                start, end, _ = limits.indices(source.version.size)
+                start, end, _ = limits.indices(file.version.size)
                 ranges[path].append((start, max(start, end)))
                 buffers[number] = _buffer(end - start)
-        out = {path: [buffers[number].getbuffer() for number in wanted[path]] for path in sources}
-        with self.fetcher(sources) as fetcher:
-            fetcher.fetch_many(ranges, out=out, max_gap_size=max_gap)
-        del out  # or what follows would be copies
+        out = {path: [buffers[number].getbuffer() for number in wanted[path]] for path in files}
+        with self.fetcher(files) as fetcher:
+            fetcher.fetch_many(ranges, out=out, max_gap_size=max_gap_size)
+        del out  # getvalue() would make copies as long as there are views of the buffers
         return {number: buffer.getvalue() for number, buffer in buffers.items()}
 
-    def read_now(self, wanted: Slices, max_gap: float) -> dict[int, bytes]:
-        """Read slices of the files that there are now.
+    def read_current(self, wanted: Slices, max_gap_size: float) -> dict[int, bytes]:
+        """Read slices of the versions that there are now.
 
         Raises:
             IsADirectoryError: A path is that of a bucket.
-            MpreaderError: As for :meth:`read`; the first error.
+            MpreaderError: As for :meth:`read`. Of several errors, the one of the first path is raised.
         """
-        sources: dict[str, PinnedSource] = {}
-        for path, found in self._try_pin_all([*wanted]):
+        files: dict[str, PinnedSource] = {}
+        for path, found in self._try_current(wanted):
             if isinstance(found, Exception):
                 raise found
-            sources[path] = found
-        return self.read(sources, wanted, max_gap)
+            files[path] = found
+        return self.read(files, wanted, max_gap_size)
 
-    def try_read_now(self, wanted: Slices, max_gap: float) -> dict[int, bytes | Exception]:
-        """The same, but an error takes the place of the bytes that could not be read."""
+    def try_read_current(self, wanted: Slices, max_gap_size: float) -> dict[int, bytes | Exception]:
+        """Read as :meth:`read_current` does, but put an error in place of the bytes that could not be read."""
         contents: dict[int, bytes | Exception] = {}
-        sources: dict[str, PinnedSource] = {}
-        for path, found in self._try_pin_all([*wanted]):
+        files: dict[str, PinnedSource] = {}
+        for path, found in self._try_current(wanted):
             if isinstance(found, Exception):
                 contents.update(dict.fromkeys(wanted[path], found))
             else:
-                sources[path] = found
+                files[path] = found
         try:
-            contents.update(self.read(sources, wanted, max_gap))
+            contents.update(self.read(files, wanted, max_gap_size))
         except MpreaderError:
-            for path, source in sources.items():  # one after the other, or the same error would end them all again
-                contents.update(self._try_read(path, source, wanted, max_gap))
+            # Anew, one file after the other: an error of one file has ended the read of all.
+            for path, file in files.items():
+                contents.update(self._try_read(path, file, wanted, max_gap_size))
         return contents
 
     def close(self) -> None:
         """Close connections, and end the workers once nobody uses them; a later use starts anew. Idempotent."""
-        if self._client is not None:
-            self._client.close()
+        self._sources.close()
+        # Fetchers have left the pool warm. A use that ends without that lets its workers go, as soon as it is the last.
         release_shared_pool(shared_pool(self._pool_config, self._s3client_config))
 
     def _source(self, path: str) -> Source:
         if is_url(path):
-            from mpreader.sources.http import HttpSource
-
-            return HttpSource(path, self._s3client_config.max_attempts)
-        from mpreader.s3 import S3Source
-
-        bucket, _, key = path.partition("/")
-        if not key:
+            return self._sources.source(path)
+        if not path.partition("/")[2]:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
-        return S3Source(self.client(), bucket, key)
+        return self._sources.source(f"s3://{path}")
 
-    def _try_pin_all(self, paths: Sequence[str]) -> Iterable[tuple[str, PinnedSource | Exception]]:
-        if len(paths) < 2:
-            return zip(paths, map(self._try_pin, paths), strict=True)
-        with ThreadPoolExecutor(min(len(paths), _MAX_HEADS)) as threads:
-            return zip(paths, [*threads.map(self._try_pin, paths)], strict=True)
+    def _try_current(self, paths: Iterable[str]) -> Iterable[tuple[str, PinnedSource | Exception]]:
+        """Ask for the versions of files, all at the same time, and yield each, or the error, in the order of paths."""
+        sources = {path: self._try_source(path) for path in paths}
+        made = [source for source in sources.values() if not isinstance(source, Exception)]
+        resolved = iter(try_resolve_versions(made, math.inf, lambda: False))
+        for path, source in sources.items():
+            yield path, source if isinstance(source, Exception) else next(resolved)
 
-    def _try_pin(self, path: str) -> PinnedSource | Exception:
+    def _try_source(self, path: str) -> Source | Exception:
         try:
-            return self.pin(path)
+            return self._source(path)
         except (MpreaderError, IsADirectoryError) as error:
             return error.with_traceback(None)
 
     def _try_read(
-        self, path: str, source: PinnedSource, wanted: Slices, max_gap: float
+        self, path: str, file: PinnedSource, wanted: Slices, max_gap_size: float
     ) -> Mapping[int, bytes | Exception]:
         try:
-            return self.read({path: source}, wanted, max_gap)
+            return self.read({path: file}, wanted, max_gap_size)
         except MpreaderError as error:
-            return dict.fromkeys(wanted[path], error.with_traceback(None))  # its frames would keep views
+            # The caller keeps the error; with its frames it would keep their views, too.
+            return dict.fromkeys(wanted[path], error.with_traceback(None))
 
 
 def is_url(path: str) -> bool:
-    """Whether it is an http(s) URL."""
+    """Return True if a path is an http(s) URL."""
     return path.startswith(("http://", "https://"))
 
 
-def _buffer(size: int) -> io.BytesIO:
-    """Memory to be filled; its ``getvalue()`` is no copy."""
+def _buffer(nbytes: int) -> io.BytesIO:
+    """Make memory to receive into; its ``getvalue()`` makes no copy."""
     buffer = io.BytesIO()
-    if size > 0:
-        buffer.seek(size - 1)
+    if nbytes > 0:
+        # To write the last byte allocates all, once.
+        buffer.seek(nbytes - 1)
         buffer.write(b"\0")
     return buffer

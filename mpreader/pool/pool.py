@@ -1,7 +1,15 @@
-"""A pool as its users hold it: starts when it is first needed, is used again and again, ends when it is closed.
+"""Pool: worker processes and shared memory as callers hold them, and the pools that a process shares.
 
-A pool that was idle for ``idle_timeout_s`` gives back processes and memory and starts again when needed. In a forked
-child it starts anew; the parent's is left untouched.
+It starts and stops coordinators and is their one caller; readers and fetchers use it, and nothing below this module.
+
+::
+
+    not running ──read, start──► running ──idle_timeout_s, rest, an error──► not running
+                                    │ close                                      │ close
+                                    └────────────► closed ◄──────────────────────┘
+
+Each time that it runs it has a new coordinator and a new caller. In a forked child it is not running, whatever it was
+in the parent; the parent's workers and memory are left untouched.
 """
 
 from __future__ import annotations
@@ -10,16 +18,24 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Final
 
 from mpreader.config import POOL_SETTINGS, PoolConfig, S3ClientConfig, check_type
 from mpreader.errors import PoolClosed
 from mpreader.host import Host
+from mpreader.pool.caller import Caller
 from mpreader.pool.coordinator.coordinator import Coordinator, Timeouts
+from mpreader.pool.requests import SlotRead
 from mpreader.pool.sizing import size_pool
+from mpreader.pool.source import Source
 from mpreader.pool.stats import PoolStats, total
-from mpreader.pool.transfer import Fill, Transfer
+from mpreader.pool.transfer import Transfer
 
 __all__ = ["Pool", "close_shared_pools", "release_shared_pool", "shared_pool", "use_shared_pool"]
+
+# A pool is the one caller of its coordinator.
+_ONLY_CALLER: Final = 1
 
 _pools: weakref.WeakSet[Pool] = weakref.WeakSet()
 _shared: dict[tuple[object, ...], Pool] = {}
@@ -29,7 +45,14 @@ _watches_forks = False
 
 
 class Pool:
-    """Worker processes and shared memory behind a coordinator. Thread-safe."""
+    """Worker processes and shared memory behind a coordinator. Thread-safe.
+
+    Attributes:
+        sizes: Numbers that its coordinators are made with.
+        timeouts: Waiting times that its coordinators are made with.
+        users: Number of users of a shared pool; see :func:`use_shared_pool`.
+        rests_when_unused: True if a user of a shared pool has asked for its end, which waits for the last user.
+    """
 
     def __init__(self, config: PoolConfig | None = None, s3client_config: S3ClientConfig | None = None) -> None:
         """Set a pool up; nothing is started yet.
@@ -46,6 +69,7 @@ class Pool:
         self._lock = threading.RLock()
         self._is_closed = False
         self._coordinator: Coordinator | None = None
+        self._caller: Caller | None = None
         self._stop: Callable[[], object] = _nothing
         self._past_runs = PoolStats()
         _watch_forks()
@@ -59,12 +83,12 @@ class Pool:
 
     @property
     def is_running(self) -> bool:
-        """Whether worker processes are up."""
+        """True while worker processes are up."""
         return self._coordinator is not None and not self._coordinator.is_ended
 
     @property
     def is_closed(self) -> bool:
-        """Whether it was closed by its owner."""
+        """True after its owner has closed it."""
         return self._is_closed
 
     @property
@@ -73,10 +97,9 @@ class Pool:
         return self._coordinator
 
     def stats(self) -> PoolStats:
-        """What it has done so far, all its runs together."""
+        """Statistics of all its runs together."""
         with self._lock:
-            runs = [self._past_runs] if self._coordinator is None else [self._past_runs, self._coordinator.stats()]
-            return total(runs)
+            return total([self._past_runs, self._run_stats()])
 
     def start(self) -> None:
         """Start the workers, without waiting for them, so that they are up when they are needed.
@@ -88,23 +111,29 @@ class Pool:
         with self._lock:
             self._running()
 
-    def read(self, fills: Sequence[Fill], *, grows: bool = False) -> Transfer:
-        """Begin to read ahead, in order; the caller closes the transfer.
+    def read(self, sources: Sequence[Source], slot_reads: Sequence[SlotRead], *, grows: bool = False) -> Transfer:
+        """Begin to read ahead, in order. Whoever calls this closes the transfer.
 
         Args:
-            fills: What to read, in the order in which it will be taken.
-            grows: Go beyond ``max_memory`` rather than fail; see :class:`~mpreader.pool.transfer.Transfer`.
+            sources: Objects to read from.
+            slot_reads: Reads of these objects, in the order in which they will be taken.
+            grows: Go beyond ``max_memory`` rather than fail: for consumers that can't work with less than one whole
+                item.
 
         Raises:
+            PlanError: A slot read has no parts, or one that doesn't lie within its slot.
             PoolClosed: The pool was closed.
             PoolError: Workers can't be started.
         """
         with self._lock:
             while True:
-                coordinator = self._running()
-                transfer = Transfer(fills, coordinator.tell, coordinator.lease_ended, grows=grows)
-                if coordinator.try_open(transfer):
-                    return transfer
+                coordinator, caller = self._running()
+                transfer, message = caller.open(sources, slot_reads, grows=grows)
+                if coordinator.try_tell(message):
+                    break
+        import numpy  # noqa: F401  # views need it; it takes 0.1 s, while the first bytes are on their way
+
+        return transfer
 
     def rest(self) -> None:
         """End workers and downloads, give back the memory; the next use starts again."""
@@ -117,27 +146,33 @@ class Pool:
             self._is_closed = True
             self._stop()
 
-    def _running(self) -> Coordinator:
+    def _run_stats(self) -> PoolStats:
+        if self._coordinator is None or self._caller is None:
+            return PoolStats()
+        return replace(self._coordinator.stats(), seconds=self._caller.waited_s)
+
+    def _running(self) -> tuple[Coordinator, Caller]:
         if self._is_closed:
             raise PoolClosed("the pool was closed; make a new one")
-        if self._coordinator is None or self._coordinator.is_ended:
+        if self._coordinator is None or self._caller is None or self._coordinator.is_ended:
             self._stop()
-            if self._coordinator is not None:
-                self._past_runs = total([self._past_runs, self._coordinator.stats()])
+            self._past_runs = total([self._past_runs, self._run_stats()])
             self._coordinator = Coordinator(self.sizes, self.timeouts)
             # Also at exit, and when the pool is dropped without having been closed.
             self._stop = weakref.finalize(self, self._coordinator.stop)
-        return self._coordinator
+            self._caller = Caller(_ONLY_CALLER, self._coordinator.tell)
+            self._coordinator.connect(self._caller.number, self._caller)
+        return self._coordinator, self._caller
 
     def _after_fork_in_child(self) -> None:
         self._lock = threading.RLock()  # a thread that is not here may have held the old one
         if self._coordinator is not None:
             self._coordinator.abandon()
-        self._coordinator, self._stop = None, _nothing
+        self._coordinator, self._caller, self._stop = None, None, _nothing
 
 
 def shared_pool(config: PoolConfig | None, s3client_config: S3ClientConfig | None = None) -> Pool:
-    """The process's pool for these settings, made when it is first asked for.
+    """Returns the process's pool for these settings, made when it is first asked for.
 
     It ends when it is idle, at exit, or when its users have said that it is not needed (``release_shared_pool``).
 

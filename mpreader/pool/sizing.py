@@ -1,4 +1,4 @@
-"""How large a pool is: pure arithmetic over the settings and what the host has.
+"""Sizes of a pool: workers, connections and memory, derived from the settings and the host. Pure arithmetic.
 
 S3 gives about 90 MB/s to a connection and answers after 30 to 200 ms, so throughput is connections times 90 MB/s and
 needs as many parts in flight. Shared memory beyond that only holds what the consumer has not taken yet: the *window*
@@ -16,10 +16,11 @@ from typing import Final
 from mpreader.config import MIN_PART_BYTES, MiB, PoolConfig, S3ClientConfig
 from mpreader.errors import ConfigError
 from mpreader.host import Host
-from mpreader.pool.coordinator.arena import GRAIN_BYTES
 
-__all__ = ["PoolSizes", "size_pool"]
+__all__ = ["GRAIN_BYTES", "PoolSizes", "size_pool"]
 
+# Slots start and end at multiples of this: holes stay few, and small slots keep apart from each other's cache lines.
+GRAIN_BYTES: Final = 64 * 1024
 MAX_WORKERS: Final = 8
 CONNECTIONS_PER_WORKER: Final = 16
 CONNECTION_BYTES_PER_S: Final = 90_000_000

@@ -1,8 +1,8 @@
-"""What the pool must know of an object: which version to read, and how a worker gets to it.
+"""Sources: objects that a pool can read, as the pool sees them.
 
 A source lives in the main process; only its routes are sent to the workers. Credentials never are.
 
-Named tuples, not dataclasses: the workers import this, and start faster without :mod:`dataclasses`.
+The pool knows this protocol only; :mod:`mpreader.sources` has the classes.
 """
 
 from __future__ import annotations
@@ -39,11 +39,15 @@ class Source(Protocol):
 
     @property
     def uri(self) -> str:
-        """What people call it, ``s3://bucket/key`` or the URL without its secrets; begins the errors' messages."""
+        """URI for people, ``s3://bucket/key`` or the URL without its secrets; errors begin with it."""
 
     @property
     def max_attempts(self) -> int:
         """Requests made for the same bytes before giving up."""
+
+    @property
+    def version(self) -> ObjectVersion | None:
+        """The version to read, where that is decided already; None: the one that ``open`` finds."""
 
     def open(self) -> ObjectVersion:
         """Ask the server, once, which version there is now.

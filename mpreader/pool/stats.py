@@ -1,4 +1,4 @@
-"""What a pool, or one reading of it, has done so far, in numbers."""
+"""Statistics of a pool or of one read: public as ``stats`` of readers and fetchers, and the counters behind them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["PoolStats", "Tally", "WorkerStats", "total"]
 
 @dataclass(slots=True)
 class WorkerStats:
-    """What one worker, by its place in the pool, has done.
+    """Statistics of one worker, by its place in the pool.
 
     Attributes:
         bytes: Bytes received, over-read and repeated ones included.
@@ -26,11 +26,11 @@ class WorkerStats:
 
 @dataclass(frozen=True, slots=True)
 class PoolStats:
-    """What a pool, or one reading of it, has done.
+    """Statistics of a pool, or of one read.
 
     Attributes:
         retries: GETs that were made again.
-        restarts: Workers that died and were replaced; 0 for one reading.
+        restarts: Workers that died and were replaced; 0 for one read.
         seconds: Time of waiting for the network: that in which somebody waited for bytes, summed over the threads
             that waited.
         consumer_seconds: Time of waiting for the consumer: that in which nothing was received, though more was
@@ -67,7 +67,11 @@ class PoolStats:
 
 
 class Tally:
-    """Counts what a :class:`PoolStats` tells. ``seconds`` is the consumers' to write, the rest the coordinator's."""
+    """Counters of a :class:`PoolStats`.
+
+    There is no lock: ``seconds`` is written by the threads of consumers, under the lock of their transfer, and all the
+    rest by the coordinator's thread.
+    """
 
     __slots__ = ("consumer_seconds", "over_read", "retries", "seconds", "workers")
 
@@ -79,7 +83,7 @@ class Tally:
         self.workers: list[WorkerStats] = []
 
     def note(self, worker: int, nbytes: int, seconds: float) -> None:
-        """A request of a worker has ended."""
+        """Count a request of a worker that has ended."""
         while len(self.workers) <= worker:
             self.workers.append(WorkerStats())
         stats = self.workers[worker]

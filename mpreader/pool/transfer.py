@@ -1,8 +1,14 @@
-"""The consumer's side of the pool: what it orders, and how it takes what has arrived.
+"""Transfer: a read as its consumers see it. They wait here for slot reads, and take what has arrived.
 
-A :class:`Transfer` is an ordered list of :class:`Fill`; each fills one slot with one or more parts. Coordinator and
-consumer share nothing but the transfer's inbox and the messages below, so that they may live in different processes
-one day.
+::
+
+    consumer threads, event loops                     the coordinator's thread, through Caller.post
+    begin_take ─► PendingTake ◄── done ── arrived ◄── SlotArrived, SlotFailed, Ended
+    result() ─► SlotTaken, and a leased view          Recall ─► GiveBack, unless it was taken
+
+A transfer sends messages and gets messages; it never touches the coordinator, nor the coordinator it. A slot read is
+in one of three places: not here yet; *arrived*, leased to this caller and free to be recalled; or *handed over* to a
+pending take, and not recalled any more. Everything is decided under one lock, which is never held while anybody waits.
 """
 
 from __future__ import annotations
@@ -13,143 +19,111 @@ import os
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final
 
-from mpreader.errors import MpreaderError, PlanError, PoolClosed, PoolTimeout
+from mpreader.errors import MpreaderError, PoolClosed, PoolTimeout
+from mpreader.pool.requests import (
+    CloseRead,
+    Demand,
+    Discard,
+    GiveBack,
+    ReadId,
+    Recall,
+    SlotArrived,
+    SlotFailed,
+    SlotRead,
+    SlotTaken,
+    SourceName,
+)
 from mpreader.pool.stats import PoolStats, Tally
-from mpreader.telemetry.progress import Progress
 
-if TYPE_CHECKING:
-    from mpreader.pool.coordinator.arena import Lease, Slot
-    from mpreader.pool.source import Source
+__all__ = ["LOOK_S", "PendingTake", "Transfer"]
 
-__all__ = ["Close", "Demand", "Discard", "Fill", "FillPart", "Open", "Taken", "Transfer"]
-
-REDRAW_S: Final = 0.2  # of a progress bar, while one fill is waited for
+# Between two calls of ``on_wait``: often enough for a progress bar.
+LOOK_S: Final = 0.2
 
 
-class FillPart(NamedTuple):
-    """Bytes [start, end) of the object, to be received at ``slot_offset`` of the slot."""
+class PendingTake:
+    """A future: a consumer waits for whichever of some slot reads comes first. Made by :meth:`Transfer.begin_take`.
 
-    start: int
-    end: int
-    slot_offset: int
-
-
-@dataclass(frozen=True, slots=True)
-class Fill:
-    """One slot's worth of work: ``parts`` of one object into ``nbytes`` of contiguous memory.
-
-    ``over_read`` of its bytes are gaps that nobody asked for.
-
-    Raises:
-        PlanError: It has no parts, or one that doesn't lie within the slot.
+    Attributes:
+        wanted: Indices of the slot reads, at least one; the first of them is the one that is demanded.
     """
 
-    source: Source
-    nbytes: int
-    parts: tuple[FillPart, ...]
-    over_read: int = 0
+    __slots__ = ("_on_done", "_outcome", "_started_s", "wanted")
 
-    def __post_init__(self) -> None:
-        for part in self.parts:
-            if not (0 <= part.start < part.end and 0 <= part.slot_offset <= self.nbytes - (part.end - part.start)):
-                raise PlanError(f"{part} does not lie within a slot of {self.nbytes} bytes")
-        if not self.parts:
-            raise PlanError("a fill needs at least one part")
+    def __init__(self, wanted: Collection[int], on_done: Callable[[], object] | None) -> None:
+        self.wanted = wanted
+        self._on_done = on_done
+        self._started_s = math.inf  # time since which it is pending
+        self._outcome: SlotArrived | MpreaderError | None = None
 
+    @property
+    def first(self) -> int:
+        """Index of the slot read that was demanded."""
+        return next(iter(self.wanted))
 
-# -- what a consumer says to the coordinator
-
-
-class Open(NamedTuple):
-    """Begin to read ahead, in order."""
-
-    transfer: Transfer
-
-
-class Demand(NamedTuple):
-    """The consumer waits for a fill now."""
-
-    transfer: Transfer
-    fill: int
-
-
-class Taken(NamedTuple):
-    """The consumer has taken a fill."""
-
-    transfer: Transfer
-    fill: int
-
-
-class Discard(NamedTuple):
-    """The consumer won't take the fills [start, stop) any more."""
-
-    transfer: Transfer
-    start: int
-    stop: int
-
-
-class Close(NamedTuple):
-    """The consumer is gone: stop downloads, take the slots back."""
-
-    transfer: Transfer
+    @property
+    def is_done(self) -> bool:
+        """True when :meth:`Transfer.result` has something to return or to raise."""
+        return self._outcome is not None
 
 
 class Transfer:
-    """An ordered reading of fills, in progress. Thread-safe; not usable after a fork.
+    """An ordered read in progress. Thread-safe; not usable after a fork.
 
     Args:
-        fills: What to read, in the order in which it will be taken.
-        tell: Sends a message to the coordinator.
-        on_lease_end: Called when a view that was taken has ended.
-        grows: May go beyond the arena's limit rather than fail: for consumers that can't work with less than one
-            whole item.
+        read: Its name.
+        sources: Names of its objects.
+        slot_reads: Its slot reads, in the order in which they will be taken.
+        tell: Sends a message to the coordinator. It is called under the transfer's lock, so that the messages of
+            several threads keep the order of the decisions.
+        view_of: Makes a leased view of a slot that has arrived.
+        on_close: Called once, when the transfer was closed.
 
     Attributes:
-        tally: What was done for it so far.
-        on_arrival: Called, from the coordinator's thread, when something has arrived or the reading has failed; for
-            those who use ``try_take_first``.
-        progress: Is told of each fill that was taken, and closed with the transfer.
+        tally: Statistics of this read so far. ``seconds`` is counted by the consumers' threads, the rest by the
+            coordinator's, so that no number has two writers.
     """
 
     def __init__(
         self,
-        fills: Sequence[Fill],
+        read: ReadId,
+        sources: Sequence[SourceName],
+        slot_reads: Sequence[SlotRead],
         tell: Callable[[object], None],
-        on_lease_end: Callable[[Lease], object],
-        *,
-        grows: bool = False,
+        view_of: Callable[[SlotArrived, int], memoryview],
+        on_close: Callable[[Transfer], object],
     ) -> None:
-        self.fills = fills
-        self.grows = grows
+        self.read = read
+        self.sources = sources
+        self.slot_reads = slot_reads
         self.tally = Tally()
         self._tell = tell
-        self._on_lease_end = on_lease_end
-        self._arrived: dict[int, Slot | MpreaderError] = {}
-        self._awaited: list[int] = []
-        self._polled: tuple[int, float] | None = None  # what try_take_first waits for, and since when
-        self.on_arrival: Callable[[], object] = _nothing
-        self.progress = Progress()
+        self._view_of = view_of
+        self._on_close = on_close
+        self._arrived: dict[int, SlotArrived | MpreaderError] = {}
+        self._pending: list[PendingTake] = []
         self._taken_bytes = 0
         self._broken: MpreaderError | None = None
+        # Its lock is reentrant, and must be: a garbage collection within it may close a transfer that was dropped.
         self._condition = threading.Condition()
         self._pid = os.getpid()
 
     def __repr__(self) -> str:
-        return f"Transfer({len(self.fills)} fills, {len(self._arrived)} arrived)"
+        return f"Transfer({len(self.slot_reads)} slot reads, {len(self._arrived)} arrived)"
 
-    # -- the consumer's side
+    # -- for consumers
 
     def take(self, index: int, deadline: float = math.inf) -> memoryview:
-        """Wait for a fill and take it: a writable view of its ``nbytes``, the caller's until its last reference dies.
-
-        A fill that is taken a second time is read a second time.
+        """Wait for a slot read and take it; one that is taken a second time is read a second time.
 
         Args:
-            index: The fill.
-            deadline: How long to wait for it, by the monotonic clock.
+            index: Index of the slot read.
+            deadline: Time until which to wait for it, by the monotonic clock.
+
+        Returns:
+            A writable view of its ``nbytes``, the caller's until its last reference dies.
 
         Raises:
             PoolTimeout: It had not arrived by then.
@@ -157,144 +131,206 @@ class Transfer:
         """
         return self.take_first((index,), deadline)[1]
 
-    def take_first(self, wanted: Collection[int], deadline: float = math.inf) -> tuple[int, memoryview]:
-        """Like :meth:`take`, for whichever of the fills ``wanted``, at least one, has arrived first.
+    def take_first(
+        self, wanted: Collection[int], deadline: float = math.inf, on_wait: Callable[[], object] | None = None
+    ) -> tuple[int, memoryview]:
+        """Wait for whichever of the slot reads ``wanted``, at least one, arrives first, and take it.
+
+        Args:
+            wanted: Indices of the slot reads.
+            deadline: Time until which to wait, by the monotonic clock.
+            on_wait: Called about five times a second while nothing has come.
 
         Returns:
-            The fill's index, and its view.
+            Index of the slot read, and its view; see :meth:`take`, also for the errors.
         """
-        self._check_process()
-        while True:
-            redraw = time.monotonic() + REDRAW_S if self.progress.is_shown else math.inf
-            with self._condition:
-                index = self._arrived_of(wanted)
-                if index is None and self._broken is None:
-                    index = self._wait_for(wanted, min(deadline, redraw))
-                taken = self._take_arrived(index)
-            self.show_progress(taken)
-            if taken is not None:
-                return taken
-            if time.monotonic() >= deadline:
-                raise self.late(wanted)
+        take = self.begin_take(wanted)
+        try:
+            while take._outcome is None:
+                self._wait(take, deadline if on_wait is None else min(deadline, time.monotonic() + LOOK_S))
+                if take._outcome is None and time.monotonic() >= deadline:
+                    raise self.late(wanted)
+                if on_wait is not None:
+                    on_wait()
+            return self.result(take)
+        except BaseException:
+            self.cancel(take)
+            raise
 
-    def try_take_first(self, wanted: Collection[int]) -> tuple[int, memoryview] | None:
-        """Like :meth:`take_first`, but don't wait: None where none of them is there.
+    def begin_take(self, wanted: Collection[int], on_done: Callable[[], object] | None = None) -> PendingTake:
+        """Ask for whichever of the slot reads ``wanted``, at least one, arrives first, without waiting for it.
 
-        The first of them is asked for, then; ``on_arrival`` is called when it is worth another try.
+        The take must end in :meth:`result` or :meth:`cancel`.
+
+        Args:
+            wanted: Indices of the slot reads.
+            on_done: Called once when the take is done, from the coordinator's thread and under the transfer's lock: it
+                must do no more than wake somebody. Not called if the take is done at once.
         """
-        self._check_process()
-        with self._condition:
-            index = self._arrived_of(wanted)
-            if index is None and self._broken is None:
-                first = next(iter(wanted))
-                if self._polled is None:
-                    self._polled = first, time.monotonic()
-                    self._awaited.append(first)
-                self._tell(Demand(self, first))
-                return None
-            if self._polled is not None:
-                self._awaited.remove(self._polled[0])
-                self.tally.seconds += time.monotonic() - self._polled[1]
-                self._polled = None
-            taken = self._take_arrived(index)
-        self.show_progress(taken)
-        return taken
-
-    def show_progress(self, taken: tuple[int, memoryview] | None = None) -> None:
-        """Draw the progress bar anew, if there is one, with what was just taken and what has arrived."""
-        if self.progress.is_shown:  # not under the lock: a terminal may keep one waiting
-            self._taken_bytes += len(taken[1]) if taken is not None else 0
-            self.progress.advance_to(max(self._taken_bytes, self.tally.stats().bytes))
-
-    def _check_process(self) -> None:
         if os.getpid() != self._pid:
             raise PoolClosed("this read was begun before a fork; begin a new one in the child process")
+        take = PendingTake(wanted, on_done)
+        with self._condition:
+            index = self._arrived_of(wanted)
+            if index is not None:
+                take._outcome = self._arrived.pop(index)
+            elif self._broken is not None:
+                take._outcome = self._broken
+            else:
+                take._started_s = time.monotonic()
+                self._pending.append(take)
+                self._tell(Demand(self.read, take.first))
+        return take
+
+    def result(self, take: PendingTake) -> tuple[int, memoryview]:
+        """The index and the view of a take that is done.
+
+        Raises:
+            MpreaderError: It can't be had.
+        """
+        with self._condition:
+            if self._broken is not None:  # perhaps after the take was done: then its memory may be gone
+                self.cancel(take)
+                raise copy.copy(self._broken)
+            outcome, take._outcome = take._outcome, None
+            assert outcome is not None, "the take is not done"
+            if isinstance(outcome, MpreaderError):
+                # A copy: an exception that is raised twice would drag the frames of both along.
+                raise copy.copy(outcome)
+            # In this order: the coordinator must hear that it was taken before it can hear that it was given back.
+            self._tell(SlotTaken(outcome.lease))
+            self._demand_for_others(outcome.slot_read)
+            nbytes = self.slot_reads[outcome.slot_read].nbytes
+            self._taken_bytes += nbytes
+            return outcome.slot_read, self._view_of(outcome, nbytes)
+
+    def cancel(self, take: PendingTake) -> None:
+        """End a take that nobody waits for any more. Harmless after :meth:`result`."""
+        with self._condition:
+            self._remove(take)
+            outcome, take._outcome = take._outcome, None
+            if isinstance(outcome, SlotArrived):
+                # Not back among what has arrived: a recall may have passed by meanwhile, and it is not repeated.
+                self._tell(GiveBack(outcome.lease))
+                self._demand_for_others(outcome.slot_read)
+
+    def late(self, wanted: Collection[int]) -> PoolTimeout:
+        """The error for those whose time is up."""
+        slot_read = self.slot_reads[next(iter(wanted))]
+        return PoolTimeout(
+            f"{self.sources[slot_read.source].uri} bytes {slot_read.parts[0].start}-{slot_read.parts[-1].end} had not "
+            "arrived when the time given to the call was up (timeout_s)"
+        )
+
+    def discard(self, start: int, stop: int) -> None:
+        """Say that the slot reads [start, stop) won't be taken any more. Those that a thread waits for now stay."""
+        with self._condition:
+            for awaited in sorted({take.first for take in self._pending if start <= take.first < stop}):
+                if start < awaited:
+                    self._tell(Discard(self.read, start, awaited))
+                start = awaited + 1
+            if start < stop:
+                self._tell(Discard(self.read, start, stop))
+
+    def close(self) -> None:
+        """Stop downloads and give back what was not taken. Views that were taken stay valid. Idempotent."""
+        if os.getpid() != self._pid:
+            return
+        with self._condition:
+            if self._broken is not None:
+                return
+            for arrived in self._arrived.values():
+                if isinstance(arrived, SlotArrived):
+                    self._tell(GiveBack(arrived.lease))
+            self._tell(CloseRead(self.read))
+            self._fail(PoolClosed("this read was closed"))
+        self._on_close(self)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slot reads."""
+        return sum(slot_read.nbytes for slot_read in self.slot_reads)
+
+    @property
+    def received_bytes(self) -> int:
+        """Bytes that have been received, repeated ones included, or taken, whichever is more."""
+        return max(self._taken_bytes, sum(worker.bytes for worker in self.tally.workers))
+
+    def stats(self) -> PoolStats:
+        """Statistics of this read so far."""
+        return self.tally.stats()
+
+    # -- for the caller: messages of the coordinator
+
+    def arrived(self, message: SlotArrived) -> None:
+        """Keep a slot that has arrived, or hand it over to whoever waits for it."""
+        with self._condition:
+            if self._broken is not None:
+                self._tell(GiveBack(message.lease))
+                return
+            self.tally.over_read += self.slot_reads[message.slot_read].over_read
+            self._deliver(message.slot_read, message)
+
+    def failed(self, message: SlotFailed) -> None:
+        """Keep the error of a slot read, or hand it over to whoever waits for it."""
+        with self._condition:
+            if self._broken is None:
+                self._deliver(message.slot_read, message.error)
+
+    def recall(self, message: Recall) -> None:
+        """Give a slot back that has arrived; if it was handed over, SlotTaken or GiveBack will answer."""
+        with self._condition:
+            arrived = self._arrived.get(message.slot_read)
+            if isinstance(arrived, SlotArrived) and arrived.lease == message.lease:
+                del self._arrived[message.slot_read]
+                self._tell(GiveBack(message.lease))
+
+    def fail(self, error: MpreaderError) -> None:
+        """Let every take that is pending, and every later one, raise ``error``. The first error is kept."""
+        with self._condition:
+            if self._broken is None:
+                self._fail(error)
+
+    # -- under the lock
+
+    def _wait(self, take: PendingTake, until: float) -> None:
+        """Wait until the take is done, or the time is up."""
+        with self._condition:
+            while take._outcome is None:
+                left_s = until - time.monotonic()
+                if left_s <= 0 or not self._condition.wait(None if left_s == math.inf else left_s):
+                    return
 
     def _arrived_of(self, wanted: Collection[int]) -> int | None:
         few, many = (wanted, self._arrived) if len(wanted) == 1 else (self._arrived, wanted)
         return next((index for index in few if index in many), None)
 
-    def _take_arrived(self, index: int | None) -> tuple[int, memoryview] | None:
-        arrived = self._broken if index is None else self._arrived.pop(index, self._broken)
-        if arrived is None:
-            return None
-        if index is None or isinstance(arrived, MpreaderError):
-            # A copy: an exception that is raised twice would drag the frames of both along.
-            raise copy.copy(arrived)  # type: ignore[misc]  # without an index it is an error
-        # Within the lock: the demand of another thread that waits for the same fill must come after it.
-        self._tell(Taken(self, index))
-        return index, arrived.lease(self._on_lease_end)[: self.fills[index].nbytes]
+    def _deliver(self, index: int, outcome: SlotArrived | MpreaderError) -> None:
+        for take in self._pending:
+            if index in take.wanted:
+                self._finish(take, outcome)
+                return
+        self._arrived[index] = outcome
 
-    def _wait_for(self, wanted: Collection[int], deadline: float) -> int | None:
-        started = time.monotonic()
-        first = next(iter(wanted))
-        self._awaited.append(first)
-        try:
-            while (index := self._arrived_of(wanted)) is None and self._broken is None:
-                self._tell(Demand(self, first))
-                left_s = deadline - time.monotonic()
-                if left_s <= 0 or not self._condition.wait(None if left_s == math.inf else left_s):
-                    return None
-            return index
-        finally:
-            self._awaited.remove(first)
-            self.tally.seconds += time.monotonic() - started
+    def _finish(self, take: PendingTake, outcome: SlotArrived | MpreaderError) -> None:
+        self._remove(take)
+        take._outcome = outcome
+        self._condition.notify_all()
+        if take._on_done is not None:
+            take._on_done()
 
-    def late(self, wanted: Collection[int]) -> PoolTimeout:
-        """The error for those whose time is up."""
-        fill = self.fills[next(iter(wanted))]
-        return PoolTimeout(
-            f"{fill.source.uri} bytes {fill.parts[0].start}-{fill.parts[-1].end} had not arrived when the time given "
-            "to the call was up (timeout_s)"
-        )
+    def _remove(self, take: PendingTake) -> None:
+        if take in self._pending:
+            self._pending.remove(take)
+            self.tally.seconds += time.monotonic() - take._started_s
 
-    def stats(self) -> PoolStats:
-        """What was done for it so far."""
-        return self.tally.stats()
+    def _demand_for_others(self, index: int) -> None:
+        # Their demand was answered by the slot that somebody else has got.
+        if self._pending and any(take.first == index for take in self._pending):
+            self._tell(Demand(self.read, index))
 
-    def discard(self, start: int, stop: int) -> None:
-        """Say that the fills [start, stop) won't be taken any more."""
-        self._tell(Discard(self, start, stop))
-
-    def close(self) -> None:
-        """Stop downloads and give back what was not taken. Views that were taken stay valid. Idempotent."""
-        self.progress.close()
-        if self._broken is None and os.getpid() == self._pid:
-            self.fail_all(PoolClosed("this read was closed"))
-            self._tell(Close(self))
-
-    # -- the coordinator's side
-
-    def deliver(self, index: int, arrived: Slot | MpreaderError) -> bool:
-        """Hand over a fill, or why there is none; False if nobody will take it."""
-        with self._condition:
-            if self._broken is not None:
-                return False
-            self._arrived[index] = arrived
-            self._condition.notify_all()
-            self.on_arrival()
-            return True
-
-    def is_awaited(self, index: int) -> bool:
-        """Whether a consumer is in ``take`` for this fill."""
-        with self._condition:
-            return index in self._awaited
-
-    def retract(self, index: int, *, spares_awaited: bool = False) -> bool:
-        """Take back a fill that was delivered; False if it was taken, or is just about to be."""
-        with self._condition:
-            if spares_awaited and index in self._awaited:
-                return False
-            return self._arrived.pop(index, None) is not None
-
-    def fail_all(self, error: MpreaderError) -> None:
-        """Let this and every later ``take`` raise ``error``."""
-        with self._condition:
-            if self._broken is None:
-                self._broken = error
-            self._condition.notify_all()
-            self.on_arrival()
-
-
-def _nothing() -> None:
-    pass
+    def _fail(self, error: MpreaderError) -> None:
+        self._broken = error
+        self._arrived.clear()
+        for take in [*self._pending]:
+            self._finish(take, error)

@@ -14,8 +14,7 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, Protocol
 
-from mpreader.errors import PlanError, PoolClosed
-from mpreader.pool.transfer import Transfer
+from mpreader.errors import PlanError
 from mpreader.ranges import ItemRange, Part, clusters, coverage
 from mpreader.readers.base import GetObjectInfo, GetStream, S3Reader, writable_view
 from mpreader.readers.dcp_optimized import FALLBACK_GUIDANCE
@@ -36,16 +35,18 @@ class PlannedReads(Protocol):
     """Reads of a load plan as the reader of one of its files sees them; the constructor gives it a ``ReadAhead``."""
 
     @property
-    def transfer(self) -> Transfer | None:
-        """Transfer that brings the parts of all files. None: the plan has no bytes."""
-
-    @property
     def parts_by_file(self) -> Mapping[str, tuple[int, Sequence[Part]]]:
-        """Parts of each file by URI, and the number of the first of them in the transfer."""
+        """Parts of each file by URI, and the index of the slot read that brings the first of them."""
 
     @property
     def max_bytes(self) -> int:
         """Shared memory that the pool may reserve."""
+
+    def take(self, index: int) -> memoryview:
+        """Wait for a slot read and take it: a view of shared memory, the reader's until its last reference dies."""
+
+    def discard(self, start: int, stop: int) -> None:
+        """Say that the slot reads [start, stop) won't be taken any more."""
 
     def open_file(self) -> None:
         """Say that a reader begins."""
@@ -84,7 +85,7 @@ class MultiprocessS3Reader(S3Reader):
     ) -> None:
         super().__init__(bucket, key, get_object_info, get_stream)
         self._uri = f"s3://{bucket}/{key}"
-        self._first_fill, parts = read_ahead.parts_by_file[self._uri]
+        self._first_slot_read, parts = read_ahead.parts_by_file[self._uri]
         self._parts = Intervals(parts)
         self._covered = Intervals(coverage(item_ranges))
         # Items that overlap, joined: reading may go back to the start of an item, so no part of a cluster is given back
@@ -200,7 +201,7 @@ class MultiprocessS3Reader(S3Reader):
         """Returns the part ``index``, waits for it if it is not held, and holds it afterwards if ``keep`` is True."""
         view = self._held.get(index)
         if view is None:
-            view = self._transfer().take(self._first_fill + index)
+            view = self._read_ahead.take(self._first_slot_read + index)
         if keep:
             self._held[index] = view
         else:
@@ -242,14 +243,8 @@ class MultiprocessS3Reader(S3Reader):
         """Drop the parts before ``index``, and tell the pool that it need not receive those that have not arrived."""
         if index > self._lowest:
             self._held = {held: view for held, view in self._held.items() if held >= index}
-            if self._read_ahead.transfer is not None:
-                self._read_ahead.transfer.discard(self._first_fill + self._lowest, self._first_fill + index)
+            self._read_ahead.discard(self._first_slot_read + self._lowest, self._first_slot_read + index)
             self._lowest = index
-
-    def _transfer(self) -> Transfer:
-        if self._read_ahead.transfer is None:
-            raise PoolClosed(f"nothing of {self._uri} was ordered from the pool")
-        return self._read_ahead.transfer
 
     def _facts(self) -> str:
         return f" parts={len(self._parts)} held={len(self._held)}"

@@ -18,18 +18,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mpreader.config import PoolConfig, S3ClientConfig, check_type
+from mpreader.errors import PoolClosed
 from mpreader.pool.pool import Pool, release_shared_pool, shared_pool, use_shared_pool
+from mpreader.pool.requests import SlotRead
 from mpreader.pool.stats import PoolStats
-from mpreader.pool.transfer import Fill, FillPart, Transfer
+from mpreader.pool.transfer import Transfer
 from mpreader.ranges import DEFAULT_MAX_GAP_SIZE, ItemRange, Part, plan_files
 from mpreader.readers.base import GetObjectInfo, GetStream, S3Reader
 from mpreader.readers.constructor import ItemRangeConstructor
 from mpreader.readers.multiprocess import MultiprocessS3Reader
 from mpreader.readers.protocols import PlanItem, StoredItem
-from mpreader.telemetry.progress import progress_bar
+from mpreader.telemetry.progress import Progress, progress_bar
 
 if TYPE_CHECKING:
-    from mpreader.s3 import S3Client
+    from mpreader.s3 import BaseS3Client
 
 __all__ = ["MultiprocessConstructor", "ReadAhead"]
 
@@ -40,31 +42,31 @@ class ReadAhead:
     def __init__(
         self,
         pool: Pool,
-        client: S3Client,
+        client: BaseS3Client,
         ranges_by_file: Mapping[str, Sequence[ItemRange]],
         gap: float,
         *,
         progress: bool | None = False,
     ) -> None:
-        from mpreader.s3 import S3Source, parse_s3_uri
+        from mpreader.s3 import parse_s3_uri
+        from mpreader.sources.s3 import S3Source
 
         self.ranges_by_file = ranges_by_file
         self.parts_by_file: dict[str, tuple[int, list[Part]]] = {}
-        fills: list[Fill] = []
-        for uri, plan in plan_files(ranges_by_file, gap, pool.sizes.part_bytes).items():
-            self.parts_by_file[uri] = (len(fills), plan.parts)
-            source = S3Source(client, *parse_s3_uri(uri))
-            fills.extend(
-                Fill(source, part.size, (FillPart(part.start, part.end, 0),), part.over_read) for part in plan.parts
-            )
+        sources = [S3Source(client, *parse_s3_uri(uri)) for uri in ranges_by_file]
+        slot_reads: list[SlotRead] = []
+        plans = plan_files(ranges_by_file, max_gap_bytes=gap, part_bytes=pool.sizes.part_bytes)
+        for number, (uri, plan) in enumerate(plans.items()):
+            self.parts_by_file[uri] = (len(slot_reads), plan.parts)
+            slot_reads.extend(SlotRead(number, part.size, (part,), part.over_read) for part in plan.parts)
         self._unread = {uri for uri, (_, parts) in self.parts_by_file.items() if parts}
         self._readers = 0
-        self._is_retired = not fills
+        self._is_retired = not slot_reads
         self.max_bytes = pool.sizes.max_bytes
         # torch.load needs the whole of an item at a time, however large it is.
-        self.transfer: Transfer | None = pool.read(fills, grows=True) if fills else None
-        if self.transfer is not None:
-            self.transfer.progress = progress_bar(sum(fill.nbytes for fill in fills), "load", show=progress)
+        self.transfer: Transfer | None = pool.read(sources, slot_reads, grows=True) if slot_reads else None
+        nbytes = sum(slot_read.nbytes for slot_read in slot_reads)
+        self._progress = progress_bar(nbytes, "load", show=progress) if slot_reads else Progress()
         # It uses the pool by itself, besides the constructor: readers that are open outlive the one that made them.
         use_shared_pool(pool)
         self._release_pool = weakref.finalize(self, release_shared_pool, pool, keep_warm=True)
@@ -73,6 +75,25 @@ class ReadAhead:
     def is_over(self) -> bool:
         """True if nothing more can be read with it."""
         return self._is_retired and not self._readers
+
+    def take(self, index: int) -> memoryview:
+        """Wait for the slot read ``index`` and take it; see :meth:`mpreader.pool.transfer.Transfer.take`.
+
+        Raises:
+            PoolClosed: Nothing was ordered from the pool, or the load has ended.
+            MpreaderError: The bytes can't be had.
+        """
+        if self.transfer is None:
+            raise PoolClosed("nothing was ordered from the pool")
+        on_wait = self._show_progress if self._progress.is_shown else None
+        view = self.transfer.take_first((index,), on_wait=on_wait)[1]
+        self._show_progress()
+        return view
+
+    def discard(self, start: int, stop: int) -> None:
+        """Say that the slot reads [start, stop) won't be taken any more."""
+        if self.transfer is not None:
+            self.transfer.discard(start, stop)
 
     def open_file(self) -> None:
         """Say that a reader begins."""
@@ -93,9 +114,14 @@ class ReadAhead:
 
     def _close_if_over(self) -> None:
         if self.is_over:
+            self._progress.close()
             if self.transfer is not None:
                 self.transfer.close()
             self._release_pool()
+
+    def _show_progress(self) -> None:
+        if self.transfer is not None and self._progress.is_shown:
+            self._progress.advance_to(self.transfer.received_bytes)
 
 
 class MultiprocessConstructor(ItemRangeConstructor):
@@ -122,7 +148,7 @@ class MultiprocessConstructor(ItemRangeConstructor):
     reader_type = "multiprocess"
 
     # Set by _forget_state, for a new constructor and for one that was unpickled.
-    _client: S3Client | None
+    _client: BaseS3Client | None
     _pool: Pool | None
     _leave_pool: weakref.finalize[..., MultiprocessConstructor]
     _read_ahead: ReadAhead | None
@@ -144,7 +170,7 @@ class MultiprocessConstructor(ItemRangeConstructor):
         self._progress = progress
         self._forget_state()
 
-    def use_client(self, client: S3Client) -> None:
+    def use_client(self, client: BaseS3Client) -> None:
         """Read through ``client``, unless an ``s3client_config`` was given."""
         if self._s3client_config is None:
             self._client = client
@@ -200,9 +226,9 @@ class MultiprocessConstructor(ItemRangeConstructor):
 
     def _begin(self, ranges_by_file: Mapping[str, Sequence[ItemRange]]) -> ReadAhead:
         if self._client is None:
-            from mpreader.s3 import S3Client
+            from mpreader.s3 import BaseS3Client
 
-            self._client = S3Client(s3client_config=self._s3client_config)
+            self._client = BaseS3Client(s3client_config=self._s3client_config)
         return ReadAhead(self._get_pool(), self._client, ranges_by_file, self._max_gap_size, progress=self._progress)
 
     def _get_pool(self) -> Pool:

@@ -1,11 +1,14 @@
-"""S3 by boto3: the only place that imports it. Credentials, signatures, regions and addressing never leave here."""
+"""S3 by boto3, and nothing but boto3: clients, credentials, signatures, regions, listings, streams and uploads.
+
+The only package that imports boto3, apart from the servers for tests. It knows neither the worker pool nor the readers:
+:mod:`mpreader.sources.s3` makes sources of what it presigns, and :mod:`mpreader.readers.client` the public client.
+"""
 
 from __future__ import annotations
 
-from mpreader.s3.client import S3Client
+from mpreader.s3.client import BaseS3Client, PresignedUrl
 from mpreader.s3.objects import ListObjectsPage, ObjectInfo
-from mpreader.s3.source import S3Source
 from mpreader.s3.uri import parse_s3_uri
 from mpreader.s3.writer import S3Writer
 
-__all__ = ["ListObjectsPage", "ObjectInfo", "S3Client", "S3Source", "S3Writer", "parse_s3_uri"]
+__all__ = ["BaseS3Client", "ListObjectsPage", "ObjectInfo", "PresignedUrl", "S3Writer", "parse_s3_uri"]

@@ -1,12 +1,12 @@
-"""What S3 is to given settings: who we are to it, whether it answers, what of a bucket may be read.
+"""Account: S3 as given settings lead to it, namely the credentials, the service's response, the rights to a bucket.
 
-For ``mpreader doctor``. Nothing that leaves here holds a secret, not even the id of an access key.
+For ``mpreader doctor`` alone, which runs the methods in threads and explains what they return or raise. Nothing that
+leaves here holds a secret, not even the id of an access key.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,42 +15,46 @@ from email.utils import parsedate_to_datetime
 from typing import Any, Final, Literal
 from urllib.parse import urlsplit
 
-import botocore.session
 from botocore import UNSIGNED, exceptions
 from botocore.awsrequest import AWSRequest
 from botocore.config import Config
 from botocore.credentials import Credentials
 from botocore.exceptions import BotoCoreError, ClientError
-from botocore.httpsession import URLLib3Session, get_cert_path
+from botocore.httpsession import URLLib3Session
 from botocore.utils import get_environ_proxies, parse_timestamp
 
-from mpreader.collector import collector_paused
 from mpreader.config import S3ClientConfig
 from mpreader.errors import AccessDenied, ConfigError, PlanError
 from mpreader.s3.failure import Target, translated
+from mpreader.s3.session import Session
 
-__all__ = ["Account", "Answer", "Identity", "Readable", "Silence", "code_of"]
+__all__ = ["Account", "Identity", "NoResponse", "Readable", "ServiceResponse", "code_of"]
 
-# Of one request; all of them together are bounded by who asks.
+# Of one request; the doctor bounds the time of all of them together.
 _TIMEOUT_S: Final = 3
-# All others botocore fetches, and fetches anew before they expire.
+_ONE_QUICK_ATTEMPT: Final[dict[str, Any]] = {
+    "connect_timeout": _TIMEOUT_S,
+    "read_timeout": _TIMEOUT_S,
+    "retries": {"total_max_attempts": 1},
+}
+# Sources of credentials that stay as they are. From all others botocore fetches new ones before they expire.
 _UNRENEWED: Final = ("env", "shared-credentials-file", "config-file")
-# Shorter ones are those of test servers, such as "test"; what is to be told may hold such a word.
-_LEAST_SECRET: Final = 8
+# Shorter ones are those of test servers, such as "test": a message that must be shown may hold such a word.
+_MIN_SECRET_LENGTH: Final = 8
 
 _Cause = Literal["tls", "proxy", "timeout", "connection"]
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """The credentials that are found.
+    """Facts of the credentials that are found.
 
     Attributes:
-        source: Where they come from, in botocore's words, such as ``"env"``; "" if there are none.
-        profile: The profile in force.
-        expires: When they do, in UTC; None: never, or nobody knows.
-        is_renewed: Whether botocore fetches new ones by itself before that.
-        lacks_token: Whether they are temporary ones without their session token.
+        source: Place they come from, in botocore's words, such as ``"env"``; "" if there are none.
+        profile: Profile in force.
+        expires: Moment they expire, in UTC; None: never, or it is not known.
+        is_renewed: True if botocore fetches new ones by itself before that.
+        lacks_token: True if they are temporary ones without their session token.
     """
 
     source: str
@@ -61,14 +65,14 @@ class Identity:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """What the service said to a request without a signature; that it refuses is an answer, too.
+class ServiceResponse:
+    """Facts of the service's response to a request without a signature; a refusal is a response, too.
 
     Attributes:
         status: HTTP status.
-        seconds: How long it took, name and connection included.
-        skew: How far our clock is ahead of the service's; None where that told no time.
-        bucket_region: Region of the bucket; None where it told none.
+        seconds: Time it took, look-up of the name and connection included.
+        skew: Time by which our clock is ahead of the service's; None where the response has no date.
+        bucket_region: Region of the bucket; None where the response names none.
     """
 
     status: int
@@ -79,10 +83,10 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Readable:
-    """What of a bucket may be done.
+    """Rights to a bucket, as far as they were tried.
 
     Attributes:
-        is_listed: Whether it may be listed.
+        is_listed: True if it may be listed.
         key: Key of an object that was read; None: there is none below the prefix.
     """
 
@@ -90,11 +94,11 @@ class Readable:
     key: str | None
 
 
-class Silence(Exception):
-    """The service did not answer.
+class NoResponse(Exception):
+    """The service did not respond.
 
     Attributes:
-        cause: What was in the way.
+        cause: Kind of obstacle.
     """
 
     def __init__(self, cause: _Cause, message: str) -> None:
@@ -103,11 +107,11 @@ class Silence(Exception):
 
 
 class Account:
-    """S3, as it is with these settings; each method makes a request at most, or a few, without patience.
+    """Access to S3 with given settings, to be examined. Each method makes one request or a few, without retries.
 
     Args:
-        config: How S3 is reached.
-        bucket: The bucket that is asked about. "": the service itself.
+        config: Settings of S3.
+        bucket: Bucket to examine. "": the service itself.
 
     Raises:
         ConfigError: A profile, region, URL or name is wrong.
@@ -116,9 +120,11 @@ class Account:
     def __init__(self, config: S3ClientConfig, bucket: str = "") -> None:
         self._config = config
         self._bucket = bucket
-        self._secrets: tuple[str, ...] = ()
-        self._session = botocore.session.Session(profile=config.profile)
-        with contextlib.closing(self._make_client(signature=UNSIGNED)) as client:
+        self._secrets: tuple[str, ...] = ()  # those that were found so far, for clean()
+        # Not a shared one: it may have been made before what is wrong was changed.
+        self._session = Session(config)
+        # Unsigned: finding credentials may take long, and is left to identify(), which the doctor runs in a thread.
+        with contextlib.closing(self._make_client(signature_version=UNSIGNED)) as client:
             self.region: str = client.meta.region_name
             self._endpoint = self._url = str(client.meta.endpoint_url)
             if bucket:
@@ -127,15 +133,9 @@ class Account:
 
     @property
     def url(self) -> str:
-        """Where the bucket, or the service, is asked, without the secrets that an endpoint's URL may hold."""
+        """URL of the bucket, or of the service, without the secrets that an endpoint's URL may hold."""
         parts = urlsplit(self._url)
         return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-
-    @property
-    def ca_file(self) -> str:
-        """The file, or directory, of certificate authorities that are trusted."""
-        configured = self._session.get_config_variable("ca_bundle") or os.environ.get("REQUESTS_CA_BUNDLE")
-        return str(configured or get_cert_path(True))
 
     def identify(self) -> Identity:
         """Find the credentials, and fetch them where they must be fetched.
@@ -148,67 +148,70 @@ class Account:
         except (BotoCoreError, ClientError, ValueError) as error:
             raise ConfigError(self.clean(str(error))) from None
 
-    def knock(self) -> Answer:
+    def probe(self) -> ServiceResponse:
         """Ask the service for the bucket, once and without a signature.
 
         Raises:
-            Silence: There was no answer.
+            NoResponse: There was none.
         """
-        trusted: Any = self.ca_file  # the stubs know no file
+        # Not by a client: it would sign the request, follow a redirect, and turn a refusal into an error.
+        trusted: Any = self._session.ca_file()  # the stubs know no file
         http = URLLib3Session(verify=trusted, proxies=get_environ_proxies(self._url), timeout=_TIMEOUT_S)
         before = datetime.now(timezone.utc)
         try:
             response = http.send(AWSRequest("HEAD", self._url).prepare())
         except BotoCoreError as error:
-            raise Silence(_cause(error), self.clean(_reason(error))) from None
+            raise NoResponse(_cause(error), self.clean(_reason(error))) from None
         finally:
             http.close()
         after = datetime.now(timezone.utc)
-        return Answer(
+        return ServiceResponse(
             status=response.status_code,
             seconds=(after - before).total_seconds(),
+            # The service read its clock about halfway between.
             skew=_skew(before + (after - before) / 2, response.headers),
             bucket_region=response.headers.get("x-amz-bucket-region"),
         )
 
     def read(self, prefix: str) -> Readable:
-        """List what begins with ``prefix``, and read a byte of it.
+        """List the objects whose keys begin with ``prefix``, and read a byte of one of them.
 
         Raises:
             ConfigError: A setting is wrong.
             TransportError: It is refused, or does not work.
         """
-        with contextlib.closing(self._make_client(UNSIGNED if self._config.unsigned else None)) as client:
+        with contextlib.closing(self._make_client()) as client:
             try:
                 found = self._call(client.list_objects_v2, Prefix=prefix, MaxKeys=20).get("Contents", ())
             except AccessDenied:
                 return Readable(False, self._read_any(client, prefix))
             if not found:
                 return Readable(True, None)
+            # One with content, if there is any: of an empty object no byte can be read.
             key: str = max(found, key=lambda entry: bool(entry["Size"]))["Key"]
             self._read_byte(client, key)
             return Readable(True, key)
 
     def clean(self, text: str) -> str:
-        """``text`` in one line, without anything in it that is secret."""
+        """Return ``text`` in one line, without anything in it that is secret."""
         text = re.sub(r"//\S*@", "//", " ".join(text.split()))
-        # The objects whose names urllib3 begins its reasons with.
+        # The representation of an object, with which urllib3 begins its reasons.
         text = re.sub(r"<urllib3\S* object at \w+>: |\w+Connection\([^)]*\): ", "", text)
         for secret in self._secrets:
             text = text.replace(secret, "…")
         return text
 
     def _identify(self) -> Identity:
-        profile = self._session.get_config_variable("profile") or "default"
-        settings = self._session.get_scoped_config()
+        profile = self._session.core.get_config_variable("profile") or "default"
+        settings = self._session.core.get_scoped_config()
         if "mfa_serial" in settings and "role_arn" in settings:
-            # Botocore would ask for it on the terminal, and wait.
+            # Botocore would ask for the code on the terminal, and wait.
             raise ConfigError(f"the profile {profile} asks for an MFA code each time, which a job can't give")
-        credentials = self._session.get_credentials()
+        credentials = self._session.core.get_credentials()
         if credentials is None:
             return Identity("", profile)
         key, token = self._fetch(credentials)
-        expires = getattr(credentials, "_expiry_time", None)  # told in no other way
+        expires = getattr(credentials, "_expiry_time", None)  # botocore has no public name for it
         return Identity(
             source=credentials.method,
             profile=profile,
@@ -218,18 +221,18 @@ class Account:
         )
 
     def _fetch(self, credentials: Credentials) -> tuple[str, str]:
-        """The id of the access key and the session token; "" where they have expired."""
+        """Return the id of the access key and the session token; "" where they have expired."""
         try:
             frozen = credentials.get_frozen_credentials()
         except RuntimeError:  # how botocore says that what it has fetched has expired
             return "", ""
         key, token = frozen.access_key or "", frozen.token or ""
         secrets = (frozen.secret_key or "", token, key)
-        self._secrets = tuple(secret for secret in secrets if len(secret) >= _LEAST_SECRET)
+        self._secrets = tuple(secret for secret in secrets if len(secret) >= _MIN_SECRET_LENGTH)
         return key, token
 
     def _read_any(self, client: Any, prefix: str) -> str:
-        """Read what a loader would that may not list: the object of this name, or a checkpoint's metadata."""
+        """Read as a loader that may not list would: the object of this name, or a checkpoint's metadata."""
         folder = prefix.rstrip("/")
         with contextlib.suppress(AccessDenied):
             self._read_byte(client, f"{folder}/.metadata" if folder else ".metadata")
@@ -238,7 +241,7 @@ class Account:
         return prefix
 
     def _read_byte(self, client: Any, key: str) -> None:
-        with contextlib.suppress(PlanError):  # it is empty
+        with contextlib.suppress(PlanError):  # the object is empty
             self._call(client.get_object, Key=key, Range="bytes=0-0")["Body"].close()
 
     def _call(self, method: Callable[..., dict[str, Any]], **parameters: Any) -> dict[str, Any]:
@@ -249,32 +252,21 @@ class Account:
     def _target(self, key: str = "") -> Target:
         return Target(self._bucket, key, lambda _: self.clean(f"region {self.region}, endpoint {self._endpoint}"), 1)
 
-    def _make_client(self, signature: Any) -> Any:
-        settings: dict[str, Any] = {"s3": {"addressing_style": "path"}} if self._config.force_path_style else {}
-        config = Config(
-            signature_version=signature,
-            connect_timeout=_TIMEOUT_S,
-            read_timeout=_TIMEOUT_S,
-            retries={"total_max_attempts": 1},
-            **settings,
-        )
+    def _make_client(self, **options: Any) -> Any:
         try:
-            with collector_paused():
-                return self._session.create_client(
-                    "s3", region_name=self._config.region, endpoint_url=self._config.endpoint_url, config=config
-                )
-        except (BotoCoreError, ValueError) as error:
-            raise ConfigError(self.clean(str(error))) from None
+            return self._session.make_client(self._config.region, Config(**_ONE_QUICK_ATTEMPT, **options))
+        except (BotoCoreError, ConfigError) as error:
+            raise ConfigError(self.clean(str(error))) from None  # the cause's text may name what is secret
 
 
 def code_of(error: BaseException) -> str:
-    """S3's own code for a refusal, such as ``"AccessDenied"``; "" where it gave none."""
+    """Return S3's own code for a refusal, such as ``"AccessDenied"``; "" where it gave none."""
     refusal = error.__cause__
     return str(refusal.response.get("Error", {}).get("Code", "")) if isinstance(refusal, ClientError) else ""
 
 
 def _noted_expiry(source: str, settings: Mapping[str, object]) -> datetime | None:
-    """When credentials expire, as the tools that wrote them into the file have noted it there."""
+    """Return the moment credentials expire, as the tools that wrote them into the file have noted it there."""
     if source not in _UNRENEWED[1:]:
         return None
     for name, value in settings.items():
@@ -304,7 +296,7 @@ def _cause(error: BotoCoreError) -> _Cause:
 
 
 def _reason(error: BotoCoreError) -> str:
-    """What lies behind botocore's error, which itself says little more than the URL."""
+    """Return the reason that botocore's error hides: its own text says little more than the URL."""
     if isinstance(error, exceptions.ProxyConnectionError):
         return str(error)  # names the proxy, without its password
     return str(error.kwargs.get("error") or error)

@@ -1,4 +1,8 @@
-"""S3Client: the requests that mpreader makes of S3."""
+"""BaseS3Client: every request that mpreader's own process makes of S3, and the presigned URLs for its workers.
+
+Clients are light: the slow parts, boto3's clients, belong to a :class:`~mpreader.s3.session.Session` that clients of
+equal settings share. What the users have is :class:`mpreader.readers.client.S3Client`, which also makes readers.
+"""
 
 from __future__ import annotations
 
@@ -8,45 +12,51 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final, NamedTuple
+from urllib.parse import urlsplit
 
 from botocore.exceptions import ClientError
 
 from mpreader.config import S3ClientConfig, check_type
-from mpreader.pool.worker.route import Route
 from mpreader.s3.checksum import StoredChecksums
 from mpreader.s3.failure import Target, translated
 from mpreader.s3.objects import ListObjectsPage, ObjectInfo
 from mpreader.s3.session import Session, shared_session
-from mpreader.s3.stream import PinnedObject
 from mpreader.s3.writer import S3Writer
-from mpreader.sources.network import route_to
 
-if TYPE_CHECKING:
-    from mpreader.readers.base import ObjectInfo as HasSize
-    from mpreader.readers.base import S3Reader
-    from mpreader.readers.protocols import S3ReaderConstructorProtocol
-
-__all__ = ["S3Client"]
+__all__ = ["BaseS3Client", "PresignedUrl"]
 
 # Longer than any load of an object takes; the pool makes new ones long before.
 _URL_EXPIRY_S: Final = 3600
+# Refusals of a HEAD whose reason only a GET is told: the response to a HEAD has no body.
 _UNEXPLAINED: Final = frozenset({301, 400, 403, 404})
 
 
-class S3Client:
-    """Access to S3. Thread-safe; connects when first used, anew after a fork or unpickling.
+class PresignedUrl(NamedTuple):
+    """A URL for GETs of one object. A secret: whoever has it can read the object until it expires.
 
-    Args:
-        region: AWS region. None: that of ``s3client_config``, else the environment's. Buckets of other regions are
-            followed.
-        s3client_config: How S3 is reached. None: the defaults.
-        endpoint: URL of an S3-compatible service. None: that of ``s3client_config``, else the environment's.
-
-    Raises:
-        ConfigError: ``region`` or ``endpoint`` is malformed.
-        TypeError: ``s3client_config`` is something else.
+    Attributes:
+        url: The URL, percent-encoded; its query holds the signature.
+        headers: Headers that every request must carry, as they were signed.
+        ca_file: PEM file, or directory, of the certificate authorities to trust; None where the URL is not https.
     """
+
+    url: str
+    headers: tuple[tuple[str, str], ...]
+    ca_file: str | None
+
+    @property
+    def origin(self) -> str:
+        """Scheme, host and port of the URL, which are no secret."""
+        parts = urlsplit(self.url)
+        return f"{parts.scheme}://{parts.netloc}"
+
+    def __repr__(self) -> str:
+        return f"PresignedUrl({self.origin})"
+
+
+class BaseS3Client:
+    """Requests of S3. Thread-safe; connects when first used, anew after a fork or unpickling."""
 
     def __init__(
         self,
@@ -55,6 +65,18 @@ class S3Client:
         s3client_config: S3ClientConfig | None = None,
         endpoint: str | None = None,
     ) -> None:
+        """Take over the settings; makes no request.
+
+        Args:
+            region: AWS region. None: that of ``s3client_config``, else the environment's. Buckets of other regions
+                are followed.
+            s3client_config: Settings of S3. None: the defaults.
+            endpoint: URL of an S3-compatible service. None: that of ``s3client_config``, else the environment's.
+
+        Raises:
+            ConfigError: ``region`` or ``endpoint`` is malformed.
+            TypeError: ``s3client_config`` is something else.
+        """
         check_type("s3client_config", s3client_config, S3ClientConfig)
         config = s3client_config or S3ClientConfig()
         self._config = replace(
@@ -73,28 +95,6 @@ class S3Client:
     def s3client_config(self) -> S3ClientConfig:
         """The settings in force."""
         return self._config
-
-    def get_object(
-        self,
-        bucket: str,
-        key: str,
-        *,
-        object_info: HasSize | None = None,
-        reader_constructor: S3ReaderConstructorProtocol | None = None,
-    ) -> S3Reader:
-        """Make a reader of one object; all that it reads is of the version that it sees first.
-
-        Args:
-            bucket: The object's bucket.
-            key: The object's key.
-            object_info: What a HEAD or a listing told of the object, to save the reader a request.
-            reader_constructor: Makes the reader. None: ``S3ReaderConstructor.default()``.
-        """
-        from mpreader.readers.kinds import S3ReaderConstructor
-
-        pinned = PinnedObject(self, bucket, key, object_info)
-        make = reader_constructor or S3ReaderConstructor.default()
-        return make(bucket=bucket, key=key, get_object_info=pinned.info, get_stream=pinned.stream)
 
     def head_object(self, bucket: str, key: str) -> ObjectInfo:
         """Ask for an object's size and version.
@@ -122,7 +122,7 @@ class S3Client:
 
         Args:
             bucket: The bucket.
-            prefix: What the keys begin with.
+            prefix: Beginning of the keys.
             delimiter: Keys with this text behind the prefix are summed up as common prefixes. "": none are.
             max_keys: Most objects and prefixes of one page.
 
@@ -131,11 +131,11 @@ class S3Client:
         """
         parameters: dict[str, Any] = {"Prefix": prefix, "Delimiter": delimiter, "MaxKeys": max_keys}
         while True:
-            answer = self.call("list_objects_v2", bucket, **parameters)
-            yield ListObjectsPage.of(answer)
-            if not answer.get("IsTruncated"):
+            response = self.call("list_objects_v2", bucket, **parameters)
+            yield ListObjectsPage.of(response)  # may be empty, and still not the last one
+            if not response.get("IsTruncated"):
                 return
-            parameters["ContinuationToken"] = answer["NextContinuationToken"]
+            parameters["ContinuationToken"] = response["NextContinuationToken"]
 
     def put_object(self, bucket: str, key: str, storage_class: str | None = None) -> S3Writer:
         """Open a new object for writing; it is there once the writer is closed.
@@ -155,6 +155,7 @@ class S3Client:
         """
         self.head_object(src_bucket, src_key)  # or else an error could not tell source from destination
         with translated(self._target(dst_bucket, dst_key)):
+            # boto3's own transfer copies in parts where it must: one CopyObject takes 5 GiB at most.
             self._session.client_for(dst_bucket).copy(
                 {"Bucket": src_bucket, "Key": src_key},
                 dst_bucket,
@@ -171,8 +172,8 @@ class S3Client:
         """
         self.call("delete_object", bucket, Key=key)
 
-    def route(self, bucket: str, key: str) -> Route:
-        """Make a presigned URL for GETs of an object, as a route for the workers. Makes no request.
+    def presign(self, bucket: str, key: str) -> PresignedUrl:
+        """Presign a URL for GETs of an object, good for an hour. Makes no request.
 
         Raises:
             AccessDenied: There are no credentials.
@@ -182,10 +183,8 @@ class S3Client:
         with translated(self._target(bucket, key)):
             boto = session.client_for(bucket)
             url = boto.generate_presigned_url("get_object", Params=parameters, ExpiresIn=_URL_EXPIRY_S)
-            # What the signature names must be sent as it was signed.
             headers = (("x-amz-request-payer", "requester"),) if self._config.requester_pays else ()
-            ca_file = session.ca_file() if url.startswith("https:") else None
-            return route_to(url, headers, session.proxy_for(url), ca_file)
+            return PresignedUrl(url, headers, session.ca_file() if url.startswith("https:") else None)
 
     def call(
         self, operation: str, bucket: str, *, range: tuple[int, int] | None = None, **parameters: Any
@@ -205,17 +204,18 @@ class S3Client:
         """
         with translated(self._target(bucket, parameters.get("Key", ""), range)):
             method = getattr(self._session.client_for(bucket), operation)
-            answer: dict[str, Any] = method(Bucket=bucket, **parameters, **self._payer())
-            return answer
+            response: dict[str, Any] = method(Bucket=bucket, **parameters, **self._payer())
+            return response
 
     def close(self) -> None:
         """Close all connections; the next request opens new ones."""
         self._session.close()
 
     def __repr__(self) -> str:
-        return f"<S3Client region={self._config.region} endpoint={self._config.endpoint_url}>"
+        return f"<{type(self).__name__} region={self._config.region} endpoint={self._config.endpoint_url}>"
 
     def __reduce__(self) -> tuple[Any, ...]:
+        # Only the settings: connections and locks can't travel, and credentials must not.
         return partial(type(self), s3client_config=self._config), ()
 
     @property
@@ -227,6 +227,7 @@ class S3Client:
 
     def _use_session(self) -> None:
         self._own_session = shared_session(self._config)
+        # A client need not be closed: the last one that is collected closes the connections.
         weakref.finalize(self, self._own_session.release)
 
     def _target(self, bucket: str, key: str, range: tuple[int, int] | None = None) -> Target:
@@ -243,6 +244,6 @@ class S3Client:
         except ClientError as error:
             if error.response["ResponseMetadata"]["HTTPStatusCode"] not in _UNEXPLAINED:
                 raise
-            # The answer to a HEAD has no body that says why. That to a GET has.
+            # The GET raises an error with the reason; if it is allowed, that of the HEAD must do.
             with contextlib.closing(boto.get_object(**parameters, Range="bytes=0-0")["Body"]):
                 raise

@@ -1,4 +1,8 @@
-"""The border to botocore: what it raises becomes an error of mpreader's that says what to do."""
+"""Translation of botocore's errors, the only one: each becomes an error of mpreader's that says what to do.
+
+Used around every request that this package makes. Streams that break are not its business: :mod:`mpreader.s3.stream`
+resumes them.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +27,12 @@ __all__ = ["Target", "translated"]
 
 
 class Target(NamedTuple):
-    """What a request was about, for the error that may come of it.
+    """Subject of a request, for the error that may come of it.
 
     Attributes:
         bucket: The bucket.
         key: The key, or "".
-        where: Names the service that is asked for a bucket.
+        where: Returns, in words, the service that is asked for a bucket.
         max_attempts: Requests that boto3 makes before it gives up.
         range: Bytes that were asked for, end exclusive; None: no range.
     """
@@ -59,6 +63,13 @@ _DENIED: Final = (
 _WRONG_REGION: Final = (
     "the bucket lies in another region, and could not be followed there: set S3ClientConfig(region=…)"
 )
+
+_NO_REGION: Final = (
+    "the service redirects the request, perhaps to another region, but names none: check endpoint_url, and "
+    "S3ClientConfig(region=…)"
+)
+# Also those of a web server that sends plain http to https, say: botocore follows none but to another region.
+_REDIRECTS: Final = frozenset({301, 302, 307, 308})
 
 _BY_CODE: Final[dict[str, tuple[type[TransportError], str]]] = {
     "NoSuchBucket": (ObjectMissing, "there is no such bucket"),
@@ -130,24 +141,30 @@ def translated(target: Target) -> Iterator[None]:
 
 
 def _refusal(error: ClientError, target: Target) -> MpreaderError:
-    """The error for an answer of the service."""
+    """Make the error for a response of the service that is a refusal."""
     details = error.response.get("Error", {})
-    facts = error.response.get("ResponseMetadata")
-    status = facts["HTTPStatusCode"] if facts else 0
+    facts = error.response.get("ResponseMetadata", {})
+    status = facts.get("HTTPStatusCode", 0)
     code = details.get("Code", "")
+    # A response without a body, as to a HEAD, has no code of its own: botocore puts the status in its place.
     reason = "" if code == str(status) else f" {code}: {details.get('Message', '')}"
     said = f"HTTP {status}{reason}".rstrip(": ")
     if code == "InvalidRange" or status == 416:
         return PlanError(f"{target}: the range {target.range} lies outside of the object ({said})")
+    # The code says more than the status: a missing bucket and a missing key are both 404.
     kind, advice = _BY_CODE.get(code) or _BY_STATUS.get(status) or (TransportError, "the service failed")
-    attempts = (facts.get("RetryAttempts", 0) if facts else 0) + 1
-    return target.error(kind, f"{advice} ({said})", attempts)
+    names_region = "Region" in details or "x-amz-bucket-region" in facts.get("HTTPHeaders", {})
+    if status in _REDIRECTS and not names_region:
+        kind, advice = TransportError, _NO_REGION
+    return target.error(kind, f"{advice} ({said})", facts.get("RetryAttempts", 0) + 1)
 
 
 def _failure(error: BotoCoreError, target: Target) -> MpreaderError:
-    """The error for what went wrong before there was an answer."""
+    """Make the error for a failure before there was a response."""
+    # Some of these texts have line breaks, and the message of an error is one line.
     if isinstance(error, _SETTINGS):
         return ConfigError(f"{target}: {' '.join(str(error).split())}")
+    # No attempt: without credentials no request was made.
     if isinstance(error, _CREDENTIALS):
         return target.error(AccessDenied, f"{error}; {_GIVE_CREDENTIALS}", attempts=0)
     if isinstance(error, (boto.HTTPClientError, boto.ConnectionError)):

@@ -1,11 +1,13 @@
-"""The two ways in which bytes become an object: at once, or in parts."""
+"""Uploads: an object is made of bytes by one request, or by a multipart upload.
+
+Used by :class:`mpreader.s3.writer.S3Writer`, which decides between the two, and runs the threads.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
-if TYPE_CHECKING:
-    from mpreader.s3.client import S3Client
+from mpreader.s3.requester import Requester
 
 __all__ = ["MultipartUpload", "next_part_bytes", "put_whole"]
 
@@ -15,7 +17,7 @@ _GROWTH: Final = 1250
 
 
 def next_part_bytes(part_bytes: int, written: int) -> int:
-    """Size of the next part, so that 10,000 parts are enough for any object.
+    """Return the size of the next part, so that 10,000 parts are enough for any object.
 
     Args:
         part_bytes: Size of the first parts.
@@ -24,35 +26,37 @@ def next_part_bytes(part_bytes: int, written: int) -> int:
     return max(part_bytes, written // _GROWTH)
 
 
-def put_whole(client: S3Client, bucket: str, key: str, body: bytearray, storage_class: str | None) -> None:
+def put_whole(client: Requester, bucket: str, key: str, body: bytearray, storage_class: str | None) -> None:
     """Make an object with one request."""
     client.call("put_object", bucket, Key=key, Body=body, **_class(storage_class))
 
 
 class MultipartUpload:
-    """A multipart upload, begun. Parts may be sent from several threads.
+    """A multipart upload that has begun. Parts may be sent from several threads.
+
+    The parts cost money until ``complete`` makes the object of them, or ``abort`` deletes them.
 
     Raises:
         TransportError: The service refused, or could not be reached; the same for all methods.
     """
 
-    def __init__(self, client: S3Client, bucket: str, key: str, storage_class: str | None) -> None:
+    def __init__(self, client: Requester, bucket: str, key: str, storage_class: str | None) -> None:
         self._client = client
         self._bucket = bucket
         self._key = key
         self._etags: dict[int, str] = {}
-        answer = client.call("create_multipart_upload", bucket, Key=key, **_class(storage_class))
-        self._id: str = answer["UploadId"]
+        response = client.call("create_multipart_upload", bucket, Key=key, **_class(storage_class))
+        self._id: str = response["UploadId"]
 
     def __repr__(self) -> str:
         return f"<MultipartUpload s3://{self._bucket}/{self._key} parts={len(self._etags)}>"
 
     def send(self, number: int, body: bytearray) -> None:
         """Send part ``number``, counted from 1."""
-        answer = self._client.call(
+        response = self._client.call(
             "upload_part", self._bucket, Key=self._key, UploadId=self._id, PartNumber=number, Body=body
         )
-        self._etags[number] = answer["ETag"]
+        self._etags[number] = response["ETag"]
 
     def complete(self) -> None:
         """Make the object of all parts that were sent."""

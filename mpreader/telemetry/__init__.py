@@ -1,4 +1,4 @@
-"""What is told of the work: events of requests, timelines, OpenTelemetry metrics, progress bars."""
+"""Telemetry: request events, timelines, OpenTelemetry metrics, progress bars. No pool depends on any of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""OpenTelemetry metrics of what the worker pools do.
+"""OpenTelemetry metrics of the requests of all worker pools of this process.
 
 ========================================  =========  =========================================================
 ``mpreader.received``                     counter    bytes received, over-read and repeated ones included (By)
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["instrument"]
 
-# Those of OpenTelemetry's conventions for HTTP, and some more; its default ones are for milliseconds.
+# The boundaries of OpenTelemetry's conventions for HTTP, and some more; its defaults are meant for milliseconds.
 _BOUNDARIES_S: Final = (
     0.001,
     0.0025,
@@ -51,20 +51,21 @@ _BOUNDARIES_S: Final = (
 )
 _PORTS: Final = {"http": 80, "https": 443}
 
-_lock = threading.Lock()
+_lock = threading.Lock()  # guards _reports, and the users of each
 _reports: list[_Report] = []
 
 
 def instrument(meter_provider: MeterProvider | None = None) -> Callable[[], None]:
     """Report every request of every worker pool of this process from now on.
 
-    A provider gets each request once, however often this is called for it, until the last of the calls is ended.
+    A provider gets each request once, however often this is called for it, until the last of the calls is ended: two
+    libraries of one program may both call it.
 
     Args:
-        meter_provider: Where to. None: OpenTelemetry's global one, also if that is set later.
+        meter_provider: Provider that gets the metrics. None: OpenTelemetry's global one, also if that is set later.
 
     Returns:
-        What ends it; idempotent.
+        Function that ends the reports of this call; idempotent.
 
     Raises:
         ConfigError: OpenTelemetry is not installed.
@@ -94,12 +95,17 @@ def instrument(meter_provider: MeterProvider | None = None) -> Callable[[], None
 
 
 class _Report:
-    """Observes requests, for one provider."""
+    """Observer of requests that reports them to one provider.
+
+    Attributes:
+        meter_provider: The provider; None: the global one.
+        users: A token for each call of :func:`instrument` that has not been ended.
+    """
 
     def __init__(self, meter_provider: MeterProvider | None) -> None:
         from opentelemetry.metrics import get_meter
 
-        from mpreader import __version__
+        from mpreader.version import __version__
 
         self.meter_provider = meter_provider
         self.users: set[object] = set()

@@ -1,4 +1,8 @@
-"""A progress bar for long work: bytes, rate and time left."""
+"""Progress bar of long work: bytes done, rate and time left, on stderr.
+
+Loads, fetches and the commands count bytes with it. A bar is never worth an error: one that can't be drawn is given up,
+and the work goes on.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +19,17 @@ if TYPE_CHECKING:
 
 __all__ = ["Progress", "progress_bar"]
 
-_DELAY_S: Final = 0.5  # what is done sooner shows none
+_DELAY_S: Final = 0.5  # work that is done sooner shows no bar
 _OFF: Final = ("0", "false", "no", "off")
 
 _log = logging.getLogger(__name__)
 
 
 class Progress:
-    """What :func:`progress_bar` returns. Thread-safe; a bar that can't be drawn is drawn no more, and harms nothing."""
+    """Progress of one job, with a bar or without; made by :func:`progress_bar`. A context manager.
+
+    Several threads may call it. What two of them add at the very same time may be counted once.
+    """
 
     def __init__(self, bar: Any = None, total_bytes: int = 0) -> None:
         self._bar = bar
@@ -31,15 +38,18 @@ class Progress:
 
     @property
     def is_shown(self) -> bool:
-        """Whether there is a bar."""
+        """True if there is a bar that can be drawn."""
         return self._bar is not None
 
     def advance(self, nbytes: int) -> None:
-        """So many bytes more are done."""
+        """Count ``nbytes`` more as done."""
         self.advance_to(self._done + nbytes)
 
     def advance_to(self, done_bytes: int) -> None:
-        """So many bytes are done, or are on their way; less than before, or more than all, is not counted."""
+        """Count ``done_bytes`` of the whole work as done; less than before, or more than all, is not counted.
+
+        So it may be told of bytes that are on their way and may have to be received again.
+        """
         if self._bar is not None:
             added = min(done_bytes, self._total) - self._done
             if added <= 0:
@@ -51,12 +61,12 @@ class Progress:
                 self._give_up()
 
     def close(self) -> None:
-        """The work is over. Idempotent."""
+        """End the bar. Idempotent."""
         bar, self._bar = self._bar, None
         if bar is not None:
             try:
                 bar.close()
-            except Exception:  # noqa: BLE001
+            except Exception:  # noqa: BLE001  # as in advance_to
                 self._give_up()
 
     def __enter__(self) -> Self:
@@ -75,10 +85,10 @@ def progress_bar(total_bytes: int, description: str, *, show: bool | None = None
 
     Args:
         total_bytes: Bytes of the whole work.
-        description: What is done, in a word or two.
+        description: Name of the work, in a word or two.
         show: None: on a terminal or in a notebook, and in the first of several ranks only. True: always. False: never.
             ``MPREADER_PROGRESS=0`` in the environment turns all of them off.
-        leave: Whether the bar stays on the screen when the work is over.
+        leave: True: the bar stays on the screen when the work is over.
     """
     if not _is_shown(show):
         return Progress()
@@ -121,15 +131,16 @@ def _is_notebook() -> bool:
 
 @functools.cache
 def _bar_class() -> Any:
+    # Imported when a bar is drawn, not before: most programs show none.
     if _is_notebook():
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of missing widgets: then the bar is text
+            warnings.simplefilter("ignore")  # a warning of missing widgets: then the bar is text
             from tqdm.autonotebook import tqdm as base
     else:
         from tqdm import tqdm as base
 
     class Bar(base):  # type: ignore[type-arg]  # chosen at run time
-        """Without tqdm's thread that watches it, and without its lock between processes."""
+        """tqdm's bar without its thread and its lock between processes: neither may outlive a load."""
 
         monitor_interval = 0
         _lock = threading.RLock()

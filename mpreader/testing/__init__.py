@@ -1,7 +1,7 @@
-"""Servers to try things against: an embedded S3 and a range server that misbehaves on demand.
+"""Test servers: an embedded S3, and a range server that injects faults by schedule.
 
 Both are context managers that leave nothing behind, need no network and no credentials, and are meant for
-users' own tests as much as for mpreader's. ``mpreader demo`` shows a whole load.
+users' own tests as much as for mpreader's. The library itself never imports them; ``mpreader demo`` does.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from mpreader.testing.fault import random_faults as random_faults
     from mpreader.testing.fault_server import FaultedRequest as FaultedRequest
     from mpreader.testing.fault_server import FaultServer as FaultServer
-    from mpreader.testing.s3_server import S3Request as S3Request
+    from mpreader.testing.request_log import S3Request as S3Request
     from mpreader.testing.s3_server import S3Server as S3Server
 
-# Lazily, so that `python -m mpreader.testing.s3_server` does not find its module imported already.
+# Imported lazily: `python -m mpreader.testing.s3_server` would warn if its module were imported already.
 _HOME_OF = {
     "Fault": "mpreader.testing.fault",
     "FaultKind": "mpreader.testing.fault",
@@ -26,7 +26,7 @@ _HOME_OF = {
     "FaultServer": "mpreader.testing.fault_server",
     "FaultedRequest": "mpreader.testing.fault_server",
     "S3Server": "mpreader.testing.s3_server",
-    "S3Request": "mpreader.testing.s3_server",
+    "S3Request": "mpreader.testing.request_log",
 }
 
 __all__ = [*_HOME_OF]

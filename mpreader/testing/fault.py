@@ -1,4 +1,4 @@
-"""What can go wrong, and when: the schedules of :class:`mpreader.testing.FaultServer`."""
+"""Faults of a server, and the schedules by which :class:`mpreader.testing.FaultServer` injects them."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ __all__ = ["TRANSIENT_KINDS", "Fault", "FaultKind", "Schedule", "random_faults"]
 
 
 class FaultKind(Enum):
-    """The ways in which an answer, or a connection, can be bad."""
+    """Ways in which a response, or a connection, can be bad; each value tells what happens."""
 
     RESET = "the connection is reset after after_bytes of the body"
     EARLY_CLOSE = "the connection is closed in order (FIN) after after_bytes of the body"
     CLOSE_ON_ACCEPT = "the connection is closed as soon as it is there; counts connections, not requests"
     STALL = "after after_bytes of the body nothing comes for seconds"
     TRICKLE = "after after_bytes of the body one byte comes every seconds"
-    DELAY = "the answer starts only after seconds"
+    DELAY = "the response starts only after seconds"
     WRONG_LENGTH = "Content-Length is wrong by delta; then the connection is closed"
     WRONG_RANGE = "Content-Range names a range delta bytes further on; the body is that of the right one"
     WRONG_TOTAL = "Content-Range names a total size wrong by delta"
     WHOLE_OBJECT = "status 200 and the whole object instead of the range"
     EXTRA_BYTES = "delta more bytes follow the body"
     STATUS = "an S3 error: status, with S3's XML body"
-    NO_ETAG = "the answer has no ETag"
-    OTHER_ETAG = "the answer has the ETag of another version, and If-Match is ignored"
+    NO_ETAG = "the response has no ETag"
+    OTHER_ETAG = "the response has the ETag of another version, and If-Match is ignored"
     FLIPPED_BIT = "one bit of the body is wrong: of the byte covering, else of byte after_bytes of the body"
 
 
@@ -41,15 +41,15 @@ class Fault:
     that ``at`` holds. If several strike one request, the first of the schedule does.
 
     Args:
-        kind: What goes wrong.
+        kind: Kind of the fault.
         at: Which of the matching requests are struck: ``(3, 5)``, ``range(1, 30)``; None: every one.
         method: Method of the matching requests.
         path: Path of the matching requests, as in the server's objects; None: any.
         covering: Match only requests whose range holds this byte of the object; None: any range.
         until_s: Strike no more once this many seconds have passed since the schedule was set; None: for ever.
-        after_bytes: How much of the body is still right.
-        seconds: How long STALL and DELAY take; TRICKLE's time between two bytes.
-        delta: By how many bytes WRONG_LENGTH, WRONG_RANGE, WRONG_TOTAL and EXTRA_BYTES are wrong.
+        after_bytes: Bytes of the body that are still right.
+        seconds: Duration of STALL and DELAY; time between two bytes of TRICKLE.
+        delta: Bytes by which WRONG_LENGTH, WRONG_RANGE, WRONG_TOTAL and EXTRA_BYTES are wrong.
         status: HTTP status of STATUS.
         code: S3's error code of STATUS, such as ``"ExpiredToken"``; "": the usual one of the status.
 
@@ -120,7 +120,7 @@ def random_faults(
 
 
 class Schedule:
-    """The faults of a server and how often each was matched. Safe to use from several threads."""
+    """The faults of a server, with a count of the events that each has matched. Thread-safe."""
 
     def __init__(self, faults: Sequence[Fault]) -> None:
         self._faults = tuple(faults)
@@ -129,7 +129,11 @@ class Schedule:
         self._lock = threading.Lock()
 
     def strike(self, matches: Callable[[Fault], bool]) -> Fault | None:
-        """Count an event for the faults that it matches; the fault that strikes it, if any does."""
+        """Count an event for all faults that it matches; returns the first that strikes it, None if none does.
+
+        Args:
+            matches: Tells of a fault if the event is one that it counts.
+        """
         with self._lock:
             striking = [fault for index, fault in enumerate(self._faults) if matches(fault) and self._is_due(index)]
         return striking[0] if striking else None

@@ -1,7 +1,7 @@
-"""A range server that misbehaves on demand, for tests of how a client takes it.
+"""Fault server: serves ranges as S3 does, and injects network faults by schedule, for tests of a client.
 
-It runs in threads of the calling process, speaks HTTP/1.1 with keep-alive, plain or TLS, answers GET and HEAD
-as S3 does (Range, If-Match, ETag, error bodies; no signatures, no listing), and injects faults by schedule::
+It runs in threads of the calling process, speaks HTTP/1.1 with keep-alive, plain or TLS, and answers GET and HEAD
+as S3 does (Range, If-Match, ETag, error bodies; no signatures, no listing)::
 
     data = os.urandom(1 << 20)
     fault = Fault(FaultKind.RESET, at=(1, 3), after_bytes=1000)
@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 from urllib.parse import quote
 
-from mpreader.testing.answer import Content, Request, StoredObject, answer_to, byte_range, read_request
-from mpreader.testing.certificate import LoopbackCertificate
+from mpreader.testing.certificate import LoopbackCertificate, server_context
 from mpreader.testing.fault import Fault, FaultKind, Schedule
+from mpreader.testing.response import Content, Request, StoredObject, byte_range, read_request, respond
 from mpreader.testing.s3_server import aws_environment
 
 if TYPE_CHECKING:
@@ -48,11 +48,11 @@ class FaultedRequest:
     Attributes:
         method: ``"GET"``, ``"HEAD"``, …
         path: Percent-decoded path without the query.
-        range: The Range header, None where there was none.
+        range: The Range header; None if there was none.
         headers: All headers, names in lower case.
         connection: Number of the connection that it came on, from 1.
-        status: Status of the answer.
-        fault: What was done to it, None if it was answered well.
+        status: Status of the response.
+        fault: The fault that struck it; None if it was answered well.
     """
 
     method: str
@@ -68,9 +68,9 @@ class FaultServer:
     """Serves objects from memory or files on the loopback address, and injects faults. A context manager.
 
     Args:
-        objects: What to serve: ``{"/bucket/key": bytes or Path}``. Not copied, so don't change it.
-        faults: What goes wrong; see :class:`Fault`. Can be changed with :meth:`inject`.
-        tls: Speak https, with a certificate of its own authority; see :attr:`ca_file`. Needs ``cryptography``.
+        objects: The objects by their paths: ``{"/bucket/key": bytes or Path}``. Not copied, so don't change them.
+        faults: The schedule of faults; see :class:`Fault`. :meth:`inject` replaces it.
+        tls: Speak https, with a certificate of its own authority; see :attr:`ca_file`. Needs ``trustme``.
         bytes_per_s: Most bytes per second on one connection, such as S3's 90e6; None: no limit.
     """
 
@@ -95,7 +95,7 @@ class FaultServer:
 
     @property
     def endpoint_url(self) -> str:
-        """Where it listens: ``http://127.0.0.1:<port>``. Usable as an S3 endpoint for GET and HEAD."""
+        """URL of the server, ``http://127.0.0.1:<port>``; an S3 endpoint for GET and HEAD."""
         if self._listener is None:
             raise RuntimeError("the server is not running; enter its context first")
         scheme = "http" if self._certificate is None else "https"
@@ -103,7 +103,7 @@ class FaultServer:
 
     @property
     def ca_file(self) -> Path | None:
-        """PEM file of the authority that a client must trust; None without TLS."""
+        """PEM file of the authority that a client must trust; None without TLS. It is there until :meth:`close`."""
         return None if self._certificate is None else self._certificate.ca_file
 
     @property
@@ -121,18 +121,18 @@ class FaultServer:
         return aws_environment(self.endpoint_url, self.ca_file)
 
     def put(self, path: str, content: Content) -> None:
-        """Make or overwrite an object; answers under way go on with the old one."""
+        """Make or overwrite an object; responses under way go on with the old one."""
         self._objects[path] = StoredObject.of(content)
 
     def inject(self, *faults: Fault) -> None:
-        """Follow this schedule from now on, counting from 1 again; none: behave well."""
+        """Follow this schedule from now on, counting from 1 again; without arguments: inject no faults."""
         self._schedule = Schedule(faults)
 
     def wait_for_requests(self, count: int, timeout_s: float = 10.0) -> None:
         """Block until ``count`` requests have come since the start.
 
         Raises:
-            TimeoutError: They did not come in time.
+            TimeoutError: Fewer have come in time.
         """
         with self._changed:
             if not self._changed.wait_for(lambda: len(self._requests) >= count, timeout_s):
@@ -140,13 +140,13 @@ class FaultServer:
 
     def start(self) -> None:
         """Listen, and answer from threads of this process."""
-        context = None if self._certificate is None else self._certificate.server_context()
+        context = None if self._certificate is None else server_context(self._certificate.server_file)
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
         self._acceptor = threading.Thread(target=self._accept, args=(self._listener, context), daemon=True)
         self._acceptor.start()
 
     def close(self) -> None:
-        """Drop all connections, end all stalls, wait for the threads. Again is harmless."""
+        """Drop all connections, end all stalls, wait for the threads. Idempotent."""
         self._closing.set()
         if self._listener is not None and self._acceptor is not None:
             self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept(), which close() alone does not
@@ -177,6 +177,7 @@ class FaultServer:
                 connection, _ = listener.accept()
             except OSError:
                 return  # closed
+            # The schedule is looked up each time: inject() may have replaced it.
             if self._schedule.strike(lambda fault: fault.kind is FaultKind.CLOSE_ON_ACCEPT):
                 connection.close()
                 continue
@@ -189,7 +190,7 @@ class FaultServer:
             connection = stack.enter_context(plain)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if context is not None:
-                # Of a copy, since wrapping takes the socket away that close() shuts down.
+                # A duplicate is wrapped, since wrapping detaches the socket, and close() shuts that one down.
                 connection = stack.enter_context(context.wrap_socket(plain.dup(), server_side=True))
             stream = stack.enter_context(connection.makefile("rb"))
             while (request := read_request(stream)) is not None and self._answer(connection, number, request):
@@ -197,28 +198,31 @@ class FaultServer:
         del self._connections[number]
 
     def _answer(self, connection: socket.socket, number: int, request: Request) -> bool:
-        """Answer one request; False where the connection must be closed then."""
+        """Answer one request; False if the connection must be closed then."""
         stored = self._objects.get(request.path)
         fault = self._schedule.strike(lambda candidate: _matches(candidate, request, stored))
-        answer = answer_to(request, stored, fault)
+        response = respond(request, stored, fault)
         entry = FaultedRequest(
-            request.method, request.path, request.headers.get("range"), request.headers, number, answer.status, fault
+            request.method, request.path, request.headers.get("range"), request.headers, number, response.status, fault
         )
+        # Before anything is sent, so that a client with a response finds its request in the list.
         with self._changed:
             self._requests.append(entry)
             self._changed.notify_all()
         if fault is not None and fault.kind is FaultKind.DELAY:
             self._pause(fault.seconds)
-        connection.sendall(answer.head())
+        connection.sendall(response.head())
         if fault is None or fault.kind not in _CUT_KINDS:
-            self._send(connection, answer.body)
-            spoilt = fault is not None and fault.kind in (FaultKind.WRONG_LENGTH, FaultKind.EXTRA_BYTES)
-            return not spoilt and request.method in ("GET", "HEAD")
-        self._send(connection, answer.body[: fault.after_bytes])
-        return self._break(connection, answer.body[fault.after_bytes :], fault)
+            self._send(connection, response.body)
+            misframed = fault is not None and fault.kind in (FaultKind.WRONG_LENGTH, FaultKind.EXTRA_BYTES)
+            return not misframed and request.method in ("GET", "HEAD")
+        self._send(connection, response.body[: fault.after_bytes])
+        return self._break(connection, response.body[fault.after_bytes :], fault)
 
     def _break(self, connection: socket.socket, rest: memoryview, fault: Fault) -> bool:
+        """Do what a fault does within a body; False if the connection must be closed then."""
         if fault.kind is FaultKind.RESET:
+            # Closing then sends RST instead of FIN.
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
         elif fault.kind is FaultKind.STALL:
             self._pause(fault.seconds)
@@ -230,6 +234,7 @@ class FaultServer:
         return fault.kind in (FaultKind.STALL, FaultKind.TRICKLE)
 
     def _send(self, connection: socket.socket, body: memoryview) -> None:
+        """Send a body, no faster than ``bytes_per_s``."""
         if self._bytes_per_s is None:
             connection.sendall(body)
             return
@@ -240,11 +245,13 @@ class FaultServer:
             self._pause(max(due - time.monotonic(), 0))
 
     def _pause(self, seconds: float) -> None:
+        """Sleep, unless :meth:`close` is called: no stall may delay the end of a test."""
         if self._closing.wait(seconds):
             raise ConnectionAbortedError("the server is being closed")
 
 
 def _matches(fault: Fault, request: Request, stored: StoredObject | None) -> bool:
+    """True if the request is one that the fault counts."""
     if fault.kind is FaultKind.CLOSE_ON_ACCEPT or fault.method != request.method:
         return False
     if fault.path is not None and fault.path != request.path:

@@ -1,7 +1,8 @@
-"""The process of the embedded S3 server: moto behind a keep-alive HTTP server, and a shortcut for ranged GETs.
+"""Process of the embedded S3 server: moto behind a keep-alive HTTP server, and a shortcut for ranged GETs.
 
 moto reads a whole object for every range of it. The shortcut answers a plain, authorised, satisfiable ranged
-GET of an object's newest version from the file in which moto keeps it; everything else is moto's.
+GET of an object's newest version from the file in which moto keeps it; moto answers all other requests. Only
+:mod:`mpreader.testing.s3_server` runs it.
 """
 
 from __future__ import annotations
@@ -26,40 +27,40 @@ from moto.s3.models import FakeKey, s3_backends
 from werkzeug.serving import ThreadedWSGIServer, WSGIRequestHandler
 from werkzeug.test import run_wsgi_app
 
-from mpreader.testing.answer import byte_range
 from mpreader.testing.certificate import server_context
-from mpreader.testing.s3_server import LOG_PATH
+from mpreader.testing.request_log import LOG_PATH
+from mpreader.testing.response import byte_range
 
 __all__ = ["serve"]
 
 _TLS_CHUNK_BYTES: Final = 1024 * 1024
-# These change what the answer is; moto knows how.
+# Headers that change the response in ways that only moto knows.
 _ODD_HEADERS: Final = ("If-None-Match", "If-Modified-Since", "If-Unmodified-Since")
 _SIGNATURES: Final = frozenset({"Signature", "X-Amz-Signature"})
 _PLAIN_QUERY: Final = re.compile(r"x-amz-.*|x-id|signature|awsaccesskeyid|expires", re.IGNORECASE)
 
 
-def serve(port: int, certificate: tuple[str, str] | None) -> None:
-    """Serve on 127.0.0.1 until the standard input ends; print the URL on a first line.
+def serve(port: int, certificate_file: str | None) -> None:
+    """Serve on 127.0.0.1 until the standard input ends; print the URL as the first line.
 
     Args:
         port: TCP port, 0 for any free one.
-        certificate: Files of the certificate and of its key, to speak https.
+        certificate_file: PEM file of the certificate and its private key, to speak https. None: http.
     """
-    with _Server(port, None if certificate is None else server_context(*certificate)) as server:
+    with _Server(port, None if certificate_file is None else server_context(certificate_file)) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        scheme = "http" if certificate is None else "https"
+        scheme = "http" if certificate_file is None else "https"
         print(f"{scheme}://127.0.0.1:{server.port}", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             sys.stdin.buffer.read()
-        # Not through the interpreter's end: moto would warn of every object that it still holds.
+        # Without the interpreter's usual end, in which moto would warn of every object that it still holds.
         os._exit(0)
 
 
 class _Server(ThreadedWSGIServer):
     def __init__(self, port: int, context: ssl.SSLContext | None) -> None:
-        self.log_entries: list[dict[str, Any]] = []
-        # moto closes and rewinds the files of objects that another of its threads is reading.
+        self.log_entries: list[dict[str, Any]] = []  # what S3Server.requests returns
+        # moto is not thread-safe: it closes and rewinds files of objects that another of its threads is reading.
         self.moto_lock = threading.Lock()
         super().__init__("127.0.0.1", port, DomainDispatcherApplication(create_backend_app), _Handler)
         if context is not None:
@@ -79,10 +80,10 @@ class _Handler(WSGIRequestHandler):
             self._answer_with_moto()
 
     def log(self, type: str, message: str, *args: Any) -> None:
-        """Keep quiet: what was asked for is in the log that the tests fetch."""
+        """Print nothing: the requests are in the log that S3Server fetches."""
 
     def _begin(self, status: int) -> None:
-        # Noted before anything is sent: who has an answer finds it in the log.
+        # Before anything is sent, so that a client with a response finds its request in the log.
         path = unquote(urlsplit(self.path).path)
         entry = {"method": self.command, "path": path, "range": self.headers["Range"], "status": int(status)}
         self.server.log_entries.append(entry)
@@ -109,7 +110,7 @@ class _Handler(WSGIRequestHandler):
         self._answer(int(status.split()[0]), dict(headers.items()), b"".join(body))
 
     def _answer_range(self) -> bool:
-        """Answer from the object's file; False where this is moto's business."""
+        """Answer a ranged GET from the object's file; False if moto must answer it."""
         with self.server.moto_lock:
             key = self._plain_key()
             asked = None if key is None else byte_range(self.headers["Range"], key.size)
@@ -117,7 +118,7 @@ class _Handler(WSGIRequestHandler):
                 return False
             etag = key.etag
             key._value_buffer.flush()
-            file = os.dup(key._value_buffer.fileno())  # lives on when the object is overwritten
+            file = os.dup(key._value_buffer.fileno())  # stays open when the object is overwritten
         try:
             self._begin(HTTPStatus.PARTIAL_CONTENT)
             self.send_header("Content-Range", f"bytes {asked.start}-{asked.stop - 1}/{key.size}")
@@ -133,7 +134,7 @@ class _Handler(WSGIRequestHandler):
         return True
 
     def _plain_key(self) -> FakeKey | None:
-        """The object, if the request is a GET of a range of it with nothing special about it."""
+        """The object, if the request is a GET of a range of it with nothing special about it; else None."""
         url = urlsplit(self.path)
         query = {name for name, _ in parse_qsl(url.query, keep_blank_values=True)}
         authorised = "Authorization" in self.headers or not query.isdisjoint(_SIGNATURES)

@@ -1,4 +1,4 @@
-"""An embedded S3: moto's, in a process of its own, with ranged GETs fast enough to load checkpoints from.
+"""Embedded S3 server: moto in a process of its own, with ranged GETs fast enough to load checkpoints from.
 
 ``python -m mpreader.testing.s3_server --port 0`` prints its URL on the first line and ends when its standard
 input does, so it never outlives the program that started it.
@@ -13,25 +13,24 @@ import ssl
 import subprocess
 import sys
 import urllib.request
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from mpreader.testing.certificate import LoopbackCertificate
+from mpreader.testing.request_log import LOG_PATH, S3Request
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["REGION", "S3Request", "S3Server", "aws_environment"]
+__all__ = ["REGION", "S3Server", "aws_environment"]
 
 REGION: Final = "us-east-1"
-LOG_PATH: Final = "/_requests"  # no bucket can have this name
 
 
 def aws_environment(endpoint_url: str, ca_file: Path | None = None) -> dict[str, str]:
     """The environment variables that point boto3, and all that is built on it, to ``endpoint_url``.
 
-    The user's AWS configuration files and proxies are left out of it; other AWS_* variables should be unset.
+    They also keep the user's AWS configuration files and proxies out of it; other AWS_* variables should be unset.
     """
     unproxied = os.environ.get("NO_PROXY") or os.environ.get("no_proxy")
     no_proxy = ",".join(filter(None, (unproxied, "127.0.0.1", "localhost")))
@@ -54,23 +53,6 @@ def aws_environment(endpoint_url: str, ca_file: Path | None = None) -> dict[str,
     return environment
 
 
-@dataclass(frozen=True, slots=True)
-class S3Request:
-    """One request that the server got.
-
-    Attributes:
-        method: ``"GET"``, ``"HEAD"``, …
-        path: Percent-decoded path without the query: ``/bucket/key``.
-        range: The Range header, None where there was none.
-        status: Status of the answer.
-    """
-
-    method: str
-    path: str
-    range: str | None
-    status: int
-
-
 class S3Server:
     """An S3 for demos and tests on the loopback address, in a process of its own.
 
@@ -89,7 +71,7 @@ class S3Server:
 
     @property
     def pid(self) -> int:
-        """Its process.
+        """Number of its process.
 
         Raises:
             RuntimeError: It is not running.
@@ -100,14 +82,18 @@ class S3Server:
 
     @property
     def endpoint_url(self) -> str:
-        """Where it listens: ``http://127.0.0.1:<port>``."""
+        """URL of the server, ``http://127.0.0.1:<port>``.
+
+        Raises:
+            RuntimeError: It is not running.
+        """
         if not self._url:
             raise RuntimeError("the server is not running; enter its context first")
         return self._url
 
     @property
     def ca_file(self) -> Path | None:
-        """PEM file of the authority that a client must trust; None without TLS."""
+        """PEM file of the authority that a client must trust; None without TLS. It is there until :meth:`close`."""
         return None if self._certificate is None else self._certificate.ca_file
 
     @property
@@ -136,7 +122,7 @@ class S3Server:
         """
         command = [sys.executable, "-m", __name__, "--port", "0"]
         if self._certificate is not None:
-            command += ["--chain", str(self._certificate.chain_file), "--key", str(self._certificate.key_file)]
+            command += ["--certificate", str(self._certificate.server_file)]
         process = subprocess.Popen(  # noqa: S603 - this module, run by this interpreter
             command,
             stdin=subprocess.PIPE,
@@ -156,10 +142,10 @@ class S3Server:
             raise RuntimeError("the embedded S3 server did not start; is mpreader[testing] installed?")
 
     def close(self) -> None:
-        """End the process and wait for it. Again is harmless."""
+        """End the process and wait for it. Idempotent."""
         process, self._process, self._url = self._process, None, ""
         if process is not None:
-            process.communicate()
+            process.communicate()  # closes its standard input, which ends it
         if self._certificate is not None:
             self._certificate.close()
 
@@ -174,28 +160,27 @@ class S3Server:
         return f"<S3Server {self._url or 'not running'}>"
 
     def _request(self, method: str, path: str) -> bytes:
-        # moto refuses to make buckets for strangers, and looks no closer at a signature than this.
+        # moto refuses to make a bucket without a signature, but does not check it.
         headers = {"Authorization": f"AWS4-HMAC-SHA256 Credential=testing/20200101/{REGION}/s3/aws4_request, -"}
-        body = b"" if method == "PUT" else None
-        request = urllib.request.Request(self.endpoint_url + path, body, headers, method=method)  # noqa: S310
+        content = b"" if method == "PUT" else None
+        request = urllib.request.Request(self.endpoint_url + path, content, headers, method=method)  # noqa: S310
         context = None if self.ca_file is None else ssl.create_default_context(cafile=str(self.ca_file))
         opener = urllib.request.build_opener(
             urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
         )
         with opener.open(request, timeout=60) as response:
-            answer: bytes = response.read()
-        return answer
+            body: bytes = response.read()
+        return body
 
 
 def _main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name}", description=__doc__)
     parser.add_argument("--port", type=int, default=0, help="TCP port on 127.0.0.1; 0 (default): any free one")
-    parser.add_argument("--chain", help="PEM file of the certificate, to speak https")
-    parser.add_argument("--key", help="PEM file of the certificate's key")
+    parser.add_argument("--certificate", help="PEM file of a certificate and its private key, to speak https")
     options = parser.parse_args(arguments)
     from mpreader.testing.s3_process import serve
 
-    serve(options.port, None if options.chain is None else (options.chain, options.key))
+    serve(options.port, options.certificate)
 
 
 if __name__ == "__main__":

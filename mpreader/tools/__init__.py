@@ -1,1 +1,1 @@
-"""What the commands do, apart from the command line itself. The library never imports it."""
+"""Work of the commands: downloads, benchmarks, the doctor, the demo. The command line calls it, the library never."""

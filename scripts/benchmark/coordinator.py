@@ -1,4 +1,4 @@
-"""What a part costs the main process: dispatch, completion and lease, with workers that answer at once.
+"""Cost of a part for the main process: dispatch, completion and lease, with workers that answer at once.
 
 The workers are real processes on real sockets, but receive nothing: what remains is the coordinator's and the
 consumer's own work.
@@ -11,11 +11,12 @@ import time
 from pathlib import Path
 
 from mpreader import PoolConfig
-from mpreader.pool import process
+from mpreader.pool.coordinator import process
 from mpreader.pool.pool import Pool
+from mpreader.pool.requests import SlotRead
 from mpreader.pool.source import ObjectVersion
-from mpreader.pool.transfer import Fill, FillPart
 from mpreader.pool.worker.route import Route
+from mpreader.ranges import Part
 
 __all__ = ["print_coordinator_cost"]
 
@@ -24,10 +25,11 @@ PARTS = 2000
 
 
 class NothingToRead:
-    """A source whose bytes nobody receives."""
+    """A source whose bytes are never received."""
 
     bucket = key = uri = "nothing"
     max_attempts = 1
+    version = None
 
     def open(self) -> ObjectVersion:
         return ObjectVersion(PARTS * PART_BYTES, '"etag"')
@@ -41,12 +43,12 @@ def measure(workers: int, connections: int) -> tuple[float, float]:
     with_pool = PoolConfig(workers=workers, connections_per_worker=connections, max_memory=4 << 30)
     pool = Pool(with_pool)
     source = NothingToRead()
-    fills = [Fill(source, PART_BYTES, (FillPart(n * PART_BYTES, (n + 1) * PART_BYTES, 0),)) for n in range(PARTS)]
+    slot_reads = [SlotRead(0, PART_BYTES, (Part(n * PART_BYTES, (n + 1) * PART_BYTES),)) for n in range(PARTS)]
     results = []
     try:
         for _ in range(2):  # the first one starts the workers and reserves the memory
             wall, cpu = time.perf_counter(), time.process_time()
-            transfer = pool.read(fills)
+            transfer = pool.read([source], slot_reads)
             for number in range(PARTS):
                 transfer.take(number)
             transfer.close()

@@ -9,7 +9,7 @@ from typing import Protocol
 import pytest
 
 from mpreader.testing import Fault, FaultServer
-from mpreader.testing.answer import Content
+from mpreader.testing.response import Content
 
 
 class Serve(Protocol):

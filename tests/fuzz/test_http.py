@@ -1,4 +1,4 @@
-"""Arbitrary answers of a server: exactly the right bytes or an error, nothing outside of the slot, little memory."""
+"""Arbitrary responses of a server: exactly the right bytes or an error, nothing outside of the slot, little memory."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpreader.pool.worker.connection import Connection, GetFailed
-from mpreader.pool.worker.http import MAX_HEAD_BYTES, HttpStream, MalformedAnswer
+from mpreader.pool.worker.connection import Connection
+from mpreader.pool.worker.failure import GetFailed
+from mpreader.pool.worker.http import MAX_HEAD_BYTES, HttpSocket, MalformedResponse
 from mpreader.pool.worker.messages import Fetch
 from mpreader.pool.worker.route import Route
 
@@ -36,7 +37,7 @@ GUARD: Final = b"\xa5" * 4096
 MOST_BYTES: Final = 4 * MAX_HEAD_BYTES
 
 
-def answer(status: str = "206 Partial Content", body: bytes = WANTED, **changes: str) -> bytes:
+def response(status: str = "206 Partial Content", body: bytes = WANTED, **changes: str) -> bytes:
     headers = {
         "x-amz-request-id": "4442587FB7D0A2F9",
         "Last-Modified": "Thu, 01 Jan 2026 00:00:00 GMT",
@@ -61,20 +62,20 @@ def chunked(body: bytes, size: int) -> bytes:
 
 def error(status: str, code: str) -> bytes:
     body = f'<?xml version="1.0"?><Error><Code>{code}</Code><Message>It failed</Message></Error>'.encode()
-    return answer(status, body, Content_Range="", ETag="", Retry_After="1")
+    return response(status, body, Content_Range="", ETag="", Retry_After="1")
 
 
-ANSWERS: Final = (
-    answer(),
-    answer(Content_Length=""),  # the body ends with the connection
-    answer(Connection="close"),
-    answer().replace(b"HTTP/1.1", b"HTTP/1.0", 1),
-    answer(body=chunked(WANTED, 300), Content_Length="", Transfer_Encoding="chunked"),
-    answer(body=chunked(WANTED, 1), Content_Length="", Transfer_Encoding="chunked", Content_Encoding="aws-chunked"),
-    b"HTTP/1.1 100 Continue\r\n\r\n" + answer(),
-    answer(body=WANTED + b"beyond", Content_Length=str(LENGTH)),
-    answer("200 OK", DATA, Content_Range=""),
-    answer(Content_Range=f"bytes 0-{LENGTH - 1}/{len(DATA)}"),
+RESPONSES: Final = (
+    response(),
+    response(Content_Length=""),  # the body ends with the connection
+    response(Connection="close"),
+    response().replace(b"HTTP/1.1", b"HTTP/1.0", 1),
+    response(body=chunked(WANTED, 300), Content_Length="", Transfer_Encoding="chunked"),
+    response(body=chunked(WANTED, 1), Content_Length="", Transfer_Encoding="chunked", Content_Encoding="aws-chunked"),
+    b"HTTP/1.1 100 Continue\r\n\r\n" + response(),
+    response(body=WANTED + b"beyond", Content_Length=str(LENGTH)),
+    response("200 OK", DATA, Content_Range=""),
+    response(Content_Range=f"bytes 0-{LENGTH - 1}/{len(DATA)}"),
     error("503 Slow Down", "SlowDown"),
     error("403 Forbidden", "ExpiredToken"),
     error("404 Not Found", "NoSuchKey"),
@@ -114,7 +115,7 @@ class Server:
 
 
 class Pieces(NamedTuple):
-    """What a server sends, and how."""
+    """Bytes that a server sends, and where they are cut into pieces."""
 
     data: bytes
     cuts: tuple[int, ...]
@@ -126,7 +127,7 @@ class Pieces(NamedTuple):
 
 @pytest.fixture(scope="session")
 def damaged(mutants: Mutants) -> st.SearchStrategy[Mutant]:
-    return mutants(ANSWERS)
+    return mutants(RESPONSES)
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +149,7 @@ def little_memory() -> Iterator[None]:
 
 
 def get(server: Server, raw: bytes, cuts: Sequence[int], etag: str = ETAG, repeats: int = 1) -> bytes | None:
-    """What a GET of the wanted range receives; None where it fails."""
+    """Bytes that a GET of the wanted range receives; None where it fails."""
     server.pieces = Pieces(raw, tuple(cuts)).all() * repeats
     slot = bytearray(GUARD + bytes(LENGTH) + GUARD)
     route = Route(False, "127.0.0.1", server.port, "/b/k", (("Host", "h"),))
@@ -176,7 +177,7 @@ def get(server: Server, raw: bytes, cuts: Sequence[int], etag: str = ETAG, repea
 cuts = st.lists(st.integers(0, 5000), max_size=4)
 
 
-@pytest.mark.parametrize("raw", ANSWERS)
+@pytest.mark.parametrize("raw", RESPONSES)
 def test_get_of_the_corpus(server: Server, raw: bytes) -> None:
     is_right = b" 206 " in raw and f"Content-Range: bytes {START}-".encode() in raw
     assert get(server, raw, range(0, 5000, 50)) == (WANTED if is_right else None)
@@ -190,7 +191,7 @@ def test_get_of_a_damaged_head_brings_the_right_bytes_or_fails(
     """The body's own bytes are not covered by anything at this level: only the head is damaged."""
     origin, data = raw.draw(damaged)
     head, separator, _ = data.partition(b"\r\n\r\n")
-    body = ANSWERS[origin].partition(b"\r\n\r\n")[2]
+    body = RESPONSES[origin].partition(b"\r\n\r\n")[2]
     sent = head + separator + body
     received = get(server, sent, cuts)
     if received is not None:
@@ -210,7 +211,7 @@ def test_get_of_anything_stays_in_its_slot(
 
 @fuzzed
 @given(raw=st.data(), cuts=cuts)
-def test_answer_is_read_to_its_end_or_refused(
+def test_response_is_read_to_its_end_or_refused(
     raw: st.DataObject, cuts: list[int], damaged: st.SearchStrategy[Mutant]
 ) -> None:
     pieces = Pieces(raw.draw(damaged).data, tuple(cuts))
@@ -220,12 +221,12 @@ def test_answer_is_read_to_its_end_or_refused(
         for piece in pieces.all():
             theirs.sendall(piece)
         theirs.shutdown(socket.SHUT_WR)
-        stream = HttpStream(ours)
-        with contextlib.suppress(MalformedAnswer):
-            while True:  # one answer may stand behind another
-                answer = stream.read_answer()
-                assert 200 <= answer.status <= 999
-                body = answer.read(10_000)
+        stream = HttpSocket(ours)
+        with contextlib.suppress(MalformedResponse):
+            while True:  # one response may follow another
+                response = stream.read_response()
+                assert 200 <= response.status <= 999
+                body = response.read(10_000)
                 assert len(body) <= len(pieces.data)
-                assert answer.length is None or len(body) <= answer.length
-                assert not body or answer.is_chunked or body in pieces.data
+                assert response.length is None or len(body) <= response.length
+                assert not body or response.is_chunked or body in pieces.data

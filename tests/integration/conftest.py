@@ -1,26 +1,31 @@
-"""What the tests of the pool share: a source on a fault server, pools that are closed again, fills."""
+"""Fixtures of the integration tests: an interpreter for programs; a served source and pools that are closed again."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import pytest
 
 from mpreader.config import PoolConfig
 from mpreader.pool.pool import Pool
+from mpreader.pool.requests import SlotRead
 from mpreader.pool.source import ObjectVersion
-from mpreader.pool.transfer import Fill, FillPart
 from mpreader.pool.worker.route import Route
+from mpreader.ranges import Part
 from mpreader.testing import FaultServer
+from tests.integration.warm_interpreter import WarmInterpreter
 
 
 class ServedSource:
     """An object of a fault server. See :class:`mpreader.pool.source.Source`."""
 
     bucket = "bucket"
+    version = None
     max_attempts = 5
 
     def __init__(self, server: FaultServer, path: str, data: bytes) -> None:
@@ -40,6 +45,12 @@ class ServedSource:
         return Route(False, "127.0.0.1", self._port, self.key, (("Host", f"127.0.0.1:{self._port}"),))
 
 
+class WorkersOf(Protocol):
+    """Process ids of the running workers of a process, which itself may have ended."""
+
+    def __call__(self, pid: int) -> list[int]: ...
+
+
 class MakePool(Protocol):
     """Makes a pool that is closed when the test ends."""
 
@@ -48,10 +59,30 @@ class MakePool(Protocol):
     ) -> Pool: ...
 
 
-class MakeFills(Protocol):
-    """Cuts an object into fills of ``size`` bytes, one part each."""
+class CutObject(Protocol):
+    """Cuts an object into slot reads of ``size`` bytes, one part each."""
 
-    def __call__(self, size: int, count: int | None = None, start: int = 0) -> list[Fill]: ...
+    def __call__(self, size: int, count: int | None = None, start: int = 0) -> list[SlotRead]: ...
+
+
+@pytest.fixture(scope="session")
+def warm_interpreter() -> Iterator[WarmInterpreter]:
+    with WarmInterpreter() as interpreter:
+        yield interpreter
+
+
+@pytest.fixture
+def workers_of() -> WorkersOf:
+    def workers_of(pid: int) -> list[int]:
+        start = re.compile(rb"mpreader\.pool\.worker\.main import main; main\(\d+, %d, " % pid)
+        found = []
+        for entry in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                if start.search(entry.read_bytes()):  # that of a process which waits to be reaped is empty
+                    found.append(int(entry.parent.name))
+        return found
+
+    return workers_of
 
 
 @pytest.fixture
@@ -87,9 +118,9 @@ def source(server: FaultServer, data: bytes) -> ServedSource:
 
 
 @pytest.fixture
-def make_fills(source: ServedSource, data: bytes) -> MakeFills:
-    def make(size: int, count: int | None = None, start: int = 0) -> list[Fill]:
+def cut_object(source: ServedSource, data: bytes) -> CutObject:
+    def cut(size: int, count: int | None = None, start: int = 0) -> list[SlotRead]:
         starts: Sequence[int] = range(start, len(data) - size + 1, size)[:count]
-        return [Fill(source, size, (FillPart(start, start + size, 0),)) for start in starts]
+        return [SlotRead(0, size, (Part(start, start + size),)) for start in starts]
 
-    return make
+    return cut

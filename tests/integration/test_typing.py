@@ -125,8 +125,10 @@ def test_users_programs_are_checked_by_the_types_of_the_installed_package(site: 
     programs = {"right.py": RIGHT, "wrong.py": WRONG}
     for name, text in programs.items():
         (folder / name).write_text(text)
+    # What mpreader.dcp makes of torch is checked with the tests; to read all of torch takes mypy longer than the rest.
+    (folder / "mypy.ini").write_text("[mypy]\nstrict = True\n[mypy-torch.*]\nfollow_imports = skip\n")
     done = subprocess.run(
-        [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path / "cache"), *programs],
+        [sys.executable, "-m", "mypy", "--config-file", "mypy.ini", "--cache-dir", str(tmp_path / "cache"), *programs],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(site)},
         capture_output=True,

@@ -1,4 +1,4 @@
-"""Settings: what is refused, what the environment may say, and that table and class agree."""
+"""Settings: wrong ones are refused, the environment is heeded, and README, docstring and code say the same of each."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import inspect
 import os
 import pickle
 import re
-import textwrap
 from dataclasses import FrozenInstanceError, fields
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mpreader import RangeFetcher, S3Client, S3ReaderConstructor, fetch_ranges
-from mpreader.config import POOL_SETTINGS, KiB, MiB, PoolConfig, S3ClientConfig, parse_bytes
+from mpreader.config import POOL_SETTINGS, KiB, MiB, PoolConfig, S3ClientConfig, format_bytes, parse_bytes
 from mpreader.errors import ConfigError
+from mpreader.pool.sizing import CONNECTIONS_PER_WORKER, MAX_WORKERS
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
 
 
 @pytest.fixture(autouse=True)
@@ -86,28 +89,46 @@ def test_pool_settings_table_has_exactly_the_fields_of_pool_config() -> None:
     assert all(field.default is None for field in fields(PoolConfig)), "each default is owned by the table"
 
 
-def test_pool_settings_table_is_what_the_docstring_says() -> None:
-    arguments = (
-        textwrap.indent(inspect.cleandoc(PoolConfig.__doc__ or ""), "    ")
-        .partition("Args:")[2]
-        .partition("Raises:")[0]
+def _documented(cls: type) -> dict[str, str]:
+    """Texts of a class's fields, each as one line, from its docstring."""
+    arguments = inspect.cleandoc(cls.__doc__ or "").partition("Args:\n")[2].partition("\n\nRaises:")[0]
+    entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", arguments, re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in entries}
+
+
+def _readme_row(name: str) -> str:
+    """Row of the README's table of settings: the docstring's words, the table's unit and default."""
+    text, setting = _documented(PoolConfig)[name], POOL_SETTINGS[name]
+    words = re.split(r" Default[: ]", text)[0]
+    default = "host" if setting.default is None else f"{setting.default:g}"
+    return f"| `{name}` | `MPREADER_{name.upper()}` | {words} | {setting.unit} | {default} |"
+
+
+def test_readme_has_each_setting_with_the_words_of_its_docstring_and_its_default() -> None:
+    rows = re.findall(r"^\| `\w+` \| `MPREADER_\w+` \| .*$", README, re.MULTILINE)
+    assert rows == [_readme_row(name) for name in POOL_SETTINGS], (
+        "README's table is made of docstring and POOL_SETTINGS"
     )
-    documented = dict(re.findall(r"^        (\w+): (.*(?:\n            .*)*)", arguments, re.MULTILINE))
-    assert list(documented) == [*POOL_SETTINGS]
-    for name, setting in POOL_SETTINGS.items():
-        assert setting.doc.endswith(".")
-        if setting.unit == "seconds":
-            assert setting.default is not None
-            assert f"Default {setting.default:g}." in documented[name], name
-            assert name.endswith("_s")
-        else:
-            assert setting.default is None, "derived from the host"
-            assert "Default" in documented[name]
 
 
-def test_pool_config_defaults_are_the_tables() -> None:
+def test_docstring_of_pool_config_has_each_default_that_the_code_has() -> None:
+    documented = _documented(PoolConfig)
     for name, setting in POOL_SETTINGS.items():
-        assert PoolConfig().value(name) == setting.default
+        if setting.default is not None:
+            assert documented[name].endswith(f" Default {setting.default:g}."), name
+    assert f"{MAX_WORKERS} at most" in documented["workers"]
+    assert f"Default {CONNECTIONS_PER_WORKER}," in documented["connections_per_worker"]
+    assert f"(default {CONNECTIONS_PER_WORKER})" in README
+
+
+def test_readme_has_each_field_of_s3_client_config_and_its_default() -> None:
+    [paragraph] = re.findall(r"^`S3ClientConfig` says .*?(?=\n\n)", README, re.MULTILINE | re.DOTALL)
+    shown = dict(re.findall(r"`(\w+)`(?: \((.*?)\))?", paragraph.partition(":")[2]))
+    defaults: dict[str, Any] = {field.name: field.default for field in fields(S3ClientConfig)}
+    assert list(shown) == list(defaults)
+    assert {name: text.replace(" ", "") for name, text in shown.items() if text} == {
+        name: format_bytes(default) for name, default in defaults.items() if default not in (None, False)
+    }
 
 
 @pytest.mark.parametrize("name", POOL_SETTINGS)
@@ -159,6 +180,11 @@ def test_pool_config_environment_error_names_the_variable(
 )
 def test_parse_bytes_reads(text: str, expected: int) -> None:
     assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize("number", [0, 1, 1023, 64 * KiB, 1536 * KiB, 8 * MiB, 5 * 1024 * MiB])
+def test_format_bytes_is_read_back(number: int) -> None:
+    assert parse_bytes(format_bytes(number)) == number
 
 
 @pytest.mark.parametrize("text", ["", "M", "-1", "1e9", "1TB", "1 2", "0x10"])

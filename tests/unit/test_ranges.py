@@ -12,7 +12,18 @@ from hypothesis import strategies as st
 
 from mpreader.collector import collector_paused
 from mpreader.errors import PlanError
-from mpreader.ranges import ItemRange, Part, RangeGroup, check_max_gap, clusters, coalesce, coverage, partition
+from mpreader.ranges import (
+    MAX_LOAD_GAP_BYTES,
+    ItemRange,
+    Part,
+    RangeGroup,
+    check_max_gap,
+    clusters,
+    coalesce,
+    coverage,
+    gap_worth_receiving,
+    partition,
+)
 
 spans = st.tuples(st.integers(0, 60), st.integers(0, 15)).map(lambda span: ItemRange(span[0], span[0] + span[1]))
 layouts = st.lists(spans, max_size=12)
@@ -61,7 +72,17 @@ def test_max_gap_that_is_negative_or_nan_is_refused_everywhere(value: float) -> 
     with pytest.raises(ValueError, match=f"max_gap_size must be non-negative, got {value}"):
         check_max_gap(value)
     with pytest.raises(ValueError, match="non-negative"):
-        coalesce([], value)
+        coalesce([], max_gap_bytes=value)
+
+
+@given(st.floats(0.001, 10))
+def test_gap_worth_receiving_takes_no_longer_than_a_request(request_s: float) -> None:
+    gap = gap_worth_receiving(request_s)
+    assert gap <= request_s * 90e6 < 2 * gap
+
+
+def test_gap_of_a_load_is_bounded_by_2_mib() -> None:  # which the docstrings say, and the plans of ``inspect`` show
+    assert MAX_LOAD_GAP_BYTES == 2 * 1024 * 1024
 
 
 @given(layouts, gaps)
@@ -70,12 +91,12 @@ def test_groups_are_the_runs_left_when_small_gaps_are_filled(layout: list[ItemRa
     for (_, left), (right, _) in zip(runs(filled)[:-1], runs(filled)[1:], strict=True):
         if right - left <= gap:
             filled = filled | set(range(left, right))
-    assert pairs(coalesce(layout, gap)) == runs(filled)
+    assert pairs(coalesce(layout, max_gap_bytes=gap)) == runs(filled)
 
 
 @given(layouts, gaps)
 def test_groups_hold_each_range_once_and_say_where_it_came_from(layout: list[ItemRange], gap: float) -> None:
-    groups = coalesce(layout, gap)
+    groups = coalesce(layout, max_gap_bytes=gap)
     indices = [index for group in groups for index in group.indices]
     assert sorted(indices) == [index for index, item in enumerate(layout) if item.size]
     for group in groups:
@@ -100,8 +121,8 @@ def test_clusters_are_cut_wherever_no_range_is_cut_through(layout: list[ItemRang
 
 @given(layouts, gaps, st.integers(1, 40))
 def test_parts_hold_every_item_byte_once_and_no_edge_in_a_gap(layout: list[ItemRange], gap: float, size: int) -> None:
-    for group in coalesce(layout, gap):
-        parts = partition(group, size)
+    for group in coalesce(layout, max_gap_bytes=gap):
+        parts = partition(group, part_bytes=size)
         items = bytes_of(*group.item_ranges)
         assert all(0 < part.size <= size for part in parts)
         assert all(left.end <= right.start for left, right in itertools.pairwise(parts))
@@ -111,8 +132,8 @@ def test_parts_hold_every_item_byte_once_and_no_edge_in_a_gap(layout: list[ItemR
 
 @given(layouts, gaps, st.integers(1, 40))
 def test_parts_cut_through_items_only_when_those_are_too_large(layout: list[ItemRange], gap: float, size: int) -> None:
-    for group in coalesce(layout, gap):
-        borders = {edge for part in partition(group, size) for edge in (part.start, part.end)}
+    for group in coalesce(layout, max_gap_bytes=gap):
+        borders = {edge for part in partition(group, part_bytes=size) for edge in (part.start, part.end)}
         for cluster in clusters(group.item_ranges):
             inside = sorted(b for b in borders if cluster.start < b < cluster.end)
             assert len(inside) == max(0, -(-cluster.size // size) - 1)  # as few cuts as can be
@@ -123,24 +144,24 @@ def test_parts_cut_through_items_only_when_those_are_too_large(layout: list[Item
 
 @given(layouts, gaps, st.integers(1, 40))
 def test_parts_are_filled_before_a_new_one_is_begun(layout: list[ItemRange], gap: float, size: int) -> None:
-    for group in coalesce(layout, gap):
+    for group in coalesce(layout, max_gap_bytes=gap):
         ends = {cluster.end for cluster in clusters(group.item_ranges)}
         starts = {cluster.start: cluster.end for cluster in clusters(group.item_ranges)}
-        parts = partition(group, size)
+        parts = partition(group, part_bytes=size)
         for left, right in itertools.pairwise(parts):
             if left.end in ends and right.start in starts:  # a cut between items: the next one had no room
                 assert starts[right.start] - left.start > size
 
 
 def test_parts_leave_out_a_gap_that_falls_on_a_cut() -> None:
-    [group] = coalesce([ItemRange(0, 8), ItemRange(10, 12), ItemRange(20, 30)], 100)
-    assert pairs(partition(group, 12)) == [(0, 12), (20, 30)]
+    [group] = coalesce([ItemRange(0, 8), ItemRange(10, 12), ItemRange(20, 30)], max_gap_bytes=100)
+    assert pairs(partition(group, part_bytes=12)) == [(0, 12), (20, 30)]
 
 
 @pytest.mark.parametrize("size", [0, -1, 1.5, True, None])
-def test_partition_refuses_a_part_size_below_one(size: Any) -> None:
-    with pytest.raises(PlanError, match="part_size"):
-        partition(RangeGroup(0, 1, (ItemRange(0, 1),), (0,)), size)
+def test_partition_refuses_parts_of_less_than_a_byte(size: Any) -> None:
+    with pytest.raises(PlanError, match="part_bytes"):
+        partition(RangeGroup(0, 1, (ItemRange(0, 1),), (0,)), part_bytes=size)
 
 
 def test_planning_of_100_000_ranges_takes_no_quadratic_time() -> None:
@@ -148,8 +169,8 @@ def test_planning_of_100_000_ranges_takes_no_quadratic_time() -> None:
         ranges = [ItemRange(i * 7919 % count * 100, i * 7919 % count * 100 + 90) for i in range(count)]
         with collector_paused():  # it would go through all that torch and other tests hold
             began = time.process_time()
-            [group] = coalesce(ranges, float("inf"))
-            assert len(partition(group, 1000)) == count // 10
+            [group] = coalesce(ranges, max_gap_bytes=float("inf"))
+            assert len(partition(group, part_bytes=1000)) == count // 10
             return time.process_time() - began
 
     assert seconds(100_000) < 40 * max(seconds(10_000), 0.01)  # quadratic: 100 times as long

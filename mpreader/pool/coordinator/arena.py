@@ -1,8 +1,8 @@
-"""Shared memory for received bytes: segments, cut into slots that are recycled last-in-first-out.
+"""Arena: shared memory for received bytes, in segments that are cut into slots and recycled last-in-first-out.
 
 Touching fresh pages costs more than receiving the bytes, so a slot that was just given back (warm, perhaps still in
-the processor's cache) is the first to be given out again. A slot given to a consumer is *leased*: the lease ends by
-itself when the last reference to the view, or to anything made from it, is gone.
+the processor's cache) is the first to be given out again. The arena knows nothing of reads, leases and callers:
+:mod:`mpreader.pool.coordinator.memory` keeps these accounts.
 
 Segments are ``multiprocessing.shared_memory``, reserved in full when they are made (a full ``/dev/shm`` is an error
 then, never a SIGBUS later) and unlinked at once, so that no crash leaves anything behind.
@@ -16,23 +16,17 @@ import logging
 import mmap
 import os
 import sys
-import weakref
-from collections.abc import Callable
 from multiprocessing import resource_tracker
 from multiprocessing.shared_memory import SharedMemory
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import Any, Final
 
-from mpreader.errors import ArenaError
+from mpreader.errors import ArenaClosed, ArenaError
+from mpreader.pool.sizing import GRAIN_BYTES
 
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
-
-__all__ = ["Arena", "Lease", "Segment", "Slot"]
+__all__ = ["Arena", "Segment", "Slot"]
 
 log = logging.getLogger(__name__)
 
-# Slots start and end at multiples of this: holes stay few, and small slots keep apart from each other's cache lines.
-GRAIN_BYTES: Final = 64 * 1024
 _MAX_SEGMENT_BYTES: Final = 1024 * 1024 * 1024
 _PAGE_BYTES: Final = mmap.PAGESIZE
 
@@ -41,7 +35,7 @@ class Segment:
     """One piece of shared memory. It is unmapped when the segment and all views of it are gone.
 
     Attributes:
-        number: What coordinator and workers call it.
+        number: Its number, by which callers and workers know it.
         size: Bytes.
         fd: Descriptor to pass to the workers.
     """
@@ -50,7 +44,7 @@ class Segment:
         """Make and reserve it.
 
         Args:
-            number: What coordinator and workers call it.
+            number: Its number, by which callers and workers know it.
             size: Bytes.
             is_reserved: Reserve all of it now. Otherwise only ask whether there is room, and leave that to
                 :meth:`Slot.reserve`: a gigabyte takes a quarter of a second.
@@ -64,7 +58,7 @@ class Segment:
         untracked: dict[str, Any] = {"track": False} if sys.version_info >= (3, 13) else {}
         if not untracked:
             resource_tracker.ensure_running()  # if it failed to start after the memory was made, that would stay
-        _require_descriptors(3)
+        _require_descriptors(3)  # of the memory, of our own opening of it, and of what the tracker needs
         memory = SharedMemory(create=True, size=size, **untracked)
         try:
             self.fd = os.open(f"/dev/shm/{memory.name}", os.O_RDWR | os.O_CLOEXEC)  # noqa: S108  # where shm_open puts it
@@ -73,6 +67,7 @@ class Segment:
             memory.unlink()
         try:
             if is_reserved:
+                # SharedMemory's ftruncate promises nothing: on a full /dev/shm, touching a page would be a SIGBUS.
                 os.posix_fallocate(self.fd, 0, size)
             elif _free_shm() < size:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -89,28 +84,25 @@ class Segment:
             self.fd = -1
 
 
-class Lease(weakref.ref[object]):
-    """A slot is in use until what this refers to is gone.
+class Slot:
+    """A contiguous piece of a segment, leased as a whole.
 
     Attributes:
-        slot: Weak, too: a lease that nobody asks after must not keep memory.
+        segment: Segment that it is a piece of.
+        offset: Its first byte in the segment.
+        nbytes: Its bytes.
+        is_alone: True if the segment was made for it, and goes with it.
+        holders: Leases on it; with the last one it goes back to the arena.
     """
 
-    __slots__ = ("slot",)
-    slot: weakref.ref[Slot]
-
-
-class Slot:
-    """A contiguous piece of a segment, leased as a whole."""
-
-    __slots__ = ("__weakref__", "_lease", "is_alone", "nbytes", "offset", "segment")
+    __slots__ = ("holders", "is_alone", "nbytes", "offset", "segment")
 
     def __init__(self, segment: Segment, offset: int, nbytes: int, *, is_alone: bool) -> None:
         self.segment = segment
         self.offset = offset
         self.nbytes = nbytes
-        self.is_alone = is_alone  # the segment was made for it, and goes with it
-        self._lease: Lease | None = None
+        self.is_alone = is_alone
+        self.holders = 0
 
     def __repr__(self) -> str:
         return f"Slot(segment={self.segment.number}, offset={self.offset}, nbytes={self.nbytes})"
@@ -127,23 +119,6 @@ class Slot:
             os.posix_fallocate(self.segment.fd, start, end - start)
         except OSError as error:
             raise _shortage(end - start, error) from error
-
-    def lease(self, on_end: Callable[[Lease], object]) -> memoryview:
-        """A writable view of the slot.
-
-        Args:
-            on_end: Called once, from whatever thread drops the last reference to the view, to a slice of it, or to
-                an array or tensor made from either; not called if the slot object itself is gone by then. It must
-                not block or take a lock that this thread may hold. And it should not be written in Python: a Ctrl-C
-                that strikes in such a callback is printed, and then lost.
-        """
-        import numpy as np
-
-        # The array, not the view: slices of a view hold on to what is below it, and only that can be watched.
-        array = np.frombuffer(self.segment.map, np.uint8, self.nbytes, self.offset)
-        self._lease = Lease(array, on_end)
-        self._lease.slot = weakref.ref(self)
-        return memoryview(cast("Buffer", array))
 
 
 class Holes:
@@ -187,7 +162,7 @@ class Holes:
         return end
 
     def has(self, segment: int, start: int, end: int) -> bool:
-        """Whether exactly these bytes are a hole."""
+        """True if exactly these bytes are a hole."""
         return self._ends.get((segment, start)) == end
 
     def clear(self) -> None:
@@ -223,6 +198,7 @@ class Arena:
         self._made: list[Segment] = []
         self._dropped: list[Segment] = []
         self._next_number = 0
+        self._is_closed = False
 
     def __repr__(self) -> str:
         return f"Arena(reserved={self.reserved_bytes}, max={self.max_bytes}, segments={len(self.segments)})"
@@ -236,7 +212,10 @@ class Arena:
 
         Raises:
             ArenaError: The host has no shared memory left, and the arena has none either.
+            ArenaClosed: The arena was closed.
         """
+        if self._is_closed:
+            raise ArenaClosed("the shared memory was given back when its pool was closed; make a new pool")
         if nbytes > self._block_bytes:
             size = _round_up(nbytes, _PAGE_BYTES)
             self._drop_free_segments(size)
@@ -253,10 +232,11 @@ class Arena:
     def free(self, slot: Slot) -> None:
         """Take a slot back."""
         if slot.is_alone:
+            # Kept for the next one, it might be of the wrong size, and would be most of the memory.
             self._drop_segment(slot.segment)
             return
         self._holes.add(slot.segment.number, slot.offset, slot.offset + slot.nbytes)
-        if self.reserved_bytes > self.max_bytes:
+        if self.reserved_bytes > self.max_bytes:  # after a slot beyond the limit: come back below it
             self._drop_free_segments(0)
 
     def take_changes(self) -> tuple[list[Segment], list[Segment]]:
@@ -266,7 +246,8 @@ class Arena:
         return changes
 
     def close(self) -> None:
-        """Give back all that is not leased; leased memory goes with its last view."""
+        """Give back all that is not leased; leased memory goes with its last view. Idempotent."""
+        self._is_closed = True
         for segment in self.segments.values():
             segment.close()
         self.segments.clear()

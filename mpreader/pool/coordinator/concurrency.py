@@ -1,4 +1,7 @@
-"""How many parts are in flight at one time: as many as keep the workers busy, and no more.
+"""Concurrency limiter: bounds the parts in flight, for each server and size of part, to as many as bring more bytes.
+
+The coordinator asks it before it sends a part, and tells it of each part that arrives. It sends nothing itself, and
+keeps no part: it knows rates and times only.
 
 S3 gives about 90 MB/s to a connection, so many are needed. A server that gives a gigabyte per second, next door or in
 front of S3, is drained by a few; more of them would only spread the same bytes over more memory, none of it in the
@@ -9,7 +12,7 @@ the cases apart:
 * the share of its time in which its thread was ready to run, and waited for a processor: where that is high, the
   host has no more to give.
 
-Before the first part has arrived, more are asked for step by step, as long as processors are idle meanwhile.
+Before the first part has arrived, the limit is doubled step by step, as long as processors are idle meanwhile.
 """
 
 from __future__ import annotations
@@ -19,95 +22,107 @@ import os
 from collections.abc import Callable
 from typing import Final
 
-__all__ = ["Pace", "is_host_busy"]
+__all__ = ["ConcurrencyLimiter", "is_host_busy"]
 
-# What a worker can take: 0.25 to 0.35 s of processor time per GB over loopback, and a processor has other things to do.
+# Bytes that a worker can receive: it takes 0.25 to 0.35 s of processor time per GB over loopback, measured, and a
+# processor has other things to do.
 WORKER_BYTES_PER_S: Final = 2e9
+# Shares of a part's time in which its thread waited for a processor: below the first one the limit may rise, above the
+# second one it falls. Between them it stays, or it would go up and down with every part.
 _LOW_PRESSURE: Final = 0.15
 _HIGH_PRESSURE: Final = 0.35
-_SMOOTHING: Final = 0.2
-_FADING: Final = 0.01  # slower: what was fast once, while nothing else went on, may be so again
-# A fast server would have answered by then, a slow one will be asked for more meanwhile.
-_FIRST_ANSWER_S: Final = 0.04
+# Weight of the newest part in the averages. A rate falls much more slowly than it rises: a server that was fast once,
+# while nothing else went on, may be so again.
+_RISE: Final = 0.2
+_FALL: Final = 0.01
+# A fast server has responded by then; a slow one is asked for more meanwhile.
+_FIRST_RESPONSE_S: Final = 0.04
 _DOUBLING_S: Final = 0.015
 
 Kind = tuple[str, int, int]
 
 
-class _Experience:
-    """What is known of parts of one server and about one size."""
+class _History:
+    """Averages over the parts of one server and about one size.
+
+    Attributes:
+        limit: Parts that may be in flight.
+        next_step: Time at which the limit may be doubled, while no part has arrived.
+        bytes_per_s: Rate of a part; 0 until the first one has arrived.
+        pressure: Share of a part's time in which its thread waited for a processor.
+    """
 
     __slots__ = ("bytes_per_s", "limit", "next_step", "pressure")
 
     def __init__(self, limit: int, now: float) -> None:
         self.limit = limit
-        self.next_step = now + _FIRST_ANSWER_S
+        self.next_step = now + _FIRST_RESPONSE_S
         self.bytes_per_s = 0.0
         self.pressure = 0.0
 
 
-class Pace:
-    """Decides how many parts may be in flight. Not thread-safe: owned by the coordinator's thread."""
+class ConcurrencyLimiter:
+    """Limits of all servers. Not thread-safe: owned by the coordinator's thread.
+
+    Args:
+        workers: Worker processes; at least two parts for each are let through, one being received, one to follow.
+        most: Parts that may ever be in flight.
+        is_host_busy: Returns True while all processors have something to do.
+    """
 
     def __init__(self, workers: int, most: int, is_host_busy: Callable[[], bool]) -> None:
-        """Begin carefully.
-
-        Args:
-            workers: Worker processes; at least two parts for each are let through, one being received, one to follow.
-            most: Parts that may ever be in flight.
-            is_host_busy: Whether all processors have something to do now.
-        """
         self._workers = workers
         self._most = most
         self._is_host_busy = is_host_busy
         self._least = min(2 * workers, most)
-        self._known: dict[Kind, _Experience] = {}
+        self._known: dict[Kind, _History] = {}
 
     def limit(self, host: str, port: int, nbytes: int, now: float) -> int:
         """Parts that may be in flight when the next one is of ``nbytes`` bytes from this server."""
-        experience = self._experience(host, port, nbytes, now)
-        if not experience.bytes_per_s and now >= experience.next_step:
-            experience.next_step = now + _DOUBLING_S
+        history = self._history_of(host, port, nbytes, now)
+        if not history.bytes_per_s and now >= history.next_step:
+            history.next_step = now + _DOUBLING_S
             if not self._is_host_busy():
-                experience.limit = min(self._most, 2 * experience.limit)
-        return experience.limit
+                history.limit = min(self._most, 2 * history.limit)
+        return history.limit
 
-    def note(self, host: str, port: int, nbytes: int, seconds: float, stalled_s: float, now: float) -> None:
-        """A part has arrived.
+    def note(self, host: str, port: int, nbytes: int, seconds: float, processor_wait_s: float, now: float) -> None:
+        """Learn from a part that has arrived.
 
         Args:
             host: The server's name.
             port: Its port.
             nbytes: Bytes of the part.
             seconds: Time from the request to the last byte.
-            stalled_s: The part of ``seconds`` in which the receiving thread waited for a processor.
+            processor_wait_s: Time, of these seconds, in which the receiving thread waited for a processor.
             now: Monotonic time.
         """
-        experience = self._experience(host, port, nbytes, now)
+        history = self._history_of(host, port, nbytes, now)
         seconds = max(seconds, 1e-6)
-        bytes_per_s, pressure = nbytes / seconds, min(1.0, stalled_s / seconds)
-        if not experience.bytes_per_s:
-            experience.bytes_per_s, experience.pressure = bytes_per_s, pressure
-        is_faster = bytes_per_s > experience.bytes_per_s
-        experience.bytes_per_s += (_SMOOTHING if is_faster else _FADING) * (bytes_per_s - experience.bytes_per_s)
-        experience.pressure += _SMOOTHING * (pressure - experience.pressure)
-        enough = math.ceil(self._workers * WORKER_BYTES_PER_S / experience.bytes_per_s)
+        bytes_per_s, pressure = nbytes / seconds, min(1.0, processor_wait_s / seconds)
+        if not history.bytes_per_s:
+            history.bytes_per_s, history.pressure = bytes_per_s, pressure
+        is_faster = bytes_per_s > history.bytes_per_s
+        history.bytes_per_s += (_RISE if is_faster else _FALL) * (bytes_per_s - history.bytes_per_s)
+        history.pressure += _RISE * (pressure - history.pressure)
+        # One step for each part, and not at once: the next parts show what the step has brought.
+        enough = math.ceil(self._workers * WORKER_BYTES_PER_S / history.bytes_per_s)
         wanted = max(self._least, min(self._most, enough))
-        if experience.limit > wanted or experience.pressure > _HIGH_PRESSURE:
-            experience.limit = max(self._least, experience.limit - 1)
-        elif experience.pressure < _LOW_PRESSURE:
-            experience.limit = min(wanted, experience.limit + 1)
+        if history.limit > wanted or history.pressure > _HIGH_PRESSURE:
+            history.limit = max(self._least, history.limit - 1)
+        elif history.pressure < _LOW_PRESSURE:
+            history.limit = min(wanted, history.limit + 1)
 
-    def _experience(self, host: str, port: int, nbytes: int, now: float) -> _Experience:
+    def _history_of(self, host: str, port: int, nbytes: int, now: float) -> _History:
         kind = (host, port, nbytes.bit_length())
-        experience = self._known.get(kind)
-        if experience is None:
-            experience = self._known[kind] = _Experience(self._least, now)
-        return experience
+        history = self._known.get(kind)
+        if history is None:
+            history = self._known[kind] = _History(self._least, now)
+        return history
 
 
 def is_host_busy() -> bool:
-    """Whether as many threads can run now, on the whole host, as this process may use processors."""
+    """True if more threads can run now, on the whole host, than this process may use processors."""
     try:
         with open("/proc/loadavg", "rb") as file:
             runnable = int(file.read().split()[3].split(b"/")[0])

@@ -1,4 +1,8 @@
-"""When a failed GET is tried again, and what error it ends in when it is not: pure decisions."""
+"""Retry policy: decides whether and when a failed GET is repeated, and words the error if it is not.
+
+Pure functions, used by the scheduler. An attempt counts against ``max_attempts`` only if it brought no byte: the
+scheduler begins to count anew when bytes have come, so that a large part over a bad line still arrives.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from mpreader.errors import (
     ShortRead,
     TransportError,
 )
-from mpreader.pool.source import Source
+from mpreader.pool.requests import SourceName
 from mpreader.pool.worker.messages import Failed, FailureKind
 
 __all__ = ["delay_before", "error_after", "timeout_error"]
@@ -43,8 +47,8 @@ def delay_before(failure: Failed, attempts: int, max_attempts: int) -> float | N
     attempts, and a thousand parts don't come back at one time.
 
     Args:
-        failure: What the last attempt ended in.
-        attempts: How many there were, at least 1; a resumed body that made progress starts again at 1.
+        failure: Result of the last attempt.
+        attempts: Number of attempts since bytes last came, at least 1.
         max_attempts: Most attempts.
     """
     if failure.kind not in _RETRIED or attempts >= max_attempts:
@@ -56,8 +60,8 @@ def delay_before(failure: Failed, attempts: int, max_attempts: int) -> float | N
     return max(failure.retry_after_s, delay * random.uniform(0.5, 1.0))  # noqa: S311  # spreads load, guards nothing
 
 
-def error_after(failure: Failed, source: Source, byte_range: tuple[int, int], attempts: int) -> MpreaderError:
-    """The error that a consumer gets when no attempt is left."""
+def error_after(failure: Failed, source: SourceName, byte_range: tuple[int, int], attempts: int) -> MpreaderError:
+    """Makes the error that a consumer gets when no attempt is left; ``byte_range`` is [start, end) of the part."""
     name = f"{source.uri} bytes {byte_range[0]}-{byte_range[1]} (end exclusive)"
     tried = "1 attempt" if attempts == 1 else f"{attempts} attempts"
     cls, what, advice = _WORDING.get(failure.kind, (TransportError, "the read failed", ""))
@@ -65,8 +69,8 @@ def error_after(failure: Failed, source: Source, byte_range: tuple[int, int], at
     return cls(message, bucket=source.bucket, key=source.key, range=byte_range, attempts=attempts)
 
 
-def timeout_error(source: Source, byte_range: tuple[int, int], timeout_s: float, last: str) -> PoolTimeout:
-    """The error when a part was not there within ``PoolConfig.timeout_s``."""
+def timeout_error(source: SourceName, byte_range: tuple[int, int], timeout_s: float, last: str) -> PoolTimeout:
+    """Makes the error of a part that was not there within ``PoolConfig.timeout_s``; ``last`` is its last failure."""
     return PoolTimeout(
         f"{source.uri} bytes {byte_range[0]}-{byte_range[1]} were not read within {timeout_s:g} s "
         f"(last failure: {last or 'none'}). If the network is that slow, raise PoolConfig.timeout_s "

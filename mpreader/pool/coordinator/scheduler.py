@@ -1,33 +1,69 @@
-"""Which part is received next, into which slot: the coordinator's decisions, without any I/O.
+"""Scheduler: decides which part is received next, and into which slot. It does no I/O and holds no transfer.
 
-Fills are started in the order of their transfer, transfers in turn. A fill is *pending* (no slot), *filling* (its
-parts are queued or in flight), *ready* (delivered, not taken), or *taken*. What is filling or ready never exceeds the
-window, unless a consumer waits for it; a consumer that waits may take the memory of what others have read ahead.
+Its inputs are the messages of callers (:mod:`mpreader.pool.requests`) and the news of workers; its outputs are parts to
+send, messages to post, and numbers of parts to cancel. Owned by the coordinator's thread: nothing here is thread-safe.
+
+Slot reads are started in the order of their read, reads in turn, as long as what is read ahead stays within the
+window. A slot read that a consumer waits for, a *demanded* one, is started before all others and beyond the window. If
+memory is full, its way is::
+
+    a slot is free ──► start                                  nothing can be recalled:
+    else: recall what is ready, but not taken,                   parts in flight ──► wait, they can be recalled later
+          of other reads first, furthest ahead first             the read may grow ──► go beyond the limit
+          ──► wait for the answer, try again                     else wait for views to end: lease_timeout_s, then fail
+
+:mod:`mpreader.pool.coordinator.state` draws the statuses of slot reads and parts.
 """
 
 from __future__ import annotations
 
 import heapq
 import itertools
+import time
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable
 from typing import Final, NamedTuple
 
 from mpreader.errors import ArenaError, ArenaExhausted, MpreaderError, PlanError, WorkerCrashed
 from mpreader.pool.coordinator import retry
-from mpreader.pool.coordinator.arena import Arena, Slot
-from mpreader.pool.coordinator.resolver import SourceBook
-from mpreader.pool.coordinator.state import FillState, FillStatus, PartState, Reading
+from mpreader.pool.coordinator.arena import Slot
+from mpreader.pool.coordinator.memory import SlotMemory
+from mpreader.pool.coordinator.state import (
+    PartState,
+    PartStatus,
+    Post,
+    ReadState,
+    SlotReadState,
+    SlotStatus,
+    SourceState,
+)
+from mpreader.pool.requests import (
+    CloseRead,
+    Demand,
+    Discard,
+    GiveBack,
+    HeldUp,
+    OpenRead,
+    ReadId,
+    Recall,
+    RequestEnded,
+    RequestRepeated,
+    ResolveSource,
+    SlotArrived,
+    SlotFailed,
+    SlotTaken,
+    SourceResolved,
+)
 from mpreader.pool.stats import PoolStats, Tally
-from mpreader.pool.transfer import Fill, Transfer
 from mpreader.pool.worker.messages import Failed, FailureKind
 
 __all__ = ["Scheduler", "SchedulerLimits"]
 
-# A part that was being received when this many workers died is not given to another.
+# A part that was being received when this many workers died is not given to another: it may be what kills them.
 _MAX_CRASHES: Final = 3
 _RENEWAL_POLL_S: Final = 0.02
+# A signature dies with the session token that made it, after 5 minutes for directory buckets; making one is cheap.
+_ROUTE_AGE_S: Final = 240.0
 
 
 class SchedulerLimits(NamedTuple):
@@ -39,419 +75,466 @@ class SchedulerLimits(NamedTuple):
 
 
 class Scheduler:
-    """Decides. Not thread-safe: owned by the coordinator's thread."""
+    """The decisions of one coordinator.
 
-    def __init__(self, arena: Arena, sources: SourceBook, limits: SchedulerLimits) -> None:
-        self._arena = arena
-        self._sources = sources
+    Args:
+        memory: The slots.
+        post_to: Returns the function that posts a message to the caller of this number.
+        limits: See there.
+
+    Attributes:
+        window_bytes: Bytes that may be read ahead now; the coordinator lowers it while few connections are used.
+    """
+
+    def __init__(self, memory: SlotMemory, post_to: Callable[[int], Post], limits: SchedulerLimits) -> None:
+        self._memory = memory
+        self._post_to = post_to
         self._limits = limits
-        self.window_bytes = limits.window_bytes  # may be set to less
-        self._readings: dict[int, Reading] = {}
-        self._turn: deque[Reading] = deque()
-        self._demanded: dict[FillState, None] = {}
+        self.window_bytes = limits.window_bytes
+        self._reads: dict[ReadId, ReadState] = {}
+        self._turn: deque[ReadState] = deque()
+        # In the order of the demands. What is in it is PENDING, or was until just now.
+        self._demanded: dict[SlotReadState, None] = {}
+        self._recalls = 0  # RECALLED slot reads: while there are some, memory is about to come back
         self._queued: deque[PartState] = deque()
-        self._delayed: list[tuple[float, int, PartState]] = []
-        self._parts: dict[int, PartState] = {}  # queued, delayed, waiting for a signature, or in flight
-        self._leased: set[Slot] = set()
-        self._outstanding_bytes = 0  # of fills that are filling or ready
+        self._delayed: list[tuple[float, int, PartState]] = []  # a heap
+        self._parts: dict[int, PartState] = {}  # all that have not ended
+        self._cancelled: list[int] = []
         self._numbers = itertools.count(1)
         self._tally = Tally()
-        self._held_up: list[Reading] = []
+        self._held_up: list[ReadState] = []
         self._held_up_since: float | None = None
 
     def stats(self, restarts: int) -> PoolStats:
-        """What was done so far; ``restarts`` is the number of workers that were replaced."""
-        waits = [reading.transfer.tally.seconds for reading in list(self._readings.values())]
-        stats = self._tally.stats(restarts)
-        return replace(stats, seconds=stats.seconds + sum(waits))
-
-    # -- what consumers say
+        """Statistics of all reads so far, but for the consumers' waits; ``restarts`` counts replaced workers."""
+        return self._tally.stats(restarts)
 
     @property
     def is_idle(self) -> bool:
-        """Whether nobody wants anything and nothing is in flight."""
-        return not self._readings and not self._parts
+        """True if nobody wants anything and nothing is in flight."""
+        return not self._reads and not self._parts
 
-    def open(self, transfer: Transfer) -> None:
-        """Take a transfer on."""
-        reading = Reading(transfer)
-        for index, fill in enumerate(transfer.fills):
-            reading.fills.append(FillState(reading, index, fill, self._sources.use(fill.source)))
-        self._readings[id(transfer)] = reading
-        self._turn.append(reading)
+    @property
+    def has_views(self) -> bool:
+        """True while consumers hold views."""
+        return self._memory.has_taken
 
-    def close(self, transfer: Transfer) -> list[int]:
-        """Let a transfer go; returns the numbers of its parts that may be in flight, to be cancelled."""
-        reading = self._readings.pop(id(transfer), None)
-        if reading is None:
-            return []
-        self._turn.remove(reading)
-        self._tally.seconds += transfer.tally.seconds
-        for fill in reading.fills:
-            self._drop(fill)
-            self._sources.release(fill.source)
-        return [part.number for part in self._parts.values() if part.fill.reading is reading]
+    @property
+    def is_short(self) -> bool:
+        """True while a consumer waits for memory that only the end of a view can bring."""
+        return any(slot_read.short_since is not None for slot_read in self._demanded)
 
-    def demand(self, transfer: Transfer, index: int) -> None:
-        """A consumer waits for a fill."""
-        fill = self._find(transfer, index)
-        if fill is None or fill.status is FillStatus.READY:
+    def next_event(self) -> float:
+        """Time, by the monotonic clock, at which a delayed part is due; infinite if there is none."""
+        return self._delayed[0][0] if self._delayed else float("inf")
+
+    def take_cancelled(self) -> list[int]:
+        """Numbers of the parts that nobody wants any more, since the last call. Workers may have some of them."""
+        cancelled, self._cancelled = self._cancelled, []
+        return cancelled
+
+    # -- messages of callers
+
+    def open(self, message: OpenRead) -> None:
+        """Begin a read."""
+        read = self._reads[message.read] = ReadState(message, self._post_to(message.read.caller))
+        self._turn.append(read)
+        for source in read.sources:
+            self._ask_for_route(read, source)
+
+    def source_resolved(self, message: SourceResolved) -> None:
+        """Note the version and the route of a source, or why there are none."""
+        read = self._reads.get(message.read)
+        if read is None:
             return
-        if fill.status in (FillStatus.TAKEN, FillStatus.DROPPED):
-            fill = self._restart(fill)
-        fill.short_since = None
-        self._demanded[fill] = None
+        source = read.sources[message.source]
+        if message.error is not None and source.route is not None and not source.is_renewing:
+            return  # renewed in good time only: the old route may still serve
+        source.is_renewing = False
+        source.version = message.version or source.version
+        source.route = message.route or source.route
+        source.route_made = time.monotonic()
+        source.error = message.error
 
-    def taken(self, transfer: Transfer, index: int) -> None:
-        """A consumer took a fill."""
-        fill = self._find(transfer, index)
-        if fill is not None and fill.status is FillStatus.READY:
-            self._lease(fill)
+    def demand(self, message: Demand) -> None:
+        """Note that a consumer waits. One that waits already keeps its place, and the time since when it is short."""
+        slot_read = self._find(message.read, message.slot_read)
+        if slot_read is None:
+            return
+        if slot_read.status in (SlotStatus.TAKEN, SlotStatus.DROPPED):
+            slot_read = self._restart(slot_read)
+        if slot_read.status is SlotStatus.PENDING:
+            self._demanded.setdefault(slot_read)
 
-    def lease_ended(self, slot: Slot) -> None:
-        """The last reference to a view of the slot is gone."""
-        self._leased.discard(slot)
-        self._arena.free(slot)
+    def slot_taken(self, message: SlotTaken) -> None:
+        """Note that a consumer has a view of a slot."""
+        slot_read = self._memory.take(message.lease)
+        if slot_read is not None:
+            self._end_recall(slot_read)
+            slot_read.move(SlotStatus.TAKEN)
 
-    def discard(self, transfer: Transfer, start: int, stop: int) -> None:
-        """A consumer won't take the fills [start, stop)."""
-        reading = self._readings.get(id(transfer))
-        for fill in reading.fills[start:stop] if reading is not None else ():
-            if not transfer.is_awaited(fill.index):  # another reader of the same file may want it
-                self._drop(fill)
+    def give_back(self, message: GiveBack) -> None:
+        """End a lease."""
+        slot_read = self._memory.give_back(message.lease)
+        if slot_read is None:
+            return
+        was_recalled = self._end_recall(slot_read)
+        slot_read.move(SlotStatus.DROPPED)
+        if was_recalled and not slot_read.is_discarded and slot_read.read.id in self._reads:
+            self._restart(slot_read)
 
-    def fail_everything(self, error: MpreaderError) -> None:
-        """The pool is broken, or closed: let every consumer know, and hold on to no memory."""
-        for reading in self._readings.values():
-            reading.transfer.fail_all(error)
-            self._tally.seconds += reading.transfer.tally.seconds
-        for held in (
-            self._readings,
-            self._turn,
-            self._demanded,
-            self._queued,
-            self._delayed,
-            self._parts,
-            self._leased,
-            self._held_up,
-        ):
+    def discard(self, message: Discard) -> None:
+        """Drop slot reads. Those that were delivered are recalled: some consumer may just take one."""
+        read = self._reads.get(message.read)
+        for slot_read in read.slot_reads[message.start : message.stop] if read is not None else ():
+            slot_read.is_discarded = True
+            if slot_read.status is SlotStatus.READY:
+                self._recall(slot_read)
+            elif slot_read.status in (SlotStatus.PENDING, SlotStatus.FILLING):
+                self._drop(slot_read)
+
+    def close(self, message: CloseRead) -> None:
+        """End a read. What its caller has leased comes back by itself."""
+        read = self._reads.pop(message.read, None)
+        if read is None:
+            return
+        self._turn.remove(read)
+        for slot_read in read.slot_reads:
+            if slot_read.status in (SlotStatus.PENDING, SlotStatus.FILLING):
+                self._drop(slot_read)
+        self._cancelled += [part.number for part in self._parts.values() if part.slot_read.read is read]
+
+    def clear(self) -> None:
+        """Hold on to nothing more: the coordinator ends, and its callers are told by it."""
+        for held in (self._reads, self._turn, self._demanded, self._queued, self._delayed, self._parts, self._held_up):
             held.clear()
+        self._memory.clear()
 
-    # -- what workers and sources say
+    # -- news of workers
 
     def find(self, number: int) -> PartState | None:
-        """The part of this number, unless it is forgotten."""
+        """The part of this number, unless it has ended."""
         return self._parts.get(number)
 
     def note_request(self, part: PartState | None, worker: int, nbytes: int, seconds: float) -> None:
-        """A request of a worker has ended; ``part`` is None where it was forgotten meanwhile."""
+        """Count a request that has ended; ``part`` is None if it had ended before."""
         self._tally.note(worker, nbytes, seconds)
         if part is not None:
-            part.fill.reading.transfer.tally.note(worker, nbytes, seconds)
+            read = part.slot_read.read
+            read.post(RequestEnded(read.id, worker, nbytes, seconds))
 
     def fetched(self, number: int) -> PartState | None:
-        """All bytes of a part are there; returns the part, if it is known."""
-        part = self._parts.pop(number, None)
+        """End a part all of whose bytes are there; returns it, None if it had ended before."""
+        part = self._parts.get(number)
         if part is not None:
-            self._end_part(part)
+            self._end(part)
         return part
 
     def failed(self, failure: Failed, now: float) -> None:
-        """A part did not arrive, or not wholly."""
+        """Decide about a part that did not arrive, or not wholly."""
         part = self._parts.get(failure.part)
         if part is None:
             return
         part.received += failure.received
         part.attempts = 1 if failure.received else part.attempts + 1
         part.last_failure = failure.detail
-        if part.fill.status is not FillStatus.FILLING or part.received >= part.part.end - part.part.start:
-            self._forget(part)  # in the second case all is there: what failed came after the last byte
+        if part.slot_read.status is not SlotStatus.FILLING or not part.left_bytes:
+            self._end(part)  # in the second case all is there: what failed came after the last byte
         elif failure.kind is FailureKind.EXPIRED and not part.is_resigned:
             part.is_resigned = True
-            self._sources.renew(part.fill.source)
+            self._renew(part.slot_read)
             self._delay(part, now)
         else:
             self._retry_or_fail(part, failure, now)
 
     def lost(self, numbers: Iterable[int], exitcode: int, why: str) -> None:
-        """A worker died while it had these parts."""
-        for number in numbers:
-            part = self._parts.get(number)
-            if part is None:
-                continue
+        """Decide about the parts that a worker had when it died."""
+        for part in [self._parts[number] for number in numbers if number in self._parts]:
             part.crashes += 1
             part.last_failure = why
-            if part.fill.status is not FillStatus.FILLING:
-                self._forget(part)
+            if part.slot_read.status is not SlotStatus.FILLING:
+                self._end(part)
             elif part.crashes >= _MAX_CRASHES:
                 error = WorkerCrashed(
                     f"{part.crashes} worker processes died while reading {_name(part)}: {why}",
                     exitcode=exitcode,
                     ranges=(part.byte_range,),
                 )
-                self._fail(part, error)
+                self._fail(part.slot_read, error)
+                self._end(part)
             else:
-                self._count_retry(part)
-                self._queued.appendleft(part)
+                self._count_repeat(part)
+                self._queue_first(part)
 
-    # -- what to do next
+    # -- next steps
 
     def next_part(self, now: float) -> PartState | None:
-        """The most urgent part, if any, to be sent to a worker or given back by ``unsend``."""
+        """The most urgent part, which is then *sent*; None if there is none. ``put_back`` undoes it."""
         while self._delayed and self._delayed[0][0] <= now:
-            self._queued.append(heapq.heappop(self._delayed)[2])
-        while self._queued or self._start_fill(now):
+            part = heapq.heappop(self._delayed)[2]
+            part.move(PartStatus.QUEUED)
+            self._queued.append(part)
+        while self._queued or self._start_next(now):
             part = self._queued.popleft()
-            source = part.fill.source
-            if part.fill.status is not FillStatus.FILLING:
-                self._forget(part)
-            elif source.error is not None:
-                self._fail(part, source.error)
-            elif not self._try_reserve(part):
-                continue
-            elif source.is_renewing:
-                self._delay(part, now + _RENEWAL_POLL_S)
-            else:
+            if self._is_sendable(part, now):
                 part.deadline = min(part.deadline, now + self._limits.timeout_s)
+                part.move(PartStatus.SENT)
                 return part
         return None
 
-    def unsend(self, part: PartState) -> None:
-        """No worker took the part."""
-        self._queued.appendleft(part)
+    def put_back(self, part: PartState) -> None:
+        """Queue a part again, before all others, since no worker took it."""
+        self._queue_first(part)
 
-    def expire(self, now: float) -> list[int]:
-        """Give up what took too long; returns the numbers of the parts to be cancelled."""
-        late = [part for part in self._parts.values() if part.deadline < now]
-        for part in late:
-            if part.fill.status is FillStatus.FILLING:
-                timeout_s = self._limits.timeout_s
-                error = retry.timeout_error(part.fill.fill.source, part.byte_range, timeout_s, part.last_failure)
-                self._abandon(part.fill, error)
-        return [part.number for part in late]
+    def expire(self, now: float) -> None:
+        """Give up the parts that took too long."""
+        timeout_s = self._limits.timeout_s
+        for part in [part for part in self._parts.values() if part.deadline < now]:
+            slot_read = part.slot_read
+            if slot_read.status is SlotStatus.FILLING:
+                name = slot_read.source.name
+                self._fail(slot_read, retry.timeout_error(name, part.byte_range, timeout_s, part.last_failure))
+            self._cancelled.append(part.number)
 
     def note_held_up(self, now: float) -> None:
         """Keep account of the time in which nothing is received, though more is wanted, since memory is full."""
-        waiting: list[Reading] = []
-        if not self._parts and self._outstanding_bytes:
-            waiting = [reading for reading in self._turn if reading.next_pending() is not None]
         if self._held_up_since is not None:
             seconds = now - self._held_up_since
             self._tally.consumer_seconds += seconds
-            for reading in self._held_up:
-                reading.transfer.tally.consumer_seconds += seconds
-        self._held_up, self._held_up_since = waiting, now if waiting else None
+            for read in self._held_up:
+                read.post(HeldUp(read.id, seconds))
+        self._held_up, self._held_up_since = [], None
+        if not self._parts and self._memory.ahead_bytes:
+            self._held_up = [read for read in self._turn if read.next_pending() is not None]
+            self._held_up_since = now if self._held_up else None
 
-    @property
-    def has_leases(self) -> bool:
-        """Whether consumers hold views."""
-        return bool(self._leased)
+    def _is_sendable(self, part: PartState, now: float) -> bool:
+        """True if a queued part can be sent; otherwise it was ended or delayed."""
+        slot_read, source = part.slot_read, part.slot_read.source
+        if slot_read.status is not SlotStatus.FILLING:
+            self._end(part)
+        elif source.error is not None:
+            self._fail(slot_read, source.error)
+            self._end(part)
+        elif source.is_renewing:
+            self._delay(part, now + _RENEWAL_POLL_S)
+        else:
+            return self._try_reserve(part)
+        return False
 
-    @property
-    def is_short(self) -> bool:
-        """Whether a consumer waits for memory."""
-        return any(fill.short_since is not None for fill in self._demanded)
+    def _try_reserve(self, part: PartState) -> bool:
+        slot, start = part.slot_read.slot, part.part.slot_offset
+        assert slot is not None, "a slot read that is being filled has a slot"
+        try:
+            slot.reserve(start, start + part.part.size)
+        except ArenaError as error:
+            self._fail(part.slot_read, error)
+            self._end(part)
+            return False
+        return True
 
-    def next_event(self) -> float:
-        """When, by the monotonic clock, a delayed part is due; infinite if there is none."""
-        return self._delayed[0][0] if self._delayed else float("inf")
-
-    def _start_fill(self, now: float) -> bool:
-        for fill in list(self._demanded):
-            if fill.status is not FillStatus.PENDING:
-                del self._demanded[fill]
-            elif self._try_start(fill, now, is_demanded=True):
-                self._demanded.pop(fill, None)
+    def _start_next(self, now: float) -> bool:
+        """Start a slot read; False if none can be started."""
+        for slot_read in list(self._demanded):
+            if slot_read.status is not SlotStatus.PENDING:
+                del self._demanded[slot_read]
+            elif self._try_start(slot_read, now, is_demanded=True):
                 return True
         for _ in range(len(self._turn)):
-            reading = self._turn[0]
+            read = self._turn[0]
             self._turn.rotate(-1)
-            while (pending := reading.next_pending()) is not None:
+            while (pending := read.next_pending()) is not None:
                 if self._try_start(pending, now, is_demanded=False):
                     return True
-                if pending.status is FillStatus.PENDING:
+                if pending.status is SlotStatus.PENDING:
                     break  # it has to wait; it did not fail
         return False
 
-    def _try_start(self, fill: FillState, now: float, *, is_demanded: bool) -> bool:
-        source = fill.source
-        if source.error is not None or source.version is None:
-            if source.error is not None:
-                self._abandon(fill, source.error)
+    def _try_start(self, slot_read: SlotReadState, now: float, *, is_demanded: bool) -> bool:
+        source, parts = slot_read.source, slot_read.slot_read.parts
+        if source.error is not None:
+            self._fail(slot_read, source.error)
             return False
-        past_end = max(part.end for part in fill.fill.parts)
+        if source.version is None or source.route is None:
+            return False
+        past_end = max(part.end for part in parts)
         if past_end > source.version.size:
-            self._abandon(fill, _past_end_error(fill.fill, past_end, source.version.size))
+            self._fail(slot_read, _past_end_error(source, past_end, source.version.size))
             return False
-        slot = self._allocate(fill, now, is_demanded)
+        slot = self._slot_for(slot_read, now, is_demanded=is_demanded)
         if slot is None:
             return False
-        self._sources.renew_if_old(source, now)
-        fill.slot, fill.status, fill.open_parts = slot, FillStatus.FILLING, len(fill.fill.parts)
-        self._outstanding_bytes += slot.nbytes
-        for part in fill.fill.parts:
-            state = PartState(next(self._numbers), fill, part)
+        self._renew_if_old(slot_read, now)
+        self._demanded.pop(slot_read, None)
+        slot_read.move(SlotStatus.FILLING)
+        slot_read.short_since = None
+        slot_read.open_parts = len(parts)
+        self._memory.assign(slot, slot_read)
+        for part in parts:
+            state = PartState(next(self._numbers), slot_read, part)
             self._parts[state.number] = state
             self._queued.append(state)
         return True
 
     # -- memory
 
-    def _allocate(self, fill: FillState, now: float, is_demanded: bool) -> Slot | None:
-        nbytes = fill.fill.nbytes
-        if not is_demanded:
-            has_room = not self._outstanding_bytes or self._outstanding_bytes + nbytes <= self.window_bytes
-            return self._try_allocate(fill, nbytes) if has_room else None
-        slot = self._try_allocate(fill, nbytes)
-        while slot is None and fill.status is FillStatus.PENDING and self._evict_one(fill):
-            slot = self._try_allocate(fill, nbytes)
-        if slot is None and fill.status is FillStatus.PENDING:
-            slot = self._allocate_or_give_up(fill, now)
+    def _slot_for(self, slot_read: SlotReadState, now: float, *, is_demanded: bool) -> Slot | None:
+        nbytes, ahead = slot_read.slot_read.nbytes, self._memory.ahead_bytes
+        if not is_demanded and ahead and ahead + nbytes > self.window_bytes:
+            return None
+        try:
+            slot = self._memory.arena.allocate(nbytes)
+            if slot is None and is_demanded:
+                slot = self._make_room(slot_read, now)
+        except ArenaError as error:
+            self._fail(slot_read, error)
+            return None
         return slot
 
-    def _try_allocate(self, fill: FillState, nbytes: int, *, beyond_limit: bool = False) -> Slot | None:
-        try:
-            return self._arena.allocate(nbytes, beyond_limit=beyond_limit)
-        except ArenaError as error:
-            self._abandon(fill, error)
-            return None
+    def _make_room(self, slot_read: SlotReadState, now: float) -> Slot | None:
+        """See the module's drawing; returns a slot only where the read may grow.
 
-    def _try_reserve(self, part: PartState) -> bool:
-        try:
-            if part.fill.slot is not None:
-                slot_offset = part.part.slot_offset
-                part.fill.slot.reserve(slot_offset, slot_offset + part.part.end - part.part.start)
-        except ArenaError as error:
-            self._fail(part, error)
-            return False
-        return True
-
-    def _allocate_or_give_up(self, fill: FillState, now: float) -> Slot | None:
-        if self._outstanding_bytes:  # what is in flight will be ready soon, and can be evicted then
+        Raises:
+            ArenaError: There is no memory, and none will come.
+        """
+        if self._recalls or self._recall_furthest(slot_read):
             return None
-        if fill.reading.transfer.grows:
-            slot = self._try_allocate(fill, fill.fill.nbytes, beyond_limit=True)
-            if slot is not None or fill.status is not FillStatus.PENDING:
+        if self._memory.ahead_bytes:  # in flight: it can be recalled when it is ready
+            slot_read.short_since = None
+            return None
+        if slot_read.read.grows:
+            slot = self._memory.arena.allocate(slot_read.slot_read.nbytes, beyond_limit=True)
+            if slot is not None:
                 return slot
             # The host has no more, whatever the limit is: the same as a limit that is reached.
-        if fill.short_since is None:
-            fill.short_since = now
-        if now - fill.short_since >= self._limits.lease_timeout_s or not self._leased:
-            self._abandon(fill, self._exhausted_error(fill))
+        if slot_read.short_since is None:
+            slot_read.short_since = now
+        if now - slot_read.short_since >= self._limits.lease_timeout_s or not self._memory.has_taken:
+            raise self._exhausted_error(slot_read)
         return None
 
-    def _evict_one(self, needy: FillState) -> bool:
-        # What is read ahead furthest goes first, of other consumers before one's own.
-        readings = [reading for reading in self._turn if reading is not needy.reading]
-        for reading in [*readings, needy.reading]:
-            for fill in reversed(reading.fills):
-                if fill.status is FillStatus.READY and reading.transfer.retract(fill.index, spares_awaited=True):
-                    self._free(fill)
-                    self._restart(fill)
-                    return True
+    def _recall_furthest(self, needy: SlotReadState) -> bool:
+        """Recall what is read ahead furthest, of other reads before the needy one's own; False if nothing is ready."""
+        for read in [*(read for read in self._turn if read is not needy.read), needy.read]:
+            if read.ready:
+                self._recall(read.slot_reads[max(read.ready)])
+                return True
         return False
 
-    def _exhausted_error(self, fill: FillState) -> ArenaExhausted:
-        held = sum(slot.nbytes for slot in self._leased)
-        if fill.fill.nbytes > self._arena.max_bytes:
+    def _recall(self, slot_read: SlotReadState) -> None:
+        slot_read.move(SlotStatus.RECALLED)
+        self._recalls += 1
+        slot_read.read.post(Recall(slot_read.read.id, slot_read.index, slot_read.lease))
+
+    def _end_recall(self, slot_read: SlotReadState) -> bool:
+        was_recalled = slot_read.status is SlotStatus.RECALLED
+        self._recalls -= was_recalled
+        return was_recalled
+
+    def _exhausted_error(self, slot_read: SlotReadState) -> ArenaExhausted:
+        nbytes, limit = slot_read.slot_read.nbytes, self._memory.arena.max_bytes
+        if nbytes > limit:
             return ArenaExhausted(
-                f"{fill.fill.nbytes} bytes are wanted in one piece, {self._arena.max_bytes} bytes of shared memory may "
-                "be reserved. Ask for smaller ranges, or raise PoolConfig.max_memory (MPREADER_MAX_MEMORY)"
+                f"{nbytes} bytes are wanted in one piece, {limit} bytes of shared memory may be reserved. Ask for "
+                "smaller ranges, or raise PoolConfig.max_memory (MPREADER_MAX_MEMORY)"
             )
         return ArenaExhausted(
-            f"no room for {fill.fill.nbytes} more bytes: of {self._arena.max_bytes} bytes of shared memory, {held} are "
-            "held by views that are still in use. Drop views when done with them, or raise PoolConfig.max_memory "
+            f"no room for {nbytes} more bytes: of {limit} bytes of shared memory, {self._memory.taken_bytes} are held "
+            "by views that are still in use. Drop views when done with them, or raise PoolConfig.max_memory "
             "(MPREADER_MAX_MEMORY)"
         )
 
-    # -- ends
+    # -- routes
 
-    def _end_part(self, part: PartState) -> None:
-        fill = part.fill
-        fill.open_parts -= 1
-        if fill.open_parts:
+    def _ask_for_route(self, read: ReadState, source: SourceState) -> None:
+        read.post(ResolveSource(read.id, source.number, source.version is None))
+
+    def _renew(self, slot_read: SlotReadState) -> None:
+        """Get a new route for its source; parts must wait for it, since the old one was refused."""
+        source = slot_read.source
+        if not source.is_renewing:
+            source.is_renewing = True
+            self._ask_for_route(slot_read.read, source)
+
+    def _renew_if_old(self, slot_read: SlotReadState, now: float) -> None:
+        """Get a new route for its source in good time; the old one is still good meanwhile."""
+        source = slot_read.source
+        if now - source.route_made > _ROUTE_AGE_S:
+            source.route_made = now
+            self._ask_for_route(slot_read.read, source)
+
+    # -- ends of parts and slot reads
+
+    def _end(self, part: PartState) -> None:
+        """End a part, and with the last one of a slot read its filling."""
+        del self._parts[part.number]
+        part.move(PartStatus.ENDED)
+        slot_read = part.slot_read
+        slot_read.open_parts -= 1
+        if slot_read.open_parts:
             return
-        if fill.status is not FillStatus.FILLING:
-            self._free(fill)
+        if slot_read.status is not SlotStatus.FILLING:  # dropped meanwhile, and only now no worker writes any more
+            self._memory.release(slot_read)
             return
-        fill.status = FillStatus.READY
-        if fill.slot is None or not fill.reading.transfer.deliver(fill.index, fill.slot):
-            fill.status = FillStatus.DROPPED
-            self._free(fill)
-        self._tally.over_read += fill.fill.over_read
-        fill.reading.transfer.tally.over_read += fill.fill.over_read
+        slot = slot_read.slot
+        assert slot is not None, "a slot read that is being filled has a slot"
+        slot_read.move(SlotStatus.READY)
+        slot_read.lease = self._memory.lease(slot, slot_read)
+        self._tally.over_read += slot_read.slot_read.over_read
+        read = slot_read.read
+        read.post(SlotArrived(read.id, slot_read.index, slot_read.lease, slot.segment.number, slot.offset))
+
+    def _fail(self, slot_read: SlotReadState, error: MpreaderError) -> None:
+        """Drop a slot read and tell the caller why. Its parts, if it has any, end on their own."""
+        self._drop(slot_read)
+        slot_read.read.post(SlotFailed(slot_read.read.id, slot_read.index, error))
+
+    def _drop(self, slot_read: SlotReadState) -> None:
+        self._demanded.pop(slot_read, None)
+        slot_read.short_since = None
+        slot_read.move(SlotStatus.DROPPED)
+
+    def _restart(self, slot_read: SlotReadState) -> SlotReadState:
+        """Make a slot read pending again; returns its state, a new one where the old one still has parts in flight."""
+        read = slot_read.read
+        if slot_read.open_parts:
+            slot_read = read.slot_reads[slot_read.index] = SlotReadState(read, slot_read.index, slot_read.slot_read)
+        else:
+            slot_read.move(SlotStatus.PENDING)
+            slot_read.is_discarded = False
+        read.cursor = min(read.cursor, slot_read.index)
+        return slot_read
 
     def _retry_or_fail(self, part: PartState, failure: Failed, now: float) -> None:
-        source = part.fill.fill.source
-        delay_s = retry.delay_before(failure, part.attempts, source.max_attempts)
+        name = part.slot_read.source.name
+        delay_s = retry.delay_before(failure, part.attempts, name.max_attempts)
         if delay_s is None:
-            self._fail(part, retry.error_after(failure, source, part.byte_range, part.attempts))
+            self._fail(part.slot_read, retry.error_after(failure, name, part.byte_range, part.attempts))
+            self._end(part)
         else:
-            self._count_retry(part)
+            self._count_repeat(part)
             self._delay(part, now + delay_s)
 
-    def _count_retry(self, part: PartState) -> None:
+    def _count_repeat(self, part: PartState) -> None:
         self._tally.retries += 1
-        part.fill.reading.transfer.tally.retries += 1
+        part.slot_read.read.post(RequestRepeated(part.slot_read.read.id))
 
     def _delay(self, part: PartState, until: float) -> None:
+        part.move(PartStatus.DELAYED)
         heapq.heappush(self._delayed, (until, part.number, part))
 
-    def _fail(self, part: PartState, error: MpreaderError) -> None:
-        self._abandon(part.fill, error)
-        self._forget(part)
+    def _queue_first(self, part: PartState) -> None:
+        part.move(PartStatus.QUEUED)
+        self._queued.appendleft(part)
 
-    def _abandon(self, fill: FillState, error: MpreaderError) -> None:
-        self._demanded.pop(fill, None)
-        fill.reading.transfer.deliver(fill.index, error)
-        fill.status = FillStatus.DROPPED
-
-    def _forget(self, part: PartState) -> None:
-        if self._parts.pop(part.number, None) is not None:
-            self._end_part(part)
-
-    def _drop(self, fill: FillState) -> None:
-        self._demanded.pop(fill, None)
-        if fill.status is FillStatus.READY:
-            if fill.reading.transfer.retract(fill.index):
-                self._free(fill)
-            else:  # it was taken just now, and the message is on its way
-                self._lease(fill)
-        if fill.status is not FillStatus.TAKEN:
-            fill.status = FillStatus.DROPPED
-
-    def _lease(self, fill: FillState) -> None:
-        fill.status = FillStatus.TAKEN
-        if fill.slot is not None:
-            self._outstanding_bytes -= fill.slot.nbytes
-            self._leased.add(fill.slot)  # must stay alive until the lease ends, or that goes unnoticed
-            fill.slot = None
-
-    def _free(self, fill: FillState) -> None:
-        if fill.slot is not None:
-            self._arena.free(fill.slot)
-            self._outstanding_bytes -= fill.slot.nbytes
-            fill.slot = None
-
-    def _restart(self, fill: FillState) -> FillState:
-        if fill.open_parts:  # dropped with parts in flight: those end on their own, in their own slot
-            fresh = FillState(fill.reading, fill.index, fill.fill, fill.source)
-            fill.reading.fills[fill.index] = fresh
-            fill = fresh
-        fill.status = FillStatus.PENDING
-        fill.reading.cursor = min(fill.reading.cursor, fill.index)
-        return fill
-
-    def _find(self, transfer: Transfer, index: int) -> FillState | None:
-        reading = self._readings.get(id(transfer))
-        return None if reading is None else reading.fills[index]
+    def _find(self, read_id: ReadId, index: int) -> SlotReadState | None:
+        read = self._reads.get(read_id)
+        return None if read is None else read.slot_reads[index]
 
 
 def _name(part: PartState) -> str:
-    source = part.fill.fill.source
-    return f"{source.uri} bytes {part.part.start}-{part.part.end}"
+    return f"{part.slot_read.source.name.uri} bytes {part.part.start}-{part.part.end}"
 
 
-def _past_end_error(fill: Fill, end: int, size: int) -> PlanError:
-    source = fill.source
-    return PlanError(f"range ends at byte {end}, past the end of {source.uri}, which has {size} bytes")
+def _past_end_error(source: SourceState, end: int, size: int) -> PlanError:
+    return PlanError(f"range ends at byte {end}, past the end of {source.name.uri}, which has {size} bytes")

@@ -1,89 +1,248 @@
-"""Where the fills and parts of open transfers are: what the scheduler decides on."""
+"""State of what is being read: the sources, slot reads and parts of open reads, as the scheduler sees them.
+
+A slot read changes its status by ``SlotReadState.move`` only, a part by ``PartState.move`` only; both refuse a change
+that is not drawn here. The scheduler decides, these classes do nothing by themselves.
+
+Slot reads::
+
+    PENDING ──► FILLING ──► READY ────────► TAKEN     PENDING   has no memory yet
+       │           │          │ │             ▲       FILLING   its parts are queued or in flight
+       │           │          │ └► RECALLED ──┘       READY     all bytes are there, its slot is leased to the caller
+       ▼           ▼          ▼       │               RECALLED  the caller was asked to give the slot back
+    DROPPED ◄─────────────────────────┘               TAKEN     a consumer has a view
+                                                      DROPPED   discarded, closed, failed or given back untaken
+
+    TAKEN, DROPPED ──► PENDING    when a consumer demands it again; DROPPED also at the end of a recall
+
+A slot read that is dropped while parts are in flight keeps its slot until the last of them has ended: a worker may
+still write into it. A demand then makes a *new* state for the same slot read.
+
+Parts::
+
+    QUEUED ──► SENT ──► ENDED        SENT      a worker has it
+      ▲  ▲      │                    DELAYED   it waits for the time of its next attempt, or for a new route
+      │  └──────┤
+    DELAYED ◄───┘
+"""
 
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable, Mapping
+from typing import Final
 
+from mpreader.errors import MpreaderError
 from mpreader.pool.coordinator.arena import Slot
-from mpreader.pool.coordinator.resolver import SourceEntry
-from mpreader.pool.transfer import Fill, FillPart, Transfer
+from mpreader.pool.requests import OpenRead, SlotRead, SourceName
+from mpreader.pool.source import ObjectVersion
+from mpreader.pool.worker.route import Route
+from mpreader.ranges import Part
 
-__all__ = ["FillState", "FillStatus", "PartState", "Reading"]
+__all__ = ["PartState", "PartStatus", "Post", "ReadState", "SlotReadState", "SlotStatus", "SourceState"]
 
-
-class FillStatus(enum.Enum):
-    """Where a fill is on its way."""
-
-    PENDING = "pending"
-    FILLING = "filling"
-    READY = "ready"
-    TAKEN = "taken"
-    DROPPED = "dropped"  # discarded or failed; its slot comes back when its last part in flight has ended
+Post = Callable[[object], None]
 
 
-class FillState:
-    """A fill and where it is."""
+class SlotStatus(enum.IntEnum):  # of whole numbers, since other enumerations take ten times as long to look up
+    """Status of a slot read; see the module's drawing."""
 
-    __slots__ = ("fill", "index", "open_parts", "reading", "short_since", "slot", "source", "status")
+    PENDING = 0
+    FILLING = 1
+    READY = 2
+    RECALLED = 3
+    TAKEN = 4
+    DROPPED = 5
 
-    def __init__(self, reading: Reading, index: int, fill: Fill, source: SourceEntry) -> None:
-        self.reading = reading
+
+class PartStatus(enum.IntEnum):
+    """Status of a part; see the module's drawing."""
+
+    QUEUED = 0
+    SENT = 1
+    DELAYED = 2
+    ENDED = 3
+
+
+_SLOT_MOVES: Final[Mapping[SlotStatus, tuple[SlotStatus, ...]]] = {
+    SlotStatus.PENDING: (SlotStatus.FILLING, SlotStatus.DROPPED),
+    SlotStatus.FILLING: (SlotStatus.READY, SlotStatus.DROPPED),
+    SlotStatus.READY: (SlotStatus.RECALLED, SlotStatus.TAKEN, SlotStatus.DROPPED),
+    SlotStatus.RECALLED: (SlotStatus.TAKEN, SlotStatus.DROPPED),
+    SlotStatus.TAKEN: (SlotStatus.PENDING,),
+    SlotStatus.DROPPED: (SlotStatus.PENDING,),
+}
+_PART_MOVES: Final[Mapping[PartStatus, tuple[PartStatus, ...]]] = {
+    PartStatus.QUEUED: (PartStatus.SENT, PartStatus.DELAYED, PartStatus.ENDED),
+    PartStatus.SENT: (PartStatus.QUEUED, PartStatus.DELAYED, PartStatus.ENDED),
+    PartStatus.DELAYED: (PartStatus.QUEUED, PartStatus.ENDED),
+    PartStatus.ENDED: (),
+}
+
+
+class SourceState:
+    """A source of a read: its version and route, as far as the caller has told them.
+
+    Attributes:
+        version: Version that is read; None until it is known.
+        route: Way for the workers; None until it is known.
+        error: Reason for which it can't be read; None if it can, or if that is not known yet.
+        is_renewing: True while parts must wait for a new route, since the old one was refused.
+        route_made: Time at which the route came, by the monotonic clock.
+    """
+
+    __slots__ = ("error", "is_renewing", "name", "number", "route", "route_made", "version")
+
+    def __init__(self, number: int, name: SourceName) -> None:
+        self.number = number
+        self.name = name
+        self.version: ObjectVersion | None = name.version
+        self.route: Route | None = None
+        self.error: MpreaderError | None = None
+        self.is_renewing = False
+        self.route_made = 0.0
+
+
+class SlotReadState:
+    """A slot read, its status and, while it has one, its slot.
+
+    Attributes:
+        slot: Slot that its parts are received into; None while it has none, and after the slot was taken.
+        lease: Number of the lease on its slot while it is READY or RECALLED.
+        open_parts: Parts that are queued, in flight or delayed. Not zero for some time after the slot read was dropped.
+        is_discarded: True if it is not to be read again when it comes back from a recall.
+        short_since: Time since which a consumer waits for it with nothing in flight that could make room; None if it
+            does not.
+    """
+
+    __slots__ = (
+        "index",
+        "is_discarded",
+        "lease",
+        "open_parts",
+        "read",
+        "short_since",
+        "slot",
+        "slot_read",
+        "source",
+        "status",
+    )
+
+    def __init__(self, read: ReadState, index: int, slot_read: SlotRead) -> None:
+        self.read = read
         self.index = index
-        self.fill = fill
-        self.source = source
-        self.status = FillStatus.PENDING
+        self.slot_read = slot_read
+        self.source = read.sources[slot_read.source]
+        self.status = SlotStatus.PENDING
         self.slot: Slot | None = None
+        self.lease = 0
         self.open_parts = 0
-        self.short_since: float | None = None  # when a consumer began to wait for memory
+        self.is_discarded = False
+        self.short_since: float | None = None
+
+    def move(self, status: SlotStatus) -> None:
+        """Change the status, and keep the read's list of what may be recalled.
+
+        Raises:
+            ValueError: The change is not one of those that the module draws.
+        """
+        if status not in _SLOT_MOVES[self.status]:
+            raise ValueError(f"a slot read that is {self.status.name} can't become {status.name}")
+        if self.status is SlotStatus.READY:
+            self.read.ready.discard(self.index)
+        elif status is SlotStatus.READY:
+            self.read.ready.add(self.index)
+        self.status = status
 
 
 class PartState:
-    """A part and how often it was tried."""
+    """A part, its status, and how it went so far.
+
+    Attributes:
+        number: Its number, by which workers know it; never used twice.
+        deadline: Time at which it is given up. Set when it is first sent: a large slot read's last part may wait long.
+        received: Bytes from its start that are in the slot.
+        requests: All GETs made for it.
+        attempts: GETs since bytes last came: only those without any progress count against ``max_attempts``.
+        crashes: Workers that died while they had it.
+        is_resigned: True if a new route was made for it already.
+        last_failure: Reason of its last failure, for people.
+    """
 
     __slots__ = (
         "attempts",
         "crashes",
         "deadline",
-        "fill",
         "is_resigned",
         "last_failure",
         "number",
         "part",
         "received",
         "requests",
+        "slot_read",
+        "status",
     )
 
-    def __init__(self, number: int, fill: FillState, part: FillPart) -> None:
+    def __init__(self, number: int, slot_read: SlotReadState, part: Part) -> None:
         self.number = number
-        self.fill = fill
+        self.slot_read = slot_read
         self.part = part
-        self.deadline = float("inf")  # set when it is first sent: a large fill's last part may wait for long
+        self.status = PartStatus.QUEUED
+        self.deadline = float("inf")
         self.received = 0
-        self.requests = 0  # all of them; `attempts` begins anew when bytes have come
+        self.requests = 0
         self.attempts = 0
         self.crashes = 0
         self.is_resigned = False
         self.last_failure = ""
+
+    def move(self, status: PartStatus) -> None:
+        """Change the status.
+
+        Raises:
+            ValueError: The change is not one of those that the module draws.
+        """
+        if status not in _PART_MOVES[self.status]:
+            raise ValueError(f"a part that is {self.status.name} can't become {status.name}")
+        self.status = status
 
     @property
     def byte_range(self) -> tuple[int, int]:
         """[start, end) of the part in the object."""
         return self.part.start, self.part.end
 
+    @property
+    def left_bytes(self) -> int:
+        """Bytes that are not received yet."""
+        return self.part.size - self.received
 
-class Reading:
-    """A transfer that is open."""
 
-    def __init__(self, transfer: Transfer) -> None:
-        self.transfer = transfer
-        self.fills: list[FillState] = []
-        self.cursor = 0  # every fill before it has been started or dropped
+class ReadState:
+    """A read that is open.
 
-    def next_pending(self) -> FillState | None:
-        """The first fill that waits to be started."""
-        while self.cursor < len(self.fills):
-            fill = self.fills[self.cursor]
-            if fill.status is FillStatus.PENDING:
-                return fill
+    Attributes:
+        id: Its name.
+        post: Posts a message to its caller.
+        grows: True if it may go beyond the limit of memory rather than fail.
+        sources: Its objects.
+        slot_reads: Its slot reads, in the order in which they will be taken.
+        cursor: Index of a slot read before which none is pending.
+        ready: Indices of the slot reads that are READY, and may be recalled.
+    """
+
+    def __init__(self, message: OpenRead, post: Post) -> None:
+        self.id = message.read
+        self.post = post
+        self.grows = message.grows
+        self.sources = [SourceState(number, name) for number, name in enumerate(message.sources)]
+        self.cursor = 0
+        self.ready: set[int] = set()
+        self.slot_reads = [SlotReadState(self, index, slot_read) for index, slot_read in enumerate(message.slot_reads)]
+
+    def next_pending(self) -> SlotReadState | None:
+        """The first slot read that waits to be started; None if there is none."""
+        while self.cursor < len(self.slot_reads):
+            slot_read = self.slot_reads[self.cursor]
+            if slot_read.status is SlotStatus.PENDING:
+                return slot_read
             self.cursor += 1
         return None

@@ -1,7 +1,12 @@
-"""HTTP/1.1 as a worker speaks it: a request is sent, the head of its answer is read, its body received into memory.
+"""HTTP/1.1 client of a worker: sends a request, parses the head of the response, receives its body into memory.
 
-Python's own client costs a worker half of its start, and each request ten times as much, for what is not needed here.
-Everything that a server may send is bounded; what is not understood is refused.
+Used by :mod:`~mpreader.pool.worker.connection` for GET and by :mod:`~mpreader.pool.worker.transport` for CONNECT. It
+knows nothing of objects, parts and retries, and never reconnects: an ``OSError`` of the socket passes through.
+
+Python's own ``http.client`` would take half of a worker's start-up time and ten times as long for each request, for
+features that are not needed here. A server is not trusted: the size of everything that it may send is bounded, and a
+response that is not understood is refused rather than guessed at, because a wrong guess would put wrong bytes into a
+tensor.
 """
 
 from __future__ import annotations
@@ -10,193 +15,226 @@ import re
 import socket
 from collections.abc import Callable
 
-__all__ = ["Answer", "HttpStream", "MalformedAnswer"]
+__all__ = ["HttpSocket", "MalformedResponse", "Response"]
 
 MAX_HEAD_BYTES = 64 * 1024
 _RECEIVE_BYTES = 4096
 _MAX_LINE_BYTES = 4096
 _STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9]{2})(?: .*)?")
-
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-
-
-class MalformedAnswer(Exception):
-    """What came is no HTTP/1.1 answer, or one that ends too early."""
+_CHUNK_SIZE = re.compile(rb"[0-9a-fA-F]{1,15}")
+_CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f]")
 
 
-class HttpStream:
-    """A connected socket, and what was received from it beyond what was asked for.
+class MalformedResponse(Exception):
+    """The server sent something that is not an HTTP/1.1 response, or closed the connection before its end."""
+
+
+class HttpSocket:
+    """A connected socket that sends requests and reads responses, with a buffer of bytes received too early.
+
+    Used by one thread at a time. Another thread may shut ``sock`` down, which ends a blocked call with an error.
 
     Attributes:
-        sock: The socket, blocking; a TLS socket as well.
+        sock: Socket in blocking mode, plain or TLS.
     """
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
-        self._received = bytearray()
-        # A TLS socket's own method: `recv_into` is a detour to it, which counts at 16 KiB a call.
-        self._read: Callable[[int, memoryview], int] | None = getattr(sock, "read", None)
+        # Received together with a head or a chunk's size, and not handed out yet. A body is never received into it.
+        self._buffer = bytearray()
+        # TLS only: the socket's `recv_into` is a detour to its `read`, and costs at 16 KiB a call.
+        self._tls_read: Callable[[int, memoryview], int] | None = getattr(sock, "read", None)
 
     @property
-    def has_rest(self) -> bool:
-        """Whether bytes are left that belong to no answer."""
-        return bool(self._received)
+    def has_unread_bytes(self) -> bool:
+        """True if bytes are buffered that the last response did not claim.
 
-    def send(self, method: str, target: str, headers: list[tuple[str, str]]) -> None:
+        Such a connection can't be used again: the next response would seem to start with those bytes.
+        """
+        return bool(self._buffer)
+
+    def send_request(self, method: str, target: str, headers: list[tuple[str, str]]) -> None:
         """Send a request without a body.
+
+        Args:
+            method: HTTP method.
+            target: Request target, percent-encoded: path and query, whole URL (plain proxy) or host:port (CONNECT).
+            headers: Names and values, sent in this order; nothing is added to them.
 
         Raises:
             OSError: The connection is broken.
-            ValueError: A control character would make one line two; nothing was sent.
+            ValueError: The target or a header holds a control character, so that a server could take one line for
+                two. Nothing was sent.
         """
         lines = [f"{method} {target} HTTP/1.1", *(f"{name}: {value}" for name, value in headers), "", ""]
-        if any(map(_CONTROL.search, lines)):
+        if any(map(_CONTROL_CHARACTER.search, lines)):
             raise ValueError("a control character in the URL or in a header")
         self.sock.sendall("\r\n".join(lines).encode("latin-1"))
 
-    def read_answer(self) -> Answer:
-        """Read the head of the next answer, interim ones left out.
+    def read_response(self) -> Response:
+        """Read the head of the next response; interim responses (1xx) are skipped.
+
+        The body is received through the returned object, and must be received before the next call.
 
         Raises:
-            MalformedAnswer: It is none.
+            MalformedResponse: The server sent something else, or closed the connection.
             OSError: The connection is broken.
         """
         while True:
-            answer = Answer(self, self._read_head())
-            if answer.status >= 200:
-                return answer
+            response = Response(self, self._read_head())
+            if response.status >= 200:
+                return response
 
     def receive_into(self, into: memoryview) -> int:
-        """Receive up to ``len(into)`` bytes, those first that are there already; 0: the server has closed."""
-        if not self._received:
-            return self.sock.recv_into(into) if self._read is None else self._read(len(into), into)
-        count = min(len(into), len(self._received))
-        into[:count] = self._received[:count]
-        del self._received[:count]
+        """Receive up to ``len(into)`` bytes, buffered ones first. Returns their number; 0: the server has closed."""
+        if not self._buffer:
+            return self.sock.recv_into(into) if self._tls_read is None else self._tls_read(len(into), into)
+        count = min(len(into), len(self._buffer))
+        into[:count] = self._buffer[:count]
+        del self._buffer[:count]
         return count
 
     def read_line(self) -> bytes:
-        """Read a line of a chunked body, without its end.
+        """Read one line of a chunked body, such as a chunk's size; the CRLF at its end is left out.
 
         Raises:
-            MalformedAnswer: It is too long, or the server has closed.
+            MalformedResponse: The line is too long, or the server has closed the connection.
+            OSError: The connection is broken.
         """
-        while (end := self._received.find(b"\r\n")) < 0:
-            self._receive_more(_MAX_LINE_BYTES)
-        line = bytes(self._received[:end])
-        del self._received[: end + 2]
-        return line
+        return self._read_until(b"\r\n", _MAX_LINE_BYTES)
 
     def close(self) -> None:
         """Close the socket."""
         self.sock.close()
 
     def _read_head(self) -> str:
-        while (end := self._received.find(b"\r\n\r\n")) < 0:
-            self._receive_more(MAX_HEAD_BYTES)
-        head = self._received[:end].decode("latin-1")
-        del self._received[: end + 4]
-        return head
+        return self._read_until(b"\r\n\r\n", MAX_HEAD_BYTES).decode("latin-1")
 
-    def _receive_more(self, most: int) -> None:
-        if len(self._received) >= most:
-            raise MalformedAnswer(f"no end in the first {most} bytes")
+    def _read_until(self, end: bytes, max_bytes: int) -> bytes:
+        while (count := self._buffer.find(end)) < 0:
+            self._receive_more(max_bytes)
+        found = bytes(self._buffer[:count])
+        del self._buffer[: count + len(end)]
+        return found
+
+    def _receive_more(self, max_bytes: int) -> None:
+        # Bounded here, before more is received: a server that sends an endless line must not fill the memory.
+        if len(self._buffer) >= max_bytes:
+            raise MalformedResponse(f"no end in the first {max_bytes} bytes")
         received = self.sock.recv(_RECEIVE_BYTES)
         if not received:
-            what = f"after {len(self._received)} bytes of an answer" if self._received else "without an answer"
-            raise MalformedAnswer(f"the server closed the connection {what}")
-        self._received += received
+            what = f"after {len(self._buffer)} bytes of an answer" if self._buffer else "without an answer"
+            raise MalformedResponse(f"the server closed the connection {what}")
+        self._buffer += received
 
 
-class Answer:
-    """The head of an answer, and its body as it comes.
+class Response:
+    """The parsed head of a response; its body is received from the socket on demand.
 
     Attributes:
-        status: Three digits.
-        length: Bytes of the body, where the head tells.
-        is_chunked: Whether the body comes in chunks that tell their lengths.
-        will_close: Whether the connection ends with this answer.
+        status: Status code, 100 to 999.
+        length: Bytes of the body by ``Content-Length``; None if the head does not tell, or the body is chunked.
+        is_chunked: True if the body comes in chunks, each of which tells its size.
+        will_close: True if the server ends the connection after this response.
     """
 
-    def __init__(self, stream: HttpStream, head: str) -> None:
+    def __init__(self, http: HttpSocket, head: str) -> None:
         status_line, *lines = head.split("\r\n")
         match = _STATUS_LINE.fullmatch(status_line)
         if match is None:
-            raise MalformedAnswer(f"not HTTP/1.1: {status_line[:80]!r}")
+            raise MalformedResponse(f"not HTTP/1.1: {status_line[:80]!r}")
         self.status = int(match[2])
-        self._stream = stream
+        self._http = http
         self._headers = _parse_headers(lines)
-        self.is_chunked = self._is_chunked()
-        self.length = None if self.is_chunked else self._content_length()
+        self.is_chunked = self._parse_is_chunked()
+        # Where a head has both, the chunks say where the body ends (RFC 9112, section 6.3).
+        self.length = None if self.is_chunked else self._parse_content_length()
         tokens = self.header("connection").lower()
-        is_kept = "keep-alive" in tokens if match[1] == "0" else "close" not in tokens
-        self.will_close = not is_kept or (self.length is None and not self.is_chunked)
-        self._chunk_left = 0
-        self._left = self.length
+        is_kept_open = "keep-alive" in tokens if match[1] == "0" else "close" not in tokens
+        # A body of unknown length ends where the connection ends.
+        self.will_close = not is_kept_open or (self.length is None and not self.is_chunked)
+        self._body_left = self.length  # bytes that are still to be received; None: unknown, or chunked
+        self._chunk_left = 0  # the same of the current chunk; 0: the next one's size comes first; -1: the body ended
 
     def header(self, name: str, default: str = "") -> str:
-        """A header's value; of a repeated one all of them, with commas in between.
+        """Value of a header; where it is repeated, all values, joined by commas.
 
         Args:
-            name: In small letters.
-            default: What to return where there is none.
+            name: Name in lower case.
+            default: Value to return if the response has no such header.
         """
         return self._headers.get(name, default)
 
     def receive_into(self, into: memoryview) -> int:
-        """Receive up to ``len(into)`` bytes of the body; 0: it has ended, or the server has closed.
+        """Receive up to ``len(into)`` bytes of the body.
+
+        Never receives what comes after a body whose length is known: it belongs to the next response.
+
+        Returns:
+            Number of bytes received; 0 at the end of the body, and also if the server closed the connection too early.
+            The caller must count.
 
         Raises:
-            MalformedAnswer: A chunk is malformed.
+            MalformedResponse: The body is chunked, and a chunk is malformed or cut off.
             OSError: The connection is broken.
         """
         if self.is_chunked:
-            return self._receive_chunk(into)
-        if self._left is not None:
-            into = into[: self._left]
-        count = self._stream.receive_into(into) if len(into) else 0
-        if self._left is not None:
-            self._left -= count
+            return self._receive_chunk_into(into)
+        if self._body_left is not None:
+            into = into[: self._body_left]
+        count = self._http.receive_into(into) if len(into) else 0
+        if self._body_left is not None:
+            self._body_left -= count
         return count
 
-    def read(self, most: int) -> bytes:
-        """The first ``most`` bytes of the body, or all of it where it is shorter."""
-        body, received = bytearray(most), 0
-        while received < most and (count := self.receive_into(memoryview(body)[received:])):
+    def read(self, max_bytes: int) -> bytes:
+        """Read the first ``max_bytes`` bytes of the body, or all of it where it is shorter.
+
+        Raises:
+            MalformedResponse: As for :meth:`receive_into`.
+            OSError: The connection is broken.
+        """
+        body, received = bytearray(max_bytes), 0
+        while received < max_bytes and (count := self.receive_into(memoryview(body)[received:])):
             received += count
         return bytes(body[:received])
 
-    def _receive_chunk(self, into: memoryview) -> int:
+    def _receive_chunk_into(self, into: memoryview) -> int:
         if self._chunk_left == 0:
-            size = self._stream.read_line().split(b";")[0].strip()
-            if not re.fullmatch(rb"[0-9a-fA-F]{1,15}", size):
-                raise MalformedAnswer(f"not the size of a chunk: {size[:80]!r}")
-            self._chunk_left = int(size, 16)
-            if self._chunk_left == 0:
-                while self._stream.read_line():  # trailers
-                    pass
-                self._chunk_left = -1
+            self._chunk_left = self._read_chunk_size()
         if self._chunk_left < 0:
             return 0
-        count = self._stream.receive_into(into[: self._chunk_left])
+        count = self._http.receive_into(into[: self._chunk_left])
         self._chunk_left -= count
-        if count and not self._chunk_left and self._stream.read_line():
-            raise MalformedAnswer("a chunk is longer than it says")
+        if count and not self._chunk_left and self._http.read_line():
+            raise MalformedResponse("a chunk is longer than it says")
         return count
 
-    def _is_chunked(self) -> bool:
+    def _read_chunk_size(self) -> int:
+        """Read the line before a chunk. Returns the chunk's size, -1 after the last one."""
+        size = self._http.read_line().split(b";")[0].strip()  # extensions, such as a signature, come after a semicolon
+        if not _CHUNK_SIZE.fullmatch(size):
+            raise MalformedResponse(f"not the size of a chunk: {size[:80]!r}")
+        if int(size, 16) > 0:
+            return int(size, 16)
+        while self._http.read_line():  # trailers; read, so that the connection can be used again
+            pass
+        return -1
+
+    def _parse_is_chunked(self) -> bool:
         coding = self.header("transfer-encoding", "identity").strip().lower()
         if coding not in ("identity", "chunked"):
-            raise MalformedAnswer(f"unknown Transfer-Encoding {coding[:80]!r}")
+            raise MalformedResponse(f"unknown Transfer-Encoding {coding[:80]!r}")
         return coding == "chunked"
 
-    def _content_length(self) -> int | None:
+    def _parse_content_length(self) -> int | None:
+        # A repeated header is joined by commas. Equal lengths are harmless; with different ones nobody knows the end.
         lengths = {length.strip() for length in self.header("content-length").split(",")}
         length = lengths.pop()
         if not length and not lengths:
             return None
         if lengths or not re.fullmatch("[0-9]{1,18}", length):
-            raise MalformedAnswer(f"not a Content-Length: {self.header('content-length')[:80]!r}")
+            raise MalformedResponse(f"not a Content-Length: {self.header('content-length')[:80]!r}")
         return int(length)
 
 
@@ -204,8 +242,9 @@ def _parse_headers(lines: list[str]) -> dict[str, str]:
     headers: dict[str, str] = {}
     for line in lines:
         name, colon, value = line.partition(":")
-        if not colon or not name or name != name.strip():  # a line that continues another one is refused, too
-            raise MalformedAnswer(f"not a header: {line[:80]!r}")
+        # Also refused: a line that starts with a space and continues the one before (obsolete since RFC 7230).
+        if not colon or not name or name != name.strip():
+            raise MalformedResponse(f"not a header: {line[:80]!r}")
         name, value = name.lower(), value.strip()
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     return headers

@@ -1,13 +1,32 @@
-"""A worker process: threads that receive parts into shared memory.
+"""Main program of a worker process: threads that receive parts of objects into shared memory.
 
-It is started as a fresh interpreter and imports neither boto3 nor torch nor numpy. The main thread reads the
-coordinator's messages and watches the connections' deadlines; each other thread owns one connection. The process ends
-when the coordinator's end of the socket closes or the parent process is gone, whatever its threads are doing.
+The coordinator starts it in a fresh interpreter (:mod:`mpreader.pool.coordinator.process`). It must import nothing of
+mpreader but this package, and neither boto3 nor torch nor numpy: a worker that starts in 40 ms and takes 12 MB can be
+replaced at any time. It decides nothing: which part comes next, and what is retried, is the coordinator's decision.
+
+    coordinator                  main thread                        connection threads, one Connection each
+                                 Worker.run                         ConnectionThread.run
+        │                             │                                  │
+        │ MapSegment + descriptor ──► │ maps it                          │
+        │ UnmapSegment ─────────────► │ unmaps it                        │
+        │ Fetch ────────────────────► │ ─ queue of an idle thread ─────► │ receives the part into its segment, then
+        │                             │   (all busy: the part waits)     │ takes the part that waits longest, or is idle
+        │ Cancel ───────────────────► │ ─ Connection.abort ────────────► │ ends the GET
+        │                             │ ─ abort, if a deadline passed ─► │ ends the GET
+        │ Ping ─────────────────────► │                                  │
+        │ ◄────────────── Ready, Pong │                                  │
+        │ ◄─────────────────────────────────────────────── Fetched, Failed │
+
+Each Fetch is answered with exactly one Fetched or Failed, also after a Cancel: only then is its memory used again.
+
+The process ends when the coordinator closes its end of the socket, or when the coordinator's process is gone, whatever
+its threads are doing at that time.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import mmap
 import os
 import pickle
@@ -17,8 +36,10 @@ import signal
 import socket
 import threading
 import time
+from typing import TYPE_CHECKING
 
-from mpreader.pool.worker.connection import Connection, GetFailed
+from mpreader.pool.worker.connection import Connection
+from mpreader.pool.worker.failure import GetFailed
 from mpreader.pool.worker.messages import (
     MAX_MESSAGE_BYTES,
     Cancel,
@@ -33,52 +54,138 @@ from mpreader.pool.worker.messages import (
     UnmapSegment,
 )
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 __all__ = ["main"]
 
-_WATCH_INTERVAL_S = 0.25
+_DEADLINE_CHECK_INTERVAL_S = 0.25
 
 
-class Lane:
-    """A connection, its number, the thread that owns it, and what it is given to do."""
+class ConnectionThread(threading.Thread):
+    """Thread that owns one connection, and receives the parts that the main thread puts into its queue.
 
-    def __init__(self, number: int, connection: Connection) -> None:
+    A daemon: it may be blocked in a receive when the process is to end, and nothing of it is worth waiting for.
+
+    Attributes:
+        number: Number of the connection, counted from 0 within the worker.
+        connection: The connection; other threads may only do with it what :class:`Connection` allows them.
+        fetches: Parts to receive. The main thread puts one in only while this thread is idle.
+    """
+
+    def __init__(self, number: int, connection: Connection, worker: Worker) -> None:
+        super().__init__(name=f"connection {number}", daemon=True)
         self.number = number
         self.connection = connection
-        self.work: queue.SimpleQueue[Fetch] = queue.SimpleQueue()
+        self.fetches: queue.SimpleQueue[Fetch] = queue.SimpleQueue()
+        self._worker = worker
+
+    def run(self) -> None:
+        """Receive parts until the process ends."""
+        with contextlib.closing(_ProcessorWaits()) as waits:
+            while True:
+                fetch: Fetch | None = self.fetches.get()
+                while fetch is not None:
+                    outcome = self._receive(fetch, waits)
+                    # Before the outcome is sent: the coordinator may answer it with another Fetch, which must find this
+                    # thread idle. Otherwise it would open one connection more.
+                    fetch = self._worker.next_fetch(self)
+                    self._worker.send(outcome)
+
+    def _receive(self, fetch: Fetch, waits: _ProcessorWaits) -> Fetched | Failed:
+        started_s, waited_s = time.monotonic(), waits.total_s()
+        try:
+            into = self._worker.segments[fetch.segment][fetch.segment_offset :][: fetch.end - fetch.start]
+            self.connection.get(fetch, into, self._worker.cancelled)
+        except GetFailed as failure:
+            return self._failed(fetch, failure, started_s)
+        except Exception as error:  # noqa: BLE001  # a bug must reach the coordinator, not end a thread silently
+            self.connection.close()  # in what state it is, nobody knows
+            bug = GetFailed(FailureKind.REFUSED, f"worker error: {type(error).__name__}: {error}")
+            return self._failed(fetch, bug, started_s)
+        finally:
+            # A Cancel that comes later leaves its number in the set. It does no harm: no number is used for two parts.
+            self._worker.cancelled.discard(fetch.part)
+        seconds, waited_s = time.monotonic() - started_s, waits.total_s() - waited_s
+        return Fetched(fetch.part, seconds, waited_s, self.number, started_s, self.connection.first_byte_s)
+
+    def _failed(self, fetch: Fetch, failure: GetFailed, started_s: float) -> Failed:
+        return Failed(
+            fetch.part,
+            failure.kind,
+            failure.received,
+            failure.detail,
+            failure.retry_after_s,
+            seconds=time.monotonic() - started_s,
+            connection=self.number,
+            started_s=started_s,
+            first_byte_s=self.connection.first_byte_s,
+        )
 
 
 class Worker:
-    """The state of a worker process."""
+    """State of a worker process, and its main thread.
 
-    def __init__(self, sock: socket.socket, connections: int, connect_timeout_s: float, stall_timeout_s: float) -> None:
+    All methods are the main thread's, but ``next_fetch`` and ``send``, which the connection threads call.
+
+    Args:
+        sock: Packet socket to the coordinator, in blocking mode.
+        connections: Connections to use; the thread of each is started when all the others are busy.
+
+    Attributes:
+        segments: Mapped shared memory by number. Written by the main thread, read by all; an entry goes only while no
+            part is received into it.
+        cancelled: Numbers of parts that need not be received. The main thread adds to it, connection threads discard.
+    """
+
+    def __init__(self, sock: socket.socket, connections: Sequence[Connection]) -> None:
+        self.segments: dict[int, memoryview] = {}
+        self.cancelled: set[int] = set()
         self._sock = sock
-        self._unused = [
-            Lane(number, Connection(connect_timeout_s, stall_timeout_s)) for number in reversed(range(connections))
-        ]
-        self._lanes: list[Lane] = []
-        # The lane that became idle last is used next: its connection has its window open, its server's attention, and
-        # its buffers warm. Guarded by _lock, as is _waiting.
-        self._idle: list[Lane] = []
-        self._waiting: collections.deque[Fetch] = collections.deque()
+        self._threads: list[ConnectionThread] = []  # those that were started
+        self._unused = [ConnectionThread(number, each, self) for number, each in enumerate(connections)][::-1]
+        # The lock guards _idle and _waiting, so that a part never waits while a thread is idle.
         self._lock = threading.Lock()
-        self._segments: dict[int, memoryview] = {}
-        self._cancelled: set[int] = set()
+        # Last in, first out: the connection used last has a wide congestion window and warm buffers. A connection that
+        # is not needed stays unused.
+        self._idle: list[ConnectionThread] = []
+        self._waiting: collections.deque[Fetch] = collections.deque()
 
     def run(self, parent_pidfd: int) -> None:
-        """Serve until the coordinator or its process is gone."""
+        """Serve the coordinator until it closes its end of the socket or its process is gone.
+
+        Args:
+            parent_pidfd: Descriptor of the coordinator's process, readable once that is gone.
+        """
         poll = select.poll()
         poll.register(self._sock, select.POLLIN)
         poll.register(parent_pidfd, select.POLLIN)
-        self._send(Ready())
+        self.send(Ready())
         while True:
             ready = [fd for fd, _ in poll.poll(self._poll_timeout_ms())]
             if parent_pidfd in ready:
                 return
             if ready and not self._handle_message():
                 return
-            self._end_stalled()
+            self._abort_stalled()
+
+    def next_fetch(self, thread: ConnectionThread) -> Fetch | None:
+        """Take the part that waits longest, for a thread that has received its own; None: the thread is idle now."""
+        with self._lock:
+            if self._waiting:
+                return self._waiting.popleft()
+            self._idle.append(thread)
+            return None
+
+    def send(self, message: object) -> None:
+        """Send a message to the coordinator. Threads need no lock for it: each message is one packet."""
+        try:
+            self._sock.send(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
+        except OSError:
+            os._exit(0)  # the coordinator is gone
 
     def _handle_message(self) -> bool:
+        """Receive a message and act on it; returns False once the coordinator has closed its end."""
         try:
             data, fds, _, _ = socket.recv_fds(self._sock, MAX_MESSAGE_BYTES, 1)
         except ConnectionResetError:  # closed by the coordinator before it had read all of ours
@@ -87,106 +194,64 @@ class Worker:
             return False
         message = pickle.loads(data)  # noqa: S301  # from our own parent, over a private socket
         if isinstance(message, Fetch):
-            self._start(message)
+            self._dispatch(message)
         elif isinstance(message, MapSegment):
             self._map(message, fds[0])
         elif isinstance(message, UnmapSegment):
-            self._segments.pop(message.segment, None)
+            # The last reference: no part is received into it, so no thread holds a view, and this unmaps it.
+            self.segments.pop(message.segment, None)
         elif isinstance(message, Cancel):
             self._cancel(message.part)
         elif isinstance(message, Ping):
-            self._send(Pong())
+            self.send(Pong())
         return True
 
     def _map(self, message: MapSegment, fd: int) -> None:
         try:
             # Not populated: that would keep the other threads from running, and map what other workers use.
-            self._segments[message.segment] = memoryview(mmap.mmap(fd, message.size))
+            self.segments[message.segment] = memoryview(mmap.mmap(fd, message.size))
         finally:
-            os.close(fd)
+            os.close(fd)  # the mapping stays without it
 
-    def _start(self, fetch: Fetch) -> None:
+    def _dispatch(self, fetch: Fetch) -> None:
         with self._lock:
-            if not self._idle and self._unused:
-                self._idle.append(self._start_lane())
-            if not self._idle:
+            if self._idle:
+                thread = self._idle.pop()
+            elif self._unused:
+                thread = self._start_thread()
+            else:  # more parts than connections are sent, so that none of these has to wait for its next part
                 self._waiting.append(fetch)
                 return
-            lane = self._idle.pop()
-        lane.work.put(fetch)
+        thread.fetches.put(fetch)
 
-    def _start_lane(self) -> Lane:
-        lane = self._unused.pop()
-        self._lanes.append(lane)
-        threading.Thread(target=self._serve, args=(lane,), daemon=True).start()
-        return lane
-
-    def _serve(self, lane: Lane) -> None:
-        stalls = _Stalls()
-        while True:
-            fetch: Fetch | None = lane.work.get()
-            while fetch is not None:
-                news = self._fetch(lane, fetch, stalls)
-                # Before the news is out: what the coordinator sends in return is for this lane, not for a new one.
-                fetch = self._next_for(lane)
-                self._send(news)
-
-    def _next_for(self, lane: Lane) -> Fetch | None:
-        with self._lock:
-            if self._waiting:
-                return self._waiting.popleft()
-            self._idle.append(lane)
-            return None
-
-    def _fetch(self, lane: Lane, fetch: Fetch, stalls: _Stalls) -> Fetched | Failed:
-        connection = lane.connection
-        started_s, stalled_s = time.monotonic(), stalls.seconds()
-        try:
-            into = self._segments[fetch.segment][fetch.segment_offset :][: fetch.end - fetch.start]
-            connection.get(fetch, into, self._cancelled)
-        except GetFailed as failure:
-            failed = failure.message(fetch.part)
-            return failed._replace(
-                seconds=time.monotonic() - started_s,
-                connection=lane.number,
-                started_s=started_s,
-                answered_s=connection.answered_s,
-            )
-        except Exception as error:  # noqa: BLE001  # a bug must reach the coordinator, not end a thread silently
-            connection.close()
-            detail = f"worker error: {type(error).__name__}: {error}"
-            return Failed(fetch.part, FailureKind.REFUSED, 0, detail, connection=lane.number, started_s=started_s)
-        finally:
-            self._cancelled.discard(fetch.part)
-        seconds, stalled_s = time.monotonic() - started_s, stalls.seconds() - stalled_s
-        return Fetched(fetch.part, seconds, stalled_s, lane.number, started_s, connection.answered_s)
+    def _start_thread(self) -> ConnectionThread:
+        thread = self._unused.pop()
+        self._threads.append(thread)
+        thread.start()
+        return thread
 
     def _cancel(self, part: int) -> None:
-        self._cancelled.add(part)
-        for lane in self._lanes:
-            if lane.connection.part == part:
-                lane.connection.abort(FailureKind.CANCELLED)
+        # The set first, then the connections; Connection.get does it the other way round. So a part that begins at
+        # this moment is either found here, or finds itself in the set.
+        self.cancelled.add(part)
+        for thread in self._threads:
+            if thread.connection.part == part:
+                thread.connection.abort(FailureKind.CANCELLED)
 
-    def _end_stalled(self) -> None:
+    def _abort_stalled(self) -> None:
         now = time.monotonic()
-        for lane in self._lanes:
-            if lane.connection.deadline < now:
-                lane.connection.abort(FailureKind.STALLED)
+        for thread in self._threads:
+            if thread.connection.deadline < now:
+                thread.connection.abort(FailureKind.STALLED)
 
     def _poll_timeout_ms(self) -> float | None:
         with self._lock:
-            is_busy = len(self._idle) < len(self._lanes)
-        return _WATCH_INTERVAL_S * 1000 if is_busy else None
-
-    def _send(self, message: object) -> None:
-        try:
-            self._sock.send(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
-        except OSError:
-            os._exit(0)  # the coordinator is gone
+            is_busy = len(self._idle) < len(self._threads)
+        return _DEADLINE_CHECK_INTERVAL_S * 1000 if is_busy else None  # an idle worker does not wake up
 
 
-class _Stalls:
-    """How long the thread that made it has waited for a processor while it could have run."""
+class _ProcessorWaits:
+    """Time for which a thread could have run and waited for a processor. Made, read and closed by that thread."""
 
     def __init__(self) -> None:
         try:
@@ -194,25 +259,32 @@ class _Stalls:
         except OSError:
             self._fd = -1  # a kernel without these numbers
 
-    def seconds(self) -> float:
+    def total_s(self) -> float:
+        """Seconds since the thread began; 0 if the kernel does not count them."""
         fields = os.pread(self._fd, 96, 0).split() if self._fd >= 0 else []
         return int(fields[1]) / 1e9 if len(fields) > 1 else 0.0
 
+    def close(self) -> None:
+        """Give the descriptor back."""
+        if self._fd >= 0:
+            os.close(self._fd)
+
 
 def main(fd: int, parent_pid: int, connections: int, connect_timeout_s: float, stall_timeout_s: float) -> None:
-    """Be a worker.
+    """Be a worker; does not return.
 
     Args:
-        fd: The inherited end of the socket to the coordinator.
-        parent_pid: The coordinator's process.
-        connections: Most connections to keep open.
-        connect_timeout_s: Longest wait for a connection.
-        stall_timeout_s: Longest wait for a chunk of a body.
+        fd: Inherited end of the socket to the coordinator.
+        parent_pid: Process id of the coordinator.
+        connections: Most connections to open.
+        connect_timeout_s: Longest wait for each step of connecting.
+        stall_timeout_s: Longest wait for a response, and for each 256 KiB of a body.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     parent_pidfd = os.pidfd_open(parent_pid)
-    if os.getppid() != parent_pid:  # it died before it could be watched
+    # After pidfd_open: if the parent died before, the id could belong to another process by now.
+    if os.getppid() != parent_pid:
         os._exit(0)
     sock = socket.socket(fileno=fd)
-    Worker(sock, connections, connect_timeout_s, stall_timeout_s).run(parent_pidfd)
+    Worker(sock, [Connection(connect_timeout_s, stall_timeout_s) for _ in range(connections)]).run(parent_pidfd)
     os._exit(0)  # other threads may be in the middle of a receive; nothing of theirs is worth waiting for

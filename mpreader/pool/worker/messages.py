@@ -1,6 +1,9 @@
-"""What the coordinator and a worker say to each other, one pickled message per packet of their private socket.
+"""Messages between the coordinator and a worker: named tuples, each pickled into one packet of their private socket.
 
-Both ends are the same code of the same user, so pickle is safe here; nothing received from a network is unpickled.
+Used at both ends, which are the same code of the same user, so unpickling is safe here; nothing that comes from a
+network is ever unpickled. The module must stay cheap to import: it is part of a worker's start.
+
+A *part* is one ranged GET. The coordinator gives each part a number of its own, which is never used again.
 """
 
 from __future__ import annotations
@@ -24,22 +27,23 @@ __all__ = [
     "UnmapSegment",
 ]
 
+# Longest message, larger than any Fetch with a presigned URL. What is longer would be cut off without an error.
 MAX_MESSAGE_BYTES = 64 * 1024
 
 
 class FailureKind(enum.IntEnum):
-    """Why a GET brought no bytes, or not all; decides whether and when it is tried again."""
+    """Reason for which a GET brought no bytes, or not all; decides whether and when the part is requested again."""
 
     UNREACHABLE = 1  # no connection: refused, unknown host, TLS
     BROKEN = 2  # the connection ended, or was reset, before the last byte
     STALLED = 3  # too few bytes in too long a time
     BUSY = 4  # the service asks to come back later (500, 503, 429, …)
-    MALFORMED = 5  # an answer that is not what was asked for
+    MALFORMED = 5  # a response that does not fit the request
     EXPIRED = 6  # the signature or the session token is too old
     DENIED = 7
     MISSING = 8
-    CHANGED = 9  # another version of the object than the one pinned
-    REFUSED = 10  # any other answer that a repetition won't change
+    CHANGED = 9  # another version of the object than the expected one
+    REFUSED = 10  # any other response, which will be the same the next time; also a bug in the worker
     CANCELLED = 11
 
 
@@ -47,7 +51,12 @@ class FailureKind(enum.IntEnum):
 
 
 class MapSegment(NamedTuple):
-    """Map the shared memory whose file descriptor comes with this message."""
+    """Map the shared memory whose file descriptor comes with this message.
+
+    Attributes:
+        segment: Number by which later messages name it.
+        size: Length in bytes.
+    """
 
     segment: int
     size: int
@@ -60,7 +69,18 @@ class UnmapSegment(NamedTuple):
 
 
 class Fetch(NamedTuple):
-    """Receive bytes [start, end) of an object into a segment at ``segment_offset``."""
+    """Receive bytes [start, end) of an object into a segment.
+
+    Attributes:
+        part: Number of the part.
+        route: Way to the object's bytes.
+        etag: ETag that the response must have; empty: any.
+        object_size: Size in bytes that the response must state.
+        start: First byte of the object.
+        end: One past the last byte of the object.
+        segment: Number of a mapped segment.
+        segment_offset: Byte of the segment to which ``start`` goes.
+    """
 
     part: int
     route: Route
@@ -94,26 +114,38 @@ class Pong(NamedTuple):
 
 
 class Fetched(NamedTuple):
-    """All bytes of a part are in its segment.
+    """All bytes of a part are in its segment. Times are of the monotonic clock, which all processes share.
 
-    It took ``seconds``; in ``stalled_s`` of them the receiving thread could have run, and waited for a processor.
-    The request was begun at ``started_s``, and its answer at ``answered_s``, by the monotonic clock, on ``connection``,
-    counted within the worker.
+    Attributes:
+        part: Number of the part.
+        seconds: Time that it took.
+        processor_wait_s: Part of ``seconds`` in which the receiving thread could have run, but waited for a processor.
+        connection: Number of the connection within the worker.
+        started_s: Time at which the worker began with the part.
+        first_byte_s: Time at which the response began.
     """
 
     part: int
     seconds: float
-    stalled_s: float
+    processor_wait_s: float
     connection: int = 0
     started_s: float = 0.0
-    answered_s: float = 0.0
+    first_byte_s: float = 0.0
 
 
 class Failed(NamedTuple):
-    """A part is not, or not wholly, in its segment; its first ``received`` bytes are.
+    """A part is not, or not wholly, in its segment.
 
-    ``detail`` is for people and holds no secret. ``retry_after_s`` is the server's wish, 0 where it has none. The rest
-    is as for :class:`Fetched`; ``answered_s`` is 0 where there was no answer.
+    Attributes:
+        part: Number of the part.
+        kind: Reason, by which the coordinator decides what to do.
+        received: Number of bytes, from the start of the part, that are in the segment and are right.
+        detail: Reason for people; holds no secret.
+        retry_after_s: Seconds that the server asks to wait, 0 where it does not.
+        seconds: As for :class:`Fetched`, like the others.
+        connection: Number of the connection within the worker.
+        started_s: Time at which the worker began with the part.
+        first_byte_s: Time at which the response began; 0 if there was none.
     """
 
     part: int
@@ -124,4 +156,4 @@ class Failed(NamedTuple):
     seconds: float = 0.0
     connection: int = 0
     started_s: float = 0.0
-    answered_s: float = 0.0
+    first_byte_s: float = 0.0

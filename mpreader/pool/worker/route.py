@@ -1,7 +1,7 @@
-"""Routes: how a worker reaches the bytes of an object, through which proxy and with which certificates.
+"""Routes: the way to the bytes of an object, with the proxy on it and the certificates to trust.
 
-Made by the sources in the main process and sent to the workers. Named tuples, not dataclasses: a worker starts faster
-without :mod:`dataclasses`.
+Made by the sources in the main process, sent to the workers inside of Fetch messages, and used there to open
+connections and to write requests. Named tuples, not dataclasses: a worker starts faster without :mod:`dataclasses`.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Proxy(NamedTuple):
 
 
 class Route(NamedTuple):
-    """How a worker asks for bytes of an object. A secret: whoever has it can read the object.
+    """Address of an object's bytes, as a worker needs it. A secret: whoever has it can read the object.
 
     Attributes:
-        tls: Whether to speak https.
+        tls: True for https.
         host: Server's name or address, without brackets or port.
         port: Server's TCP port.
         target: Request target: path and query, percent-encoded, presigned where it must be.

@@ -1,1 +1,1 @@
-"""The command bench: the fastest settings for this host and this bucket."""
+"""Measurements of the commands ``bench`` and ``load``: settings, whole loads, and the memory that they take."""

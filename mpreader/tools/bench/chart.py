@@ -1,4 +1,4 @@
-"""A sweep as a picture: a panel for each setting that was swept, a bar for each of its values."""
+"""Chart of a sweep: a panel for each setting that was swept, a bar for each of its values."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any, Final
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from mpreader.tools.bench.sweep import AXES, Line, Sweep, median_rate
-from mpreader.tools.bench.trials import Settings, binary_bytes
+from mpreader.config import format_bytes
+from mpreader.tools.bench.measurement import Settings
+from mpreader.tools.bench.sweep import AXES, AxisResults, Sweep, median_rate
 
 __all__ = ["draw_sweep", "save_chart"]
 
@@ -28,29 +29,29 @@ _TITLES: Final = {"workers": "workers", "connections_per_worker": "connections p
 
 
 def save_chart(sweep: Sweep, file: str | os.PathLike[str]) -> None:
-    """Draw it into a PNG file.
+    """Draw a sweep into a PNG file.
 
     Raises:
         OSError: The file can't be written.
     """
     figure = draw_sweep(sweep)
-    FigureCanvasAgg(figure)  # whatever backend the program has chosen
+    FigureCanvasAgg(figure)  # not pyplot, which would choose a backend for the whole program
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # of a key in letters that the font does not have
+        warnings.filterwarnings("ignore", "Glyph")  # a key may have letters that the font does not have
         figure.savefig(file, format="png", dpi=_DPI)
 
 
 def draw_sweep(sweep: Sweep) -> Figure:
-    """Draw it: medians as bars, least and most as whiskers, what is recommended in a colour, the defaults as a line."""
-    counts = [len(line.results) for line in sweep.lines.values()]
+    """Draw a sweep: medians as bars, least and most as whiskers, recommended values in a colour, defaults as a line."""
+    counts = [len(axis_results.results) for axis_results in sweep.axes.values()]
     width_in = _BAR_IN * max(_LEAST_BARS, sum(counts) + len(counts))
     figure = Figure(figsize=(width_in, _HEIGHT_IN), layout="constrained", facecolor="white")
     panels: Sequence[Any] = figure.subplots(1, len(counts), sharey=True, squeeze=False, width_ratios=counts)[0]
     highest = 0.0
-    for panel, (axis, line) in zip(panels, sweep.lines.items(), strict=True):
-        _draw_bars(panel, line, [getattr(key, axis) == getattr(sweep.recommended, axis) for key in line.results])
-        _draw_frame(panel, line, axis)
-        highest = max(highest, *(each.gb_per_s for measurements in line.results.values() for each in measurements))
+    for panel, (axis, shown) in zip(panels, sweep.axes.items(), strict=True):
+        _draw_bars(panel, shown, [getattr(key, axis) == getattr(sweep.recommended, axis) for key in shown.results])
+        _draw_frame(panel, shown, axis)
+        highest = max(highest, *(each.gb_per_s for measurements in shown.results.values() for each in measurements))
     panels[0].set_ylim(0, highest * 1.12 or 1)
     panels[0].set_ylabel("GB/s", fontsize=9, color=_TEXT)
     figure.suptitle(_headline(sweep), fontsize=10, color=_TEXT, parse_math=False)
@@ -59,9 +60,9 @@ def draw_sweep(sweep: Sweep) -> Figure:
     return figure
 
 
-def _draw_bars(panel: Any, line: Line, chosen: Sequence[bool]) -> None:
-    rates = [[each.gb_per_s for each in measurements] for measurements in line.results.values()]
-    medians = [median_rate(measurements) for measurements in line.results.values()]
+def _draw_bars(panel: Any, shown: AxisResults, chosen: Sequence[bool]) -> None:
+    rates = [[each.gb_per_s for each in measurements] for measurements in shown.results.values()]
+    medians = [median_rate(measurements) for measurements in shown.results.values()]
     for is_chosen, color, label in ((True, _CHOSEN, "recommended"), (False, _OTHER, "other values")):
         places = [place for place, that in enumerate(chosen) if that is is_chosen]
         panel.bar(places, [medians[place] for place in places], width=0.62, color=color, label=label)
@@ -84,10 +85,10 @@ def _draw_bars(panel: Any, line: Line, chosen: Sequence[bool]) -> None:
         panel.annotate(f"{median:.3g}", (place, max(values)), fontsize=8, **style)
 
 
-def _draw_frame(panel: Any, line: Line, axis: str) -> None:
-    settings = list(line.results)
+def _draw_frame(panel: Any, shown: AxisResults, axis: str) -> None:
+    settings = list(shown.results)
     label = "defaults, measured together with these"
-    panel.axhline(median_rate(line.defaults), color=_DEFAULTS, ls="--", lw=1.2, label=label)
+    panel.axhline(median_rate(shown.defaults), color=_DEFAULTS, ls="--", lw=1.2, label=label)
     panel.set_xticks(range(len(settings)), [_value(axis, key) for key in settings], color=_TEXT)
     panel.set_xlim(-0.6, len(settings) - 0.4)
     panel.set_title(_title(axis, settings[0]), fontsize=9, color=_TEXT)
@@ -101,7 +102,7 @@ def _headline(sweep: Sweep) -> str:
     source, best = sweep.source, sweep.recommended
     if len(source) > _LONGEST_SOURCE:
         source = f"{source[: _LONGEST_SOURCE // 2]}…{source[-_LONGEST_SOURCE // 2 :]}"
-    rate, usual = (median_rate(sweep.last_heat[settings]) for settings in (best, sweep.defaults))
+    rate, usual = (median_rate(sweep.final_round[settings]) for settings in (best, sweep.defaults))
     return f"{source}\nrecommended: {', '.join(_words(best).values())}: {rate:.3g} GB/s; the defaults then: {usual:.3g}"
 
 
@@ -111,15 +112,15 @@ def _title(axis: str, settings: Settings) -> str:
 
 
 def _words(settings: Settings) -> dict[str, str]:
-    """Each of ``AXES`` as a reader would say it."""
+    """Settings in words, by the names of ``AXES``."""
     workers, connections, part_size = settings.workers, settings.connections_per_worker, settings.part_size
     return {
         "workers": f"{workers} worker{'s' * (workers != 1)}",
         "connections_per_worker": f"{connections} connection{'s' * (connections != 1)} each",
-        "part_size": f"{binary_bytes(part_size)} parts",
+        "part_size": f"{format_bytes(part_size)} parts",
     }
 
 
 def _value(axis: str, settings: Settings) -> str:
     value: int = getattr(settings, axis)
-    return binary_bytes(value) if axis == "part_size" else str(value)
+    return format_bytes(value) if axis == "part_size" else str(value)

@@ -1,45 +1,42 @@
-"""Timed loads of a checkpoint into memory, to see what a host and its way to S3 can do."""
+"""Timed loads of a checkpoint into memory: they show what a host and its connection to S3 can do.
+
+``mpreader load`` runs them. Nothing of the checkpoint but ``.metadata`` is unpickled.
+"""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-
+from mpreader.dcp.checkpoint import LoadOptions
 from mpreader.dcp.loader import check_memory, read_into, read_metadata
 from mpreader.dcp.reader import S3StorageReader
-from mpreader.dcp.state import allocate, empty_state, state_bytes
-from mpreader.errors import ConfigError
-from mpreader.ranges import DEFAULT_MAX_GAP_SIZE
+from mpreader.dcp.state import allocate, empty_state, state_bytes, touch_memory
 from mpreader.readers.kinds import S3ReaderConstructor
 from mpreader.tools.bench.memory import TreeMemory, tree_memory_bytes
-
-if TYPE_CHECKING:
-    from mpreader.config import PoolConfig, S3ClientConfig
 
 __all__ = ["TimedLoad", "time_loads"]
 
 
 @dataclass(frozen=True, slots=True)
 class TimedLoad:
-    """One load, and how it went.
+    """Measurements of one load.
 
     Attributes:
-        starts_workers: Whether starting the worker processes is part of it: so it is in the first load.
-        seconds: How long it took, from the request for ``.metadata`` to the last byte in its target.
+        starts_workers: True if the time includes starting the worker processes, as in the first load.
+        seconds: Wall time, from the request for ``.metadata`` to the last byte in its target.
         nbytes: Bytes of the tensors in memory.
-        received_nbytes: Bytes that were received, gaps and what had to be received again included.
+        received_nbytes: Bytes that were received, gaps and repetitions included.
         over_read_nbytes: Bytes received that belong to no item.
         requests: GETs made, those of ``.metadata`` not included.
         retries: GETs that were made again.
         network_wait_s: Seconds during which the load waited for bytes.
-        consumer_wait_s: Seconds during which nothing was received, because memory was full of what had not been taken.
-        extra_memory_bytes: Most memory that this process and its workers took then, besides what they had before the
-            first load, targets included; shared memory is counted once.
+        consumer_wait_s: Seconds during which nothing was received, since memory was full of bytes not taken yet.
+        extra_memory_bytes: Most memory that this process and its workers took then, beyond what this process had
+            before the first load, targets included; shared memory is counted once.
     """
 
     starts_workers: bool
@@ -59,54 +56,32 @@ class TimedLoad:
         return self.nbytes / self.seconds / 1e9
 
 
-def time_loads(
-    uri: str | os.PathLike[str],
-    repeat: int = 1,
-    *,
-    region: str | None = None,
-    s3client_config: S3ClientConfig | None = None,
-    pool_config: PoolConfig | None = None,
-    max_gap_size: float = DEFAULT_MAX_GAP_SIZE,
-    match: str | Iterable[str] | None = None,
-    verify: bool = True,
-    allowed_globals: Iterable[str] = (),
-    progress: bool | None = None,
-) -> Iterator[TimedLoad]:
-    """Load a checkpoint into the same targets again and again; nothing of it is unpickled but ``.metadata``.
+def time_loads(uri: str, options: LoadOptions, repeat: int = 1) -> Iterator[TimedLoad]:
+    """Load a checkpoint into the same targets again and again.
 
     The targets are allocated, and touched, before the clock starts.
 
     Args:
         uri: ``s3://`` URI of the checkpoint.
-        repeat: How many loads, at least 1.
-        region: As for :func:`mpreader.dcp.load_checkpoint`, like all that follow.
-        s3client_config: How S3 is reached.
-        pool_config: Settings of the worker pool.
-        max_gap_size: Largest gap, in bytes, between two items that are fetched as one.
-        match: Load only what these patterns select.
-        verify: Whether CRC-32s are checked.
-        allowed_globals: Classes that ``.metadata`` may make.
-        progress: Whether each load shows a progress bar.
+        options: Options of each load. ``weights_only`` is of no effect: items that are no tensors are dropped.
+        repeat: Number of loads.
 
     Yields:
-        Each load, when it is over.
+        The measurements of each load, when it is over.
 
     Raises:
-        ConfigError: ``repeat`` is less than 1.
         MpreaderError: As for :func:`mpreader.dcp.load_checkpoint`.
     """
-    if repeat < 1:
-        raise ConfigError(f"repeat must be at least 1, got {repeat}")
-    # With readers that start no processes: that is to be part of the first load.
+    # Planned with a reader that starts no processes: starting them is part of the first load.
     plain = S3ReaderConstructor.sequential()
-    with S3StorageReader(region, uri, s3client_config, plain, allowed_globals=allowed_globals) as reader:
-        planned = empty_state(read_metadata(reader), match)
-        check_memory(planned, reader, pool_config)
+    with S3StorageReader(
+        options.region, uri, options.s3client_config, plain, allowed_globals=options.allowed_globals
+    ) as reader:
+        planned = empty_state(read_metadata(reader), options.match)
+        check_memory(planned, reader, options.pool_config)
     state = allocate(planned)
-    _touch(state)
-    constructor = S3ReaderConstructor.multiprocess(max_gap_size, pool_config=pool_config, progress=progress)
-    reader = S3StorageReader(region, uri, s3client_config, constructor, verify=verify, allowed_globals=allowed_globals)
-    with reader:
+    touch_memory(state)
+    with options.open_reader(uri) as reader:
         memory_before = tree_memory_bytes(os.getpid())
         for number in range(repeat):
             yield _timed(reader, state, memory_before, starts_workers=number == 0)
@@ -119,7 +94,8 @@ def _timed(reader: S3StorageReader, state: dict[str, Any], memory_before: int, *
         reader.reset()
         read_into(reader, reader.read_metadata(), state, _drop)
         seconds = time.perf_counter() - started
-    added = tree_memory_bytes(os.getpid()) - memory_before  # a short load may fall between two samples
+    # A short load may fall between two samples of the sampler.
+    added = tree_memory_bytes(os.getpid()) - memory_before
     stats = reader.stats
     return TimedLoad(
         starts_workers=starts_workers,
@@ -135,11 +111,5 @@ def _timed(reader: S3StorageReader, state: dict[str, Any], memory_before: int, *
     )
 
 
-def _touch(state: dict[str, Any]) -> None:
-    for value in state.values():
-        if isinstance(value, torch.Tensor) and value.numel():
-            value.reshape(-1).view(torch.uint8).fill_(0)
-
-
 def _drop(fqn: str, stored: object) -> None:
-    """What is no tensor was received and checked; making an object of it is no business of a trial."""
+    """Drop an item that is no tensor: it was received and checked, and unpickling it might run foreign code."""

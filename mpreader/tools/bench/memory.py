@@ -1,8 +1,8 @@
-"""How much memory a process tree takes over time: to check that a load stays within its limit.
+"""Memory of a process tree over time, sampled while something else runs in it.
 
-Reads the kernel's counters (``Rss*`` of ``/proc/<pid>/status``), which costs the load nothing; proportional set sizes
-would be exact, but take seconds of a large process's time. Sampled by a process of its own, which does not compete for
-the interpreter's lock.
+The samples are the kernel's counters (``Rss*`` of ``/proc/<pid>/status``), which cost the tree nothing; proportional
+set sizes would be exact, but take seconds of a large process's time. ``python -m mpreader.tools.bench.memory`` is the
+sampler: a process of its own, since a thread would compete for the interpreter's lock with what it measures.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class TreeMemory:
     """Samples the memory of this process and its descendants while it is entered.
 
     Args:
-        excluded_pids: Processes not to count, with their descendants: servers that the test itself runs.
+        excluded_pids: Processes that are not counted, nor are their descendants, such as servers.
 
     Attributes:
         samples: After the ``with`` block: ``(seconds, bytes)`` since it was entered, bytes counted from that moment.
@@ -45,6 +45,7 @@ class TreeMemory:
         return max((extra for _, extra in self.samples), default=0)
 
     def __enter__(self) -> Self:
+        # The sampler itself is not counted: it leaves itself out.
         command = [sys.executable, "-m", "mpreader.tools.bench.memory", str(os.getpid()), *map(str, self._excluded)]
         self._sampler = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # noqa: S603
         if self._sampler.stdout is None or self._sampler.stdout.readline() != "ready\n":
@@ -94,10 +95,11 @@ def _resident_bytes(pid: int) -> dict[str, int]:
 
 
 def _sample(root: int, excluded: set[int]) -> list[tuple[float, int]]:
+    """Sample until the standard input ends, which tells that the block of :class:`TreeMemory` has."""
     started, before = time.monotonic(), tree_memory_bytes(root, excluded)
     print("ready", flush=True)
     samples = []
-    while not select.select([sys.stdin], [], [], SAMPLE_INTERVAL_S)[0]:  # readable: our parent has closed it
+    while not select.select([sys.stdin], [], [], SAMPLE_INTERVAL_S)[0]:  # readable: its writing end was closed
         samples.append((round(time.monotonic() - started, 3), tree_memory_bytes(root, excluded) - before))
     return samples
 

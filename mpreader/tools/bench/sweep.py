@@ -1,8 +1,9 @@
-"""Which settings are the best for this host and this bucket: measured, and the leanest of the fast ones recommended.
+"""Sweep: measures pool settings on this host and source, and recommends the leanest of the fast ones.
 
-Settings are swept one after the other, each with what was found to be enough of those before. What is compared is
-measured in one heat: in rounds, in each of them everything once, so that whatever else the host and the service have
-to do hits all alike. The defaults take part in every heat, and in the last one what has won the others.
+Settings are swept one after the other (``AXES``), each with the values that were found to be enough of those before.
+Settings that are compared are measured in one *round*: all of them once, then all of them again, so that whatever else
+the host and the service have to do hits all alike. The defaults take part in every round, and the final round compares
+the winners of the others.
 """
 
 from __future__ import annotations
@@ -19,26 +20,45 @@ from mpreader.errors import ConfigError
 from mpreader.host import Host
 from mpreader.pool.sizing import size_pool
 from mpreader.telemetry.progress import progress_bar
-from mpreader.tools.bench.trials import Measurement, Settings, Trials, find_objects, without_secrets
+from mpreader.tools.bench.measurement import Benchmark, Measurement, Settings
+from mpreader.tools.bench.objects import find_objects, without_secrets
 
-__all__ = ["AXES", "LAST_HEAT", "TOLERANCE", "Line", "Results", "Sweep", "median_rate", "recommend", "search", "sweep"]
+__all__ = [
+    "AXES",
+    "CONNECTIONS",
+    "DEFAULT_NBYTES",
+    "MAX_WORKERS",
+    "PART_SIZES",
+    "AxisResults",
+    "Results",
+    "Sweep",
+    "median_rate",
+    "recommend",
+    "search",
+    "sweep",
+]
 
 AXES: Final = ("workers", "connections_per_worker", "part_size")
-TOLERANCE: Final = 0.03  # what differs by less is as fast
-LAST_HEAT: Final = "last heat"
+TOLERANCE: Final = 0.03  # rates that differ by less count as equal
+FINAL_ROUND: Final = "final round"
 DEFAULT_NBYTES: Final = 1024 * MiB
 
-_MAX_WORKERS: Final = 16
-_CONNECTIONS: Final = (4, 8, 16, 32)
-_PART_SIZES: Final = (4 * MiB, 8 * MiB, 16 * MiB)
+MAX_WORKERS: Final = 16
+CONNECTIONS: Final = (4, 8, 16, 32)
+PART_SIZES: Final = (4 * MiB, 8 * MiB, 16 * MiB)
 
 Grid = Mapping[str, Sequence[int]]
 Results = Mapping[Settings, Sequence[Measurement]]
 
 
 @dataclass(frozen=True)
-class Line:
-    """Settings that differ in one thing only, measured together, and the defaults, measured with them."""
+class AxisResults:
+    """Results of settings that differ in one of ``AXES`` only.
+
+    Attributes:
+        results: Measurements of each of the settings.
+        defaults: Measurements of the defaults, made in the same round.
+    """
 
     results: Results
     defaults: Sequence[Measurement]
@@ -46,17 +66,17 @@ class Line:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What was measured.
+    """Results of a sweep.
 
     Attributes:
-        source: What was read, without secrets.
+        source: The source, without secrets.
         nbytes: Bytes of one measurement.
         wanted_nbytes: Bytes that were asked for; more than ``nbytes`` where they would have taken too long.
         source_nbytes: Bytes of the objects that were read; where they are less than ``nbytes``, they were read again.
-        objects: How many objects that were.
-        defaults: The settings of a pool for which nothing else is said.
-        heats: What was measured together, by its name; in the last one is what is recommended.
-        lines: One for each of ``AXES`` that was swept.
+        objects: Number of these objects.
+        defaults: Settings of a pool for which nothing else is said.
+        rounds: Results by the name of the round; the recommended settings are in the last one.
+        axes: Results by axis, for each of ``AXES`` that was swept.
     """
 
     source: str
@@ -65,32 +85,32 @@ class Sweep:
     source_nbytes: int
     objects: int
     defaults: Settings
-    heats: Mapping[str, Results]
-    lines: Mapping[str, Line]
+    rounds: Mapping[str, Results]
+    axes: Mapping[str, AxisResults]
 
     @property
-    def last_heat(self) -> Results:
-        """The one that decides; the defaults are in it."""
-        return list(self.heats.values())[-1]
+    def final_round(self) -> Results:
+        """Results of the round that decides; the defaults are in it."""
+        return list(self.rounds.values())[-1]
 
     @property
     def recommended(self) -> Settings:
-        """See :func:`recommend`."""
-        return recommend(self.last_heat)
+        """The leanest of the fast settings; see :func:`recommend`."""
+        return recommend(self.final_round)
 
     @property
     def best_gb_per_s(self) -> float:
-        """The highest median of the last heat."""
-        return max(map(median_rate, self.last_heat.values()))
+        """The highest median of the final round."""
+        return max(map(median_rate, self.final_round.values()))
 
     @property
     def defaults_are_fine(self) -> bool:
-        """Whether the defaults are as fast as the best."""
-        return median_rate(self.last_heat[self.defaults]) >= (1 - TOLERANCE) * self.best_gb_per_s
+        """True if the defaults are as fast as the best, within ``TOLERANCE``."""
+        return median_rate(self.final_round[self.defaults]) >= (1 - TOLERANCE) * self.best_gb_per_s
 
 
 def median_rate(measurements: Iterable[Measurement]) -> float:
-    """The median, in gigabytes per second."""
+    """Median of the rates, in gigabytes per second."""
     return statistics.median(measurement.gb_per_s for measurement in measurements)
 
 
@@ -116,14 +136,14 @@ def sweep(
 
     Args:
         source: ``s3://bucket/key``, an http(s) URL, or ``s3://bucket/prefix``, of which the largest objects are read.
-        grid: Values to try by the names of ``AXES``. What is missing: some around the host's defaults.
+        grid: Values to try by the names of ``AXES``. Axes that are missing get some around the host's defaults.
         nbytes: Bytes of each measurement. None: 1 GiB, or the whole source where that is less.
-        seconds: About how long all measurements of one setting may take in a heat; less is read where it would take
-            longer, and a measurement ends after twice its share.
-        repeat: Measurements of each setting in a heat.
+        seconds: Seconds that all measurements of one setting may take in a round, about; less is read where it would
+            take longer, and a measurement ends after twice its share.
+        repeat: Measurements of each setting in a round.
         full: Try every combination, not one setting after the other.
-        s3client_config: How S3 is reached.
-        progress: Whether a bar is shown; see :func:`~mpreader.telemetry.progress.progress_bar`.
+        s3client_config: Settings of the S3 client.
+        progress: True: show a bar for each round; see :func:`~mpreader.telemetry.progress.progress_bar`.
 
     Raises:
         ConfigError: An argument is out of its bounds.
@@ -139,18 +159,18 @@ def sweep(
     found = find_objects(source, nbytes or DEFAULT_NBYTES, s3client_config)
     source_nbytes = sum(item.nbytes for item in found)
     wanted = nbytes or min(source_nbytes, DEFAULT_NBYTES)
-    trials = Trials(found, wanted, seconds / repeat, s3client_config)
+    benchmark = Benchmark(found, wanted, seconds / repeat, s3client_config)
     with progress_bar(wanted, "calibrate", show=progress, leave=False) as bar:
-        trials.calibrate(defaults, bar.advance)
+        benchmark.calibrate(defaults, bar.advance)
 
     def measure(name: str, settings: Sequence[Settings]) -> Results:
-        with progress_bar(trials.nbytes * len(settings) * repeat, name, show=progress, leave=False) as bar:
-            rounds = [[trials.measure(each, bar.advance) for each in settings] for _ in range(repeat)]
-        return dict(zip(settings, zip(*rounds, strict=True), strict=True))
+        with progress_bar(benchmark.nbytes * len(settings) * repeat, name, show=progress, leave=False) as bar:
+            repetitions = [[benchmark.measure(each, bar.advance) for each in settings] for _ in range(repeat)]
+        return dict(zip(settings, zip(*repetitions, strict=True), strict=True))
 
-    heats, lines = search(values, defaults, measure, full=full)
+    rounds, axes = search(values, defaults, measure, full=full)
     shown = without_secrets(source)
-    return Sweep(shown, trials.nbytes, wanted, source_nbytes, len(found), defaults, heats, lines)
+    return Sweep(shown, benchmark.nbytes, wanted, source_nbytes, len(found), defaults, rounds, axes)
 
 
 def search(
@@ -159,23 +179,24 @@ def search(
     measure: Callable[[str, Sequence[Settings]], Results],
     *,
     full: bool = False,
-) -> tuple[Mapping[str, Results], Mapping[str, Line]]:
-    """Find out which settings are worth measuring, by measuring.
+) -> tuple[Mapping[str, Results], Mapping[str, AxisResults]]:
+    """Choose the settings that are worth measuring, from what the rounds before have shown.
 
     Args:
         grid: Values for each of ``AXES``, none of them empty.
         defaults: They are measured together with others, each time.
-        measure: Measures settings in one heat, of this name.
+        measure: Measures settings in one round, of this name.
         full: Measure every combination.
 
     Returns:
-        All heats, and a line for each axis that was swept.
+        The results by round, and those by axis for each that was swept.
     """
-    heats: dict[str, Results] = {}
+    rounds: dict[str, Results] = {}
 
     def run(name: str, settings: Iterable[Settings]) -> Results:
-        heats[name] = measure(name, list(dict.fromkeys([*settings, defaults])))
-        return heats[name]
+        # The defaults may be among the settings already: each is measured once in a repetition.
+        rounds[name] = measure(name, list(dict.fromkeys([*settings, defaults])))
+        return rounds[name]
 
     base = Settings(*(_nearest(grid[axis], getattr(defaults, axis)) for axis in AXES))
     swept = [axis for axis in AXES if len(grid[axis]) > 1] or [AXES[0]]
@@ -183,58 +204,60 @@ def search(
         product = [Settings(*values) for values in itertools.product(*(grid[axis] for axis in AXES))]
         found = run("all settings", product)
         base = recommend({each: found[each] for each in product})
-        return heats, {axis: _line(_along(axis, base, grid), found, defaults) for axis in swept}
-    lines: dict[str, Line] = {}
+        return rounds, {axis: _axis_results(_along(axis, base, grid), found, defaults) for axis in swept}
+    axes: dict[str, AxisResults] = {}
     winners = []
     for axis in swept:
         settings = _along(axis, base, grid)
-        lines[axis] = _line(settings, run(axis.replace("_", " "), settings), defaults)
-        base = recommend(lines[axis].results)
+        axes[axis] = _axis_results(settings, run(axis.replace("_", " "), settings), defaults)
+        base = recommend(axes[axis].results)
         winners.append(base)
     if len(swept) > 1:
-        run(LAST_HEAT, winners)
-    return heats, lines
+        # Results of different rounds are not compared: the host or the service may have been busier in one of them.
+        run(FINAL_ROUND, winners)
+    return rounds, axes
 
 
 def _along(axis: str, base: Settings, grid: Grid) -> list[Settings]:
     return [replace(base, **{axis: value}) for value in grid[axis]]
 
 
-def _line(settings: Sequence[Settings], found: Results, defaults: Settings) -> Line:
-    return Line({each: found[each] for each in settings}, found[defaults])
+def _axis_results(settings: Sequence[Settings], found: Results, defaults: Settings) -> AxisResults:
+    return AxisResults({each: found[each] for each in settings}, found[defaults])
 
 
 def _nearest(values: Sequence[int], wanted: int) -> int:
     return min(values, key=lambda value: abs(math.log(value / wanted)))
 
 
-# -- what is tried
+# -- values to try
 
 
 def default_settings(s3client_config: S3ClientConfig) -> Settings:
-    """Those of a pool for which nothing is said but in the environment."""
+    """Settings of a pool for which nothing is said but in the environment."""
     sizes = size_pool(PoolConfig(), s3client_config, Host.now())
     return Settings(sizes.workers, sizes.connections_per_worker, sizes.part_bytes)
 
 
 def host_grid(defaults: Settings) -> dict[str, Sequence[int]]:
     """Values to try for each of ``AXES``, the defaults among them."""
-    most = max(2, min(Host.now().cores, _MAX_WORKERS))
+    most = max(2, min(Host.now().cores, MAX_WORKERS))
     workers = [1 << power for power in range(most.bit_length())]
     return {
         "workers": (*workers, defaults.workers),
-        "connections_per_worker": (*_CONNECTIONS, defaults.connections_per_worker),
-        "part_size": (*_PART_SIZES, defaults.part_size),
+        "connections_per_worker": (*CONNECTIONS, defaults.connections_per_worker),
+        "part_size": (*PART_SIZES, defaults.part_size),
     }
 
 
 def _checked(grid: Grid, s3client_config: S3ClientConfig) -> dict[str, list[int]]:
-    """The values in order, each once, and parts as small as little memory makes them."""
+    """The values in order, each once; parts as small as a pool with little memory makes them."""
     unknown, empty = [axis for axis in grid if axis not in AXES], [axis for axis in AXES if not grid[axis]]
     if unknown or empty:
         raise ConfigError(f"a grid has values for {', '.join(AXES)}; wrong: {', '.join(unknown or empty)}")
     configs = {axis: [PoolConfig(**{axis: value}) for value in grid[axis]] for axis in AXES}  # checks them
     host = Host.now()
+    # Two sizes that memory cuts down to the same one would be measured as two, and be the same.
     parts = {size_pool(config, s3client_config, host).part_bytes for config in configs["part_size"]}
     return {**{axis: sorted(set(grid[axis])) for axis in AXES}, "part_size": sorted(parts)}
 

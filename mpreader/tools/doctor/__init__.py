@@ -1,1 +1,1 @@
-"""The doctor: what is wrong with a host's set-up, and what mends it."""
+"""Doctor of the command ``doctor``: finds faults in a host's set-up and in its access to S3, and names the remedies."""

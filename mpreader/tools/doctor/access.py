@@ -1,4 +1,7 @@
-"""What is wrong on the way to S3: names, proxies, clocks, credentials, regions, permissions."""
+"""Checks of the access to S3: names, proxies, clocks, regions, credentials, permissions.
+
+Everything that may keep one waiting is asked at the same time, in threads of its own, and given up after a few seconds.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from urllib.parse import urlsplit
 from mpreader.config import S3ClientConfig
 from mpreader.errors import AccessDenied, ConfigError, ObjectMissing
 from mpreader.s3 import parse_s3_uri
-from mpreader.s3.account import Account, Answer, Identity, Readable, Silence, code_of
+from mpreader.s3.account import Account, Identity, NoResponse, Readable, ServiceResponse, code_of
 from mpreader.sources.network import proxy_for
 from mpreader.tools.doctor.finding import Finding
 
@@ -55,12 +58,12 @@ _CONNECTION_REMEDIES: Final = {
 
 
 def examine_access(source: str | None, config: S3ClientConfig, limit_s: float = _LIMIT_S) -> Iterator[Finding]:
-    """Look at what needs the network, everything at the same time.
+    """Check what needs the network, everything at the same time.
 
     Args:
         source: ``s3://bucket`` or ``s3://bucket/prefix``; None: only the service is asked.
-        config: How S3 is reached.
-        limit_s: Seconds after which what has not been answered counts as no answer.
+        config: Settings of the S3 client.
+        limit_s: Seconds after which a question that has no answer yet is given up.
 
     Raises:
         ConfigError: ``source`` is no ``s3://`` URI.
@@ -75,20 +78,20 @@ def examine_access(source: str | None, config: S3ClientConfig, limit_s: float = 
     deadline = time.monotonic() + limit_s
     host = urlsplit(account.url).hostname or ""
     addresses = _begin(lambda: _addresses(host))
-    answer = _begin(account.knock)
+    response = _begin(account.probe)
     identity = _begin(account.identify)
-    readable = _begin(lambda: _read(account, answer, identity, prefix, config)) if bucket else None
-    asked: list[Future[Any]] = [addresses, answer, identity, *([] if readable is None else [readable])]
+    readable = _begin(lambda: _read(account, response, identity, prefix, config)) if bucket else None
+    asked: list[Future[Any]] = [addresses, response, identity, *([] if readable is None else [readable])]
     wait(asked, max(0.0, deadline - time.monotonic()))
-    yield from _way(account, host, addresses, limit_s)
-    yield from _answer(account, answer, config)
+    yield from _proxy_and_name(account, host, addresses, limit_s)
+    yield from _service(account, response, config)
     yield _credentials(identity, config)
     if readable is not None and not isinstance(_failure(readable), _NotAskedError):
         yield _bucket(account, f"s3://{bucket}/{prefix}", readable)
 
 
 class _NotAskedError(Exception):
-    """There was no use in asking."""
+    """The bucket was not asked for, since another finding tells why that would fail."""
 
 
 def _addresses(host: str) -> list[str]:
@@ -96,13 +99,13 @@ def _addresses(host: str) -> list[str]:
 
 
 def _begin(work: Callable[[], Found]) -> Future[Found]:
-    """Do it in a thread that nobody must wait for: name and metadata services may keep one for very long."""
+    """Start ``work`` in a thread that the program need not wait for: name and metadata services may take very long."""
     future: Future[Found] = Future()
 
     def run() -> None:
         try:
             future.set_result(work())
-        except Exception as error:  # noqa: BLE001  # it is told
+        except Exception as error:  # noqa: BLE001  # it becomes a finding
             future.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
@@ -110,10 +113,10 @@ def _begin(work: Callable[[], Found]) -> Future[Found]:
 
 
 def _read(
-    account: Account, answer: Future[Answer], identity: Future[Identity], prefix: str, config: S3ClientConfig
+    account: Account, response: Future[ServiceResponse], identity: Future[Identity], prefix: str, config: S3ClientConfig
 ) -> Readable:
     """Ask for the bucket, once it is known that there is somebody to ask, and something to ask with."""
-    if answer.exception() or not (config.unsigned or (identity.exception() is None and identity.result().source)):
+    if response.exception() or not (config.unsigned or (identity.exception() is None and identity.result().source)):
         raise _NotAskedError
     return account.read(prefix)
 
@@ -122,8 +125,8 @@ def _failure(future: Future[Found]) -> BaseException | None:
     return future.exception() if future.done() else TimeoutError("no answer in time")
 
 
-def _way(account: Account, host: str, addresses: Future[list[str]], limit_s: float) -> Iterator[Finding]:
-    """Names and proxies."""
+def _proxy_and_name(account: Account, host: str, addresses: Future[list[str]], limit_s: float) -> Iterator[Finding]:
+    """Findings of the proxy and of the service's name."""
     try:
         proxy = proxy_for(account.url)
     except ConfigError as error:
@@ -132,7 +135,7 @@ def _way(account: Account, host: str, addresses: Future[list[str]], limit_s: flo
         return
     yield Finding("proxy", "ok", "none" if proxy is None else f"{proxy.host}:{proxy.port}")
     if proxy is not None:
-        return  # it is the one that must know the name
+        return  # the proxy looks the name up, not this host
     failure = _failure(addresses)
     if failure is None:
         found = addresses.result()
@@ -145,15 +148,15 @@ def _way(account: Account, host: str, addresses: Future[list[str]], limit_s: flo
     yield Finding("name", "fail", host, f"it has no address: {why}", remedy)
 
 
-def _answer(account: Account, answer: Future[Answer], config: S3ClientConfig) -> Iterator[Finding]:
-    """What the service's answer tells: that it is there, the time, the bucket's region."""
-    failure = _failure(answer)
+def _service(account: Account, response: Future[ServiceResponse], config: S3ClientConfig) -> Iterator[Finding]:
+    """Findings of the service's response: that it is there, its clock, the bucket's region."""
+    failure = _failure(response)
     if failure is not None:
-        cause = failure.cause if isinstance(failure, Silence) else "timeout"
+        cause = failure.cause if isinstance(failure, NoResponse) else "timeout"
         remedy = _CONNECTION_REMEDIES[cause].format(url=account.url, host=urlsplit(account.url).hostname)
         yield Finding("endpoint", "fail", account.url, f"it can't be asked: {failure}", remedy)
         return
-    found = answer.result()
+    found = response.result()
     value = f"{account.url} answers within {found.seconds * 1000:.0f} ms"
     if found.status >= 500:
         problem = f"the service is not well: HTTP {found.status}"
@@ -167,7 +170,7 @@ def _answer(account: Account, answer: Future[Answer], config: S3ClientConfig) ->
 
 def _clock(skew: timedelta) -> Finding:
     seconds = abs(skew.total_seconds())
-    if seconds < 2:  # the service tells whole seconds
+    if seconds < 2:  # the service's Date header has whole seconds
         return Finding("clock", "ok", "as the service's")
     value = f"{seconds:,.0f} s {'ahead of' if skew > timedelta() else 'behind'} the service's"
     if abs(skew) <= _SKEW_WARN:

@@ -1,4 +1,4 @@
-"""The doctor's whole examination: the host first, then the way to S3."""
+"""Examination of the doctor: all checks, those of the host first, then those of the access to S3."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import sys
 
 from mpreader.config import PoolConfig, S3ClientConfig
 from mpreader.tools.doctor.access import examine_access
+from mpreader.tools.doctor.facts import HostFacts
 from mpreader.tools.doctor.finding import Finding
-from mpreader.tools.doctor.host import Surroundings, examine_host
+from mpreader.tools.doctor.host import examine_host
 
 __all__ = ["examine"]
 
@@ -17,11 +18,11 @@ def examine(
     s3client_config: S3ClientConfig | None = None,
     pool_config: PoolConfig | None = None,
 ) -> list[Finding]:
-    """Look at the host, the settings, the credentials and the way to S3. Takes six seconds at most.
+    """Check the host, the settings, the credentials and the access to S3. Takes six seconds at most.
 
     Args:
         source: ``s3://bucket`` or ``s3://bucket/prefix`` that is to be read. None: only the service is asked.
-        s3client_config: How S3 is reached.
+        s3client_config: Settings of the S3 client.
         pool_config: Settings of the worker pool.
 
     Raises:
@@ -30,5 +31,5 @@ def examine(
     if sys.platform != "linux":
         return [Finding("system", "fail", sys.platform, "mpreader runs on Linux only", "docker run -it python:3.12")]
     s3client_config = s3client_config or S3ClientConfig()
-    findings = examine_host(Surroundings.now(), s3client_config, pool_config or PoolConfig())
+    findings = examine_host(HostFacts.now(), s3client_config, pool_config or PoolConfig())
     return [*findings, *examine_access(source, s3client_config)]

@@ -1,4 +1,4 @@
-"""Finding: one thing that the doctor looked at, and what mends it."""
+"""Finding: the result of one check of the doctor, with the remedy if something is wrong."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ __all__ = ["Finding"]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at.
+    """Result of one check.
 
     Attributes:
-        name: What.
+        name: Subject of the check, such as ``"shared memory"``.
         status: ``"ok"``; ``"warn"``: it works, but worse than it could; ``"fail"``: it does not.
-        value: What was found.
-        problem: What is wrong with it; None if nothing is.
-        remedy: The command, or the setting, that mends it; None if nothing is wrong.
+        value: The state that was found.
+        problem: The fault; None if there is none.
+        remedy: The command, or the setting, that mends it; None if there is no fault.
     """
 
     name: str

@@ -10,7 +10,7 @@ from typing import Any, Final
 __all__ = ["COMPUTABLE", "Digests"]
 
 COMPUTABLE: Final = ("sha256", "sha1", "crc32", "md5")
-"""What the standard library computes; the best one first."""
+"""Algorithms of the standard library that S3 stores checksums of, too; the best one first."""
 
 
 class Digests:
@@ -24,7 +24,7 @@ class Digests:
         self._by_algorithm = {name: _Crc32() if name == "crc32" else _hash(name) for name in algorithms}
 
     def update(self, data: bytes | memoryview) -> None:
-        """Go on with these bytes."""
+        """Add the next bytes of the stream."""
         for digest in self._by_algorithm.values():
             digest.update(data)
 
@@ -48,5 +48,5 @@ class _Crc32:
 
 
 def _hash(algorithm: str) -> Any:
-    # MD5 is there on FIPS machines, too, as long as it guards nothing.
+    # A machine in FIPS mode refuses MD5 unless it is told that no secret depends on it.
     return hashlib.new(algorithm, usedforsecurity=False)

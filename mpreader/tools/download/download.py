@@ -1,6 +1,6 @@
-"""Objects, or ranges of them, into a file or a stream: in bounded memory, resumed where it stopped, verified.
+"""Downloads of an object, or of ranges of it, into a file or a stream: in bounded memory, resumed, verified.
 
-A file grows as ``FILE.part``; ``FILE.part.json`` beside it says of what. What it was to become is renamed to ``FILE``
+A file grows as ``FILE.part``, beside it ``FILE.part.json``, which says of what it is a part. It is renamed to ``FILE``
 when it is whole, on the disk, and right.
 """
 
@@ -8,40 +8,36 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, BinaryIO, Final, NamedTuple
+from typing import BinaryIO
 from urllib.parse import unquote
 
-from mpreader.errors import ChecksumMismatch, ConfigError, ObjectChanged, PlanError
+from mpreader.errors import ChecksumMismatch, ConfigError, ObjectChanged
 from mpreader.fetch.fetcher import RangeFetcher
-from mpreader.pool.source import ObjectVersion
-from mpreader.ranges import ItemRange
-from mpreader.tools.download.checksums import COMPUTABLE, Digests
+from mpreader.tools.download.checksums import Digests
 from mpreader.tools.download.part_file import PartFile, write_all
+from mpreader.tools.download.plan import DownloadPlan, RangeOfObject, Target
 
-__all__ = ["CHECKSUMS", "Downloaded", "RangeOfObject", "copy_to", "download", "name_of"]
+__all__ = ["Downloaded", "copy_to", "download", "name_of"]
 
-CHECKSUMS: Final = ("sha256", "crc32", "md5", "none")
-
-RangeOfObject = tuple[int, int | None]
-Progress = Callable[[int, int], object]
+OnProgress = Callable[[int, int], object]
 
 
 @dataclass(frozen=True, slots=True)
 class Downloaded:
-    """What became of a download.
+    """Result of a download.
 
     Attributes:
-        source: What was fetched; a URL without user name, password and query.
-        bytes: Size of the file, or of what was written to the stream.
+        source: The object; a URL without user name, password and query.
+        bytes: Size of the file, or bytes written to the stream.
         resumed_from: Bytes that an earlier call had left, and that were not fetched again.
-        seconds: How long this call took.
+        seconds: Time that this call took.
         checksum: Of all the bytes, such as ``"sha256:9f86d0…"``; None if none was wanted.
-        verified_against: What the bytes were compared with, in words; None if there was nothing.
-        why_unverified: Why there was nothing, in words; None if they were verified.
-        started_over: Why what an earlier call had left was of no use, in words; None if there was nothing or it was.
+        verified_against: The checksum that the bytes were compared with, in words; None if there was none.
+        why_unverified: Reason, in words, for which there was none; None if they were verified.
+        started_over: Reason, in words, for which an earlier call's part was dropped; None if none was.
     """
 
     source: str
@@ -62,7 +58,7 @@ def download(
     *,
     resume: bool = True,
     checksum: str = "sha256",
-    on_progress: Progress = lambda _done, _total: None,
+    on_progress: OnProgress = lambda _done, _total: None,
 ) -> Downloaded:
     """Write an object, or ranges of it one behind the other, to a file, and verify it.
 
@@ -90,19 +86,19 @@ def download(
         OSError: The file can't be written, or another process is writing it.
     """
     started = time.monotonic()
-    PartFile.check(path)
-    order = _Order.of(fetcher, source, ranges, checksum)
-    with PartFile(path, order.identity(), resume=resume) as part:
-        digests = order.digests()
+    PartFile.check(path)  # before the server is asked for anything
+    plan = DownloadPlan.of(fetcher, source, ranges, checksum)
+    with PartFile(path, plan.identity(), resume=resume) as part:
+        digests = plan.digests()
         kept = part.take_kept(digests.update)
-        order.receive(fetcher, part.write, digests, kept, on_progress)
+        _receive(fetcher, plan, part.write, digests, kept, on_progress)
         try:
-            verified_against = order.verify(digests)
+            _verify(plan, digests)
         except ChecksumMismatch:
-            part.discard()
+            part.discard()  # or the next call would go on from wrong bytes
             raise
         part.finish()
-    return order.outcome(digests, kept, started, verified_against, part.started_over)
+    return _result(plan, digests, kept, started, part.started_over)
 
 
 def copy_to(
@@ -112,7 +108,7 @@ def copy_to(
     ranges: Iterable[RangeOfObject] | None = None,
     *,
     checksum: str = "sha256",
-    on_progress: Progress = lambda _done, _total: None,
+    on_progress: OnProgress = lambda _done, _total: None,
 ) -> Downloaded:
     """Write an object, or ranges of it one behind the other, to an open stream, and verify it afterwards.
 
@@ -125,197 +121,95 @@ def copy_to(
         on_progress: As for :func:`download`.
 
     Raises:
-        ChecksumMismatch: What was written differs from what S3 has.
+        ChecksumMismatch: The bytes that were written differ from those that S3 has.
         MpreaderError: As for :func:`download`.
         OSError: The stream can't be written to.
     """
     started = time.monotonic()
-    order = _Order.of(fetcher, source, ranges, checksum)
-    digests = order.digests()
-    # Python's stdout is without a buffer under PYTHONUNBUFFERED.
-    order.receive(fetcher, partial(write_all, file), digests, 0, on_progress)
+    plan = DownloadPlan.of(fetcher, source, ranges, checksum)
+    digests = plan.digests()
+    # Not file.write: Python's stdout has no buffer under PYTHONUNBUFFERED, and may take less at one time.
+    _receive(fetcher, plan, partial(write_all, file), digests, 0, on_progress)
     file.flush()
-    return order.outcome(digests, 0, started, order.verify(digests), None)
+    _verify(plan, digests)
+    return _result(plan, digests, 0, started, None)
 
 
 def name_of(source: str) -> str:
-    """The last segment of an object's key, or of a URL's path: what a file of it is called.
+    """Last segment of an object's key, or of a URL's path: the name that a file of it gets.
 
     Raises:
         ConfigError: There is none that could be a file's name.
     """
-    key = _Target.of(source).key
-    name = (key if source.startswith("s3://") else unquote(key)).rpartition("/")[2]
+    target = Target.of(source)
+    key = target.key if source.startswith("s3://") else unquote(target.key)
+    name = key.rpartition("/")[2]
     if name in ("", ".", "..") or "\0" in name:
-        raise ConfigError(f"{_Target.of(source).uri} ends with no name that a file could have; name the file")
+        raise ConfigError(f"{target.uri} ends with no name that a file could have; name the file")
     return name
 
 
-class _Target(NamedTuple):
-    """What an error, or a file beside a download, may tell of a source: no secrets."""
+def _receive(
+    fetcher: RangeFetcher,
+    plan: DownloadPlan,
+    write: Callable[[memoryview], object],
+    digests: Digests,
+    kept: int,
+    on_progress: OnProgress,
+) -> None:
+    """Fetch and write all but the first ``kept`` bytes, in order.
 
-    bucket: str
-    key: str
-    uri: str
-
-    @classmethod
-    def of(cls, source: str) -> _Target:
-        if source.startswith("s3://"):
-            from mpreader.s3 import parse_s3_uri
-
-            bucket, key = parse_s3_uri(source)
-            if not key:
-                raise ConfigError(f"{source!r} names a bucket, not an object in it; write s3://bucket/key")
-            return cls(bucket, key, source)
-        if "://" not in source:
-            shown = source.partition("?")[0].rpartition("@")[2]  # it may have been meant as a URL with secrets
-            raise ConfigError(f"not a source: {shown!r}; write s3://bucket/key or https://host/path")
-        from mpreader.sources.http import HttpSource
-
-        opened = HttpSource(source)
-        return cls(opened.bucket, opened.key, opened.uri)
-
-
-@dataclass(frozen=True, slots=True)
-class _Order:
-    """What is to be fetched, of which version, and what it is to be compared with."""
-
-    source: str
-    target: _Target
-    version: ObjectVersion
-    ranges: list[ItemRange]
-    checksum: str | None
-    stored: tuple[str, str] | None  # algorithm and hexadecimal digits
-    why_unverified: str
-
-    @classmethod
-    def of(cls, fetcher: RangeFetcher, source: str, ranges: Iterable[RangeOfObject] | None, checksum: str) -> _Order:
-        if checksum not in CHECKSUMS:
-            raise ConfigError(f"checksum must be one of {', '.join(CHECKSUMS)}, got {checksum!r}")
-        asked = None if ranges is None else list(ranges)
-        target = _Target.of(source)
-        version = fetcher.stat(source)
-        wanted = [ItemRange(0, version.size)] if asked is None else _resolve(target, asked, version.size)
-        algorithm = None if checksum == "none" else checksum
-        stored, why = None, "it was not asked for"
-        if algorithm is not None and asked is not None:
-            why = "only ranges were fetched, and checksums are those of whole objects"
-        elif algorithm is not None:
-            stored, why = _stored(fetcher, source, target, version, algorithm)
-        return cls(source, target, version, wanted, algorithm, stored, why)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all ranges together."""
-        return sum(item_range.size for item_range in self.ranges)
-
-    def identity(self) -> dict[str, Any]:
-        """What must be the same for a download to go on where another one stopped."""
-        return {
-            "source": self.target.uri,
-            "etag": self.version.etag,
-            "size": self.version.size,
-            "ranges": [[item_range.start, item_range.end] for item_range in self.ranges],
-        }
-
-    def digests(self) -> Digests:
-        wanted = (self.checksum, self.stored[0] if self.stored else None)
-        return Digests({algorithm for algorithm in wanted if algorithm is not None})
-
-    def receive(
-        self,
-        fetcher: RangeFetcher,
-        write: Callable[[memoryview], object],
-        digests: Digests,
-        kept: int,
-        on_progress: Progress,
-    ) -> None:
-        """Fetch all but the first ``kept`` bytes, in order."""
-        done, nbytes = kept, self.nbytes
-        on_progress(done, nbytes)
-        pieces = list(_pieces(self.ranges, kept, fetcher.part_size))
-        if not pieces:
-            return
-        with fetcher.stream(self.source, pieces, order="input", max_gap_size=0) as stream:
-            for _, view in stream:
-                write(view)
-                digests.update(view)
-                done += len(view)
-                on_progress(done, nbytes)
-                del view  # or it would keep its memory while the next one is waited for
-        # The stream is of one version; that it is ours is known only now.
-        if fetcher.stat(self.source) != self.version:
-            raise ObjectChanged(
-                f"{self.target.uri}: the object was overwritten while it was read; start again",
-                bucket=self.target.bucket,
-                key=self.target.key,
-            )
-
-    def verify(self, digests: Digests) -> str | None:
-        """Compare with what S3 has; what that was, in words."""
-        if self.stored is None:
-            return None
-        algorithm, expected = self.stored
-        what = "the MD5 that is its ETag" if algorithm == "md5" else f"the {algorithm.upper()} that S3 has stored"
-        if digests.hex(algorithm) != expected:
-            raise ChecksumMismatch(
-                f"{self.target.uri}: the bytes that arrived have {algorithm} {digests.hex(algorithm)}, but {what} is "
-                f"{expected}; fetch it again (checksum none, if the service's are not to be trusted)",
-                bucket=self.target.bucket,
-                key=self.target.key,
-                range=(0, self.version.size),
-                attempts=1,
-            )
-        return what
-
-    def outcome(
-        self, digests: Digests, kept: int, started: float, verified_against: str | None, started_over: str | None
-    ) -> Downloaded:
-        return Downloaded(
-            source=self.target.uri,
-            bytes=self.nbytes,
-            resumed_from=kept,
-            seconds=time.monotonic() - started,
-            checksum=None if self.checksum is None else f"{self.checksum}:{digests.hex(self.checksum)}",
-            verified_against=verified_against,
-            why_unverified=None if verified_against else self.why_unverified,
-            started_over=started_over,
+    Raises:
+        ObjectChanged: The bytes that arrived are of another version than those that were kept.
+    """
+    done, nbytes = kept, plan.nbytes
+    on_progress(done, nbytes)
+    pieces = list(plan.pieces(kept, fetcher.part_size))
+    if not pieces:
+        return
+    with fetcher.stream(plan.source, pieces, order="input", max_gap_size=0) as stream:
+        for _, view in stream:
+            write(view)
+            digests.update(view)
+            done += len(view)
+            on_progress(done, nbytes)
+            del view  # or it would keep its memory while the next one is waited for
+    # A stream is of one version, but it finds out by itself of which: that it was the plan's is known only now.
+    if fetcher.stat(plan.source) != plan.version:
+        raise ObjectChanged(
+            f"{plan.target.uri}: the object was overwritten while it was read; start again",
+            bucket=plan.target.bucket,
+            key=plan.target.key,
         )
 
 
-def _resolve(target: _Target, ranges: Sequence[RangeOfObject], size: int) -> list[ItemRange]:
-    resolved = []
-    for start, end in ranges:
-        first = max(size + start, 0) if start < 0 else start
-        last = size if end is None else end
-        if not first <= last <= size:
-            text = f"{start}-{'' if end is None else end}"
-            raise PlanError(f"{target.uri}: the range {text} lies outside of its {size} bytes")
-        resolved.append(ItemRange(first, last))
-    return resolved
+def _verify(plan: DownloadPlan, digests: Digests) -> None:
+    """Compare all bytes with the stored checksum, if there is one.
+
+    Raises:
+        ChecksumMismatch: They differ.
+    """
+    stored = plan.stored
+    if stored is not None and digests.hex(stored.algorithm) != stored.digits:
+        raise ChecksumMismatch(
+            f"{plan.target.uri}: the bytes that arrived have {stored.algorithm} {digests.hex(stored.algorithm)}, but "
+            f"{stored.description} is {stored.digits}; fetch it again (checksum none, if the service's are not to be "
+            "trusted)",
+            bucket=plan.target.bucket,
+            key=plan.target.key,
+            range=(0, plan.version.size),
+            attempts=1,
+        )
 
 
-def _pieces(ranges: Iterable[ItemRange], skip: int, most_bytes: int) -> Iterator[tuple[int, int]]:
-    """Cut the ranges, but for their first ``skip`` bytes, into pieces of at most ``most_bytes``."""
-    for item_range in ranges:
-        start = item_range.start + min(skip, item_range.size)
-        skip -= start - item_range.start
-        for piece_start in range(start, item_range.end, most_bytes):
-            yield piece_start, min(piece_start + most_bytes, item_range.end)
-
-
-def _stored(
-    fetcher: RangeFetcher, source: str, target: _Target, version: ObjectVersion, algorithm: str
-) -> tuple[tuple[str, str] | None, str]:
-    """A checksum that S3 has of this version, and else why there is none."""
-    if not source.startswith("s3://"):
-        return None, "an http server stores no checksum"
-    stored = fetcher.client().checksums(target.bucket, target.key)
-    if stored.etag != version.etag:
-        return None, "the object was overwritten meanwhile"
-    for name in (algorithm, *COMPUTABLE):
-        if name in stored.by_algorithm:
-            return (name, stored.by_algorithm[name]), ""
-    others = ", ".join(name.upper() for name in stored.by_algorithm)
-    what = f"only {others}, which can't be computed here" if others else "no checksum of the whole object"
-    return None, f"S3 has stored {what}"
+def _result(plan: DownloadPlan, digests: Digests, kept: int, started: float, started_over: str | None) -> Downloaded:
+    return Downloaded(
+        source=plan.target.uri,
+        bytes=plan.nbytes,
+        resumed_from=kept,
+        seconds=time.monotonic() - started,
+        checksum=None if plan.checksum is None else f"{plan.checksum}:{digests.hex(plan.checksum)}",
+        verified_against=None if plan.stored is None else plan.stored.description,
+        why_unverified=plan.why_unverified if plan.stored is None else None,
+        started_over=started_over,
+    )

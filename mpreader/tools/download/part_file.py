@@ -1,4 +1,9 @@
-"""A file that grows as ``FILE.part`` until it is whole, and what an earlier call has left of it."""
+"""Part file: a download that grows as ``FILE.part`` until it is whole, and that another call can go on with.
+
+Other files are written by :func:`mpreader.files.whole_file`, which removes what is not whole. A part file is different
+on purpose: it has a name that the next call finds, it outlives errors and crashes, and it is locked against a second
+writer. The last step, bringing it to the disk and renaming it, is the same.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +12,14 @@ import fcntl
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from mpreader.config import MiB
 from mpreader.errors import ConfigError
+from mpreader.files import errors_naming, rename_whole
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -22,25 +27,25 @@ if TYPE_CHECKING:
 __all__ = ["PartFile", "write_all"]
 
 _READ_BYTES: Final = 1 * MiB
-# Some network file systems have no locks; a download to them is worth more than the protection against a second one.
+# Some network file systems have no locks: a download to them is worth more than the protection against a second one.
 _HAS_NO_LOCKS: Final = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK})
 
 _log = logging.getLogger(__name__)
 
 
 class PartFile:
-    """``FILE.part``, locked, with what an earlier call that wanted the same has left in it. A context manager.
+    """``FILE.part``, locked, with the bytes that an earlier call for the same download left in it. A context manager.
 
-    ``FILE.part.json`` beside it says what it is a part of. Both stay when the block ends in an error, so that another
-    call can go on, unless nothing was written; :meth:`finish` and :meth:`discard` take them away.
+    ``FILE.part.json`` beside it holds the identity of the download. Both stay when the block ends in an error, so that
+    another call can go on, unless nothing was written; :meth:`finish` and :meth:`discard` take them away.
 
     Args:
         path: FILE; where it is a link, the file behind it is meant.
-        identity: What must be the same for a call to go on: ``source``, ``etag``, ``size`` and ``ranges``.
-        resume: Keep what is there, if it is of use.
+        identity: Facts that must be the same for a call to go on: ``source``, ``etag``, ``size`` and ``ranges``.
+        resume: Keep the bytes that are there, if they are of this download. False: drop them.
 
     Attributes:
-        started_over: Why what was there was of no use, in words; None if there was nothing or it was.
+        started_over: Reason, in words, for which the bytes that were there were dropped; None if none were.
 
     Raises:
         OSError: It can't be written, or another process is writing it.
@@ -52,7 +57,7 @@ class PartFile:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
         self._file = open(os.open(self._path, flags, 0o666), "r+b", buffering=0)  # noqa: SIM115  # closed by __exit__
         try:
-            self._lock()
+            self._lock()  # before its size is looked at, which another writer may change
             left = os.fstat(self._file.fileno()).st_size
             self.started_over = self._why_useless(left, identity) if resume and left else None
             if not resume or not left or self.started_over is not None:
@@ -64,7 +69,7 @@ class PartFile:
 
     @staticmethod
     def check(path: str | os.PathLike[str]) -> None:
-        """Say before anything is fetched that nothing can become of it.
+        """Check, before anything is fetched, that ``path`` can be written.
 
         Raises:
             ConfigError: ``path`` is a folder or a device, or lies in no folder.
@@ -79,14 +84,14 @@ class PartFile:
 
     @staticmethod
     def try_size(path: str | os.PathLike[str]) -> int | None:
-        """How many bytes an earlier call has left; None if there is nothing."""
+        """Bytes that an earlier call has left; None if there is no part."""
         try:
             return _paths(path)[1].stat().st_size
         except OSError:
             return None
 
     def take_kept(self, use: Callable[[bytes], object]) -> int:
-        """Hand what is there already to ``use``, piece by piece; how many bytes that is."""
+        """Hand the bytes that are there already to ``use``, piece by piece; returns how many they are."""
         kept = 0
         while chunk := self._file.read(_READ_BYTES):
             use(chunk)
@@ -97,23 +102,17 @@ class PartFile:
 
     def write(self, data: memoryview) -> None:
         """Append these bytes."""
-        with self._named():
+        with errors_naming(self._path):
             write_all(self._file, data)
 
     def finish(self) -> None:
-        """Bring it to the disk, and give it its name."""
-        with self._named():
-            os.fsync(self._file.fileno())
-        os.replace(self._path, self._final)
+        """Bring the file to the disk, and give it its name."""
+        with errors_naming(self._path):
+            rename_whole(self._file, self._path, self._final)
         self._state.unlink(missing_ok=True)
-        folder = os.open(self._final.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
     def discard(self) -> None:
-        """Remove it."""
+        """Remove the part, and the file beside it."""
         self._path.unlink(missing_ok=True)
         self._state.unlink(missing_ok=True)
 
@@ -121,17 +120,9 @@ class PartFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self._file:
+        with self._file:  # closes it, and with it the lock
             if not os.fstat(self._file.fileno()).st_size and self._is_there():
                 self.discard()
-
-    @contextmanager
-    def _named(self) -> Iterator[None]:
-        """Let errors of the open file say which one it was, as those of paths do."""
-        try:
-            yield
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._path)) from None
 
     def _lock(self) -> None:
         try:
@@ -146,12 +137,14 @@ class PartFile:
             raise OSError(f"another process is writing {self._path}; wait for it, or choose another file")
 
     def _is_there(self) -> bool:
+        """True if the open file is still the one of this name."""
         try:
             return os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno()))
         except FileNotFoundError:
             return False
 
     def _why_useless(self, left: int, identity: dict[str, Any]) -> str | None:
+        """Reason, in words, for which a download of this identity can't go on from the bytes that are there."""
         try:
             state = json.loads(self._state.read_text())
         except (OSError, ValueError):
@@ -170,10 +163,10 @@ class PartFile:
 
 
 def write_all(file: BinaryIO | FileIO, data: memoryview) -> None:
-    """Write all of it, even to a file without a buffer, which may take less at one time.
+    """Write all of ``data``, even to a file without a buffer, which may take less at one time.
 
     Raises:
-        OSError: It can't be written; BlockingIOError where the file does not wait.
+        OSError: It can't be written; BlockingIOError if the file is full and does not wait.
     """
     while data:
         written = file.write(data)
@@ -183,7 +176,7 @@ def write_all(file: BinaryIO | FileIO, data: memoryview) -> None:
 
 
 def _paths(path: str | os.PathLike[str]) -> tuple[Path, Path, Path]:
-    """The file, its part, and what says of what that is."""
+    """The file, its part, and the file that says of what that is a part."""
     # Of a link the file behind it is replaced, as if it were written to.
     final = Path(os.path.realpath(path))
     return final, Path(f"{final}.part"), Path(f"{final}.part.json")

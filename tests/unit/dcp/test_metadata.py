@@ -3,7 +3,6 @@ from __future__ import annotations
 import inspect
 import io
 import pickle
-import subprocess
 import sys
 import tracemalloc
 from pathlib import Path, PosixPath, PurePosixPath
@@ -169,16 +168,6 @@ def test_metadata_of_few_bytes_reserves_few() -> None:
             tracemalloc.stop()
 
 
-def test_metadata_imports_no_module_of_torch() -> None:
-    program = (
-        "import io, sys\n"
-        "from mpreader.dcp.metadata import MetadataRefused, load_metadata\n"
-        "try: load_metadata(io.BytesIO(b'ctorch\\nonnx\\n.'))\n"
-        "except MetadataRefused: sys.exit('torch.onnx' in sys.modules)\n"
-    )
-    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
-
-
 def test_metadata_with_an_index_too_deep_to_be_named_is_refused() -> None:
     deep: tuple[Any, ...] = ()
     for _ in range(300):
@@ -242,4 +231,4 @@ def test_metadata_of_100_000_entries_loads() -> None:
         MetadataIndex(f"weight.{n}", [0, 0], 0): _StorageInfo(f"__{n % 8}_0.distcp", n, 1) for n in range(100_000)
     }
     data = pickle.dumps(metadata_with(storage, count=100_000))
-    assert load_metadata(io.BytesIO(data)).storage_data == pickle.loads(data).storage_data
+    assert load_metadata(io.BytesIO(data)).storage_data == storage

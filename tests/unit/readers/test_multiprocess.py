@@ -16,12 +16,11 @@ PART = 1000
 
 
 class Reads:
-    """Reads of a plan, and their transfer: all of DATA in parts of 1000 bytes, each in memory of its own."""
+    """Reads of a plan: all of DATA in parts of 1000 bytes, each in memory of its own."""
 
     def __init__(self, max_bytes: int) -> None:
         self.parts_by_file = {"s3://bucket/key": (7, [Part(at, at + PART) for at in range(0, len(DATA), PART)])}
         self.max_bytes = max_bytes
-        self.transfer: Any = self
         self.taken: list[int] = []
         self.given_back: list[int] = []
         self.held_at_take: list[list[int]] = []
@@ -31,8 +30,8 @@ class Reads:
 
     def close_file(self, uri: str, *, has_failed: bool) -> None: ...
 
-    def take(self, fill: int) -> memoryview:
-        index = fill - 7
+    def take(self, slot_read: int) -> memoryview:
+        index = slot_read - 7
         self.held_at_take.append(self.held())
         memory: Any = np.frombuffer(bytearray(DATA[index * PART : (index + 1) * PART]), np.uint8)
         self._lent[index] = weakref.ref(memory)

@@ -11,7 +11,7 @@ from botocore.credentials import Credentials
 
 from mpreader import AccessDenied, ConfigError, S3Client, S3ClientConfig
 from mpreader.pool.worker.route import Route
-from mpreader.s3 import S3Source
+from mpreader.sources.s3 import S3Source
 
 _SECRETS = ("THEKEYID", "the-secret-key", "the-session-token", "Signature")
 
@@ -21,7 +21,7 @@ def _query(route: Route) -> dict[str, list[str]]:
 
 
 def test_route_signs_only_the_host_with_version_4() -> None:
-    route = S3Client("eu-west-1").route("bucket", "a key")
+    route = S3Source(S3Client("eu-west-1"), "bucket", "a key").route()
     query = _query(route)
     assert (route.tls, route.host, route.port) == (True, "bucket.s3.eu-west-1.amazonaws.com", 443)
     assert route.headers == (("Host", "bucket.s3.eu-west-1.amazonaws.com"),)
@@ -35,18 +35,20 @@ def test_route_signs_only_the_host_with_version_4() -> None:
 
 @pytest.mark.parametrize("region", ["us-east-1", "eu-west-1", "cn-north-1"])
 def test_route_with_path_style_puts_the_bucket_into_the_path(region: str) -> None:
-    route = S3Client(region, s3client_config=S3ClientConfig(force_path_style=True)).route("bucket", "key")
+    route = S3Source(S3Client(region, s3client_config=S3ClientConfig(force_path_style=True)), "bucket", "key").route()
     assert not route.host.startswith("bucket")
     assert route.target.startswith("/bucket/key?")
 
 
 def test_route_unsigned_is_a_plain_url() -> None:
-    route = S3Client("eu-west-1", s3client_config=S3ClientConfig(unsigned=True)).route("bucket", "key")
+    route = S3Source(S3Client("eu-west-1", s3client_config=S3ClientConfig(unsigned=True)), "bucket", "key").route()
     assert (route.host, route.target) == ("bucket.s3.eu-west-1.amazonaws.com", "/key")
 
 
 def test_route_of_requester_pays_carries_the_signed_header() -> None:
-    route = S3Client("eu-west-1", s3client_config=S3ClientConfig(requester_pays=True)).route("bucket", "key")
+    route = S3Source(
+        S3Client("eu-west-1", s3client_config=S3ClientConfig(requester_pays=True)), "bucket", "key"
+    ).route()
     assert _query(route)["X-Amz-SignedHeaders"] == ["host;x-amz-request-payer"]
     assert ("x-amz-request-payer", "requester") in route.headers
 
@@ -54,7 +56,7 @@ def test_route_of_requester_pays_carries_the_signed_header() -> None:
 @pytest.mark.parametrize("variable", ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"])
 def test_route_goes_to_the_endpoint_of_the_environment(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(variable, "http://store.example:9000")
-    route = S3Client("eu-west-1").route("bucket", "key")
+    route = S3Source(S3Client("eu-west-1"), "bucket", "key").route()
     assert (route.tls, route.host, route.port, route.ca_file) == (False, "store.example", 9000, None)
     assert route.headers == (("Host", "store.example:9000"),)
     assert route.target.startswith("/bucket/key?")
@@ -70,36 +72,36 @@ def test_route_goes_to_the_endpoint_of_the_environment(variable: str, monkeypatc
     ],
 )
 def test_route_names_the_host_as_it_was_signed(endpoint: str, host: str, port: int, header: str) -> None:
-    route = S3Client("eu-west-1", endpoint=endpoint).route("bucket", "key")
+    route = S3Source(S3Client("eu-west-1", endpoint=endpoint), "bucket", "key").route()
     assert (route.host, route.port) == (host, port)
     assert dict(route.headers)["Host"] == header
 
 
 def test_route_trusts_the_configured_authorities(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    default = S3Client("eu-west-1").route("bucket", "key").ca_file
+    default = S3Source(S3Client("eu-west-1"), "bucket", "key").route().ca_file
     assert default is not None
     assert Path(default).is_file()
     for name in ("REQUESTS_CA_BUNDLE", "AWS_CA_BUNDLE"):  # each goes before the one before
         (tmp_path / name).write_bytes(Path(default).read_bytes())
         monkeypatch.setenv(name, str(tmp_path / name))
-        assert S3Client("eu-west-1").route("bucket", "key").ca_file == str(tmp_path / name)
+        assert S3Source(S3Client("eu-west-1"), "bucket", "key").route().ca_file == str(tmp_path / name)
 
 
 def test_route_goes_through_the_proxy_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTPS_PROXY", "http://me:pass%20word@proxy.example:3128")
     monkeypatch.setenv("NO_PROXY", "inside.example")
-    proxy = S3Client("eu-west-1").route("bucket", "key").proxy
+    proxy = S3Source(S3Client("eu-west-1"), "bucket", "key").route().proxy
     assert proxy is not None
     assert (proxy.host, proxy.port) == ("proxy.example", 3128)
     assert proxy.headers == (("Proxy-Authorization", "Basic bWU6cGFzcyB3b3Jk"),)
-    assert S3Client("eu-west-1", endpoint="https://s3.inside.example").route("bucket", "key").proxy is None
-    assert S3Client("eu-west-1", endpoint="http://s3.example").route("bucket", "key").proxy is None
+    assert S3Source(S3Client("eu-west-1", endpoint="https://s3.inside.example"), "bucket", "key").route().proxy is None
+    assert S3Source(S3Client("eu-west-1", endpoint="http://s3.example"), "bucket", "key").route().proxy is None
 
 
 def test_route_refuses_a_proxy_that_workers_can_not_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTPS_PROXY", "socks5://me:password@proxy.example:1080")
     with pytest.raises(ConfigError, match=r"HTTPS_PROXY.*socks5://") as caught:
-        S3Client("eu-west-1").route("bucket", "key")
+        S3Source(S3Client("eu-west-1"), "bucket", "key").route()
     assert "password" not in str(caught.value)
 
 
@@ -107,7 +109,7 @@ def test_route_without_credentials_says_how_to_give_them(monkeypatch: pytest.Mon
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     with pytest.raises(AccessDenied, match=r"AWS_ACCESS_KEY_ID.*profile.*sso login.*role.*unsigned") as caught:
-        S3Client("eu-west-1").route("bucket", "key")
+        S3Source(S3Client("eu-west-1"), "bucket", "key").route()
     assert (caught.value.bucket, caught.value.key) == ("bucket", "key")
 
 
@@ -121,7 +123,7 @@ def test_client_takes_credentials_and_region_of_its_profile(tmp_path: Path, monk
     config = tmp_path / "config"
     config.write_text("[profile lab]\nregion = eu-north-1\naws_access_key_id = AKIALAB\naws_secret_access_key = s\n")
     monkeypatch.setenv("AWS_CONFIG_FILE", str(config))
-    route = S3Client(s3client_config=S3ClientConfig(profile="lab")).route("bucket", "key")
+    route = S3Source(S3Client(s3client_config=S3ClientConfig(profile="lab")), "bucket", "key").route()
     assert _query(route)["X-Amz-Credential"][0].startswith("AKIALAB/")
     assert route.host == "bucket.s3.eu-north-1.amazonaws.com"
 
@@ -129,13 +131,13 @@ def test_client_takes_credentials_and_region_of_its_profile(tmp_path: Path, monk
 @pytest.mark.parametrize("region", ["not a region", "-", "a/b"])
 def test_client_with_a_malformed_region_is_a_config_error(region: str) -> None:
     with pytest.raises(ConfigError, match="region"):
-        S3Client(region).route("bucket", "key")
+        S3Source(S3Client(region), "bucket", "key").route()
 
 
 @pytest.mark.parametrize("bucket", ["Bad Bucket!", "a/b"])
 def test_client_with_a_malformed_bucket_is_a_config_error(bucket: str) -> None:
     with pytest.raises(ConfigError, match="bucket name"):
-        S3Client("eu-west-1").route(bucket, "key")
+        S3Source(S3Client("eu-west-1"), bucket, "key").route()
 
 
 def test_client_of_another_region_or_endpoint_goes_before_the_config() -> None:
@@ -175,7 +177,7 @@ def test_client_takes_new_credentials_of_the_environment_and_of_the_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def key_id() -> str:
-        return _query(S3Client("eu-west-1").route("bucket", "key"))["X-Amz-Credential"][0].split("/")[0]
+        return _query(S3Source(S3Client("eu-west-1"), "bucket", "key").route())["X-Amz-Credential"][0].split("/")[0]
 
     assert key_id() == "AKIATHEKEYID"
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAANOTHER")
@@ -195,6 +197,6 @@ def test_client_finds_credentials_that_were_not_there_at_first(monkeypatch: pyte
         "botocore.credentials.CredentialResolver.load_credentials", lambda self: found[0] if found else None
     )
     with pytest.raises(AccessDenied):
-        S3Client("eu-west-1").route("bucket", "key")
+        S3Source(S3Client("eu-west-1"), "bucket", "key").route()
     found.append(Credentials("AKIALATER", "secret"))
-    S3Client("eu-west-1").route("bucket", "key")
+    S3Source(S3Client("eu-west-1"), "bucket", "key").route()

@@ -1,0 +1,94 @@
+"""Sample state: resembles what a training run saves, and can be compared with a loaded one to the last bit.
+
+``mpreader demo`` saves it to a server and loads it back. The functions here are all that it needs of torch; servers,
+readers and clocks are the demo's own business.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
+
+__all__ = ["State", "blank_copy", "differing", "load_state", "make_state", "save_state", "tensor_sizes"]
+
+State = dict[str, dict[str, Any]]
+"""Groups by name: ``"model"`` and ``"odd"`` hold tensors by name, ``"items"`` what is no tensor."""
+
+_MB: Final = 1_000_000
+_TENSOR_GROUPS: Final = ("model", "odd")
+# Layouts, sizes and values that a loader is most likely to get wrong.
+_ODD_TENSORS: Final = {
+    "scalar": torch.tensor(3.5, dtype=torch.float64),
+    "empty": torch.empty(0, 7),
+    "mask": torch.arange(1001) % 3 == 0,
+    "ids": torch.arange(-500, 500),
+    "complex": torch.complex(torch.linspace(0, 1, 99), torch.linspace(1, 0, 99)),
+    "transposed": torch.arange(6000, dtype=torch.float32).reshape(60, 100).t(),
+    "not_a_number": torch.tensor([float("nan"), float("inf"), -0.0]),
+}
+_ITEMS: Final = {"step": 12_000, "lr": 3e-4, "name": "demo", "betas": [0.9, 0.95], "schedule": ("cosine", 100)}
+
+
+def make_state(size_mb: int) -> State:
+    """Make about ``size_mb`` MB (1e6 bytes) of bf16 weights, some odd tensors, and items that are no tensors."""
+    width = 1024 if size_mb >= 100 else 128
+    layer: dict[str, tuple[int, ...]] = dict.fromkeys("qkvo", (width, width))
+    layer |= {"up": (4 * width, width), "down": (width, 4 * width), "norm": (width,)}
+    layer_bytes = sum(2 * torch.Size(shape).numel() for shape in layer.values())
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        f"layers.{number}.{name}.weight": _random_bits(shape, generator)
+        for number in range(max(1, size_mb * _MB // layer_bytes))
+        for name, shape in layer.items()
+    }
+    return {"model": weights, "odd": dict(_ODD_TENSORS), "items": dict(_ITEMS)}
+
+
+def _random_bits(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    # All bit patterns, NaNs too: what is compared are bits, not numbers.
+    return torch.empty(shape, dtype=torch.int16).random_(-(1 << 15), 1 << 15, generator=generator).view(torch.bfloat16)
+
+
+def tensor_sizes(state: State) -> list[int]:
+    """Bytes of each tensor of a state."""
+    return [tensor.nbytes for group in _TENSOR_GROUPS for tensor in state[group].values()]
+
+
+def save_state(state: State, writer: StorageWriter) -> None:
+    """Save a state from this process alone, without ``torch.distributed``."""
+    save(state, storage_writer=writer, no_dist=True)
+
+
+def load_state(target: State, reader: StorageReader) -> None:
+    """Load into a state that has the right shapes, in this process alone, without ``torch.distributed``."""
+    load(target, storage_reader=reader, no_dist=True)
+
+
+def blank_copy(state: State) -> State:
+    """A state of the same names, shapes and types, with other contents.
+
+    Its tensors are written to: their memory is there before a clock starts, and nothing in them is right by chance.
+    """
+    target: State = {
+        group: {name: torch.full_like(tensor, 1) for name, tensor in state[group].items()} for group in _TENSOR_GROUPS
+    }
+    target["items"] = {name: type(value)() for name, value in state["items"].items()}
+    return target
+
+
+def differing(state: State, loaded: State) -> list[str]:
+    """Names, such as ``"odd.mask"``, of what is not the same in both states, to the bit; empty if nothing differs."""
+    tensors = [(group, name) for group in _TENSOR_GROUPS for name in state[group]]
+    names = [f"{group}.{name}" for group, name in tensors if not _same_bits(state[group][name], loaded[group][name])]
+    return names + [f"items.{name}" for name, value in state["items"].items() if loaded["items"][name] != value]
+
+
+def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
+    if (left.dtype, left.shape) != (right.dtype, right.shape):
+        return False
+    # As bytes: a NaN would differ from itself, and 0.0 would equal -0.0.
+    return torch.equal(left.reshape(-1).view(torch.uint8), right.reshape(-1).view(torch.uint8))

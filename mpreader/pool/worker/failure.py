@@ -1,0 +1,129 @@
+"""Failures of a GET: the exception, and the decision which responses are accepted and what the others are called.
+
+Used by :mod:`~mpreader.pool.worker.connection`. It names the kind of a failure; whether and when a part is requested
+again is the coordinator's decision.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from mpreader.pool.worker.http import MalformedResponse, Response
+from mpreader.pool.worker.messages import FailureKind, Fetch
+from mpreader.pool.worker.partial_content import Mismatch, PartialContent, find_mismatch
+
+__all__ = ["GetFailed", "check_response"]
+
+_MAX_ERROR_BODY_BYTES: Final = 16 * 1024
+_MAX_RETRY_AFTER_S: Final = 60.0
+_BUSY_STATUSES: Final = frozenset({408, 429, 500, 502, 503, 504})
+_BUSY_CODES: Final = frozenset(
+    {"RequestTimeout", "SlowDown", "InternalError", "ServiceUnavailable", "OperationAborted"}
+)
+_EXPIRED_CODES: Final = frozenset({"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"})
+_KIND_BY_STATUS: Final = {
+    200: FailureKind.MALFORMED,
+    401: FailureKind.DENIED,
+    403: FailureKind.DENIED,
+    404: FailureKind.MISSING,
+    410: FailureKind.MISSING,
+    412: FailureKind.CHANGED,
+    416: FailureKind.CHANGED,  # the range was compared with the size that HEAD gave: the object is shorter now
+}
+
+
+class GetFailed(Exception):
+    """A GET that brought no bytes, or not all of them.
+
+    Attributes:
+        kind: Reason, by which the coordinator decides whether the part is requested again.
+        detail: Reason for people, without secrets.
+        received: Number of bytes at the start of the part that were received, and are right.
+        retry_after_s: Seconds that the server asks to wait, 0 where it does not.
+    """
+
+    def __init__(self, kind: FailureKind, detail: str, received: int = 0, retry_after_s: float = 0.0) -> None:
+        super().__init__(detail)
+        self.kind = kind
+        self.detail = detail
+        self.received = received
+        self.retry_after_s = retry_after_s
+
+
+def check_response(response: Response, fetch: Fetch) -> None:
+    """Accept the response to a GET only if its body will be exactly the requested bytes of the expected version.
+
+    Reads nothing of a body that may be the object: no byte of a wrong one gets into the slot.
+
+    Raises:
+        GetFailed: The response is refused. The connection must be closed, since its body is left unread.
+    """
+    said = PartialContent(
+        response.status,
+        response.header("content-range"),
+        response.header("etag"),
+        response.length,
+        response.header("content-encoding"),
+    )
+    mismatch = find_mismatch(said, start=fetch.start, end=fetch.end, etag=fetch.etag, object_size=fetch.object_size)
+    if mismatch is Mismatch.STATUS:
+        raise _refusal(response)
+    if mismatch is not None:
+        raise GetFailed(*_describe(mismatch, said, fetch))
+
+
+def _describe(mismatch: Mismatch, said: PartialContent, fetch: Fetch) -> tuple[FailureKind, str]:
+    """Name the kind of failure, and describe it."""
+    if mismatch is Mismatch.VERSION:
+        # A response without an ETag does not say that the object changed; the next one may have it.
+        kind = FailureKind.CHANGED if said.etag else FailureKind.MALFORMED
+        return kind, f"the answer is for ETag {said.etag or '(none)'}, not {fetch.etag}"
+    if mismatch is Mismatch.OBJECT_SIZE:
+        # Under the right ETag it is a wrong response, not another object.
+        kind = FailureKind.MALFORMED if fetch.etag else FailureKind.CHANGED
+        object_size = said.content_range.rpartition("/")[2]
+        return kind, f"the object has {object_size} bytes now, not {fetch.object_size}"
+    if mismatch is Mismatch.ENCODING:
+        return FailureKind.MALFORMED, "the answer is compressed, its bytes are not the object's"
+    if mismatch is Mismatch.LENGTH:
+        detail = f"Content-Length {said.length}, not the {fetch.end - fetch.start} bytes asked for"
+        return FailureKind.MALFORMED, detail
+    expected = f"bytes {fetch.start}-{fetch.end - 1}/"
+    return FailureKind.MALFORMED, f"asked for {expected!r}, answered with Content-Range {said.content_range!r}"
+
+
+def _refusal(response: Response) -> GetFailed:
+    status = response.status
+    # Below 300 the body is no error document: of a 200 it is the whole object.
+    code, text = ("", "") if status < 300 else _read_error_document(response)
+    detail = f"HTTP {status}" + (f" {code}" if code else "") + (f" ({text})" if text else "")
+    if status == 200:
+        detail += ": the server sends the whole object in place of a range"
+    return GetFailed(_kind_of(status, code, text), detail, retry_after_s=_retry_after_s(response))
+
+
+def _kind_of(status: int, code: str, text: str) -> FailureKind:
+    # The code comes first: S3 says with status 400 that a token expired or that it timed out. A presigned URL that
+    # expired is an AccessDenied; only its text tells ("Request has expired").
+    if code in _EXPIRED_CODES or (status == 403 and "expired" in text.lower()):
+        return FailureKind.EXPIRED
+    if status in _BUSY_STATUSES or code in _BUSY_CODES:
+        return FailureKind.BUSY
+    return _KIND_BY_STATUS.get(status, FailureKind.REFUSED)
+
+
+def _read_error_document(response: Response) -> tuple[str, str]:
+    """Read S3's error document. Returns its code and message, empty if there are none."""
+    # Nothing else of it is kept: it may repeat what was signed, which no error text may show.
+    try:
+        body = response.read(_MAX_ERROR_BODY_BYTES).decode("utf-8", "replace")
+    except (OSError, MalformedResponse):
+        return "", ""  # the status alone says enough
+    code, message = (re.search(rf"<{tag}>([^<]*)</{tag}>", body) for tag in ("Code", "Message"))
+    return (code[1][:100] if code else ""), (message[1][:300] if message else "")
+
+
+def _retry_after_s(response: Response) -> float:
+    text = response.header("retry-after")  # a date, which it may also be, is not understood
+    return min(float(text), _MAX_RETRY_AFTER_S) if text.isdigit() else 0.0

@@ -1,0 +1,117 @@
+"""Opening of a socket to a server: address lookup, TCP, the tunnel through a proxy, TLS.
+
+Used by :mod:`~mpreader.pool.worker.connection`, which keeps the socket. Nothing here is shared between threads but the
+TLS contexts, and those are only ever added to.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from typing import TYPE_CHECKING, Final
+
+from mpreader.pool.worker.http import HttpSocket
+from mpreader.pool.worker.route import Proxy, Route
+
+if TYPE_CHECKING:
+    import ssl
+
+__all__ = ["host_and_port", "open_socket"]
+
+# Making a context parses every certificate authority of the system, which takes 20 ms. By the route's ca_file.
+_tls_contexts: Final[dict[str | None, ssl.SSLContext]] = {}
+
+
+def open_socket(route: Route, connect_timeout_s: float, io_timeout_s: float) -> socket.socket:
+    """Connect to a route's server.
+
+    Args:
+        route: Server, proxy, and whom to trust.
+        connect_timeout_s: Longest wait for each step of connecting.
+        io_timeout_s: Longest time that a later receive or send may block.
+
+    Returns:
+        A socket in blocking mode, owned by the caller.
+
+    Raises:
+        OSError: No connection; ``ssl`` errors are among these.
+        MalformedResponse: The proxy does not speak HTTP/1.1.
+        ValueError: The host's name, or a header for the proxy, is none that can be sent.
+    """
+    host, port = (route.host, route.port) if route.proxy is None else (route.proxy.host, route.proxy.port)
+    sock = _connect(host, port, connect_timeout_s)
+    try:
+        if route.proxy is not None and route.tls:
+            _request_tunnel(sock, route, route.proxy)
+        if route.tls:
+            sock = _tls_context(route.ca_file).wrap_socket(sock, server_hostname=route.host)
+        _block_in_kernel(sock, io_timeout_s)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def host_and_port(route: Route) -> str:
+    """Server of a route as it stands in a URL: an IPv6 address in brackets, then the port."""
+    host = f"[{route.host}]" if ":" in route.host else route.host
+    return f"{host}:{route.port}"
+
+
+def _connect(host: str, port: int, timeout_s: float) -> socket.socket:
+    addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    # Shuffled, since S3 has several addresses: the connections of all workers spread over them. Not by the random
+    # module, which would add 1 ms to a worker's start.
+    addresses.sort(key=lambda _: os.urandom(4))
+    last_error: OSError = OSError(f"no address for {host}")
+    for family, kind, protocol, _, address in addresses:
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.settimeout(timeout_s)
+            sock.connect(address)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        except OSError as error:
+            sock.close()
+            last_error = error
+        else:
+            return sock
+    raise last_error
+
+
+def _request_tunnel(sock: socket.socket, route: Route, proxy: Proxy) -> None:
+    # Bytes that come early would be lost with this HttpSocket. There are none: in TLS the client speaks first.
+    http = HttpSocket(sock)
+    http.send_request("CONNECT", host_and_port(route), [("Host", host_and_port(route)), *proxy.headers])
+    response = http.read_response()
+    if response.status != 200:
+        raise OSError(f"the proxy refuses to connect: HTTP {response.status}")
+
+
+def _tls_context(ca_file: str | None) -> ssl.SSLContext:
+    import ssl  # only here: it would add 10 ms to the start of a worker that never needs it
+
+    context = _tls_contexts.get(ca_file)
+    if context is None:
+        if ca_file is None:
+            context = ssl.create_default_context()
+        else:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            if os.path.isdir(ca_file):
+                context.load_verify_locations(capath=ca_file)
+            else:
+                context.load_verify_locations(cafile=ca_file)
+        _tls_contexts[ca_file] = context
+    return context
+
+
+def _block_in_kernel(sock: socket.socket, timeout_s: float) -> None:
+    """Make the kernel end a receive or send that blocks too long.
+
+    Not Python's own timeout: with it, every receive would first ask the kernel in another system call if there is
+    anything. The timeout is the last resort, for the case that nobody watches a connection's deadline.
+    """
+    timeval = struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1e6))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
+    sock.settimeout(None)

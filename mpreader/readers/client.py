@@ -1,0 +1,41 @@
+"""S3Client: the client of S3 that users have, which makes readers of objects besides all other requests."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mpreader.s3.client import BaseS3Client
+from mpreader.s3.stream import PinnedObject
+
+if TYPE_CHECKING:
+    from mpreader.readers.base import ObjectInfo, S3Reader
+    from mpreader.readers.protocols import S3ReaderConstructorProtocol
+
+__all__ = ["S3Client"]
+
+
+class S3Client(BaseS3Client):
+    """Access to S3. Thread-safe; connects when first used, anew after a fork or unpickling."""
+
+    def get_object(
+        self,
+        bucket: str,
+        key: str,
+        *,
+        object_info: ObjectInfo | None = None,
+        reader_constructor: S3ReaderConstructorProtocol | None = None,
+    ) -> S3Reader:
+        """Make a reader of one object; all that it reads is of the version that it sees first.
+
+        Args:
+            bucket: The object's bucket.
+            key: The object's key.
+            object_info: Facts of the object from a HEAD or a listing, to save the reader a request.
+            reader_constructor: Makes the reader. None: ``S3ReaderConstructor.default()``.
+        """
+        # Here, since the kinds of readers are not needed by those who only write, list or delete.
+        from mpreader.readers.kinds import S3ReaderConstructor
+
+        pinned = PinnedObject(self, bucket, key, object_info)
+        make = reader_constructor or S3ReaderConstructor.default()
+        return make(bucket=bucket, key=key, get_object_info=pinned.info, get_stream=pinned.stream)

@@ -1,0 +1,73 @@
+"""S3Source: an object of S3 as a source of the pool."""
+
+from __future__ import annotations
+
+from mpreader.pool.source import ObjectVersion
+from mpreader.pool.worker.route import Route
+from mpreader.s3.client import BaseS3Client
+from mpreader.sources.network import proxy_for, route_to
+
+__all__ = ["S3Source"]
+
+
+class S3Source:
+    """One object of S3. See :class:`mpreader.pool.source.Source`.
+
+    Args:
+        client: Client that makes the HEAD request and signs the routes.
+        bucket: The object's bucket.
+        key: The object's key.
+    """
+
+    version: ObjectVersion | None = None
+
+    def __init__(self, client: BaseS3Client, bucket: str, key: str) -> None:
+        self._client = client
+        self._bucket = bucket
+        self._key = key
+
+    @property
+    def bucket(self) -> str:
+        """The object's bucket."""
+        return self._bucket
+
+    @property
+    def key(self) -> str:
+        """The object's key."""
+        return self._key
+
+    @property
+    def uri(self) -> str:
+        """``s3://bucket/key``."""
+        return f"s3://{self._bucket}/{self._key}"
+
+    @property
+    def max_attempts(self) -> int:
+        """Requests made for the same bytes before giving up."""
+        return self._client.s3client_config.max_attempts
+
+    def open(self) -> ObjectVersion:
+        """Ask S3, with one HEAD request, which version there is now.
+
+        Raises:
+            ObjectMissing: There is no such bucket, or no such key in it.
+            AccessDenied: There are no credentials, or they are not good for this.
+            TransportError: The service could not be asked, or failed.
+        """
+        info = self._client.head_object(self._bucket, self._key)
+        return ObjectVersion(info.size, info.etag)
+
+    def route(self) -> Route:
+        """Make a freshly signed route, through the environment's proxy if it names one. Makes no request.
+
+        Raises:
+            AccessDenied: There are no credentials.
+            ConfigError: The proxy is of a kind that the workers can't use.
+        """
+        presigned = self._client.presign(self._bucket, self._key)
+        # The proxy depends on the origin alone; the rest of the URL is a secret, and an error's frames may be shown.
+        proxy = proxy_for(presigned.origin)
+        return route_to(presigned.url, presigned.headers, proxy, presigned.ca_file)
+
+    def __repr__(self) -> str:
+        return f"<S3Source {self.uri}>"

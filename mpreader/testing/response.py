@@ -1,0 +1,204 @@
+"""Responses of S3 to GET and HEAD, computed without any I/O; also the wrong ones that a fault asks for.
+
+The fault server sends them. The embedded S3 uses :func:`byte_range`, so that both read a Range header alike.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO, Final
+from urllib.parse import unquote
+
+from mpreader.testing.fault import Fault, FaultKind
+
+__all__ = ["Content", "Request", "Response", "StoredObject", "byte_range", "read_request", "respond"]
+
+Content = bytes | bytearray | memoryview | Path
+
+_MAX_HEAD_BYTES: Final = 64 * 1024
+_REASONS: Final = {200: "OK", 206: "Partial Content"}
+_ERRORS: Final = {
+    403: ("AccessDenied", "Access Denied"),
+    404: ("NoSuchKey", "The specified key does not exist."),
+    405: ("MethodNotAllowed", "The specified method is not allowed against this resource."),
+    412: ("PreconditionFailed", "At least one of the pre-conditions you specified did not hold"),
+    416: ("InvalidRange", "The requested range is not satisfiable"),
+    500: ("InternalError", "We encountered an internal error. Please try again."),
+    503: ("SlowDown", "Please reduce your request rate."),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredObject:
+    """An object that is served.
+
+    Attributes:
+        data: Its bytes.
+        etag: Its ETag, in quotes.
+    """
+
+    data: memoryview
+    etag: str
+
+    @classmethod
+    def of(cls, content: Content) -> StoredObject:
+        """Serve ``content`` without copying it; a path names a file that must stay as it is."""
+        if isinstance(content, Path):
+            with content.open("rb") as file:
+                content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        data = memoryview(content).cast("B").toreadonly()
+        return cls(data, f'"{hashlib.md5(data, usedforsecurity=False).hexdigest()}"')
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Head of a request.
+
+    Attributes:
+        method: ``"GET"``, ``"HEAD"``, …
+        path: The path, percent-decoded and without the query.
+        headers: The headers, names in lower case.
+    """
+
+    method: str
+    path: str
+    headers: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """A response: status, headers, and the bytes to send behind them."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: memoryview
+
+    def head(self) -> bytes:
+        """Status line and headers, as they are sent."""
+        lines = [f"HTTP/1.1 {self.status} {_REASONS.get(self.status, 'Error')}"]
+        lines += [f"{name}: {value}" for name, value in self.headers.items()]
+        return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+
+
+def read_request(stream: BinaryIO) -> Request | None:
+    """Read the next request of a connection; None when the client has closed it.
+
+    Raises:
+        ConnectionError: The client speaks no HTTP, or sends no end of a request's head.
+    """
+    lines: list[str] = []
+    size = 0
+    while line := stream.readline(_MAX_HEAD_BYTES):
+        size += len(line)
+        if size > _MAX_HEAD_BYTES:
+            raise ConnectionError("the request's head is too long")
+        text = line.decode("latin-1").rstrip("\r\n")
+        if text:
+            lines.append(text)
+        elif lines:
+            words = lines[0].split(" ")
+            if len(words) != 3:
+                raise ConnectionError("this is not an HTTP request")
+            fields = (header.partition(":") for header in lines[1:])
+            headers = {name.strip().lower(): value.strip() for name, _, value in fields}
+            return Request(words[0], unquote(words[1].partition("?")[0]), headers)
+    return None
+
+
+def respond(request: Request, stored: StoredObject | None, fault: Fault | None) -> Response:
+    """Response of S3 to a request, made wrong as ``fault`` says.
+
+    Args:
+        request: The request.
+        stored: The object at its path; None: there is none.
+        fault: The fault that strikes the request. Those that concern the connection change no response.
+    """
+    kind = None if fault is None else fault.kind
+    if fault is not None and kind is FaultKind.STATUS:
+        return _error(request, fault.status, fault.code)
+    if request.method not in ("GET", "HEAD"):
+        return _error(request, 405)
+    if stored is None:
+        return _error(request, 404)
+    # A server with one of these faults knows nothing of this header.
+    ignored = {FaultKind.WHOLE_OBJECT: "range", FaultKind.OTHER_ETAG: "if-match"}.get(kind) if kind else None
+    headers = {name: value for name, value in request.headers.items() if name != ignored}
+    response = _right_response(replace(request, headers=headers), stored)
+    return response if fault is None or response.status >= 300 else _wrong_response(response, request, stored, fault)
+
+
+def byte_range(header: str | None, size: int) -> range | None:
+    """Bytes of an object of ``size`` bytes that a Range header asks for.
+
+    Returns:
+        The positions, empty if the object has none of them; None if S3 would ignore the header.
+    """
+    match = re.fullmatch(r"bytes=(\d*)-(\d*)", header or "")
+    if match is None or match[0] == "bytes=-":
+        return None
+    if not match[1]:
+        return range(max(size - int(match[2]), 0), size)
+    first, last = int(match[1]), int(match[2] or size)
+    return range(first, min(last + 1, size)) if first <= last or not match[2] else None
+
+
+def _right_response(request: Request, stored: StoredObject) -> Response:
+    if request.headers.get("if-match", stored.etag) not in (stored.etag, "*"):
+        return _error(request, 412)
+    size = len(stored.data)
+    asked = byte_range(request.headers.get("range"), size)
+    if asked is not None and not asked:
+        return _error(request, 416)
+    start, end = (0, size) if asked is None else (asked.start, asked.stop)
+    headers = {
+        "Content-Type": "binary/octet-stream",
+        "Content-Length": str(end - start),
+        "ETag": stored.etag,
+        "Accept-Ranges": "bytes",
+        "Last-Modified": "Thu, 01 Jan 2026 00:00:00 GMT",
+    }
+    if asked is not None:
+        headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
+    body = stored.data[start:end] if request.method == "GET" else memoryview(b"")
+    return Response(200 if asked is None else 206, headers, body)
+
+
+def _error(request: Request, status: int, code: str = "") -> Response:
+    usual_code, message = _ERRORS.get(status, ("InternalError", "Injected by the test"))
+    body = (
+        '<?xml version="1.0" encoding="UTF-8"?>\n'
+        f"<Error><Code>{code or usual_code}</Code><Message>{message}</Message><RequestId>0</RequestId></Error>"
+    ).encode()
+    headers = {"Content-Type": "application/xml", "Content-Length": str(len(body))}
+    return Response(status, headers, memoryview(b"" if request.method == "HEAD" else body))
+
+
+def _wrong_response(response: Response, request: Request, stored: StoredObject, fault: Fault) -> Response:
+    headers, body, size = dict(response.headers), response.body, len(stored.data)
+    asked = byte_range(request.headers.get("range"), size) or range(size)
+    start, end = asked.start, asked.stop
+    match fault.kind:
+        case FaultKind.WRONG_LENGTH:
+            headers["Content-Length"] = str(end - start + fault.delta)
+            body = body[: end - start + fault.delta]
+        case FaultKind.WRONG_RANGE:
+            headers["Content-Range"] = f"bytes {start + fault.delta}-{end - 1 + fault.delta}/{size}"
+        case FaultKind.WRONG_TOTAL:
+            headers["Content-Range"] = f"bytes {start}-{end - 1}/{size + fault.delta}"
+        case FaultKind.EXTRA_BYTES:
+            body = memoryview(bytes(body) + b"\xff" * fault.delta)
+        case FaultKind.NO_ETAG:
+            del headers["ETag"]
+        case FaultKind.OTHER_ETAG:
+            headers["ETag"] = '"another-version"'
+        case FaultKind.FLIPPED_BIT if body:
+            flipped = bytearray(body)
+            position = fault.after_bytes if fault.covering is None else fault.covering - start
+            flipped[min(position, len(flipped) - 1)] ^= 1
+            body = memoryview(flipped)
+    return Response(response.status, headers, body)

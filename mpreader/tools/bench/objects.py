@@ -1,0 +1,93 @@
+"""Source objects: the objects that a benchmark reads, and the ranges that it asks for."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from mpreader.config import S3ClientConfig
+from mpreader.errors import ObjectMissing, PlanError
+from mpreader.sources.http import HttpSource
+
+__all__ = ["SourceObject", "find_objects", "passes", "without_secrets"]
+
+_MOST_LISTED: Final = 10_000  # enough large objects to measure with; a bucket may have millions
+
+
+@dataclass(frozen=True, slots=True)
+class SourceObject:
+    """An object that is read.
+
+    Attributes:
+        source: ``s3://bucket/key``, or the URL with its secrets.
+        nbytes: Its size.
+    """
+
+    source: str
+    nbytes: int
+
+
+def find_objects(source: str, nbytes: int, s3client_config: S3ClientConfig) -> list[SourceObject]:
+    """Find the object, or the largest ones below the prefix: as many as have ``nbytes`` together, if there are so many.
+
+    Raises:
+        PlanError: There are objects, but all are empty.
+        ObjectMissing: There is none.
+    """
+    if source.startswith("s3://"):
+        found = _find_on_s3(source, s3client_config)
+    else:
+        found = [SourceObject(source, HttpSource(source, s3client_config.max_attempts).open().size)]
+    largest = sorted((item for item in found if item.nbytes), key=lambda item: item.nbytes, reverse=True)
+    if not largest:
+        raise PlanError(f"{without_secrets(source)} is empty: there is nothing to measure with")
+    before = itertools.accumulate((item.nbytes for item in largest), initial=0)
+    return [item for item, others in zip(largest, before, strict=False) if others < nbytes]
+
+
+def without_secrets(source: str) -> str:
+    """The source as it may be shown: a URL without user name, password and query."""
+    return source if source.startswith("s3://") else HttpSource(source).uri
+
+
+def passes(objects: Sequence[SourceObject], nbytes: int, part_size: int) -> Iterator[dict[str, list[tuple[int, int]]]]:
+    """Cut ``nbytes`` bytes of the objects into ranges of at most ``part_size``.
+
+    Yields:
+        ``(start, end)`` by source, ends exclusive: one pass over the objects; more than one where they have less.
+    """
+    left = nbytes
+    while left:
+        ranges: dict[str, list[tuple[int, int]]] = {}
+        for item in objects:
+            size = min(item.nbytes, left)
+            left -= size
+            if size:
+                ranges[item.source] = [(start, min(start + part_size, size)) for start in range(0, size, part_size)]
+        yield ranges
+
+
+def _find_on_s3(source: str, s3client_config: S3ClientConfig) -> list[SourceObject]:
+    from mpreader.readers.client import S3Client
+    from mpreader.s3 import parse_s3_uri
+
+    bucket, key = parse_s3_uri(source)
+    client = S3Client(s3client_config=s3client_config)
+    try:
+        missing = ObjectMissing(f"{source}: there are no objects below it", bucket=bucket, key=key)
+        if key and not key.endswith("/"):
+            try:
+                return [SourceObject(source, client.head_object(bucket, key).size)]
+            except ObjectMissing as error:
+                missing = error  # it says more, if there is no such prefix either
+        prefix = f"{key.rstrip('/')}/" if key else ""
+        pages = client.list_objects(bucket, prefix)
+        listed = itertools.islice((info for page in pages for info in page.object_info), _MOST_LISTED)
+        found = [SourceObject(f"s3://{bucket}/{info.key}", info.size) for info in listed]
+        if not found:
+            raise missing
+        return found
+    finally:
+        client.close()

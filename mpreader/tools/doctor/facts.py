@@ -1,0 +1,73 @@
+"""Host facts: everything about a host that the doctor judges without the network, gathered at one time."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Final
+
+from mpreader.host import Cgroup, Host
+
+__all__ = ["HostFacts"]
+
+_PACKAGES: Final = ("boto3", "torch", "isal")
+
+
+@dataclass(frozen=True, slots=True)
+class HostFacts:
+    """State of this process's host.
+
+    Attributes:
+        all_cores: Cores of the host, whoever may use them.
+        memory_bytes: Memory of the host.
+        host: The share of it that this process may use; the sizes of a pool are derived from it.
+        cgroup: Limits of the process's control groups.
+        shm_bytes: Size of ``/dev/shm``; 0 if there is none.
+        open_files: Descriptors that are open now.
+        files: Descriptors that the process may have open, and the number to which it may raise that.
+        versions: Versions of packages by name; None: not installed.
+        environment: The environment variables.
+    """
+
+    all_cores: int
+    memory_bytes: int
+    host: Host
+    cgroup: Cgroup
+    shm_bytes: int
+    open_files: int
+    files: tuple[int, int]
+    versions: Mapping[str, str | None]
+    environment: Mapping[str, str]
+
+    @classmethod
+    def now(cls) -> HostFacts:
+        """Gather the facts."""
+        shm_bytes = 0
+        with contextlib.suppress(OSError):
+            status = os.statvfs("/dev/shm")  # noqa: S108  # asked about, not written to
+            shm_bytes = status.f_blocks * status.f_frsize
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return cls(
+            all_cores=os.cpu_count() or 1,
+            memory_bytes=memory,
+            # Host.now() needs a /dev/shm; that there is none is a finding, not an error.
+            host=Host.now() if shm_bytes else Host(len(os.sched_getaffinity(0)), memory, 0),
+            cgroup=Cgroup.of(Path("/")),
+            shm_bytes=shm_bytes,
+            open_files=len(os.listdir("/proc/self/fd")) - 1,  # listing the folder opens it
+            files=resource.getrlimit(resource.RLIMIT_NOFILE),
+            versions={name: _version(name) for name in _PACKAGES},
+            environment=os.environ,
+        )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

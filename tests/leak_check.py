@@ -1,0 +1,170 @@
+"""Leak check: a test fails if it leaves a process, shared memory, a file descriptor or a thread behind.
+
+A pytest plugin that ``tests/conftest.py`` registers. It looks at the process of the tests and at its descendants and at
+nothing else, so that it does not matter what other programs do on the same machine.
+
+Descendants: a process whose parent has ended would become a child of init and be out of sight. The process of the tests
+is made their subreaper, which the kernel gives such orphans to instead.
+
+Shared memory: a name in ``/dev/shm`` does not say who made it, but a program that uses shared memory has it open or
+mapped. A new name counts as left behind unless a process that is no descendant holds it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import multiprocessing.resource_tracker
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+_PR_SET_CHILD_SUBREAPER = 36
+_PROC = Path("/proc")
+_SHM = Path("/dev/shm")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addini("leak_grace_s", "seconds in which what a test has used may still go away", default="10")
+
+
+def pytest_sessionstart() -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "the leak check can't become the parent of orphans")
+    multiprocessing.resource_tracker.ensure_running()  # it stays, and so does its descriptor
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left(pytestconfig: pytest.Config, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Compare what there is before a test with what there is after it."""
+    names, before = shared_memory_names(), _held()
+    yield
+    caplog.get_records("call").clear()  # torch logs exceptions, whose tracebacks keep clients and their sockets alive
+    pool = sys.modules.get("mpreader.pool.pool")
+    if pool is not None:
+        pool.close_shared_pools()
+    deadline = time.monotonic() + float(pytestconfig.getini("leak_grace_s"))
+    while left := _held() - before | {f"shared memory {name}" for name in _ours(shared_memory_names() - names)}:
+        if time.monotonic() > deadline:
+            pytest.fail("left behind: " + ", ".join(sorted(left)), pytrace=False)
+        gc.collect()  # a client dropped in a reference cycle keeps its sockets until then
+        threading.Event().wait(0.02)
+
+
+@pytest.fixture
+def new_shared_memory() -> Callable[[], set[str]]:
+    """Tell which names have come to ``/dev/shm`` since the test began and are not another program's."""
+    before = shared_memory_names()
+    return lambda: _ours(shared_memory_names() - before)
+
+
+def _held() -> set[str]:
+    """Threads, processes and descriptors that must not outlive a test, in words."""
+    held = {f"thread {thread.name}" for thread in threading.enumerate() if not thread.daemon}
+    held.update(f"process {child.pid} ({child.command})" for child in _children())
+    for entry in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the one that listdir itself had open
+            held.add(f"file descriptor {entry} ({os.readlink(f'/proc/self/fd/{entry}')})")
+    return held
+
+
+# -- processes
+
+
+class _Process(NamedTuple):
+    pid: int
+    parent: int
+    command: str
+    has_ended: bool
+
+
+def _try_read_process(pid: int | str) -> _Process | None:
+    try:
+        stat = (_PROC / str(pid) / "stat").read_text()
+    except OSError:
+        return None  # ended meanwhile
+    found = re.fullmatch(r"(\d+) \((.*)\) (\S) (\d+) .*", stat, re.DOTALL)
+    assert found is not None, stat
+    return _Process(int(found[1]), int(found[4]), found[2], has_ended=found[3] in "ZX")
+
+
+def _children() -> Iterator[_Process]:
+    """Processes that were started here, or whose parent has ended; without Python's own resource tracker."""
+    tracker = multiprocessing.resource_tracker._resource_tracker._pid  # type: ignore[attr-defined]
+    for task in Path("/proc/self/task").iterdir():  # a child belongs to the thread that started it
+        with contextlib.suppress(OSError):
+            for pid in (task / "children").read_text().split():
+                child = _try_read_process(pid)
+                if child is not None and child.pid != tracker and not (child.has_ended and _reap_orphan(child.pid)):
+                    yield child
+
+
+def _reap_orphan(pid: int) -> bool:
+    """Reap a process that has ended, unless the code under test should have done so."""
+    # Not isinstance: it would ask every object for its class, and some that torch makes lazily warn when asked.
+    if any(issubclass(type(each), subprocess.Popen) and each.pid == pid for each in gc.get_objects()):
+        return False
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)
+    return True
+
+
+# -- shared memory
+
+
+def shared_memory_names() -> set[str]:
+    """All names in ``/dev/shm`` that the user of the tests owns."""
+    names = set()
+    with os.scandir(_SHM) as entries:
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                if entry.stat(follow_symlinks=False).st_uid == os.geteuid():
+                    names.add(entry.name)
+    return names
+
+
+def _ours(names: set[str]) -> set[str]:
+    """Those of the names that no other program holds, and that are still there."""
+    if not names:
+        return set()
+    held = _held_by_others()
+    return {name for name in names if str(_SHM / name) not in held and (_SHM / name).exists()}
+
+
+def _held_by_others() -> set[str]:
+    """Files below ``/dev/shm`` that processes other than this one and its descendants have open or mapped."""
+    processes = {each.pid: each for each in map(_try_read_process, _pids()) if each is not None}
+    held: set[str] = set()
+    for process in processes.values():
+        if not _descends_from(os.getpid(), process, processes):
+            held.update(_files_of(_PROC / str(process.pid)))
+    return held
+
+
+def _files_of(process: Path) -> Iterator[str]:
+    """Files that a process has mapped, if they are below ``/dev/shm``, and all that it has open."""
+    with contextlib.suppress(OSError):  # ended meanwhile, or another user's
+        yield from re.findall(rf"{_SHM}/[^\n]*", (process / "maps").read_text())
+        for entry in os.listdir(process / "fd"):
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                yield os.readlink(process / "fd" / entry)
+
+
+def _pids() -> list[str]:
+    return [name for name in os.listdir(_PROC) if name.isdecimal()]
+
+
+def _descends_from(ancestor: int, process: _Process | None, processes: dict[int, _Process]) -> bool:
+    while process is not None and process.pid != ancestor:
+        process = processes.get(process.parent)
+    return process is not None

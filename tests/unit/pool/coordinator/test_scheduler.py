@@ -1,0 +1,361 @@
+"""The scheduler's decisions, one at a time: no process and no socket, but the real arena, caller and transfers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from mpreader.config import KiB
+from mpreader.errors import ArenaExhausted, MpreaderError, TransportError
+from mpreader.pool.caller import Caller
+from mpreader.pool.coordinator.arena import Arena
+from mpreader.pool.coordinator.memory import SlotMemory
+from mpreader.pool.coordinator.scheduler import Scheduler, SchedulerLimits
+from mpreader.pool.coordinator.state import PartState, PartStatus, ReadState, SlotReadState, SlotStatus
+from mpreader.pool.requests import (
+    CloseRead,
+    Demand,
+    Discard,
+    Ended,
+    GiveBack,
+    OpenRead,
+    ReadId,
+    SlotRead,
+    SlotTaken,
+    SourceName,
+    SourceResolved,
+)
+from mpreader.pool.source import ObjectVersion
+from mpreader.pool.transfer import Transfer
+from mpreader.pool.worker.messages import Failed, FailureKind, MapSegment
+from mpreader.pool.worker.route import Route
+from mpreader.ranges import Part
+
+pytestmark = pytest.mark.timeout(20)
+
+PART = 64 * KiB
+LEASE_TIMEOUT_S = 5.0
+
+
+class Local:
+    """A source that answers at once. See :class:`mpreader.pool.source.Source`."""
+
+    bucket, key, uri, max_attempts = "bucket", "key", "s3://bucket/key", 3
+    version = None
+
+    def __init__(self) -> None:
+        self.error: MpreaderError | None = None
+
+    def open(self) -> ObjectVersion:
+        return ObjectVersion(100 * PART, '"etag"')
+
+    def route(self) -> Route:
+        if self.error is not None:
+            raise self.error
+        return Route(False, "host", 80, "/key")
+
+
+class Bench:
+    """A scheduler whose inbox is read, and whose parts are received, when the test says so."""
+
+    def __init__(self, slots: int) -> None:
+        self.inbox: list[object] = []
+        self.told = threading.Condition()
+        self.arena = Arena(slots * PART, PART, PART)
+        self.memory = SlotMemory(self.arena)
+        limits = SchedulerLimits(slots * PART, 100.0, LEASE_TIMEOUT_S)
+        self.caller = Caller(1, self.tell)
+        self.scheduler = Scheduler(self.memory, lambda _: self.caller.post, limits)
+        self.source = Local()
+
+    def tell(self, message: object) -> None:
+        with self.told:
+            self.inbox.append(message)
+            self.told.notify_all()
+
+    def read_inbox(self) -> None:
+        """Let the scheduler hear all that was said so far, and answer."""
+        handlers: dict[type, Callable[..., object]] = {
+            CloseRead: self.scheduler.close,
+            Demand: self.scheduler.demand,
+            Discard: self.scheduler.discard,
+            GiveBack: self.scheduler.give_back,
+            OpenRead: self.scheduler.open,
+            SlotTaken: self.scheduler.slot_taken,
+            SourceResolved: self.scheduler.source_resolved,
+        }
+        collected = self.caller.collect()
+        while self.inbox:
+            message = self.inbox.pop(0)
+            handlers[type(message)](message)
+        for each in collected:
+            self.scheduler.give_back(each)
+
+    def wait_for(self, kind: type) -> None:
+        """Wait until a message of this kind is in the inbox."""
+        with self.told:
+            assert self.told.wait_for(lambda: any(isinstance(message, kind) for message in self.inbox), 10)
+
+    def open(self, count: int, *, grows: bool = False) -> Transfer:
+        slot_reads = [SlotRead(0, PART, (Part(n * PART, (n + 1) * PART),)) for n in range(count)]
+        transfer, message = self.caller.open([self.source], slot_reads, grows=grows)
+        self.tell(message)
+        self.read_inbox()  # asks for the source
+        self.wait_for(SourceResolved)
+        self.read_inbox()
+        return transfer
+
+    def send(self, now: float = 0.0) -> list[PartState]:
+        """All parts that would go to the workers now."""
+        parts: list[PartState] = []
+        self.read_inbox()
+        while (part := self.scheduler.next_part(now)) is not None or self.inbox:
+            self.read_inbox()
+            parts += [] if part is None else [part]
+        made, _ = self.arena.take_changes()
+        for segment in made:
+            self.caller.post(MapSegment(segment.number, segment.size), segment)
+        return parts
+
+    def receive(self, parts: list[PartState]) -> None:
+        for part in parts:
+            self.scheduler.fetched(part.number)
+
+    def first(self, transfer: Transfer) -> SlotReadState:
+        return self.scheduler._reads[transfer.read].slot_reads[0]
+
+
+def reads_of(parts: list[PartState]) -> list[tuple[ReadId, int]]:
+    return [(part.slot_read.read.id, part.slot_read.index) for part in parts]
+
+
+def arrived(transfer: Transfer) -> list[int]:
+    return sorted(transfer._arrived)
+
+
+@pytest.fixture
+def make_bench() -> Iterator[Callable[[int], Bench]]:
+    benches: list[Bench] = []
+
+    def make(slots: int) -> Bench:
+        benches.append(Bench(slots))
+        return benches[-1]
+
+    yield make
+    for bench in benches:
+        bench.scheduler.clear()
+        bench.caller.post(Ended(TransportError("the test is over")))
+        bench.arena.close()
+    benches.clear()
+
+
+def test_scheduler_reads_transfers_in_turn(make_bench: Callable[[int], Bench]) -> None:
+    bench = make_bench(6)
+    first, second = bench.open(10), bench.open(10)
+    one, two = first.read, second.read
+    assert reads_of(bench.send()) == [(one, 0), (two, 0), (one, 1), (two, 1), (one, 2), (two, 2)]
+
+
+def test_scheduler_demand_takes_what_others_have_read_ahead_furthest(make_bench: Callable[[int], Bench]) -> None:
+    bench = make_bench(4)
+    rich = bench.open(10)
+    bench.receive(bench.send())
+    assert arrived(rich) == [0, 1, 2, 3]
+    poor = bench.open(10)
+    poor.begin_take((0,))
+    assert reads_of(bench.send()) == [(poor.read, 0)]
+    assert arrived(rich) == [0, 1, 2]
+
+
+def test_scheduler_reads_again_what_it_has_recalled(make_bench: Callable[[int], Bench]) -> None:
+    bench = make_bench(1)
+    rich, poor = bench.open(1), bench.open(1)
+    bench.receive(bench.send())
+    take = poor.begin_take((0,))
+    bench.receive(bench.send())
+    _, view = poor.result(take)
+    assert arrived(rich) == []
+    del view
+    assert reads_of(bench.send()) == [(rich.read, 0)]
+
+
+def test_scheduler_never_recalls_what_a_consumer_is_about_to_take(make_bench: Callable[[int], Bench]) -> None:
+    bench = make_bench(1)
+    waiting, other = bench.open(1), bench.open(1)
+    take = waiting.begin_take((0,))
+    bench.receive(bench.send())
+    assert take.is_done, "it has arrived, and was not taken yet"
+    other.begin_take((0,))
+    assert bench.send() == []
+    _, view = waiting.result(take)
+    assert len(view) == PART
+    del view
+    assert reads_of(bench.send()) == [(other.read, 0)]
+
+
+def test_scheduler_take_that_is_cancelled_gives_the_slot_to_others(make_bench: Callable[[int], Bench]) -> None:
+    bench = make_bench(1)
+    waiting, other = bench.open(1), bench.open(1)
+    take = waiting.begin_take((0,))
+    bench.receive(bench.send())
+    other.begin_take((0,))
+    waiting.cancel(take)
+    assert reads_of(bench.send()) == [(other.read, 0)]
+
+
+def test_scheduler_waits_for_views_only_so_long_however_often_it_is_asked(make_bench: Callable[[int], Bench]) -> None:
+    bench = make_bench(1)
+    transfer = bench.open(3)
+    bench.receive(bench.send())
+    held = transfer.take(0)
+    first = transfer.begin_take((1,))
+    bench.send(now=10.0)  # from here on it is short of memory
+    for later in range(1, 5):
+        transfer.cancel(transfer.begin_take((2,)))  # others come and go meanwhile
+        transfer.begin_take((1,))
+        bench.send(now=10.0 + later)
+        assert not first.is_done
+    bench.send(now=10.0 + LEASE_TIMEOUT_S)
+    with pytest.raises(ArenaExhausted, match="MPREADER_MAX_MEMORY"):
+        transfer.result(first)
+    assert len(held) == PART
+
+
+def test_scheduler_begins_to_wait_for_views_anew_once_memory_has_come(make_bench: Callable[[int], Bench]) -> None:
+    bench = make_bench(1)
+    transfer = bench.open(3)
+    bench.receive(bench.send())
+    held = [transfer.take(0)]
+    take = transfer.begin_take((1,))
+    bench.send(now=10.0)
+    held.clear()
+    bench.receive(bench.send(now=14.0))
+    held.append(transfer.result(take)[1])
+    take = transfer.begin_take((2,))
+    bench.send(now=15.0)
+    bench.send(now=19.9)
+    assert not take.is_done
+    held.clear()
+    assert len(bench.send(now=19.9)) == 1
+
+
+def test_scheduler_tries_a_part_again_that_was_cancelled_by_mistake(make_bench: Callable[[int], Bench]) -> None:
+    bench = make_bench(1)
+    transfer = bench.open(1)
+    [part] = bench.send()
+    bench.scheduler.failed(Failed(part.number, FailureKind.CANCELLED, 100, "cancelled"), 0.0)
+    assert not arrived(transfer)
+    again = bench.scheduler.next_part(60.0)
+    assert again is part
+    assert again.received == 100
+
+
+def test_scheduler_slot_of_a_dropped_part_comes_back_only_when_its_worker_is_done(
+    make_bench: Callable[[int], Bench],
+) -> None:
+    bench = make_bench(1)
+    dropped = bench.open(1)
+    [part] = bench.send()
+    dropped.close()
+    bench.read_inbox()
+    assert bench.scheduler.take_cancelled() == [part.number]
+    transfer = bench.open(1)
+    transfer.begin_take((0,))
+    assert bench.send() == [], "a worker may still write into that slot"
+    bench.scheduler.failed(Failed(part.number, FailureKind.CANCELLED, 0, "cancelled"), 0.0)
+    assert len(bench.send()) == 1
+
+
+def test_scheduler_slot_that_arrives_after_the_close_comes_back(make_bench: Callable[[int], Bench]) -> None:
+    bench = make_bench(1)
+    closed = bench.open(1)
+    parts = bench.send()
+    closed.close()  # the scheduler has not heard of it yet
+    bench.receive(parts)
+    transfer = bench.open(1)
+    assert reads_of(bench.send()) == [(transfer.read, 0)]
+
+
+def test_scheduler_discards_what_has_arrived_and_reads_it_when_it_is_demanded(
+    make_bench: Callable[[int], Bench],
+) -> None:
+    bench = make_bench(3)
+    transfer = bench.open(3)
+    bench.receive(bench.send())
+    transfer.discard(0, 2)
+    assert bench.send() == [], "discarded slot reads were read again"
+    assert arrived(transfer) == [2]
+    transfer.begin_take((1,))
+    assert reads_of(bench.send()) == [(transfer.read, 1)]
+
+
+def test_memory_slot_with_several_holders_comes_back_with_the_last(make_bench: Callable[[int], Bench]) -> None:
+    bench = make_bench(1)
+    slot = bench.arena.allocate(PART)
+    assert slot is not None
+    source = SourceName("s3://bucket/key", "bucket", "key", 3)
+    leases = []
+    for caller in (1, 2):
+        message = OpenRead(ReadId(caller, 1), (source,), (SlotRead(0, PART, (Part(0, PART),)),))
+        leases.append(bench.memory.lease(slot, ReadState(message, bench.caller.post).slot_reads[0]))
+    bench.memory.take(leases[0])
+    bench.memory.give_back(leases[0])
+    bench.memory.give_back(leases[0])  # said twice, it counts once
+    assert bench.arena.allocate(PART) is None
+    bench.memory.give_back(leases[1])
+    assert bench.arena.allocate(PART) is not None
+
+
+def test_statuses_change_only_as_they_are_drawn(make_bench: Callable[[int], Bench]) -> None:
+    bench = make_bench(1)
+    transfer = bench.open(1)
+    [part] = bench.send()
+    slot_read = part.slot_read
+    bench.receive([part])
+    assert (part.status, slot_read.status) == (PartStatus.ENDED, SlotStatus.READY)
+    with pytest.raises(ValueError, match="ENDED can't become SENT"):
+        part.move(PartStatus.SENT)
+    with pytest.raises(ValueError, match="READY can't become FILLING"):
+        slot_read.move(SlotStatus.FILLING)
+    view = transfer.take(0)
+    bench.read_inbox()
+    assert (len(view), slot_read.status) == (PART, SlotStatus.TAKEN)
+
+
+def test_scheduler_that_is_cleared_holds_on_to_nothing(make_bench: Callable[[int], Bench]) -> None:
+    bench = make_bench(2)
+    transfer = bench.open(5)
+    bench.send()
+    bench.scheduler.clear()
+    assert bench.scheduler.is_idle
+    bench.caller.post(Ended(TransportError("broken")))
+    with pytest.raises(TransportError, match="broken"):
+        transfer.take(0)
+
+
+def test_route_renewal_in_good_time_may_fail(make_bench: Callable[[int], Bench]) -> None:
+    bench = make_bench(1)
+    slot_read = bench.first(bench.open(1))
+    source = slot_read.source
+    bench.source.error = TransportError("no credentials just now")
+    bench.scheduler._renew_if_old(slot_read, source.route_made + 10)
+    bench.scheduler._renew_if_old(slot_read, source.route_made + 241)
+    bench.wait_for(SourceResolved)
+    bench.read_inbox()
+    assert source.error is None
+    assert source.route is not None
+
+
+def test_route_renewal_that_is_needed_may_not_fail(make_bench: Callable[[int], Bench]) -> None:
+    bench = make_bench(1)
+    slot_read = bench.first(bench.open(1))
+    source = slot_read.source
+    bench.source.error = TransportError("no credentials any more")
+    bench.scheduler._renew(slot_read)
+    bench.scheduler._renew(slot_read)
+    bench.wait_for(SourceResolved)
+    bench.read_inbox()
+    assert source.error is bench.source.error
+    assert not bench.inbox, "it was asked for twice"

@@ -1,0 +1,122 @@
+"""BackgroundThreads: outcomes of blocking calls come by callback, and nobody has to wait for a call that hangs."""
+
+from __future__ import annotations
+
+import gc
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+
+from mpreader.pool.background import BackgroundThreads
+
+_WAIT_S = 30
+_NAME = "test-background"
+
+
+@pytest.fixture
+def threads() -> Iterator[BackgroundThreads]:
+    threads = BackgroundThreads(_NAME, max_threads=3)
+    yield threads
+    threads.close()
+    for thread in _alive():
+        thread.join(_WAIT_S)
+    assert not _alive()
+
+
+def _alive() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == _NAME]
+
+
+def _await_idle(threads: BackgroundThreads) -> None:
+    """Wait until no call is under way; a callback comes just before that."""
+    deadline = time.monotonic() + _WAIT_S
+    while threads._unfinished and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert not threads._unfinished
+
+
+def test_background_hands_over_results_and_exceptions(threads: BackgroundThreads) -> None:
+    outcomes: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    error = ValueError("no")
+
+    def fail() -> int:
+        raise error
+
+    threads.submit(lambda: 42, outcomes.put)
+    assert outcomes.get(timeout=_WAIT_S) == 42
+    threads.submit(fail, outcomes.put)
+    assert outcomes.get(timeout=_WAIT_S) is error
+    threads.submit(lambda: 43, outcomes.put)  # an exception ends no thread
+    assert outcomes.get(timeout=_WAIT_S) == 43
+
+
+def test_background_makes_no_more_calls_at_one_time_than_it_may(threads: BackgroundThreads) -> None:
+    outcomes: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    begun: queue.SimpleQueue[int] = queue.SimpleQueue()
+    may_end = threading.Event()
+
+    def call(number: int) -> int:
+        begun.put(number)
+        may_end.wait(_WAIT_S)
+        return number
+
+    for number in range(5):
+        threads.submit(partial(call, number), outcomes.put)
+    assert {begun.get(timeout=_WAIT_S) for _ in range(3)} == {0, 1, 2}
+    assert (begun.empty(), len(_alive())) == (True, 3)
+    may_end.set()
+    assert {outcomes.get(timeout=_WAIT_S) for _ in range(5)} == set(range(5))
+
+
+def test_background_starts_a_thread_only_when_none_is_idle(threads: BackgroundThreads) -> None:
+    outcomes: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    for number in range(5):
+        threads.submit(partial(int, number), outcomes.put)
+        assert outcomes.get(timeout=_WAIT_S) == number
+        _await_idle(threads)
+    assert len(_alive()) == 1
+
+
+def test_background_close_drops_what_has_not_begun_and_waits_for_nothing(threads: BackgroundThreads) -> None:
+    outcomes: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    begun = threading.Semaphore(0)
+    may_end = threading.Event()
+
+    def call() -> str:
+        begun.release()
+        may_end.wait(_WAIT_S)
+        return "begun"
+
+    for _ in range(3):
+        threads.submit(call, outcomes.put)
+    for _ in range(3):
+        assert begun.acquire(timeout=_WAIT_S)
+    threads.submit(lambda: "dropped", outcomes.put)
+    threads.close()
+    may_end.set()
+    for thread in _alive():
+        thread.join(_WAIT_S)
+    assert [outcomes.get(timeout=_WAIT_S) for _ in range(3)] == ["begun"] * 3
+    assert outcomes.empty()
+
+
+def test_background_keeps_nothing_of_a_call_that_is_over(threads: BackgroundThreads) -> None:
+    class Thing:
+        def work(self) -> None:
+            pass
+
+    thing = Thing()
+    gone = weakref.ref(thing)
+    done = threading.Event()
+    threads.submit(thing.work, lambda _: done.set())
+    assert done.wait(_WAIT_S)
+    del thing
+    _await_idle(threads)
+    gc.collect()
+    assert gone() is None
