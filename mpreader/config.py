@@ -52,13 +52,14 @@ def _require(condition: bool, message: str) -> None:
 
 def _require_int(name: str, value: object, least: int) -> None:
     _require(
-        isinstance(value, int) and not isinstance(value, bool) and value >= least,
+        isinstance(value, int) and not isinstance(value, bool) and value >= least,  # True is an int, too
         f"{name} must be a whole number of at least {least}, got {value!r}",
     )
 
 
 def _require_number(name: str, value: object, unit: str) -> None:
     _require(
+        # NaN is neither above 0 nor below infinity.
         isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf"),
         f"{name} must be a number of {unit} above 0, got {value!r}",
     )

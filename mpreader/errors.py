@@ -37,6 +37,7 @@ __all__ = [
 
 
 def _rebuild(cls: type[MpreaderError], args: tuple[Any, ...], facts: dict[str, Any]) -> MpreaderError:
+    # Not by calling the class: facts that were set later, such as notes, are among those that must come along.
     error = cls.__new__(cls, *args)
     error.args = args
     error.__dict__.update(facts)
@@ -48,7 +49,7 @@ class MpreaderError(Exception):
 
     def needed_for(self, tensor: str) -> Self:
         """Return a copy of the error that also names the tensor it was raised for."""
-        error = copy.copy(self)
+        error = copy.copy(self)  # another consumer of the same bytes may be given the original
         error.args = (f"{self.args[0]} [needed for {tensor!r}]", *self.args[1:])
         return error
 

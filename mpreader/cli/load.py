@@ -51,9 +51,12 @@ def command(
       mpreader load s3://my-bucket/checkpoint --timeline load.png
     """  # noqa: D301  # click reads the \b
     with timeline_to(timeline):  # a wrong path is told at once, not after torch was imported
+        from mpreader.dcp.checkpoint import LoadOptions
         from mpreader.tools.bench.loads import time_loads
 
-        loads = list(time_loads(uri, repeat, verify=not no_verify, progress=progress, **settings))
+        # The region is one of the settings of the S3 client.
+        options = LoadOptions(region=None, verify=not no_verify, weights_only=True, progress=progress, **settings)
+        loads = list(time_loads(uri, options, repeat))
     if as_json:
         print_json(
             {

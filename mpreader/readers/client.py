@@ -30,9 +30,10 @@ class S3Client(BaseS3Client):
         Args:
             bucket: The object's bucket.
             key: The object's key.
-            object_info: Answer of a HEAD or entry of a listing for the object, to save the reader a request.
+            object_info: Facts of the object from a HEAD or a listing, to save the reader a request.
             reader_constructor: Makes the reader. None: ``S3ReaderConstructor.default()``.
         """
+        # Here, since the kinds of readers are not needed by those who only write, list or delete.
         from mpreader.readers.kinds import S3ReaderConstructor
 
         pinned = PinnedObject(self, bucket, key, object_info)

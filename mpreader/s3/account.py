@@ -120,9 +120,10 @@ class Account:
     def __init__(self, config: S3ClientConfig, bucket: str = "") -> None:
         self._config = config
         self._bucket = bucket
-        self._secrets: tuple[str, ...] = ()
+        self._secrets: tuple[str, ...] = ()  # those that were found so far, for clean()
         # Not a shared one: it may have been made before what is wrong was changed.
         self._session = Session(config)
+        # Unsigned: finding credentials may take long, and is left to identify(), which the doctor runs in a thread.
         with contextlib.closing(self._make_client(signature_version=UNSIGNED)) as client:
             self.region: str = client.meta.region_name
             self._endpoint = self._url = str(client.meta.endpoint_url)
@@ -153,6 +154,7 @@ class Account:
         Raises:
             NoResponse: There was none.
         """
+        # Not by a client: it would sign the request, follow a redirect, and turn a refusal into an error.
         trusted: Any = self._session.ca_file()  # the stubs know no file
         http = URLLib3Session(verify=trusted, proxies=get_environ_proxies(self._url), timeout=_TIMEOUT_S)
         before = datetime.now(timezone.utc)
@@ -166,6 +168,7 @@ class Account:
         return ServiceResponse(
             status=response.status_code,
             seconds=(after - before).total_seconds(),
+            # The service read its clock about halfway between.
             skew=_skew(before + (after - before) / 2, response.headers),
             bucket_region=response.headers.get("x-amz-bucket-region"),
         )
@@ -184,12 +187,13 @@ class Account:
                 return Readable(False, self._read_any(client, prefix))
             if not found:
                 return Readable(True, None)
+            # One with content, if there is any: of an empty object no byte can be read.
             key: str = max(found, key=lambda entry: bool(entry["Size"]))["Key"]
             self._read_byte(client, key)
             return Readable(True, key)
 
     def clean(self, text: str) -> str:
-        """``text`` in one line, without anything in it that is secret."""
+        """Return ``text`` in one line, without anything in it that is secret."""
         text = re.sub(r"//\S*@", "//", " ".join(text.split()))
         # The representation of an object, with which urllib3 begins its reasons.
         text = re.sub(r"<urllib3\S* object at \w+>: |\w+Connection\([^)]*\): ", "", text)
@@ -252,7 +256,7 @@ class Account:
         try:
             return self._session.make_client(self._config.region, Config(**_ONE_QUICK_ATTEMPT, **options))
         except (BotoCoreError, ConfigError) as error:
-            raise ConfigError(self.clean(str(error))) from None
+            raise ConfigError(self.clean(str(error))) from None  # the cause's text may name what is secret
 
 
 def code_of(error: BaseException) -> str:

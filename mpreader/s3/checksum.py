@@ -1,4 +1,4 @@
-"""Checksums of whole objects, as far as S3 has stored them."""
+"""Checksums of whole objects, as far as S3 has stored them: what a finished download can be compared with."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _DIRECTORY_BUCKET: Final = "--x-s3"  # its ETags are random
 
 @dataclass(frozen=True, slots=True)
 class StoredChecksums:
-    """What S3 has stored of one version of an object.
+    """Checksums that S3 has stored of one version of an object.
 
     Attributes:
         etag: ETag of that version, as S3 wrote it.
@@ -38,24 +38,26 @@ class StoredChecksums:
     by_algorithm: Mapping[str, str]
 
     @classmethod
-    def of_head(cls, bucket: str, answer: Mapping[str, Any]) -> StoredChecksums:
-        """Read boto3's answer to ``head_object`` with ``ChecksumMode="ENABLED"``."""
+    def of_head(cls, bucket: str, response: Mapping[str, Any]) -> StoredChecksums:
+        """Read boto3's response to ``head_object`` with ``ChecksumMode="ENABLED"``."""
         found = {}
-        if answer.get("ChecksumType", "FULL_OBJECT") == "FULL_OBJECT":
+        if response.get("ChecksumType", "FULL_OBJECT") == "FULL_OBJECT":
             for field, algorithm in _FIELDS.items():
-                digits = _try_hex(answer.get(field, ""))
+                digits = _try_hex(response.get(field, ""))
                 if digits:
                     found[algorithm] = digits
-        etag = answer.get("ETag", "")
+        etag = response.get("ETag", "")
         md5 = _MD5_ETAG.fullmatch(etag)
-        is_encrypted = answer.get("ServerSideEncryption") not in _PLAIN_ENCRYPTION or "SSECustomerAlgorithm" in answer
+        is_encrypted = (
+            response.get("ServerSideEncryption") not in _PLAIN_ENCRYPTION or "SSECustomerAlgorithm" in response
+        )
         if md5 and not is_encrypted and not bucket.endswith(_DIRECTORY_BUCKET):
             found["md5"] = md5[1]
         return cls(etag, found)
 
 
 def _try_hex(text: str) -> str | None:
-    """Base64 as hexadecimal digits; None for what is none: a checksum of 3 parts ends in ``-3``."""
+    """Return base64 as hexadecimal digits; None for other text: the checksum of 3 parts' checksums ends in ``-3``."""
     try:
         return base64.b64decode(text, validate=True).hex()
     except binascii.Error:

@@ -132,7 +132,7 @@ class BaseS3Client:
         parameters: dict[str, Any] = {"Prefix": prefix, "Delimiter": delimiter, "MaxKeys": max_keys}
         while True:
             response = self.call("list_objects_v2", bucket, **parameters)
-            yield ListObjectsPage.of(response)
+            yield ListObjectsPage.of(response)  # may be empty, and still not the last one
             if not response.get("IsTruncated"):
                 return
             parameters["ContinuationToken"] = response["NextContinuationToken"]
@@ -155,6 +155,7 @@ class BaseS3Client:
         """
         self.head_object(src_bucket, src_key)  # or else an error could not tell source from destination
         with translated(self._target(dst_bucket, dst_key)):
+            # boto3's own transfer copies in parts where it must: one CopyObject takes 5 GiB at most.
             self._session.client_for(dst_bucket).copy(
                 {"Bucket": src_bucket, "Key": src_key},
                 dst_bucket,
@@ -214,6 +215,7 @@ class BaseS3Client:
         return f"<{type(self).__name__} region={self._config.region} endpoint={self._config.endpoint_url}>"
 
     def __reduce__(self) -> tuple[Any, ...]:
+        # Only the settings: connections and locks can't travel, and credentials must not.
         return partial(type(self), s3client_config=self._config), ()
 
     @property

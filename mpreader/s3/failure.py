@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from botocore import exceptions as boto
 from botocore.exceptions import BotoCoreError, ClientError
@@ -68,6 +68,7 @@ _NO_REGION: Final = (
     "the service redirects the request, perhaps to another region, but names none: check endpoint_url, and "
     "S3ClientConfig(region=…)"
 )
+# Also those of a web server that sends plain http to https, say: botocore follows none but to another region.
 _REDIRECTS: Final = frozenset({301, 302, 307, 308})
 
 _BY_CODE: Final[dict[str, tuple[type[TransportError], str]]] = {
@@ -142,28 +143,28 @@ def translated(target: Target) -> Iterator[None]:
 def _refusal(error: ClientError, target: Target) -> MpreaderError:
     """Make the error for a response of the service that is a refusal."""
     details = error.response.get("Error", {})
-    facts = error.response.get("ResponseMetadata")
-    status = facts["HTTPStatusCode"] if facts else 0
+    facts = error.response.get("ResponseMetadata", {})
+    status = facts.get("HTTPStatusCode", 0)
     code = details.get("Code", "")
+    # A response without a body, as to a HEAD, has no code of its own: botocore puts the status in its place.
     reason = "" if code == str(status) else f" {code}: {details.get('Message', '')}"
     said = f"HTTP {status}{reason}".rstrip(": ")
     if code == "InvalidRange" or status == 416:
         return PlanError(f"{target}: the range {target.range} lies outside of the object ({said})")
+    # The code says more than the status: a missing bucket and a missing key are both 404.
     kind, advice = _BY_CODE.get(code) or _BY_STATUS.get(status) or (TransportError, "the service failed")
-    if status in _REDIRECTS and not (details.get("Region") or _region_header(facts)):
+    names_region = "Region" in details or "x-amz-bucket-region" in facts.get("HTTPHeaders", {})
+    if status in _REDIRECTS and not names_region:
         kind, advice = TransportError, _NO_REGION
-    attempts = (facts.get("RetryAttempts", 0) if facts else 0) + 1
-    return target.error(kind, f"{advice} ({said})", attempts)
-
-
-def _region_header(facts: Any) -> str | None:
-    return facts["HTTPHeaders"].get("x-amz-bucket-region") if facts else None
+    return target.error(kind, f"{advice} ({said})", facts.get("RetryAttempts", 0) + 1)
 
 
 def _failure(error: BotoCoreError, target: Target) -> MpreaderError:
     """Make the error for a failure before there was a response."""
+    # Some of these texts have line breaks, and the message of an error is one line.
     if isinstance(error, _SETTINGS):
         return ConfigError(f"{target}: {' '.join(str(error).split())}")
+    # No attempt: without credentials no request was made.
     if isinstance(error, _CREDENTIALS):
         return target.error(AccessDenied, f"{error}; {_GIVE_CREDENTIALS}", attempts=0)
     if isinstance(error, (boto.HTTPClientError, boto.ConnectionError)):

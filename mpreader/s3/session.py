@@ -32,6 +32,8 @@ __all__ = ["Session", "shared_session"]
 # S3Writer's threads and the pool's (a HEAD per file of a checkpoint) at one time.
 _MAX_CONNECTIONS: Final = 32
 _CONNECT_TIMEOUT_S: Final = 10
+# Sessions are kept for later clients of the same settings. A program that changes them again and again, or its
+# environment, must not collect clients and their connections for ever.
 _MAX_SHARED: Final = 8
 # By these botocore finds a bucket's region; the second comes before any other request to a directory bucket.
 _REGION_REQUESTS: Final = ("HeadBucket", "CreateSession")
@@ -48,7 +50,8 @@ def shared_session(config: S3ClientConfig) -> Session:
     key = (os.getpid(), config, _environment_fingerprint())
     with _shared_lock:
         session = _shared.pop(key, None)
-        if session is None or session.is_without_credentials():  # they may have come since
+        # botocore looks for credentials once in a session's life, and those of a role may have come since.
+        if session is None or session.is_without_credentials():
             session = Session(config)
         _shared[key] = session
         while len(_shared) > _MAX_SHARED:
@@ -123,6 +126,7 @@ class Session:
 
     def where(self, bucket: str) -> str:
         """Return the region and endpoint that are asked for a bucket, in words for an error's message."""
+        # Makes no client: an error in making one is among those whose message this is for.
         client = self._clients.get(self._config.region)
         region = self._bucket_regions.get(bucket) or (client.meta.region_name if client else self._config.region)
         endpoint = client.meta.endpoint_url if client else self._config.endpoint_url
@@ -158,6 +162,7 @@ class Session:
             self.close()
 
     def _client(self, region: str | None) -> BotoClient:
+        # Without the lock first: every request comes through here, from up to 16 threads at a time.
         client = self._clients.get(region)
         if client is None:
             with self._lock:
@@ -173,7 +178,8 @@ class Session:
         return client
 
     def _note_region(self, http_response: Any, context: dict[str, Any], **_: object) -> None:
-        """Remember the region for which a bucket took a signature."""
+        """Remember the region for which a bucket took a signature; called by botocore after each response."""
+        # A redirect to the bucket's region has been followed by then, and the context is that of the last request.
         bucket = context.get("s3_redirect", {}).get("bucket")
         region = context.get("signing", {}).get("region")
         if bucket and region and not bucket.startswith("arn:") and http_response.status_code < 300:

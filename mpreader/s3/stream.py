@@ -1,4 +1,8 @@
-"""Streams of an object's bytes, all of one version, for the readers that read in this process."""
+"""Streams of an object's bytes, all of one version, for the readers that read in this process.
+
+boto3 retries a request until its response begins; what breaks in the body is resumed here. The worker processes do the
+same for the pool by code of their own, without boto3.
+"""
 
 from __future__ import annotations
 
@@ -25,20 +29,21 @@ _LONGEST_PAUSE_S: Final = 5.0
 
 
 class _Broken(Exception):
-    """An answer that can't be used, and may be right at the next attempt."""
+    """A response that can't be used, and may be right at the next attempt."""
 
 
+# All that botocore, urllib3 and the socket raise of a broken body; which of them does depends on where it breaks.
 _BREAKS: Final = (_Broken, BotoCoreError, urllib3.exceptions.HTTPError, OSError)
 
 
 class PinnedObject:
-    """An object in the version that is seen first. Picklable; not thread-safe.
+    """An object in the version that the first response names. Picklable; not thread-safe.
 
     Args:
-        client: How S3 is reached.
+        client: Client that makes the requests.
         bucket: The object's bucket.
         key: The object's key.
-        object_info: What is known of the object; its version is pinned if it has an ``etag``.
+        object_info: Facts that are known of the object; its version is settled if they have an ``etag``.
     """
 
     def __init__(self, client: Requester, bucket: str, key: str, object_info: HasSize | None = None) -> None:
@@ -46,17 +51,18 @@ class PinnedObject:
         self._bucket = bucket
         self._key = key
         self._info = object_info
+        # "" until a version is settled; of given facts no more than a size can be expected.
         self._etag: str = getattr(object_info, "etag", None) or ""
 
     def __repr__(self) -> str:
         return f"<PinnedObject s3://{self._bucket}/{self._key} {self._etag}>"
 
     def info(self) -> HasSize:
-        """The object's size; asks S3 once.
+        """Return the object's size and version; asks S3 once.
 
         Raises:
             ObjectChanged: A stream has seen another version.
-            TransportError: As for :meth:`S3Client.head_object`.
+            TransportError: As for :meth:`mpreader.s3.client.BaseS3Client.head_object`.
         """
         if self._info is None:
             info = self._client.head_object(self._bucket, self._key)
@@ -79,11 +85,12 @@ class PinnedObject:
             TransportError: The service refused, or could not be reached.
         """
         chunks = self._chunks(start or 0, end)
-        next(chunks, None)  # the request goes out now; the first chunk is empty
+        next(chunks, None)  # the request goes out now, and its error comes from here; the first chunk is empty
         return chunks
 
     def _chunks(self, position: int, end: int | None) -> Iterator[bytes]:
-        failures = 0
+        """Yield an empty chunk once the first request has gone out, then bytes [position, end)."""
+        failures = 0  # in a row, without a byte of progress between them
         while end is None or position < end:
             reached = position
             try:
@@ -101,25 +108,26 @@ class PinnedObject:
                     return  # nothing is left to send: S3 has no answer for that but an error
                 raise
             except _BREAKS as error:
+                # An attempt that brought bytes is no reason to give up: a large body may break many times.
                 failures = failures + 1 if position == reached else 1
                 self._pause_or_give_up(error, failures, (position, end))
 
     def _open(self, position: int, end: int | None) -> tuple[Any, int]:
-        """Ask for bytes [position, end); the body and its end."""
+        """Ask for bytes [position, end); return the body, and the end in the object, which is then known."""
         last = "" if end is None else end - 1
-        pin = {"IfMatch": self._etag} if self._etag else {}
-        answer = self._client.call(
+        if_match = {"IfMatch": self._etag} if self._etag else {}
+        response = self._client.call(
             "get_object",
             self._bucket,
             range=None if end is None else (position, end),
             Key=self._key,
             Range=f"bytes={position}-{last}",
-            **pin,
+            **if_match,
         )
         try:
-            return answer["Body"], self._check(answer, position, end)
+            return response["Body"], self._check(response, position, end)
         except BaseException:
-            answer["Body"].close()
+            response["Body"].close()  # or its connection would stay open until the response is collected
             raise
 
     def _check(self, response: dict[str, Any], position: int, end: int | None) -> int:
@@ -154,6 +162,7 @@ class PinnedObject:
         return self._changed(f"its ETag is {etag} now, not {self._etag}")
 
     def _pause_or_give_up(self, error: BaseException, failures: int, range: tuple[int, int | None]) -> None:
+        """Sleep before the next attempt, longer after each failure; raise the error after the last one."""
         if failures >= self._client.s3client_config.max_attempts:
             position, end = range
             raise ShortRead(

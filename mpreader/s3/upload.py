@@ -1,4 +1,7 @@
-"""The two ways in which bytes become an object: at once, or in parts."""
+"""Uploads: an object is made of bytes by one request, or by a multipart upload.
+
+Used by :class:`mpreader.s3.writer.S3Writer`, which decides between the two, and runs the threads.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ _GROWTH: Final = 1250
 
 
 def next_part_bytes(part_bytes: int, written: int) -> int:
-    """Size of the next part, so that 10,000 parts are enough for any object.
+    """Return the size of the next part, so that 10,000 parts are enough for any object.
 
     Args:
         part_bytes: Size of the first parts.
@@ -29,7 +32,9 @@ def put_whole(client: Requester, bucket: str, key: str, body: bytearray, storage
 
 
 class MultipartUpload:
-    """A multipart upload, begun. Parts may be sent from several threads.
+    """A multipart upload that has begun. Parts may be sent from several threads.
+
+    The parts cost money until ``complete`` makes the object of them, or ``abort`` deletes them.
 
     Raises:
         TransportError: The service refused, or could not be reached; the same for all methods.

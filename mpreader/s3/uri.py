@@ -1,4 +1,4 @@
-"""URIs of objects: ``s3://bucket/key``."""
+"""URIs of objects in S3: ``s3://bucket/key``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""S3Writer: a write-only file that becomes an object when it is closed."""
+"""S3Writer: a write-only file that becomes an object when it is closed.
+
+Made by ``S3Client.put_object``. Requests are made by :mod:`mpreader.s3.upload`; here are the buffer and the threads.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["S3Writer"]
 
-_THREADS: Final = 2
+_THREADS: Final = 2  # each holds a part, and the writer a third one
 _log = logging.getLogger(__name__)
 
 
@@ -33,7 +36,7 @@ class S3Writer(io.BufferedIOBase):
     ``S3ClientConfig.part_size``; beyond 1,250 parts they grow.
 
     Args:
-        client: How S3 is reached.
+        client: Client that makes the requests.
         bucket: The object's bucket.
         key: The object's key.
         storage_class: Such as ``"STANDARD_IA"``. None: the service's default.
@@ -45,7 +48,7 @@ class S3Writer(io.BufferedIOBase):
         self._key = key
         self._storage_class = storage_class
         self._pid = os.getpid()
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of close(): two threads that close must not both make the object
         self._position = 0
         self._part_bytes = client.s3client_config.part_size
         self._buffer = bytearray()
@@ -108,20 +111,22 @@ class S3Writer(io.BufferedIOBase):
         return False
 
     def writable(self) -> bool:
-        """Whether it is still open."""
+        """Return True while the writer is open."""
         return not self.closed
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        # The base class would close it whatever happened, and so make an object of what is only half written.
         if kind is None:
             self.close()
         elif not self.closed:
             self._give_up()
 
     def __del__(self) -> None:
-        # The base class would close it, and so make an object of what is only half written.
+        # As in __exit__: not close(), as the base class does.
         with contextlib.suppress(Exception):
+            # A forked child's copy must not abort the upload that goes on in the parent.
             if not self.closed and os.getpid() == self._pid:
                 self._give_up()
 
@@ -133,7 +138,7 @@ class S3Writer(io.BufferedIOBase):
         return self
 
     def _make_room(self) -> None:
-        """Send the buffer if it is full. Only when more is to come: what fits into one part needs no parts."""
+        """Send the buffer if it is full; called only when more is to come: a single part needs no multipart upload."""
         if len(self._buffer) < self._part_bytes:
             return
         if self._upload is None:
@@ -154,6 +159,7 @@ class S3Writer(io.BufferedIOBase):
         self._buffer = bytearray()
 
     def _collect(self, when: str) -> None:
+        """Wait for parts that are being sent, and raise the error of one that failed."""
         done, self._pending = wait(self._pending, return_when=when)
         for part in done:
             part.result()
@@ -167,7 +173,7 @@ class S3Writer(io.BufferedIOBase):
         self._upload.complete()
 
     def _give_up(self) -> None:
-        """Close without making an object."""
+        """Close without making an object, and delete the parts that were sent."""
         self._release()
         if self._upload is None:
             return

@@ -1,1 +1,5 @@
-"""Where bytes are: S3 objects and http(s) URLs as sources of the pool."""
+"""Sources: the objects that the pool reads, by URI; their versions, and the routes on which workers reach them.
+
+They live in the main process and hold its credentials; the workers get routes only. Above :mod:`mpreader.s3` and the
+pool, which know nothing of them.
+"""

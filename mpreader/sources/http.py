@@ -1,4 +1,8 @@
-"""Any http(s) URL as a source of the pool."""
+"""HttpSource: an object behind any http(s) URL as a source of the pool.
+
+It asks in the main process, by urllib3, for the object's size and version, and follows redirects: the workers, which
+speak HTTP by code of their own, get a route to the URL at the end of them.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +23,9 @@ __all__ = ["HttpSource"]
 
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 _MAX_REDIRECTS: Final = 10
-# Some servers refuse HEAD or answer it badly, and URLs that are presigned for GET are good for nothing else.
-_HEAD_MAY_BE_WHY: Final = frozenset({200, 400, 401, 403, 405, 501})
+# Responses to a HEAD after which a GET is tried: some servers refuse HEAD or leave out the size, and URLs that are
+# presigned for GET are good for nothing else.
+_TRY_GET_AFTER: Final = frozenset({200, 400, 401, 403, 405, 501})
 _BUSY: Final = (408, 429, 500, 502, 503, 504)
 _TIMEOUT: Final = Timeout(connect=10, read=60)
 _DENIED: Final = (
@@ -31,7 +36,7 @@ _DENIED: Final = (
 class HttpSource:
     """The object behind an http(s) URL. See :class:`mpreader.pool.source.Source`.
 
-    Redirects are followed when it is opened; the workers ask the place that they lead to. A user name and password
+    Redirects are followed when it is opened; the workers ask the server that they lead to. A user name and password
     in the URL are sent as basic authentication, to the URL's own server only. Proxies are those of ``HTTP_PROXY``,
     ``HTTPS_PROXY`` and ``NO_PROXY``; certificate authorities those of ``REQUESTS_CA_BUNDLE`` or ``SSL_CERT_FILE``,
     else the system's.
@@ -49,7 +54,7 @@ class HttpSource:
     def __init__(self, url: str, max_attempts: int = 10) -> None:
         self._url = _Url.parse(url)
         self._max_attempts = max_attempts
-        self._found: _Url | None = None
+        self._unused_target: _Url | None = None  # where redirects led in open(), until a route is made of it
 
     @property
     def bucket(self) -> str:
@@ -58,7 +63,7 @@ class HttpSource:
 
     @property
     def key(self) -> str:
-        """The URL's path; its query may be a secret."""
+        """The URL's path, without its query, which may be a secret."""
         return self._url.path
 
     @property
@@ -72,70 +77,73 @@ class HttpSource:
         return self._max_attempts
 
     def open(self) -> ObjectVersion:
-        """Follow redirects and ask which version there is now.
+        """Follow redirects, and ask the server at their end for the version that there is now.
 
         Raises:
             ObjectMissing: There is nothing at the URL.
             AccessDenied: The server refuses.
             TransportError: The server can't be reached, or serves no ranges of a known size.
         """
-        self._found, version = self._resolve()
+        self._unused_target, version = self._resolve()
         return version
 
     def route(self) -> Route:
-        """Make a route to where the URL leads; follows redirects anew but for the first time after ``open``.
+        """Make a route to the URL that redirects end at; only the first one after ``open`` follows none anew.
 
         Raises:
             TransportError: As for :meth:`open`.
         """
-        # A redirect may lead to a URL that expires, so what was found is good for once.
-        found, self._found = self._found, None
-        if found is None:
-            found, _ = self._resolve()
-        return route_to(str(found), found.headers, proxy_for(str(found)), ca_file() if found.is_tls else None)
+        # A redirect may lead to a URL that expires, and a new route is asked for when the old one may have.
+        target, self._unused_target = self._unused_target, None
+        if target is None:
+            target, _ = self._resolve()
+        return route_to(str(target), target.headers, proxy_for(str(target)), ca_file() if target.is_tls else None)
 
     def __repr__(self) -> str:
         return f"<HttpSource {self.uri}>"
 
     def _resolve(self) -> tuple[_Url, ObjectVersion]:
-        found, status, headers = self._ask("HEAD", self._url, {})
+        """Return the URL that redirects end at, and the version there."""
+        target, status, headers = self._follow("HEAD", self._url, {})
         if status == 200 and "Content-Length" in headers:
-            return found, ObjectVersion(self._size(headers["Content-Length"], headers), _etag(headers))
-        if status in _HEAD_MAY_BE_WHY:
-            found, status, headers = self._ask("GET", self._url, {"Range": "bytes=0-0"})
+            return target, ObjectVersion(self._size(headers["Content-Length"], headers), _etag(headers))
+        if status in _TRY_GET_AFTER:
+            target, status, headers = self._follow("GET", self._url, {"Range": "bytes=0-0"})
+        # An empty object has no first byte: 416, with its size in Content-Range all the same.
         if status not in (206, 416):
             raise self._refusal(status)
         _, _, total = headers.get("Content-Range", "").rpartition("/")
-        return found, ObjectVersion(self._size(total, headers), _etag(headers))
+        return target, ObjectVersion(self._size(total, headers), _etag(headers))
 
-    def _ask(self, method: str, url: _Url, headers: dict[str, str]) -> tuple[_Url, int, Mapping[str, str]]:
-        """Where redirects end; the status and headers of the answer there."""
+    def _follow(self, method: str, url: _Url, headers: dict[str, str]) -> tuple[_Url, int, Mapping[str, str]]:
+        """Make a request and follow its redirects; return the last URL, with status and headers of its response."""
         for _ in range(_MAX_REDIRECTS):
-            status, answer = self._ask_once(method, url, headers)
-            location = answer.get("Location")
+            status, response_headers = self._request(method, url, headers)
+            location = response_headers.get("Location")
             if status not in _REDIRECTS or location is None:
-                return url, status, answer
+                return url, status, response_headers
             try:
                 url = url.redirected(location)
             except ConfigError as error:
                 raise self._error(TransportError, f"a redirect can't be followed: {error}") from None
         raise self._error(TransportError, f"more than {_MAX_REDIRECTS} redirects")
 
-    def _ask_once(self, method: str, url: _Url, headers: dict[str, str]) -> tuple[int, Mapping[str, str]]:
-        # HTTP says that a HEAD is answered as the GET would be: ask for no compression.
+    def _request(self, method: str, url: _Url, headers: dict[str, str]) -> tuple[int, Mapping[str, str]]:
+        """Return status and headers of the response; what may be transient is tried again first."""
+        # The response to a HEAD is that of the GET without its body, compression included: ask for none.
         all_headers = {"Accept-Encoding": "identity", **dict(url.headers), **headers}
         retries = Retry(
             self._max_attempts - 1,
             other=0,  # a certificate does not get better
-            redirect=False,
+            redirect=False,  # _follow does it, which keeps the password from other servers
             status_forcelist=_BUSY,
-            raise_on_status=False,
+            raise_on_status=False,  # _refusal explains it
             respect_retry_after_header=False,  # it may name an hour
             backoff_factor=0.05,
         )
         try:
             with _manager(url) as manager:
-                answer = manager.request(
+                response = manager.request(
                     method,
                     str(url),
                     headers=all_headers,
@@ -144,11 +152,12 @@ class HttpSource:
                     redirect=False,
                     preload_content=False,
                 )
-                answer.close()  # the body may be the whole object
+                response.close()  # the body may be the whole object
         except (urllib3.exceptions.HTTPError, OSError) as error:
             reason = getattr(error, "reason", None) or error
+            # The cause is not shown: its text holds the URL with its query, which may be a secret.
             raise self._error(TransportError, f"no answer from {url.authority}: {_without_urls(reason)}") from None
-        return answer.status, answer.headers
+        return response.status, response.headers
 
     def _size(self, text: str, headers: Mapping[str, str]) -> int:
         if headers.get("Content-Encoding", "identity") != "identity":
@@ -173,7 +182,14 @@ class HttpSource:
 
 
 class _Url(NamedTuple):
-    """A URL, taken apart and percent-encoded."""
+    """Parts of an http(s) URL, percent-encoded. A secret: ``target`` may hold a signature, ``headers`` a password.
+
+    Attributes:
+        scheme: ``"http"`` or ``"https"``.
+        authority: Host, with its port where that is not the usual one; without user name and password.
+        target: Path and query.
+        headers: The Authorization header of the URL's user name and password, if it has any.
+    """
 
     scheme: str
     authority: str
@@ -199,7 +215,7 @@ class _Url(NamedTuple):
         return cls(scheme, url.host + port, url.request_uri, headers)
 
     def redirected(self, location: str) -> _Url:
-        """Where a redirect leads. Credentials go along within the same server only."""
+        """Return the URL that a redirect leads to; its headers are sent on within the same server only."""
         url = _Url.parse(urljoin(str(self), location))
         same = (url.scheme, url.authority) == (self.scheme, self.authority)
         return url._replace(headers=self.headers) if same and not url.headers else url
@@ -220,6 +236,7 @@ class _Url(NamedTuple):
 
 
 def _manager(url: _Url) -> urllib3.PoolManager:
+    """Make the connection pool for one request, through the environment's proxy if there is one."""
     proxy = proxy_for(str(url))
     context = tls_context() if url.is_tls else None
     if proxy is None:
@@ -230,10 +247,10 @@ def _manager(url: _Url) -> urllib3.PoolManager:
 
 def _etag(headers: Mapping[str, str]) -> str:
     etag = headers.get("ETag", "")
-    # If-Match never holds for a weak ETag.
+    # If-Match never holds for a weak ETag: the object counts as one that has none.
     return "" if etag.startswith("W/") else etag
 
 
 def _without_urls(text: object) -> str:
-    """``text`` without user names and queries of URLs in it: they may be secrets."""
+    """Return ``text`` without user names and queries of the URLs in it: they may be secrets."""
     return re.sub(r"//[^/@\s]*@|\?\S*", lambda hit: "//…@" if hit[0].startswith("//") else "?…", str(text))

@@ -1,4 +1,7 @@
-"""The way to a server: routes for the workers, proxies of the environment, certificate authorities."""
+"""Network settings of the environment: proxies and certificate authorities; and the routes that are made of them.
+
+Used by the sources, by S3's and http's alike, and by the doctor. Makes no request.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +23,18 @@ PORTS: Final = {"http": 80, "https": 443}
 
 
 def route_to(url: str, headers: Headers, proxy: Proxy | None, ca_file: str | None) -> Route:
-    """Make the route to ``url``, which is percent-encoded and has no user name."""
+    """Make the route to a URL.
+
+    Args:
+        url: The URL, percent-encoded and without user name.
+        headers: Headers that every request must carry, ``Host`` apart.
+        proxy: Proxy to go through, or None.
+        ca_file: File, or folder, of the certificate authorities to trust; None: the system's.
+    """
     parts = urlsplit(url)
     port = parts.port or PORTS[parts.scheme]
     is_usual = port == PORTS[parts.scheme]
+    # Host is named as it was signed: the usual port is left out, even where the URL names it.
     host = parts.netloc.rpartition(":")[0] if is_usual and parts.port else parts.netloc
     target = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
     return Route(
@@ -32,18 +43,19 @@ def route_to(url: str, headers: Headers, proxy: Proxy | None, ca_file: str | Non
 
 
 def proxy_for(url: str) -> Proxy | None:
-    """The proxy that the environment names for ``url``, None for none.
+    """Return the proxy that the environment names for ``url``, None for none.
 
     Raises:
-        ConfigError: It is of a kind that can't be used.
+        ConfigError: It is of a kind that the workers can't use.
     """
     parts = urlsplit(url)
     proxy_url = getproxies().get(parts.scheme)
     if not proxy_url or proxy_bypass(parts.netloc):
         return None
-    if "://" not in proxy_url:
+    if "://" not in proxy_url:  # host:port alone is common
         proxy_url = "http://" + proxy_url.removeprefix("//")
     proxy = urlsplit(proxy_url)
+    # The workers speak plain HTTP to a proxy, and TLS through it; SOCKS and https:// proxies would need more.
     if proxy.scheme != "http" or not proxy.hostname:
         name = f"{parts.scheme.upper()}_PROXY"
         raise ConfigError(f"{name} names a proxy of the kind {proxy.scheme}://; only http://host:port can be used")
@@ -54,12 +66,12 @@ def proxy_for(url: str) -> Proxy | None:
 
 
 def ca_file() -> str | None:
-    """The file, or folder, of certificate authorities that the environment names; None: the system's."""
+    """Return the file, or folder, of certificate authorities that the environment names; None: the system's."""
     return os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("SSL_CERT_FILE") or None
 
 
 def tls_context() -> ssl.SSLContext:
-    """A TLS context that trusts those of :func:`ca_file`.
+    """Make a TLS context that trusts the authorities of :func:`ca_file`.
 
     Raises:
         ConfigError: They can't be read.
@@ -76,5 +88,5 @@ def tls_context() -> ssl.SSLContext:
 
 
 def basic_authorization(user: str, password: str) -> str:
-    """The value of an ``Authorization`` header for a percent-encoded user name and password."""
+    """Make the value of an ``Authorization`` header for a percent-encoded user name and password."""
     return "Basic " + base64.b64encode(f"{unquote(user)}:{unquote(password)}".encode()).decode()

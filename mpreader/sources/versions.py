@@ -98,6 +98,8 @@ def _outcomes(
     """Yield the index of each source with its version or the error, as they come."""
     outcomes: _Outcomes = queue.SimpleQueue()
     threads = BackgroundThreads("mpreader-stat")
+    # Closed whether all outcomes have come, the first error has ended the wait, or the deadline: HEADs that have not
+    # begun are then not made, and one that hangs keeps nobody.
     try:
         for number, source in enumerate(sources):
             threads.submit(source.open, partial(_put, outcomes, number))

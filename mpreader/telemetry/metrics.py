@@ -75,6 +75,7 @@ def instrument(meter_provider: MeterProvider | None = None) -> Callable[[], None
     except ImportError:
         raise ConfigError("metrics need OpenTelemetry: pip install 'mpreader[otel]'") from None
     with _lock:
+        # Looked up now: the global provider may have been set since the last call.
         wanted = meter_provider or get_meter_provider()
         same = (report for report in _reports if (report.meter_provider or get_meter_provider()) is wanted)
         report = next(same, None) or _Report(meter_provider)
@@ -125,6 +126,7 @@ class _Report:
         if event.attempt > 1:
             self._retries.add(1, place)
         self._duration.record(event.ended_s - event.started_s, result)
+        # Of a request without a response first_byte_s is ended_s.
         if is_ok or event.first_byte_s < event.ended_s:
             self._first_byte.record(event.first_byte_s - event.started_s, result)
 

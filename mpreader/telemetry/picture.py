@@ -87,6 +87,7 @@ def _label_rows(axes: Axes, rows: Rows, *, are_numbered: bool) -> None:
     places: dict[tuple[int, int], list[int]] = {}
     for place, connection in enumerate(rows):
         places.setdefault(connection[:2], []).append(place)
+    # A line between workers; in the middle of each its name, beside it the numbers of its connections.
     for own in list(places.values())[1:]:
         axes.axhline(own[0] - 0.5, color="black", linewidth=0.6)
     middles = [(own[0] + own[-1]) / 2 for own in places.values()]
@@ -95,7 +96,7 @@ def _label_rows(axes: Axes, rows: Rows, *, are_numbered: bool) -> None:
         axes.set_yticks(range(len(rows)), [str(row.connection) for row in rows], minor=True, fontsize=7)
     axes.tick_params(axis="y", which="both", length=0)
     axes.tick_params(axis="y", which="major", pad=16 if are_numbered else 4)
-    axes.set_ylim(max(len(rows), 1) - 0.5, -0.5)
+    axes.set_ylim(max(len(rows), 1) - 0.5, -0.5)  # the first row on top
     axes.set_ylabel("connections")
 
 

@@ -113,6 +113,7 @@ def _is_shown(show: bool | None) -> bool:
         return False
     if show:
         return True
+    # One bar for a job, not one for each of its ranks.
     return os.environ.get("RANK", "0") == "0" and (_is_notebook() or _is_terminal())
 
 
@@ -124,7 +125,7 @@ def _is_terminal() -> bool:
 
 
 def _is_notebook() -> bool:
-    ipython = sys.modules.get("IPython")
+    ipython = sys.modules.get("IPython")  # never imported: in a notebook it is there already
     shell = ipython.get_ipython() if ipython is not None else None
     return shell is not None and hasattr(shell, "kernel")
 

@@ -67,6 +67,7 @@ def _number_pools(recorded: Sequence[tuple[int, RequestEvent]]) -> dict[int, int
         spans[thread] = min(began_s, event.started_s), max(ended_s, event.ended_s)
     numbers: dict[int, int] = {}
     busy_until_s: list[float] = []  # by number
+    # In the order in which they began, each gets the lowest number that is free at that time.
     for thread, (began_s, ended_s) in sorted(spans.items(), key=lambda item: item[1]):
         free = (number for number, until_s in enumerate(busy_until_s) if until_s <= began_s)
         numbers[thread] = number = next(free, len(busy_until_s))

@@ -105,17 +105,17 @@ def random_faults(
         rate: Probability that a GET is struck, 0 to 1.
         kinds: Kinds to choose from.
     """
-    chance = random.Random(seed)  # noqa: S311 - a schedule, not a secret
+    rng = random.Random(seed)  # noqa: S311 - a schedule, not a secret
     return tuple(
         Fault(
-            chance.choice(kinds),
+            rng.choice(kinds),
             at=(number,),
-            after_bytes=chance.choice((0, 1, chance.randrange(1 << 12), chance.randrange(1 << 20))),
-            seconds=chance.uniform(0.01, 0.2),
-            status=chance.choice((500, 503)),
+            after_bytes=rng.choice((0, 1, rng.randrange(1 << 12), rng.randrange(1 << 20))),
+            seconds=rng.uniform(0.01, 0.2),
+            status=rng.choice((500, 503)),
         )
         for number in range(1, gets + 1)
-        if chance.random() < rate
+        if rng.random() < rate
     )
 
 
@@ -135,10 +135,12 @@ class Schedule:
             matches: Tells of a fault if the event is one that it counts.
         """
         with self._lock:
+            # All are asked, also behind the one that strikes, so that each counts every event that it matches.
             striking = [fault for index, fault in enumerate(self._faults) if matches(fault) and self._is_due(index)]
         return striking[0] if striking else None
 
     def _is_due(self, index: int) -> bool:
+        """Count a match of a fault; True if the fault strikes this time."""
         fault = self._faults[index]
         self._matches[index] += 1
         over = fault.until_s is not None and time.monotonic() - self._started > fault.until_s

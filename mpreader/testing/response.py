@@ -100,7 +100,7 @@ def read_request(stream: BinaryIO) -> Request | None:
         text = line.decode("latin-1").rstrip("\r\n")
         if text:
             lines.append(text)
-        elif lines:
+        elif lines:  # empty lines before a request are no end of its head
             words = lines[0].split(" ")
             if len(words) != 3:
                 raise ConnectionError("this is not an HTTP request")
@@ -139,6 +139,7 @@ def byte_range(header: str | None, size: int) -> range | None:
         The positions, empty if the object has none of them; None if S3 would ignore the header.
     """
     match = re.fullmatch(r"bytes=(\d*)-(\d*)", header or "")
+    # S3 ignores units that it doesn't know, and several ranges in one header.
     if match is None or match[0] == "bytes=-":
         return None
     if not match[1]:
@@ -198,6 +199,7 @@ def _wrong_response(response: Response, request: Request, stored: StoredObject, 
             headers["ETag"] = '"another-version"'
         case FaultKind.FLIPPED_BIT if body:
             flipped = bytearray(body)
+            # "covering" counts from the start of the object, "after_bytes" from that of the body.
             position = fault.after_bytes if fault.covering is None else fault.covering - start
             flipped[min(position, len(flipped) - 1)] ^= 1
             body = memoryview(flipped)

@@ -36,7 +36,9 @@ __all__ = ["serve"]
 _TLS_CHUNK_BYTES: Final = 1024 * 1024
 # Headers that change the response in ways that only moto knows.
 _ODD_HEADERS: Final = ("If-None-Match", "If-Modified-Since", "If-Unmodified-Since")
+# A URL that was presigned has one of these, by the version of the signature.
 _SIGNATURES: Final = frozenset({"Signature", "X-Amz-Signature"})
+# Parameters of a presigned URL; others, such as versionId, ask for something special.
 _PLAIN_QUERY: Final = re.compile(r"x-amz-.*|x-id|signature|awsaccesskeyid|expires", re.IGNORECASE)
 
 
@@ -52,7 +54,7 @@ def serve(port: int, certificate_file: str | None) -> None:
         scheme = "http" if certificate_file is None else "https"
         print(f"{scheme}://127.0.0.1:{server.port}", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
-            sys.stdin.buffer.read()
+            sys.stdin.buffer.read()  # its end tells that the owner has ended, however that happened
         # Without the interpreter's usual end, in which moto would warn of every object that it still holds.
         os._exit(0)
 
@@ -71,7 +73,7 @@ class _Server(ThreadedWSGIServer):
 
 class _Handler(WSGIRequestHandler):
     server: _Server
-    disable_nagle_algorithm = True
+    disable_nagle_algorithm = True  # head and body are sent one after the other
 
     def run_wsgi(self) -> None:
         if self.path == LOG_PATH:
@@ -117,7 +119,7 @@ class _Handler(WSGIRequestHandler):
             if key is None or not asked or self.headers.get("If-Match", key.etag) not in (key.etag, "*"):
                 return False
             etag = key.etag
-            key._value_buffer.flush()
+            key._value_buffer.flush()  # moto writes through a buffer
             file = os.dup(key._value_buffer.fileno())  # stays open when the object is overwritten
         try:
             self._begin(HTTPStatus.PARTIAL_CONTENT)
@@ -148,13 +150,13 @@ class _Handler(WSGIRequestHandler):
             key = backend.get_object(bucket, name)
             has_policy = backend.get_bucket(bucket).policy is not None
         except S3ClientError:
-            return None
+            return None  # moto answers with this error
         plain = isinstance(key, FakeKey) and key.storage_class == "STANDARD" and not key.encryption and not has_policy
         return key if plain else None
 
 
 def _send(connection: socket.socket, file: int, start: int, end: int) -> None:
-    tls = isinstance(connection, ssl.SSLSocket)
+    tls = isinstance(connection, ssl.SSLSocket)  # through which the kernel can't send a file by itself
     while start < end:
         if tls:
             chunk = os.pread(file, min(end - start, _TLS_CHUNK_BYTES), start)

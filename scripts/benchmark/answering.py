@@ -1,4 +1,4 @@
-"""A worker process for the measurement of the coordinator: it receives nothing and answers at once."""
+"""Worker process for measuring the coordinator: it receives nothing, and reports every part as received at once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mpreader.pool.worker.messages import Fetch, Fetched, MapSegment, Ready
 
 
 def answer_at_once(fd: int, *_: object) -> None:
-    """Be a worker that says of every part that it is there."""
+    """Run as a worker on the socket ``fd``; the other arguments are those of a real worker, and not needed."""
     sock = socket.socket(fileno=fd)
     sock.send(pickle.dumps(Ready()))
     while True:

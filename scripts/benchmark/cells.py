@@ -1,4 +1,4 @@
-"""What is measured: workloads, servers, contenders, and which of their combinations a run takes by default."""
+"""Cells of the benchmark: workloads, servers, contenders, and the combinations that a run measures by default."""
 
 from __future__ import annotations
 
@@ -52,7 +52,10 @@ class Cell:
     """One row of the table.
 
     Attributes:
-        targets: ``"touched"``, ``"fresh"`` (memory that nobody has touched yet), or ``"-"`` for fetches.
+        workload: Key of ``WORKLOADS``.
+        server: Key of ``SERVERS``.
+        targets: ``"touched"``, ``"fresh"`` (memory that was never touched), or ``"-"`` for fetches.
+        contender: One of ``CONTENDERS``.
     """
 
     workload: str
@@ -62,7 +65,7 @@ class Cell:
 
     @property
     def group(self) -> tuple[str, str, str]:
-        """What it is compared within."""
+        """Key that it shares with the cells that it is compared with."""
         return self.workload, self.server, self.targets
 
     def __str__(self) -> str:
@@ -86,7 +89,7 @@ def _all_cells() -> Iterator[Cell]:
 
 
 def default_cells() -> Iterator[Cell]:
-    """Those that fit into half an hour on 2 cores."""
+    """The cells that fit into half an hour on 2 cores."""
     yield from _product("a", ["plain"], ("touched",), _LOADERS)
     yield from _product("a", ["plain"], ("fresh",), ("mpreader", "dcp_optimized", "local"))
     yield from _product("bcd", ["plain"], ("touched",), ("mpreader", "dcp_optimized", "local"))

@@ -1,4 +1,4 @@
-"""The results as pictures, for a README: a panel for each workload, a bar for each contender."""
+"""Charts of the results, for the README: a panel for each workload, a bar for each contender."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _PANELS: Final = {
 
 
 def write_charts(results: Results, folder: Path, where: str) -> list[Path]:
-    """Write those for which there is something to show; their files."""
+    """Write the charts for which there are results; returns their files."""
     files = []
     for name, workloads, targets, title, value, unit in _charts():
         rows = {key: [row for row in results.rows if row.cell.group == (key, "plain", targets)] for key in workloads}

@@ -1,4 +1,4 @@
-"""The checkpoints: written once, by torch, into the folder that is served, so local readers read the same files."""
+"""Checkpoints of the benchmark: written once, by torch, into the folder that is served; local readers read it, too."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _MANIFEST: Final = "manifest.json"
 
 
 class Checkpoint:
-    """What is in a checkpoint's folder.
+    """A checkpoint on the disk.
 
     Attributes:
-        folder: Where its files are.
+        folder: Folder of its files.
         shapes: Shapes of its bf16 tensors.
         crcs: CRC-32s of their bytes.
     """
@@ -50,7 +50,7 @@ class Checkpoint:
         return {f"{self.folder.name}/{file.name}": file.stat().st_size for file in sorted(self.folder.glob("*.distcp"))}
 
     def shapes_for(self, workload: str) -> dict[str, list[int]]:
-        """What the workload loads of it."""
+        """Shapes of the tensors that a workload loads."""
         names = list(self.shapes)[::2] if workload == "c" else list(self.shapes)
         return {name: self.shapes[name] for name in names}
 
@@ -61,7 +61,7 @@ def checkpoint_of(workload: str) -> str:
 
 
 def make_checkpoints(data: Path, names: set[str]) -> None:
-    """Write those that ``data`` lacks; in a process of its own, so that torch starts no threads in this one."""
+    """Write the checkpoints that ``data`` lacks; in a process of its own, so that torch starts no threads here."""
     for name in sorted(names | {TINY}):
         folder = data / BUCKET / name
         if _is_written(folder):

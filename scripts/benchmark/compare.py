@@ -1,4 +1,4 @@
-"""The rounds: every contender once in each, in another order each time."""
+"""Rounds of the comparison: each measures every contender once, in another order each time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a part costs the main process: dispatch, completion and lease, with workers that answer at once.
+"""Cost of a part for the main process: dispatch, completion and lease, with workers that answer at once.
 
 The workers are real processes on real sockets, but receive nothing: what remains is the coordinator's and the
 consumer's own work.
@@ -25,7 +25,7 @@ PARTS = 2000
 
 
 class NothingToRead:
-    """A source whose bytes nobody receives."""
+    """A source whose bytes are never received."""
 
     bucket = key = uri = "nothing"
     max_attempts = 1

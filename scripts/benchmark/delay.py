@@ -1,4 +1,4 @@
-"""Answers every request with 204 after argv[1] seconds: nginx asks it before it answers on ``late30``."""
+"""Delay server: answers every request with 204 after argv[1] seconds; nginx asks it before it answers on ``late30``."""
 
 from __future__ import annotations
 

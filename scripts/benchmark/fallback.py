@@ -1,4 +1,4 @@
-"""The servers where there is no nginx: ``fallback.py ROOT FOLDER``, with logs of one line a request in FOLDER."""
+"""Servers without nginx: ``fallback.py ROOT FOLDER`` serves ROOT, with logs of one line a request in FOLDER."""
 
 from __future__ import annotations
 

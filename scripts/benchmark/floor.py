@@ -1,6 +1,6 @@
-"""The least that a fetch costs: a handwritten GET, and the kernel's copy into shared memory, in as many processes.
+"""Lower bound of a fetch: handwritten GETs, and the kernel's copy into shared memory, in as many processes.
 
-No checks, no retries, no order: what a library takes beyond this is its own.
+It checks nothing, retries nothing and keeps no order. A library that takes longer spends that time itself.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mpreader.pool.sizing import PoolSizes, size_pool
 
 __all__ = ["Floor"]
 
-_ORDER: Final = struct.Struct("<QQQQ")  # number of the part, start, end, offset in memory; pipes move it in one piece
+_REQUEST: Final = struct.Struct("<QQQQ")  # number of the part, start, end, offset in memory; pipes keep it whole
 _DONE: Final = struct.Struct("<Q")
 _HEAD_BYTES: Final = 2048
 Parts = list[tuple[str, int, int]]
@@ -40,7 +40,7 @@ class Floor:
         self._slots = self._sizes.workers * self._sizes.connections_per_worker
         self._warm = mmap.mmap(-1, self._slots * PART_BYTES)
         self._warm.write(b"\1" * len(self._warm))
-        self._crew: _Crew | None = None
+        self._processes: _Processes | None = None
 
     def keep(self, sizes: Mapping[str, int]) -> list[Piece]:
         return self._keep(list(parts_of(sizes)))
@@ -50,63 +50,63 @@ class Floor:
 
     def stream(self, sizes: Mapping[str, int], take: Take) -> None:
         parts = list(parts_of(sizes))
-        if self._crew is None:
-            self._crew = _Crew(self._address, self._sizes, self._warm, [key for key, _, _ in parts])
+        if self._processes is None:
+            self._processes = _Processes(self._address, self._sizes, self._warm, [key for key, _, _ in parts])
         view = memoryview(self._warm)
         free, under_way = list(range(self._slots)), dict[int, int]()
         for number in range(len(parts)):
-            slot = free.pop() if free else self._let_go(parts, under_way, view, take)
+            slot = free.pop() if free else self._take_one(parts, under_way, view, take)
             under_way[number] = slot
-            self._crew.order(number, *parts[number][1:], slot * PART_BYTES)
+            self._processes.request(number, *parts[number][1:], slot * PART_BYTES)
         while under_way:
-            self._let_go(parts, under_way, view, take)
+            self._take_one(parts, under_way, view, take)
 
     def close(self) -> None:
-        if self._crew is not None:
-            self._crew.close()
+        if self._processes is not None:
+            self._processes.close()
 
     def _keep(self, parts: Parts) -> list[Piece]:
         offsets = list(itertools.accumulate((end - start for _, start, end in parts), initial=0))
         memory = mmap.mmap(-1, offsets[-1])
-        crew = _Crew(self._address, self._sizes, memory, [key for key, _, _ in parts])
+        processes = _Processes(self._address, self._sizes, memory, [key for key, _, _ in parts])
         for number, (_, start, end) in enumerate(parts):
-            crew.order(number, start, end, offsets[number])
+            processes.request(number, start, end, offsets[number])
         for _ in parts:
-            crew.done()
-        crew.close()
+            processes.done()
+        processes.close()
         view = memoryview(memory)
         return [
             Piece(key, start, view[offset : offset + end - start])
             for (key, start, end), offset in zip(parts, offsets, strict=False)
         ]
 
-    def _let_go(self, parts: Parts, under_way: dict[int, int], view: memoryview, take: Take) -> int:
-        assert self._crew is not None
-        number = self._crew.done()
+    def _take_one(self, parts: Parts, under_way: dict[int, int], view: memoryview, take: Take) -> int:
+        assert self._processes is not None
+        number = self._processes.done()
         slot = under_way.pop(number)
         key, start, end = parts[number]
         take(Piece(key, start, view[slot * PART_BYTES : slot * PART_BYTES + end - start]))
         return slot
 
 
-class _Crew:
-    """Processes that take orders from one pipe and say on another what is done."""
+class _Processes:
+    """Processes that take requests for parts from one pipe, and report received parts on another."""
 
     def __init__(self, address: tuple[str, int], sizes: PoolSizes, memory: mmap.mmap, keys: Sequence[str]) -> None:
-        orders, self._orders = os.pipe()
+        requests, self._requests = os.pipe()
         self._done, done = os.pipe()
         self._pids = []
         for _ in range(sizes.workers):
             pid = os.fork()
             if pid == 0:
-                os.close(self._orders)
-                _work(address, sizes.connections_per_worker, memoryview(memory), keys, orders, done)
+                os.close(self._requests)
+                _work(address, sizes.connections_per_worker, memoryview(memory), keys, requests, done)
             self._pids.append(pid)
-        os.close(orders)
+        os.close(requests)
         os.close(done)
 
-    def order(self, number: int, start: int, end: int, offset: int) -> None:
-        os.write(self._orders, _ORDER.pack(number, start, end, offset))
+    def request(self, number: int, start: int, end: int, offset: int) -> None:
+        os.write(self._requests, _REQUEST.pack(number, start, end, offset))
 
     def done(self) -> int:
         """Number of a part that has arrived; waits for it."""
@@ -116,19 +116,19 @@ class _Crew:
         return int(_DONE.unpack(said)[0])
 
     def close(self) -> None:
-        os.close(self._orders)
+        os.close(self._requests)
         for pid in self._pids:
             os.waitpid(pid, 0)
         os.close(self._done)
 
 
 def _work(
-    address: tuple[str, int], connections: int, memory: memoryview, keys: Sequence[str], orders: int, done: int
+    address: tuple[str, int], connections: int, memory: memoryview, keys: Sequence[str], requests: int, done: int
 ) -> None:
     def serve() -> None:
         with socket.create_connection(address) as connection:
-            while order := os.read(orders, _ORDER.size):
-                number, start, end, offset = _ORDER.unpack(order)
+            while request := os.read(requests, _REQUEST.size):
+                number, start, end, offset = _REQUEST.unpack(request)
                 _receive(connection, keys[number], start, end, memory[offset : offset + end - start])
                 os.write(done, _DONE.pack(number))
 

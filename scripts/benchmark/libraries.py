@@ -1,4 +1,4 @@
-"""The contenders of fetches. Where a library needs to be told how much at a time, it is told what served it best."""
+"""Contenders of fetches. A library that must be told how much to fetch at one time is told what serves it best."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LibraryMaker = Callable[[], Library]
 
 
 def library_maker(job: Job) -> LibraryMaker:
-    """Import a contender, as a program's import lines do; what makes its client."""
+    """Import a contender, as a program's import lines do; returns a function that makes its client."""
     makers: dict[str, Callable[[Job], LibraryMaker]] = {
         "mpreader": _mpreader, "obstore": _obstore, "s3torchconnector": _connector, "boto3": _boto3, "s3fs": _s3fs,
         "floor": _floor,

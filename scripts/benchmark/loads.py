@@ -1,4 +1,4 @@
-"""The contenders of loads: ways to hand a checkpoint to ``torch.distributed.checkpoint.load``."""
+"""Contenders of loads: storage readers for ``torch.distributed.checkpoint.load``."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class LoadTask:
 
 
 def reader_maker(contender: str, uri: str, job: Job) -> ReaderMaker:
-    """Import what a contender needs, as a program's import lines do; what makes its storage readers."""
+    """Import what a contender needs, as a program's import lines do; returns a function that makes its readers."""
     makers = {"mpreader": _mpreader, "drop-in": _drop_in, "local": _local, "s3fs": _s3fs}
     if contender in makers:
         return makers[contender](uri, job)
@@ -95,6 +95,6 @@ def _s3fs(uri: str, job: Job) -> ReaderMaker:
 
 
 def warm_up(job: Job) -> None:
-    """Load a tiny local checkpoint: what torch does once in its first load is nobody's merit."""
+    """Load a tiny local checkpoint, since no contender is to pay for what torch does once, in its first load."""
     folder = job.data / BUCKET / TINY
     load({"tensor": torch.zeros(1000, dtype=torch.bfloat16)}, storage_reader=FileSystemReader(folder), no_dist=True)

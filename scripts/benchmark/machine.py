@@ -1,4 +1,4 @@
-"""Facts about the machine and the versions, for the record."""
+"""Facts about the machine and the versions that the results belong to."""
 
 from __future__ import annotations
 

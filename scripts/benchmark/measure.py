@@ -1,4 +1,4 @@
-"""One measurement: a process that does the same thing twice, and what it took.
+"""One measurement: a process that does the same thing twice, and the time, memory and requests of each.
 
 The process is forked from this one, which has imported torch and started no thread. Per run::
 
@@ -46,7 +46,7 @@ class Failure(Exception):
 
 @dataclass(slots=True)
 class Run:
-    """What one run took.
+    """Measurements of one run.
 
     Attributes:
         name: ``"first"`` or ``"again"``.
@@ -86,7 +86,7 @@ def measure(job: Job, limit_s: float = LIMIT_S) -> list[Run]:
         ours.close()
         process.join(5)
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid or 0, signal.SIGKILL)  # and what it has left behind
+            os.killpg(process.pid or 0, signal.SIGKILL)  # and all processes that it has left behind
         process.join()
 
 

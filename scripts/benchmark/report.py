@@ -1,4 +1,4 @@
-"""The results as tables, and as JSON."""
+"""Report of the results: tables, and JSON."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _line(results: Results, row: Row) -> list[str]:
 
 
 def goal_table(results: Results) -> Table:
-    """What was aimed at, and what was reached; only goals that were measured."""
+    """Goals, and the ratios that were reached; only goals that were measured."""
     table = [["goal (s3torchconnector ÷ mpreader, where nothing else is said)", "at least", "first", "again"]]
     for goal in GOALS:
         reached = [goal.reached(results, run) for run in RUNS]
@@ -113,7 +113,7 @@ def _goals_json(results: Results) -> Iterator[dict[str, Any]]:
 
 
 def write_markdown(file: Path, tables: Sequence[tuple[Table, int]], machine: dict[str, Any]) -> None:
-    """All tables, and what their columns mean."""
+    """Write all tables, and the meaning of their columns."""
     facts = "\n".join(f"- {name}: {value}" for name, value in machine.items())
     parts = [markdown(table, columns) for table, columns in tables]
     file.write_text("\n\n".join(["# Benchmark of mpreader", *parts, NOTES.replace("\n", "  \n"), facts]) + "\n")

@@ -1,4 +1,4 @@
-"""Everything that was measured, and what follows from it."""
+"""Results: all measurements, and the ratios and goals that follow from them."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Row:
     """All runs of one cell.
 
     Attributes:
-        cell: What was run.
+        cell: The cell.
         nbytes: Bytes that it delivers.
         rounds: Timed runs, by round: first and again.
         check: The round in which bytes were compared and memory was sampled.
-        note: Why there is nothing, or less.
+        note: Reason, in words, for which nothing was measured; empty if something was.
     """
 
     cell: Cell
@@ -66,7 +66,7 @@ class Results:
         return self._by_cell.get(cell)
 
     def ratio(self, row: Row, run: str) -> float | None:
-        """How many times as long as mpreader it took."""
+        """Seconds divided by those of mpreader in the same group."""
         ours = self.find(Cell(*row.cell.group, "mpreader"))
         return _quotient(row.seconds(run), ours.seconds(run) if ours is not None else None)
 

@@ -1,4 +1,4 @@
-"""How a fetch grows with workers and connections, where a connection brings 90 MB/s."""
+"""Scaling of a fetch with workers and connections, from a server that gives each connection 90 MB/s."""
 
 from __future__ import annotations
 

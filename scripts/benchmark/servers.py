@@ -1,4 +1,4 @@
-"""The servers: one nginx, four ports over the same files.
+"""Servers of the benchmark: one nginx, four ports over the same files.
 
 The listening sockets are made here and inherited by nginx, as in one of its binary upgrades: their ports can't be
 taken by another process meanwhile, and the kernel paces what is accepted on the one of ``slow90``. nginx's own
@@ -78,7 +78,14 @@ _LATE: Final = """\
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One of the servers: where it listens, whom to trust for it, and its log of one line a request."""
+    """One of the servers.
+
+    Attributes:
+        name: Key of ``SERVERS``.
+        endpoint_url: URL of the server.
+        ca_file: PEM file of the authority that a client must trust; None: it speaks http.
+        log: Log with a line for each request.
+    """
 
     name: str
     endpoint_url: str
@@ -105,7 +112,7 @@ def _size(file: Path) -> int:
 
 
 def nginx_path() -> str | None:
-    """Where nginx is; None if it isn't installed."""
+    """Path of nginx; None if it isn't installed."""
     return shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
 
 
@@ -114,7 +121,7 @@ class Servers:
 
     Attributes:
         sites: The servers by name.
-        kind: What serves: ``"nginx"``, or ``"FaultServer"`` where that is not installed.
+        kind: ``"nginx"``, or ``"FaultServer"`` if that is not installed.
     """
 
     def __init__(self, root: Path) -> None:
@@ -189,7 +196,7 @@ class Servers:
 
 def _listener(name: str) -> socket.socket:
     listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
-    listener.setblocking(False)  # nginx takes it for granted: a worker would hang in accept()
+    listener.setblocking(False)  # nginx expects it: else a worker would hang in accept()
     if name == "slow90":
         # Inherited by what is accepted; TCP paces by itself, no queueing discipline is needed.
         listener.setsockopt(socket.SOL_SOCKET, _SO_MAX_PACING_RATE, BYTES_PER_S)

@@ -1,4 +1,4 @@
-"""What a load reads into: memory that has been touched before, or that nobody has."""
+"""Targets of a load: memory that was touched before, or that never was."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Targets:
 
     Args:
         shapes: Their shapes, by name.
-        fresh: Whether :meth:`renew` makes untouched ones; else the same are filled again.
-        shared: Whether all are the same tensor, for checkpoints that are larger than memory.
+        fresh: True: :meth:`renew` makes untouched tensors. False: it fills the same ones again.
+        shared: True: all are the same tensor, for checkpoints that are larger than memory.
     """
 
     def __init__(self, shapes: Mapping[str, Sequence[int]], *, fresh: bool, shared: bool = False) -> None:
@@ -36,7 +36,7 @@ class Targets:
         self.ranges: list[tuple[int, int]] = []
 
     def renew(self) -> None:
-        """Make them what they are to be before a load: nothing in them is right by chance."""
+        """Prepare the targets for a load, so that nothing in them is right by chance."""
         if self._fresh or not self.tensors:
             self.tensors.clear()  # unmaps
             self.tensors = self._make()

@@ -1,4 +1,4 @@
-"""What a measurement runs, as its process sees it."""
+"""Task of a measurement: the work that its process does twice."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Job", "Task", "WrongBytes"]
 
 
 class WrongBytes(Exception):
-    """A contender delivered something else than what is stored."""
+    """A contender delivered other bytes than those that are stored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,10 +22,10 @@ class Job:
     Attributes:
         contender: Name of the contender.
         workload: Name of the workload.
-        fresh: Whether targets are untouched memory.
+        fresh: True: targets are untouched memory.
         site: The server.
         data: The folder that the servers serve.
-        checking: Whether bytes are compared and memory is sampled; the times of such a run are not used.
+        checking: True: bytes are compared and memory is sampled; the times of such a run are not used.
         workers: Worker processes of mpreader's fetcher; None: its default.
         connections: Connections of each; None: its default.
     """
@@ -51,7 +51,7 @@ class Task(Protocol):
         """Forget the run before, make targets ready. Not timed."""
 
     def run(self) -> None:
-        """What is timed."""
+        """Do the work that is timed."""
 
     def check(self) -> None:
         """Compare what has arrived with what is stored.

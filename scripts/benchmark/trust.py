@@ -1,4 +1,4 @@
-"""Makes the test authority trusted system-wide, for one process: s3torchconnector has no setting for another one."""
+"""Trust in the test authority, for one process: s3torchconnector has no setting for authorities but the system's."""
 
 from __future__ import annotations
 

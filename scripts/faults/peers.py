@@ -1,4 +1,4 @@
-"""What boto3, s3torchconnector, obstore and mpreader do with the same faults of a server.
+"""Comparison of boto3, s3torchconnector, obstore and mpreader: how they respond to the same faults of a server.
 
   scripts/peers                        every library with every fault: about 2 minutes
   scripts/peers --markdown FILE        the same, and writes the table as Markdown
@@ -31,8 +31,8 @@ MIB: Final = 1024 * 1024
 BUCKET, KEY = "bucket", "object"
 PATH: Final = f"/{BUCKET}/{KEY}"
 REGION: Final = "us-east-1"
-LIMIT_S: Final = 75  # botocore's 60 s for a silent connection are the longest of the defaults
-AT_ONCE: Final = 4  # attempts, which wait more than they work
+LIMIT_S: Final = 75  # the longest timeout of the defaults is botocore's, 60 s without a byte
+AT_ONCE: Final = 4  # attempts at one time; they wait more than they work
 
 # s3torchconnector's reader fetches 8 MiB where it is asked for less: there must be two GETs for two ranges, and the
 # last range must end with the object, so that all fetch the same.
@@ -50,10 +50,10 @@ class Peer(ABC):
 
     @abstractmethod
     def open(self) -> Read:
-        """What reads bytes [start, end) of the object, which it opens once if the library can."""
+        """Function that reads bytes [start, end) of the object, which is opened once if the library can."""
 
     def fetch(self, ranges: Ranges) -> list[bytes]:
-        """The ranges, in one call if the library can."""
+        """Bytes of the ranges, fetched in one call if the library can."""
         read = self.open()
         return [read(start, end) for start, end in ranges]
 
@@ -130,14 +130,15 @@ PEERS: Final[dict[str, type[Peer]]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """What goes wrong, and the reading that it strikes.
+    """A row of the table: faults, and the read that they strike.
 
     Args:
-        title: What the table calls it.
-        faults: What the server does.
-        ranges: What is read.
-        is_lie: The bytes are right, but what the last of the faults says of them is not: who looks must not take them.
-        overwrites: Another object is put in place of the first after the first range was read.
+        title: Title of the row.
+        faults: Faults of the server.
+        ranges: Ranges that are read.
+        is_lie: True: the bytes are right, but the headers of the last fault say that they are not, so that a client
+            that checks them must refuse the bytes.
+        overwrites: True: the object is overwritten after the first range was read.
     """
 
     title: str
@@ -177,7 +178,7 @@ The fault strikes the first GET only, where nothing else is said. The libraries 
 {LIMIT_S} s for an attempt. GETs are all that the server got for it, those that failed too.
 
 - right: the bytes are those of the object.
-- not noticed: so they are here, but the answer said that they were others, or did not say what they were.
+- not noticed: so they are here, but the response said that they were others, or did not say what they were.
 - WRONG BYTES accepted: shorter, longer or different ones were returned, and no error.
 - error: the exception's class.
 - hung: neither bytes nor an error in {LIMIT_S} s.
@@ -225,7 +226,7 @@ def _run_one(peer_name: str, row_name: str) -> None:
             print(f"{request.method} {request.range} If-Match: {condition}; status {request.status}, fault {struck}")
         gets = len(_gets(server))
         print(f"{outcome} ({gets} GET{'s' * (gets != 1)})", flush=True)
-        os._exit(0)  # what hangs would not let go of the process
+        os._exit(0)  # a library that hangs would keep the process from ending
 
 
 def _outcome(peer: Peer, row: Row, server: FaultServer) -> str:
@@ -239,25 +240,25 @@ def _outcome(peer: Peer, row: Row, server: FaultServer) -> str:
 
 def _attempt(peer: Peer, row: Row, server: FaultServer) -> str:
     try:
-        pieces = _overtaken(peer, row.ranges, server) if row.overwrites else peer.fetch(row.ranges)
-    except Exception as error:  # noqa: BLE001  # whatever a library raises is what is asked for
+        pieces = _overwritten(peer, row.ranges, server) if row.overwrites else peer.fetch(row.ranges)
+    except Exception as error:  # noqa: BLE001  # its class is the result
         print(f"{type(error).__module__}.{type(error).__qualname__}: {error}")
         return f"error: {type(error).__name__}"
     got, wanted = b"".join(pieces), b"".join(OLD[start:end] for start, end in row.ranges)
     if got != wanted:
         how = "different" if len(got) == len(wanted) else "shorter" if len(got) < len(wanted) else "longer"
         return f"WRONG BYTES accepted: {how}"
-    return "not noticed" if row.is_lie and _is_taken_in(row, server) else "right"
+    return "not noticed" if row.is_lie and _accepts_lie(row, server) else "right"
 
 
-def _is_taken_in(row: Row, server: FaultServer) -> bool:
-    """Whether bytes were taken from an answer with a fault; not where all of the range was fetched anew with it."""
+def _accepts_lie(row: Row, server: FaultServer) -> bool:
+    """True if bytes were taken from a response with a fault, and not all of the range was fetched anew."""
     gets = _gets(server)
     was_begun_anew = len(gets) > len(row.ranges) and gets[-1].range == gets[0].range
     return gets[-1].fault is not None and not was_begun_anew
 
 
-def _overtaken(peer: Peer, ranges: Ranges, server: FaultServer) -> list[bytes]:
+def _overwritten(peer: Peer, ranges: Ranges, server: FaultServer) -> list[bytes]:
     read, (first, second) = peer.open(), ranges
     before = read(*first)
     server.put(PATH, NEW)
@@ -281,7 +282,7 @@ def _compare() -> Table:
 
 
 def _run_apart(peer_name: str, row_name: str) -> str:
-    """Have it run by a process without the user's settings; the last line that it prints."""
+    """Make an attempt in a process without the user's settings; returns the last line that it prints."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "MPREADER_"))}
     command = [sys.executable, __file__, "--one", peer_name, row_name]
     return subprocess.check_output(command, env=environment, text=True).splitlines()[-1]

@@ -1,8 +1,7 @@
-"""What each protection is for: without it, a test of the fault matrix fails.
+"""Protections against faults: without any one of them, a test of the fault matrix fails.
 
 mpreader and its tests are copied to a temporary folder. There the tests pass; then one protection at a time is removed,
-its test must fail, and the protection is put back. A test that passes without the protection that it is said to prove
-would prove nothing.
+its test must fail, and the protection is put back. A test that passes without its protection would prove nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = ("mpreader", "tests", "pyproject.toml")
-TEST_TIMEOUT_S = 20  # a test that waits for ever without the protection
+TEST_TIMEOUT_S = 20  # without its protection a test may wait for ever
 PYTEST_TIMEOUT_S = 120
 BASELINE_TIMEOUT_S = 600
 
@@ -34,9 +33,18 @@ PARTIAL_CONTENT = "mpreader/pool/worker/partial_content.py"
 
 
 class Protection(NamedTuple):
-    """A protection, how it is removed, and the test that then fails."""
+    """A protection, how it is removed, and the test that then fails.
 
-    row: str  # of the fault matrix
+    Attributes:
+        row: Row of the fault matrix.
+        name: Name of the protection.
+        file: File that holds it.
+        old: Its code, which occurs in the file once.
+        new: Code without the protection.
+        test: Node of the test, as pytest names it.
+    """
+
+    row: str
     name: str
     file: str
     old: str
@@ -130,8 +138,8 @@ PROTECTIONS = (
         "server stalls, or trickles",
         "a part has a deadline",
         "mpreader/pool/coordinator/scheduler.py",
-        "late = [part for part in self._parts.values() if part.deadline < now]",
-        "late: list[PartState] = []",
+        "[part for part in self._parts.values() if part.deadline < now]",
+        "[]",
         f"{NETWORK}::test_part_that_takes_too_long_in_all_is_a_timeout",
     ),
     Protection(
@@ -178,8 +186,8 @@ PROTECTIONS = (
         "worker stopped (stuck)",
         "a worker that is silent is killed",
         "mpreader/pool/coordinator/workers.py",
-        "                member.was_silent = True\n                self._kill(member)\n",
-        "                member.was_silent = True\n",
+        "                worker.has_not_responded = True\n                self._kill(worker)\n",
+        "                worker.has_not_responded = True\n",
         f"{WORKERS}::test_stuck_worker_is_killed_and_its_parts_are_read_again",
     ),
     Protection(
@@ -267,7 +275,14 @@ PROTECTIONS = (
 
 
 class Outcome(NamedTuple):
-    """What became of a run of pytest."""
+    """Result of a run of pytest.
+
+    Attributes:
+        status: Exit status.
+        said: First line of the first failure; empty if no test failed.
+        output: All output.
+        seconds: Wall time.
+    """
 
     status: int
     said: str
@@ -276,7 +291,7 @@ class Outcome(NamedTuple):
 
 
 class Failure(Exception):
-    """A protection can't be removed, or is not missed."""
+    """A protection can't be removed, or no test fails without it."""
 
 
 class Copy:
@@ -294,7 +309,7 @@ class Copy:
 
     @contextlib.contextmanager
     def without(self, protection: Protection) -> Iterator[None]:
-        """Remove a protection, and put it back.
+        """Remove a protection while the block runs.
 
         Raises:
             Failure: It is not there, or more than once.
@@ -309,7 +324,8 @@ class Copy:
             yield
         finally:
             file.write_text(text)
-            for cache in self._folder.rglob("__pycache__"):  # a file that is changed twice a second looks unchanged
+            # Python compares times in whole seconds: a file that is changed twice in one looks unchanged.
+            for cache in self._folder.rglob("__pycache__"):
                 shutil.rmtree(cache)
 
     def run(self, tests: list[str], timeout_s: float) -> Outcome:
@@ -332,18 +348,19 @@ class Copy:
             os.killpg(process.pid, signal.SIGKILL)
             output = process.communicate()[0] + "\nE   it had to be killed\n"
         self._end_orphans()
-        failure = output[max(0, output.find("= FAILURES =")) :]  # behind what its clearing up has led to
+        # Errors of the fixtures, which follow from the failure, are printed before it.
+        failure = output[max(0, output.find("= FAILURES =")) :]
         said = re.search(r"^E +(\S.*)$", failure, re.MULTILINE)
         return Outcome(process.returncode, said[1] if said else "", output, time.monotonic() - started)
 
     def _wait_less(self) -> None:
-        """Without their protections, tests wait as long as they may."""
+        """Shorten the timeouts of the tests: without their protections they wait as long as they may."""
         for file in self._folder.glob("tests/**/test_*.py"):
             text = re.sub(r"mark\.timeout\(\d+\)", f"mark.timeout({TEST_TIMEOUT_S})", file.read_text())
             file.write_text(text)
 
     def _require_own_package(self) -> None:
-        """The copy must be what is tested, by workers too, and not the installed package."""
+        """Check that the copy is what is tested, not the installed package: by worker processes, too."""
         program = (
             "import mpreader.pool.coordinator.process as p, pathlib; "
             "print(pathlib.Path(p.__file__).resolve().parents[3])"
@@ -357,7 +374,7 @@ class Copy:
         return {**os.environ, "PYTHONPATH": str(self._folder), "PYTHONDONTWRITEBYTECODE": "1"}
 
     def _end_orphans(self) -> None:
-        """End the workers of the copy that have outlived their parent for want of a protection."""
+        """End the workers of the copy that have outlived their parent, since a protection was missing."""
         for entry in Path("/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):
                 if f"sys.path.append('{self._folder}')" in entry.read_text(errors="replace"):
@@ -380,7 +397,7 @@ def check(copy: Copy, protection: Protection) -> Outcome:
 
 
 def cells(protection: Protection, outcome: Outcome) -> tuple[str, ...]:
-    """A line of the table."""
+    """Cells of a line of the table."""
     said = re.sub(r"/tmp/[\w./-]*/", "…/", outcome.said)
     said = re.sub(r"\b0x[0-9a-f]{6,}", "0x…", said)
     said = re.sub(r"127\.0\.0\.1:\d+", "127.0.0.1", said)
@@ -389,21 +406,21 @@ def cells(protection: Protection, outcome: Outcome) -> tuple[str, ...]:
 
 
 def markdown(lines: list[tuple[str, ...]]) -> str:
-    """The table, and what it is."""
+    """The table as Markdown, with a heading."""
     head = ("what goes wrong", "protection removed", "test that then fails", "what it says", "s")
     rows = [head, ("---", "---", "---", "---", "---:")]
     for row, name, test, said, seconds in lines:
         rows.append((row, name, f"`{test}`", f"`{said.replace('`', chr(39)).replace('|', chr(92) + '|')}`", seconds))
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     return (
-        "# What each protection is for\n\n"
+        "# Protections, and the tests that fail without them\n\n"
         f"Written by `scripts/protections --markdown FILE`. Unchanged, all these tests pass; with one of the "
         f"{len(lines)} protections removed, its test fails.\n\n{table}\n"
     )
 
 
 def main() -> int:
-    """Remove the protections one by one; the exit status."""
+    """Remove the protections that the command line names, one by one; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--markdown", type=Path, metavar="FILE", help="write the table there, if all is as it should be"
@@ -420,7 +437,7 @@ def main() -> int:
 
 
 def show(copy: Copy, chosen: list[Protection], file: Path | None) -> int:
-    """Print what becomes of each, and write the table; the exit status."""
+    """Print the result of each protection, and write the table; returns the exit status."""
     started = time.monotonic()
     unchanged = copy.run([entry.test for entry in chosen], BASELINE_TIMEOUT_S)
     if unchanged.status:

@@ -52,7 +52,7 @@ def draw_sweep(sweep: Sweep) -> Figure:
         _draw_bars(panel, shown, [getattr(key, axis) == getattr(sweep.recommended, axis) for key in shown.results])
         _draw_frame(panel, shown, axis)
         highest = max(highest, *(each.gb_per_s for measurements in shown.results.values() for each in measurements))
-    panels[0].set_ylim(0, highest * 1.12 or 1)
+    panels[0].set_ylim(0, highest * 1.12 or 1)  # room for the numbers above the highest bar
     panels[0].set_ylabel("GB/s", fontsize=9, color=_TEXT)
     figure.suptitle(_headline(sweep), fontsize=10, color=_TEXT, parse_math=False)
     handles, labels = panels[0].get_legend_handles_labels()

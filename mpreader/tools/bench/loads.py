@@ -7,20 +7,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from mpreader.dcp.checkpoint import LoadOptions
 from mpreader.dcp.loader import check_memory, read_into, read_metadata
 from mpreader.dcp.reader import S3StorageReader
 from mpreader.dcp.state import allocate, empty_state, state_bytes, touch_memory
-from mpreader.errors import ConfigError
-from mpreader.ranges import DEFAULT_MAX_GAP_SIZE
 from mpreader.readers.kinds import S3ReaderConstructor
 from mpreader.tools.bench.memory import TreeMemory, tree_memory_bytes
-
-if TYPE_CHECKING:
-    from mpreader.config import PoolConfig, S3ClientConfig
 
 __all__ = ["TimedLoad", "time_loads"]
 
@@ -60,54 +56,32 @@ class TimedLoad:
         return self.nbytes / self.seconds / 1e9
 
 
-def time_loads(
-    uri: str | os.PathLike[str],
-    repeat: int = 1,
-    *,
-    region: str | None = None,
-    s3client_config: S3ClientConfig | None = None,
-    pool_config: PoolConfig | None = None,
-    max_gap_size: float = DEFAULT_MAX_GAP_SIZE,
-    match: str | Iterable[str] | None = None,
-    verify: bool = True,
-    allowed_globals: Iterable[str] = (),
-    progress: bool | None = None,
-) -> Iterator[TimedLoad]:
+def time_loads(uri: str, options: LoadOptions, repeat: int = 1) -> Iterator[TimedLoad]:
     """Load a checkpoint into the same targets again and again.
 
     The targets are allocated, and touched, before the clock starts.
 
     Args:
         uri: ``s3://`` URI of the checkpoint.
-        repeat: Number of loads, at least 1.
-        region: As for :func:`mpreader.dcp.load_checkpoint`, like all that follow.
-        s3client_config: Settings of the S3 client.
-        pool_config: Settings of the worker pool.
-        max_gap_size: Largest gap, in bytes, between two items that are fetched as one.
-        match: Load only what these patterns select.
-        verify: True: check the CRC-32s.
-        allowed_globals: Classes that ``.metadata`` may make.
-        progress: True: show a progress bar for each load. None: on a terminal or in a notebook.
+        options: Options of each load. ``weights_only`` is of no effect: items that are no tensors are dropped.
+        repeat: Number of loads.
 
     Yields:
         The measurements of each load, when it is over.
 
     Raises:
-        ConfigError: ``repeat`` is less than 1.
         MpreaderError: As for :func:`mpreader.dcp.load_checkpoint`.
     """
-    if repeat < 1:
-        raise ConfigError(f"repeat must be at least 1, got {repeat}")
-    # Planned with readers that start no processes: starting them is part of the first load.
+    # Planned with a reader that starts no processes: starting them is part of the first load.
     plain = S3ReaderConstructor.sequential()
-    with S3StorageReader(region, uri, s3client_config, plain, allowed_globals=allowed_globals) as reader:
-        planned = empty_state(read_metadata(reader), match)
-        check_memory(planned, reader, pool_config)
+    with S3StorageReader(
+        options.region, uri, options.s3client_config, plain, allowed_globals=options.allowed_globals
+    ) as reader:
+        planned = empty_state(read_metadata(reader), options.match)
+        check_memory(planned, reader, options.pool_config)
     state = allocate(planned)
     touch_memory(state)
-    constructor = S3ReaderConstructor.multiprocess(max_gap_size, pool_config=pool_config, progress=progress)
-    reader = S3StorageReader(region, uri, s3client_config, constructor, verify=verify, allowed_globals=allowed_globals)
-    with reader:
+    with options.open_reader(uri) as reader:
         memory_before = tree_memory_bytes(os.getpid())
         for number in range(repeat):
             yield _timed(reader, state, memory_before, starts_workers=number == 0)

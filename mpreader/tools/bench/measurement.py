@@ -133,6 +133,7 @@ class Benchmark:
             cpu_s, started = _cpu_seconds(pids), time.monotonic()
             nbytes = self._read(fetcher, started + limit_s, on_bytes)
             seconds = time.monotonic() - started
+            # Before the fetcher is closed: the processor time of processes that have ended is not found any more.
             cpu_s, done = _cpu_seconds(pids) - cpu_s, fetcher.stats
             # Sampled once, at the end: the pool keeps its segments until it is closed, so this is the most it took.
             memory = tree_memory_bytes(os.getpid()) - memory_before

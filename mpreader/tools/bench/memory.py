@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TreeMemory", "tree_memory_bytes"]
 
-SAMPLE_INTERVAL_S = 0.05
+SAMPLE_INTERVAL_S = 0.05  # a shorter peak may be missed; each sample reads the whole process table
 
 
 class TreeMemory:
@@ -45,15 +45,15 @@ class TreeMemory:
         return max((extra for _, extra in self.samples), default=0)
 
     def __enter__(self) -> Self:
-        # The sampler itself is not counted: it leaves itself out.
         command = [sys.executable, "-m", "mpreader.tools.bench.memory", str(os.getpid()), *map(str, self._excluded)]
         self._sampler = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # noqa: S603
+        # It is ready once it has the number from which all others count: nothing may be allocated before.
         if self._sampler.stdout is None or self._sampler.stdout.readline() != "ready\n":
             raise RuntimeError("the memory sampler did not start")
         return self
 
     def __exit__(self, *_: object) -> None:
-        output = self._sampler.communicate()[0]
+        output = self._sampler.communicate()[0]  # closes its standard input, which ends it
         self.samples = [(seconds, extra) for seconds, extra in json.loads(output)]
 
 
@@ -65,6 +65,7 @@ def tree_memory_bytes(root: int, excluded_pids: Iterable[int] = ()) -> int:
     """
     processes = [_resident_bytes(pid) for pid in _descendants(root, set(excluded_pids))]
     own = sum(counters.get("RssAnon", 0) + counters.get("RssFile", 0) for counters in processes)
+    # Not the sum: a page of shared memory is resident in each process that has touched it.
     return own + max((counters.get("RssShmem", 0) for counters in processes), default=0)
 
 
@@ -76,6 +77,7 @@ def _descendants(root: int, excluded: set[int]) -> Iterator[int]:
                 stat = Path(f"/proc/{entry}/stat").read_text()
             except OSError:  # it has ended meanwhile
                 continue
+            # The name of a process, in parentheses, may hold anything, spaces and parentheses too.
             children.setdefault(int(stat.rpartition(")")[2].split()[1]), []).append(int(entry))
     todo = [root]
     while todo:
@@ -95,7 +97,7 @@ def _resident_bytes(pid: int) -> dict[str, int]:
 
 
 def _sample(root: int, excluded: set[int]) -> list[tuple[float, int]]:
-    """Sample until the standard input ends, which tells that the block of :class:`TreeMemory` has."""
+    """Sample until the standard input ends, as it does at the end of the block of :class:`TreeMemory`."""
     started, before = time.monotonic(), tree_memory_bytes(root, excluded)
     print("ready", flush=True)
     samples = []
@@ -106,4 +108,5 @@ def _sample(root: int, excluded: set[int]) -> list[tuple[float, int]]:
 
 if __name__ == "__main__":
     pids = [int(argument) for argument in sys.argv[1:]]
+    # The sampler is a child of what it measures: it leaves itself out.
     print(json.dumps(_sample(pids[0], {*pids[1:], os.getpid()})))

@@ -227,6 +227,7 @@ def _axis_results(settings: Sequence[Settings], found: Results, defaults: Settin
 
 
 def _nearest(values: Sequence[int], wanted: int) -> int:
+    # By ratio: values are powers of two, or like them.
     return min(values, key=lambda value: abs(math.log(value / wanted)))
 
 

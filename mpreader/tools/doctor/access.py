@@ -31,6 +31,7 @@ _SOON: Final = timedelta(minutes=15)
 _SKEW_WARN: Final = timedelta(minutes=1)
 _SKEW_FAIL: Final = timedelta(minutes=5)
 _SET_CLOCK: Final = "sudo chronyc makestep; to keep it right: sudo timedatectl set-ntp true"
+# botocore's names of the places where it found credentials, in words.
 _SOURCES: Final = {
     "env": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY of the environment",
     "shared-credentials-file": "the credentials file",
@@ -49,6 +50,7 @@ _RENEWALS: Final = {
     "login": "aws login",
     "custom-process": "see what the profile's credential_process prints: aws configure export-credentials",
 }
+# By the cause of a NoResponse.
 _CONNECTION_REMEDIES: Final = {
     "tls": "export AWS_CA_BUNDLE=/path/to/the/authorities.pem, that of the endpoint's or the proxy's certificate",
     "proxy": "correct HTTP_PROXY and HTTPS_PROXY, or go past the proxy: export NO_PROXY={host}",
@@ -82,6 +84,7 @@ def examine_access(source: str | None, config: S3ClientConfig, limit_s: float = 
     identity = _begin(account.identify)
     readable = _begin(lambda: _read(account, response, identity, prefix, config)) if bucket else None
     asked: list[Future[Any]] = [addresses, response, identity, *([] if readable is None else [readable])]
+    # Threads that have no answer by then are left to themselves: daemons, which end with the command.
     wait(asked, max(0.0, deadline - time.monotonic()))
     yield from _proxy_and_name(account, host, addresses, limit_s)
     yield from _service(account, response, config)
@@ -115,7 +118,8 @@ def _begin(work: Callable[[], Found]) -> Future[Found]:
 def _read(
     account: Account, response: Future[ServiceResponse], identity: Future[Identity], prefix: str, config: S3ClientConfig
 ) -> Readable:
-    """Ask for the bucket, once it is known that there is somebody to ask, and something to ask with."""
+    """Ask for the bucket, once it is known that the service responds and that there are credentials."""
+    # Both futures are waited for here, in a thread of its own; this one is given up with the others.
     if response.exception() or not (config.unsigned or (identity.exception() is None and identity.result().source)):
         raise _NotAskedError
     return account.read(prefix)
@@ -180,6 +184,7 @@ def _clock(skew: timedelta) -> Finding:
 
 
 def _region(account: Account, of_bucket: str | None, config: S3ClientConfig) -> Finding:
+    # Other tools for AWS read AWS_REGION, so it is often the only one that is set.
     ignored = os.environ.get("AWS_REGION", account.region)
     if not (config.region or of_bucket) and ignored != account.region:
         problem = f"AWS_REGION={ignored} is ignored: boto3 reads AWS_DEFAULT_REGION"
@@ -230,6 +235,7 @@ def _found_credentials(found: Identity, now: datetime) -> Finding:
 def _bucket(account: Account, source: str, readable: Future[Readable]) -> Finding:
     failure = _failure(readable)
     if failure is not None:
+        # Cleaned, since a service may repeat credentials that it was sent.
         return Finding("bucket", "fail", source, account.clean(str(failure)), _bucket_remedy(source, failure))
     found = readable.result()
     if found.key is None:
@@ -247,6 +253,7 @@ def _bucket(account: Account, source: str, readable: Future[Readable]) -> Findin
 
 
 def _bucket_remedy(source: str, failure: BaseException) -> str:
+    # By the code of S3 first: one class of errors stands for several causes.
     code = code_of(failure)
     if code == "RequestTimeTooSkewed":
         return _SET_CLOCK

@@ -123,7 +123,7 @@ def _cores(facts: HostFacts) -> Finding:
     cores, quota, sharers = facts.host.cores, facts.cgroup.cores, facts.host.sharers
     value = f"{cores} of {facts.all_cores} usable, CPU quota " + ("none" if quota is None else f"{quota:g}")
     value += f", shared by {sharers} ranks" if sharers > 1 else ""
-    if cores < 2 <= facts.all_cores:
+    if cores < 2 <= facts.all_cores:  # where the host has only one, there is no remedy
         problem = "receiving and decoding take turns on one core"
         free = f"taskset -c 0-{facts.all_cores - 1} python …"
         remedy = f"docker run --cpus=4 …, srun --cpus-per-task=4 …, or where there is no limit: {free}"
@@ -157,6 +157,7 @@ def _shared_memory(facts: HostFacts, wanted: int, asked_for: int) -> Finding:
     return _shortage("shared memory", value, facts, wanted, asked_for, free * 8 // 10, remedy)
 
 
+# A load works with less memory than it wants, but not with less than the user asks for.
 def _shortage(name: str, value: str, facts: HostFacts, wanted: int, asked_for: int, spare: int, remedy: str) -> Finding:
     if asked_for == wanted:
         problem = f"{_size(asked_for)} are asked for (max_memory): a load that needs them fails"

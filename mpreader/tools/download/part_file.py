@@ -54,6 +54,7 @@ class PartFile:
     def __init__(self, path: str | os.PathLike[str], identity: dict[str, Any], *, resume: bool = True) -> None:
         self._final, self._path, self._state = _paths(path)
         self.started_over: str | None = None
+        # Opened without truncating: an earlier call's bytes are in it, or it is another process's.
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
         self._file = open(os.open(self._path, flags, 0o666), "r+b", buffering=0)  # noqa: SIM115  # closed by __exit__
         try:
@@ -61,6 +62,7 @@ class PartFile:
             left = os.fstat(self._file.fileno()).st_size
             self.started_over = self._why_useless(left, identity) if resume and left else None
             if not resume or not left or self.started_over is not None:
+                # Truncated first: bytes must never stand beside the identity of another download.
                 self._file.truncate(0)
                 self._state.write_text(json.dumps(identity, indent=2) + "\n")
         except BaseException:
@@ -94,7 +96,7 @@ class PartFile:
         """Hand the bytes that are there already to ``use``, piece by piece; returns how many they are."""
         kept = 0
         while chunk := self._file.read(_READ_BYTES):
-            use(chunk)
+            use(chunk)  # the checksum of the file is of these bytes, too
             kept += len(chunk)
         if kept:
             _log.info("%s has %d bytes already", self._path, kept)
@@ -121,6 +123,7 @@ class PartFile:
 
     def __exit__(self, *_: object) -> None:
         with self._file:  # closes it, and with it the lock
+            # A part without bytes is of no use to anybody. After finish() the open file has another name.
             if not os.fstat(self._file.fileno()).st_size and self._is_there():
                 self.discard()
 

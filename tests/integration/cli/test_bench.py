@@ -1,3 +1,5 @@
+"""``mpreader bench`` as a user calls it: what it prints and draws is what it measured."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""``mpreader inspect`` as a user calls it: what it prints is what the checkpoint holds and what a load requests."""
+
 from __future__ import annotations
 
 import dataclasses

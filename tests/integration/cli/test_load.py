@@ -1,3 +1,5 @@
+"""``mpreader load`` as a user calls it: times, a timeline, and one line for each error."""
+
 from __future__ import annotations
 
 import json
@@ -14,9 +16,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from mpreader.cli.main import main
 from mpreader.dcp import S3FileSystem, S3StorageWriter, describe_checkpoint
-from mpreader.errors import ConfigError
 from mpreader.testing import S3Server
-from mpreader.tools.bench.loads import time_loads
 
 if TYPE_CHECKING:
     from tests.integration.warm_interpreter import WarmInterpreter
@@ -170,8 +170,3 @@ def test_load_shows_a_bar_where_that_is_asked_for(checkpoint: str, run: Run, mon
     assert "load: 100%" in shown.stderr
     assert json.loads(shown.stdout)["loads"]
     assert run(checkpoint).stderr == run(checkpoint, "--no-progress").stderr == ""
-
-
-def test_loads_are_at_least_one() -> None:
-    with pytest.raises(ConfigError, match="repeat must be at least 1, got 0"):
-        list(time_loads("s3://bucket/checkpoint", 0))

@@ -41,7 +41,7 @@ def url() -> Iterator[str]:
 
 
 class Terminal:
-    """What a program sees as its terminal, and what is on its screen."""
+    """A terminal that a program runs in, with the contents of its screen."""
 
     def __init__(self, command: list[str], folder: Path, **settings: str) -> None:
         self._screen = pyte.Screen(COLUMNS, ROWS)

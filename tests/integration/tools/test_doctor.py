@@ -266,7 +266,7 @@ class Service(ThreadingHTTPServer):
     """An S3 of one bucket that says what it is told to say.
 
     Attributes:
-        ahead: How far its clock is ahead of ours.
+        ahead: Time by which its clock is ahead of ours.
         region: The bucket's region; "": it tells none.
         refused: S3's code for what it refuses, by kind of request: ``"head"``, ``"list"``, ``"read"``.
     """

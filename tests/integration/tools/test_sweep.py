@@ -1,3 +1,5 @@
+"""Sweep: the recommended settings are the leanest of the fast ones, and measurements are what they say."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
