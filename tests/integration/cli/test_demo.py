@@ -55,8 +55,8 @@ def test_demo_shows_each_step_a_table_and_that_all_is_right() -> None:
 
 
 def test_ctrl_c_in_a_demo_takes_its_server_along() -> None:
-    # While it loads: torch, which writes in threads, lets these go on for a while, and they print what they think of it.
-    # What boto3 leaves open where it is interrupted is nobody's fault.
+    # While it loads: the threads in which torch writes go on for a while, and print errors. Warnings are ignored, for
+    # boto3 may be interrupted between opening a socket and keeping it.
     with start("--size-mb", "100", warnings="ignore") as process:
         assert process.stdout is not None
         while not process.stdout.readline().startswith("Loading"):
