@@ -6,9 +6,12 @@ readers and clocks are the demo's own business.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, Final
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
@@ -60,12 +63,27 @@ def tensor_sizes(state: State) -> list[int]:
 
 def save_state(state: State, writer: StorageWriter) -> None:
     """Save a state from this process alone, without ``torch.distributed``."""
-    save(state, storage_writer=writer, no_dist=True)
+    with _errors_unwrapped():
+        save(state, storage_writer=writer, no_dist=True)
 
 
 def load_state(target: State, reader: StorageReader) -> None:
     """Load into a state that has the right shapes, in this process alone, without ``torch.distributed``."""
-    load(target, storage_reader=reader, no_dist=True)
+    with _errors_unwrapped():
+        load(target, storage_reader=reader, no_dist=True)
+
+
+@contextlib.contextmanager
+def _errors_unwrapped() -> Iterator[None]:
+    """Raise what torch wraps: it takes even a Ctrl-C for a failed rank, and its wrapper is no ``Exception``."""
+    try:
+        yield
+    except CheckpointException as failure:
+        [(error, _)] = failure.failures.values()
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, KeyboardInterrupt):
+            cause = cause.__context__  # torch.save has errors of its own when it is interrupted
+        raise cause or error from None
 
 
 def blank_copy(state: State) -> State:
