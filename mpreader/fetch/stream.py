@@ -50,12 +50,13 @@ class RangeStream(Generic[Made]):
         # and its generators referred to each other.
         self._reading = _Reading(engine, plan, options)
         # Not a loop: its variable would keep the last piece, and so its slot, while the next one is waited for.
-        self._pieces = itertools.starmap(make, self._reading.pieces())
+        self._pieces: Iterator[Made] = itertools.starmap(make, self._reading.pieces())
 
     def close(self) -> None:
         """Stop the downloads; threads that wait for a range get ``PoolClosed``. From any thread; idempotent."""
         self._is_closed = True
         self._reading.close()
+        self._pieces = iter(())  # the generators hold the slot of the last piece
 
     def __iter__(self) -> Self:
         return self

@@ -269,13 +269,20 @@ class Transfer:
                 self._tell(GiveBack(message.lease))
                 return
             self.tally.over_read += self.slot_reads[message.slot_read].over_read
-            self._deliver(message.slot_read, message)
+            for take in self._pending:
+                if message.slot_read in take.wanted:
+                    self._finish(take, message)
+                    return
+            self._arrived[message.slot_read] = message
 
     def failed(self, message: SlotFailed) -> None:
-        """Keep the error of a slot read, or hand it over to whoever waits for it."""
+        """Hand the error of a slot read over to all who wait for it; if nobody does, keep it for the next one."""
         with self._condition:
-            if self._broken is None:
-                self._deliver(message.slot_read, message.error)
+            waiting = [take for take in self._pending if message.slot_read in take.wanted]
+            for take in waiting:
+                self._finish(take, message.error)
+            if not waiting and self._broken is None:
+                self._arrived[message.slot_read] = message.error
 
     def recall(self, message: Recall) -> None:
         """Give a slot back that has arrived; if it was handed over, SlotTaken or GiveBack will answer."""
@@ -304,13 +311,6 @@ class Transfer:
     def _arrived_of(self, wanted: Collection[int]) -> int | None:
         few, many = (wanted, self._arrived) if len(wanted) == 1 else (self._arrived, wanted)
         return next((index for index in few if index in many), None)
-
-    def _deliver(self, index: int, outcome: SlotArrived | MpreaderError) -> None:
-        for take in self._pending:
-            if index in take.wanted:
-                self._finish(take, outcome)
-                return
-        self._arrived[index] = outcome
 
     def _finish(self, take: PendingTake, outcome: SlotArrived | MpreaderError) -> None:
         self._remove(take)

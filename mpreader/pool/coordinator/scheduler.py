@@ -96,6 +96,7 @@ class Scheduler:
         # In the order of the demands. What is in it is PENDING, or was until just now.
         self._demanded: dict[SlotReadState, None] = {}
         self._recalls = 0  # RECALLED slot reads: while there are some, memory is about to come back
+        self._lacks_memory = False  # since the last look, a demanded slot read found no room
         self._queued: deque[PartState] = deque()
         self._delayed: list[tuple[float, int, PartState]] = []  # a heap
         self._parts: dict[int, PartState] = {}  # all that have not ended
@@ -335,11 +336,16 @@ class Scheduler:
 
     def _start_next(self, now: float) -> bool:
         """Start a slot read; False if none can be started."""
+        self._lacks_memory = False
         for slot_read in list(self._demanded):
             if slot_read.status is not SlotStatus.PENDING:
                 del self._demanded[slot_read]
             elif self._try_start(slot_read, now, is_demanded=True):
                 return True
+            elif self._lacks_memory and self._recalls:
+                break  # memory is about to come back for it; others would take that piece by piece, again and again
+        if self._lacks_memory:
+            return False  # nor may anything be read ahead that would have to be recalled at once
         for _ in range(len(self._turn)):
             read = self._turn[0]
             self._turn.rotate(-1)
@@ -397,6 +403,7 @@ class Scheduler:
         Raises:
             ArenaError: There is no memory, and none will come.
         """
+        self._lacks_memory = True
         if self._recalls or self._recall_furthest(slot_read):
             return None
         if self._memory.ahead_bytes:  # in flight: it can be recalled when it is ready

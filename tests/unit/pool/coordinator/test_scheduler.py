@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from mpreader.config import KiB
-from mpreader.errors import ArenaExhausted, MpreaderError, TransportError
+from mpreader.errors import ArenaExhausted, MpreaderError, ObjectMissing, TransportError
 from mpreader.pool.caller import Caller
 from mpreader.pool.coordinator.arena import Arena
 from mpreader.pool.coordinator.memory import SlotMemory
@@ -98,8 +98,15 @@ class Bench:
         with self.told:
             assert self.told.wait_for(lambda: any(isinstance(message, kind) for message in self.inbox), 10)
 
-    def open(self, count: int, *, grows: bool = False) -> Transfer:
-        slot_reads = [SlotRead(0, PART, (Part(n * PART, (n + 1) * PART),)) for n in range(count)]
+    def open(self, count: int, *, parts: int = 1, grows: bool = False) -> Transfer:
+        """Begin a read of ``count`` slot reads, each of so many parts."""
+        size = parts * PART
+        slot_reads = [
+            SlotRead(
+                0, size, tuple(Part(n * size + m * PART, n * size + (m + 1) * PART, 0, m * PART) for m in range(parts))
+            )
+            for n in range(count)
+        ]
         transfer, message = self.caller.open([self.source], slot_reads, grows=grows)
         self.tell(message)
         self.read_inbox()  # asks for the source
@@ -179,6 +186,30 @@ def test_scheduler_reads_again_what_it_has_recalled(make_bench: Callable[[int], 
     assert arrived(rich) == []
     del view
     assert reads_of(bench.send()) == [(rich.read, 0)]
+
+
+def test_scheduler_demand_that_needs_several_recalls_gets_all_that_they_bring(
+    make_bench: Callable[[int], Bench],
+) -> None:
+    bench = make_bench(4)
+    rich = bench.open(10)
+    bench.receive(bench.send())
+    assert arrived(rich) == [0, 1, 2, 3]
+    poor = bench.open(1, parts=3)
+    take = poor.begin_take((0,))
+    assert reads_of(bench.send()) == [(poor.read, 0)] * 3, "what was recalled for it went to others"
+    assert not take.is_done
+
+
+def test_scheduler_error_reaches_everybody_who_waits_for_it(make_bench: Callable[[int], Bench]) -> None:
+    bench = make_bench(1)
+    transfer = bench.open(2)
+    takes = [transfer.begin_take((0,)), transfer.begin_take((0, 1)), transfer.begin_take((0,))]
+    [part] = bench.send()
+    bench.scheduler.failed(Failed(part.number, FailureKind.MISSING, 0, "HTTP 404"), 0.0)
+    for take in takes:
+        with pytest.raises(ObjectMissing):
+            transfer.result(take)
 
 
 def test_scheduler_never_recalls_what_a_consumer_is_about_to_take(make_bench: Callable[[int], Bench]) -> None:
