@@ -350,7 +350,8 @@ class Copy:
         self._end_orphans()
         # Errors of the fixtures, which follow from the failure, are printed before it.
         failure = output[max(0, output.find("= FAILURES =")) :]
-        said = re.search(r"^E +(\S.*)$", failure, re.MULTILINE)
+        # The check that a test has left nothing behind prints its message without pytest's mark.
+        said = re.search(r"^(?:E +(?=\S)|(?=left behind: ))(.*)$", failure, re.MULTILINE)
         return Outcome(process.returncode, said[1] if said else "", output, time.monotonic() - started)
 
     def _wait_less(self) -> None:
