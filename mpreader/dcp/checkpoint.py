@@ -130,7 +130,7 @@ def load_state(
         check_memory(planned, reader, options.pool_config)
         if check is not None:
             check(planned)
-        state = allocate(planned)
+        state = allocate(planned)  # only now: nothing is left behind by a load that was refused
         read_into(reader, metadata, state, _safe_item if options.weights_only else _any_item)
     return nest(state, metadata), state_bytes(planned)
 

@@ -91,6 +91,7 @@ def read_layout(data: bytes, payload_name: str, payload_offset: int, *, has_crc:
         storage, storage_offset, size, stride, requires_grad, hooks, dtype = tree.arguments
     else:
         return None
+    # A tensor with hooks, or one that requires grad, is more than its bytes.
     if requires_grad is not False or hooks != _NO_HOOKS or not isinstance(storage, Persistent):
         return None
     read = _read_storage(storage.id, dtype, payload_name)
@@ -109,6 +110,7 @@ def _read_storage(fields: Any, dtype_name: Any, payload_name: str) -> tuple[torc
         return None
     if not isinstance(storage_type, Global) or not _is_count(count):
         return None
+    # The dtype is named beside an untyped storage (_rebuild_tensor_v3), or is that of the storage (_v2): never both.
     if storage_type == _UNTYPED and isinstance(dtype_name, Global):
         dtype = _NAMED_DTYPES.get(dtype_name)
         return (dtype, count) if dtype is not None else None

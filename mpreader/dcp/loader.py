@@ -122,7 +122,7 @@ def _hint(client: BaseS3Client, uri: str) -> str:
     """Returns what there is at the URI, or begins with the same letters; "" if that can't be found out."""
     bucket, key = parse_s3_uri(uri)
     try:
-        page = next(client.list_objects(bucket, key))
+        page = next(client.list_objects(bucket, key))  # one request: this is only to say more
     except MpreaderError:
         return ""
     keys = [listed.key for listed in page.object_info]

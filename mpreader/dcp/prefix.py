@@ -83,7 +83,7 @@ class NumericPrefixStrategy(S3PrefixStrategyBase):
         return _join(self.prefix_map[rank % self.prefix_count], self.epoch_num, rank)
 
     def _numbers(self) -> list[str]:
-        digits = self.min_prefix_len
+        digits = self.min_prefix_len  # more if it takes more for the numbers to differ
         while self.base**digits < self.prefix_count:
             digits += 1
         return [self._format_number(number, digits)[::-1] for number in range(self.prefix_count)]

@@ -191,7 +191,7 @@ class S3StorageReader(FileSystemReader):
 
     def close(self) -> None:
         """End the downloads, the use of the worker pool, and connections; a later load starts anew. Idempotent."""
-        close = getattr(self._reader_constructor, "close", None)
+        close = getattr(self._reader_constructor, "close", None)  # most constructors have nothing to close
         if close is not None:
             close()
         self._fs.close()

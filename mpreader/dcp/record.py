@@ -114,7 +114,7 @@ def decode_layout(item: ItemBytes) -> TensorLayout | None:
     Raises:
         RecordCorrupted: The front of the record doesn't match its checksums.
     """
-    for limit in _FRONT_SIZES:
+    for limit in _FRONT_SIZES:  # the longer front only if the payload does not begin in the shorter one
         front = bytes(item.view(0, min(limit, item.size)))
         layout = _known_layout(front) or _parse_front(front)
         if layout is not None:

@@ -130,11 +130,13 @@ class _Payload:
         self._position = 0
 
     def blocks(self, start: int, end: int) -> Iterator[memoryview]:
-        """Yields the bytes ``[start, end)`` of the payload; ``start`` must not be before the last ``end``."""
-        if self._with_crc:
-            _drain(self._checked(self._position, start))
-        yield from self._checked(start, end)
+        """Returns the bytes ``[start, end)`` of the payload, in blocks; the caller must take all of them.
+
+        ``start`` must not be before the last ``end``.
+        """
+        self._skip_to(start)
         self._position = end
+        return self._checked(start, end)
 
     def gather(self, start: int, end: int) -> torch.Tensor:
         """Returns a copy of the bytes ``[start, end)``, aligned for any dtype, as the payload itself need not be."""
@@ -150,15 +152,18 @@ class _Payload:
         """
         if not self._verify:
             return
-        _drain(self.blocks(self._layout.payload_nbytes, self._layout.payload_nbytes))  # the CRC of what is left
+        self._skip_to(self._layout.payload_nbytes)
         saved = read_payload_crc(self._item, self._layout)
         if saved is not None and saved != self._crc:
             raise RecordCorrupted(f"a tensor's bytes have CRC-32 {self._crc:08x}, saved was {saved:08x}")
 
+    def _skip_to(self, start: int) -> None:
+        """Add the bytes up to ``start`` to the CRC, if it is to be checked."""
+        if self._with_crc and self._position < start:
+            _drain(self._checked(self._position, start))
+
     def _checked(self, start: int, end: int) -> Iterator[memoryview]:
         """Returns the blocks of the bytes ``[start, end)``, each added to the CRC when it is asked for."""
-        if start == end:
-            return iter(())
         first = self._layout.payload_offset
         pieces = self._item.pieces(first + start, first + end)
         # Iterators rather than loops: a variable of a loop would hold a piece until the next one has come.
@@ -170,9 +175,10 @@ class _Payload:
         return block
 
 
-def _cut(piece: memoryview) -> Iterator[memoryview]:
-    for start in range(0, len(piece), _BLOCK_NBYTES):
-        yield piece[start : start + _BLOCK_NBYTES]
+def _cut(piece: memoryview) -> Iterable[memoryview]:
+    if len(piece) <= _BLOCK_NBYTES:  # as most are
+        return (piece,)
+    return (piece[start : start + _BLOCK_NBYTES] for start in range(0, len(piece), _BLOCK_NBYTES))
 
 
 def _drain(blocks: Iterable[object]) -> None:
@@ -223,7 +229,8 @@ def _copy_box(payload: _Payload, layout: TensorLayout, box: Box, target: torch.T
     # With its dimensions in the order of memory, the source is contiguous; the target follows along.
     size = tuple(layout.size[dim] for dim in order)
     box = tuple(box[dim] for dim in order)
-    target = target.permute(order)
+    if order != tuple(range(len(order))):  # a call of torch that most small tensors can do without
+        target = target.permute(order)
     first = layout.storage_offset * layout.dtype.itemsize
     run = _one_run(size, box)
     if run is not None and target.dtype == layout.dtype and _is_plain(target):

@@ -70,7 +70,7 @@ class ItemRangeConstructor(ABC):
         Raises:
             ValueError: The load plan reads nothing from this file.
         """
-        if key.endswith(".metadata"):
+        if key.endswith(".metadata"):  # read before there is a plan
             return SequentialS3Reader(bucket, key, get_object_info, get_stream)
         uri = f"s3://{bucket}/{key}"
         item_ranges = self._item_ranges_by_file.get(uri)

@@ -95,6 +95,7 @@ class MultiprocessS3Reader(S3Reader):
         self._lowest = 0  # index of the first part that was not given back
         self._read_ahead = read_ahead
         self.max_bytes = read_ahead.max_bytes
+        self._most_bytes_held = int(_MOST_OF_ARENA_HELD * self.max_bytes)
         read_ahead.open_file()
         self._has_failed = False
 
@@ -185,25 +186,27 @@ class MultiprocessS3Reader(S3Reader):
         """
         while start < end:
             index = self._parts.index_at(start)
-            stop = min(end, self._parts[index].end)
+            part = self._parts[index]
+            stop = min(end, part.end)
+            # The rest of the part will be read next, by this item or by another one.
+            keep_part = keep or stop < part.end
             # No variable refers to the view: while the caller works, and when the next part is waited for, the slot
             # must be kept by nobody but the caller.
-            yield self._piece(index, start, stop, keep=keep)
+            yield self._view(index, keep_part)[start - part.start : stop - part.start]
             start = stop
 
     # -- parts
 
-    def _piece(self, index: int, start: int, stop: int, *, keep: bool) -> memoryview:
-        """Returns the bytes [start, stop) of the object, which lie in the part ``index``; may wait for that part."""
-        part = self._parts[index]
+    def _view(self, index: int, keep: bool) -> memoryview:
+        """Returns the part ``index``, waits for it if it is not held, and holds it afterwards if ``keep`` is True."""
         view = self._held.get(index)
         if view is None:
             view = self._read_ahead.take(self._first_slot_read + index)
-        if keep or stop < part.end:  # the rest of the part is still to be read, by this item or by the next one
+        if keep:
             self._held[index] = view
         else:
             self._held.pop(index, None)
-        return view[start - part.start : stop - part.start]
+        return view
 
     def _pieces_at_position(self, size: int) -> Iterator[memoryview]:
         if not size:
@@ -232,10 +235,9 @@ class MultiprocessS3Reader(S3Reader):
 
     def _may_keep(self, offset: int, length: int) -> bool:
         """Returns True if the item is so small that all of its parts may be held until reading goes on."""
-        if not length:
-            return True
-        parts = self._parts.index_at(offset + length - 1) - self._parts.index_at(offset) + 1
-        return parts <= _MOST_PARTS_HELD and length <= _MOST_OF_ARENA_HELD * self.max_bytes
+        if length > self._most_bytes_held:
+            return False
+        return self._parts.index_at(offset + length - 1) - self._parts.index_at(offset) < _MOST_PARTS_HELD
 
     def _give_back_before(self, index: int) -> None:
         """Drop the parts before ``index``, and tell the pool that it need not receive those that have not arrived."""

@@ -80,11 +80,11 @@ class ReadAhead:
         """Wait for the slot read ``index`` and take it; see :meth:`mpreader.pool.transfer.Transfer.take`.
 
         Raises:
-            PoolClosed: Nothing was ordered from the pool, or the load has ended.
+            PoolClosed: The load plan has no bytes to read, or the load has ended.
             MpreaderError: The bytes can't be had.
         """
         if self.transfer is None:
-            raise PoolClosed("nothing was ordered from the pool")
+            raise PoolClosed("the load plan has no bytes to read")
         on_wait = self._show_progress if self._progress.is_shown else None
         view = self.transfer.take_first((index,), on_wait=on_wait)[1]
         self._show_progress()

@@ -31,7 +31,7 @@ class SequentialS3Reader(S3Reader):
         self._stream: Iterator[bytes] | None = None
         self._buffer = io.BytesIO()
         self._received = 0
-        self._broken = False
+        self._broken = False  # True once the stream has failed
 
     def prefetch(self) -> None:
         """Open the stream now, so that the first bytes are on their way before they are read."""
@@ -42,7 +42,7 @@ class SequentialS3Reader(S3Reader):
         """Read from the position onwards; see :meth:`S3Reader.read`."""
         self._check_open()
         wanted = -1 if size is None else operator.index(size)
-        if self._position == self._size:
+        if self._position == self._size:  # where a seek from the end may have led, before there is a stream
             return b""
         self._receive(self._position + wanted if wanted >= 0 else None)
         self._buffer.seek(self._position)
@@ -65,7 +65,7 @@ class SequentialS3Reader(S3Reader):
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
         """Move the position; forward of what was received, this receives up to there. See :meth:`S3Reader.seek`."""
         target = self._seek_target(offset, whence)
-        if self._size is None:
+        if self._size is None:  # it takes the bytes up to there to know if the object is so long
             self._receive(target)
         self._position = target if self._size is None else min(target, self._size)
         return self._position

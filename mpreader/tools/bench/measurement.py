@@ -10,13 +10,12 @@ import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Final
 
 from mpreader.config import KiB, PoolConfig, S3ClientConfig, format_bytes
 from mpreader.errors import PoolTimeout
 from mpreader.fetch.fetcher import RangeFetcher
-from mpreader.tools.bench.memory import tree_memory_bytes
+from mpreader.tools.bench.memory import process_tree, stat_fields, tree_memory_bytes
 from mpreader.tools.bench.objects import SourceObject, passes
 
 __all__ = ["Benchmark", "Measurement", "Settings"]
@@ -126,10 +125,10 @@ class Benchmark:
 
     def _timed(self, settings: Settings, limit_s: float, on_bytes: Callable[[int], object]) -> Measurement:
         # The settings of a pool are fixed, so each measurement has a pool of its own.
-        memory_before, others = tree_memory_bytes(os.getpid()), _children()
+        memory_before, others = tree_memory_bytes(os.getpid()), set(process_tree(os.getpid()))
         with RangeFetcher(self._s3client_config, PoolConfig(**asdict(settings))) as fetcher:
             _warm_up(fetcher, self._objects[0], settings)
-            pids, stats = _children() - others, fetcher.stats
+            pids, stats = set(process_tree(os.getpid())) - others, fetcher.stats
             cpu_s, started = _cpu_seconds(pids), time.monotonic()
             nbytes = self._read(fetcher, started + limit_s, on_bytes)
             seconds = time.monotonic() - started
@@ -174,27 +173,8 @@ def _warm_up(fetcher: RangeFetcher, item: SourceObject, settings: Settings) -> N
             return
 
 
-def _children() -> set[int]:
-    """Processes that this one has started."""
-    found = set()
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        fields = _stat_fields(stat)
-        if fields and int(fields[1]) == os.getpid():
-            found.add(int(stat.parent.name))
-    return found
-
-
 def _cpu_seconds(pids: Iterable[int]) -> float:
     """Processor time so far, of this process and of these."""
-    stats = [_stat_fields(Path(f"/proc/{pid}/stat")) for pid in pids]
+    stats = [stat_fields(pid) for pid in pids]
     ticks = sum(int(fields[11]) + int(fields[12]) for fields in stats if fields)
     return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
-
-
-def _stat_fields(stat: Path) -> list[str]:
-    """Fields of a process's ``stat`` from its state on; none if it has ended."""
-    try:
-        # The name before them is in parentheses, and may hold anything, spaces and parentheses too.
-        return stat.read_text().rpartition(")")[2].split()
-    except OSError:
-        return []

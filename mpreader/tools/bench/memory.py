@@ -13,14 +13,14 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["TreeMemory", "tree_memory_bytes"]
+__all__ = ["TreeMemory", "process_tree", "stat_fields", "tree_memory_bytes"]
 
 SAMPLE_INTERVAL_S = 0.05  # a shorter peak may be missed; each sample reads the whole process table
 
@@ -63,28 +63,34 @@ def tree_memory_bytes(root: int, excluded_pids: Iterable[int] = ()) -> int:
     Shared memory counts once: as much as the process that has touched most of it. Pages of files, which processes
     share too, count for each of them, so the number is rather too large than too small.
     """
-    processes = [_resident_bytes(pid) for pid in _descendants(root, set(excluded_pids))]
+    processes = [_resident_bytes(pid) for pid in process_tree(root, set(excluded_pids))]
     own = sum(counters.get("RssAnon", 0) + counters.get("RssFile", 0) for counters in processes)
     # Not the sum: a page of shared memory is resident in each process that has touched it.
     return own + max((counters.get("RssShmem", 0) for counters in processes), default=0)
 
 
-def _descendants(root: int, excluded: set[int]) -> Iterator[int]:
+def process_tree(root: int, excluded: Container[int] = ()) -> Iterator[int]:
+    """Numbers of a process and its descendants, without those that are ``excluded``, and without their descendants."""
     children: dict[int, list[int]] = {}
     for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                stat = Path(f"/proc/{entry}/stat").read_text()
-            except OSError:  # it has ended meanwhile
-                continue
-            # The name of a process, in parentheses, may hold anything, spaces and parentheses too.
-            children.setdefault(int(stat.rpartition(")")[2].split()[1]), []).append(int(entry))
+        fields = stat_fields(int(entry)) if entry.isdigit() else []
+        if fields:
+            children.setdefault(int(fields[1]), []).append(int(entry))
     todo = [root]
     while todo:
         pid = todo.pop()
         if pid not in excluded:
             yield pid
             todo.extend(children.get(pid, ()))
+
+
+def stat_fields(pid: int) -> list[str]:
+    """Fields of a process's ``/proc/<pid>/stat`` from its state on; none if it has ended."""
+    try:
+        # The name before them is in parentheses, and may hold anything, spaces and parentheses too.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
 
 
 def _resident_bytes(pid: int) -> dict[str, int]:

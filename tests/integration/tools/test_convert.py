@@ -1,3 +1,5 @@
+"""Conversion to one local file: what torch.load reads of it is what was saved; what fails leaves nothing behind."""
+
 from __future__ import annotations
 
 import argparse
