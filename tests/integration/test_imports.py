@@ -22,3 +22,21 @@ def test_metadata_imports_no_module_of_torch() -> None:
         "except MetadataRefused: sys.exit('torch.onnx' in sys.modules)\n"
     )
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_source_of_asks_for_the_client_before_boto3_is_imported_and_for_a_url_imports_it_never() -> None:
+    code = """
+import sys
+from mpreader.sources.uri import source_of
+
+source_of("https://host/key", None, 3)
+assert "boto3" not in sys.modules
+
+def client():
+    assert "boto3" not in sys.modules
+    from mpreader import S3Client
+    return S3Client()
+
+source_of("s3://bucket/key", client, 3)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -14,6 +14,7 @@ from mpreader.collector import collector_paused
 from mpreader.errors import PlanError
 from mpreader.ranges import (
     MAX_LOAD_GAP_BYTES,
+    FilePlan,
     ItemRange,
     Part,
     RangeGroup,
@@ -23,6 +24,7 @@ from mpreader.ranges import (
     coverage,
     gap_worth_receiving,
     partition,
+    plan_files,
 )
 
 spans = st.tuples(st.integers(0, 60), st.integers(0, 15)).map(lambda span: ItemRange(span[0], span[0] + span[1]))
@@ -174,3 +176,33 @@ def test_planning_of_100_000_ranges_takes_no_quadratic_time() -> None:
             return time.process_time() - began
 
     assert seconds(100_000) < 40 * max(seconds(10_000), 0.01)  # quadratic: 100 times as long
+
+
+def test_plan_of_files_reads_over_no_gap_that_costs_more_than_a_request() -> None:
+    gap = MAX_LOAD_GAP_BYTES
+    ranges = [
+        ItemRange(0, 10),
+        ItemRange(10 + gap, 20 + gap),
+        ItemRange(21 + 2 * gap, 30 + 2 * gap),
+    ]
+    parts = [Part(0, 20 + gap), Part(21 + 2 * gap, 30 + 2 * gap)]
+    assert plan_files({"s3://b/k": ranges}, max_gap_bytes=float("inf"), part_bytes=10 * gap) == {
+        "s3://b/k": FilePlan(2, parts)
+    }
+    assert plan_files({"s3://b/k": ranges}, max_gap_bytes=gap - 1, part_bytes=10 * gap)["s3://b/k"].groups == 3
+
+
+def test_plan_of_files_keeps_the_order_of_files_and_has_nothing_for_empty_ranges() -> None:
+    plans = plan_files({"s3://b/z": [ItemRange(5, 5)], "s3://b/a": [ItemRange(3, 9)]}, max_gap_bytes=0, part_bytes=4)
+    assert list(plans.items()) == [
+        ("s3://b/z", FilePlan(0, [])),
+        ("s3://b/a", FilePlan(1, [Part(3, 6), Part(6, 9)])),
+    ]
+
+
+def test_plan_of_files_refuses_wrong_sizes() -> None:
+    ranges = {"s3://b/k": [ItemRange(0, 10)]}
+    with pytest.raises(ValueError, match="max_gap_size must be non-negative"):
+        plan_files(ranges, max_gap_bytes=-1, part_bytes=10)
+    with pytest.raises(PlanError, match="part_bytes must be"):
+        plan_files(ranges, max_gap_bytes=0, part_bytes=0)

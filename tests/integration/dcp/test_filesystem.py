@@ -3,13 +3,11 @@ from __future__ import annotations
 import pickle
 import socket
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from mpreader import ObjectMissing, S3Client, S3ClientConfig, TransportError
+from mpreader import ObjectMissing, S3ClientConfig, TransportError
 from mpreader.dcp import S3FileSystem
-from mpreader.errors import ConfigError
 
 
 @pytest.fixture
@@ -100,34 +98,6 @@ def test_errors_other_than_missing_are_raised(aws_environment: None) -> None:
             with pytest.raises(TransportError) as raised:
                 method("s3://bucket/key")
             assert not isinstance(raised.value, ObjectMissing)
-
-
-@pytest.mark.parametrize(
-    ("checkpoint_id", "valid"),
-    [("s3://bucket/a/b", True), ("s3://bucket", True), ("s3://", False), ("/tmp/x", False), (Path("s3://b/k"), False)],
-)
-def test_checkpoint_id_is_valid_when_it_is_an_s3_uri(checkpoint_id: str | Path, valid: bool) -> None:
-    assert S3FileSystem.validate_checkpoint_id(checkpoint_id) is valid
-    if not valid:
-        with pytest.raises(ValueError, match="s3://"):
-            S3FileSystem().init_path(checkpoint_id)
-
-
-@pytest.mark.parametrize(
-    ("base", "joined"),
-    [
-        ("s3://bucket/a", "s3://bucket/a/.metadata"),
-        ("s3://bucket/a/", "s3://bucket/a/.metadata"),
-        ("s3://bucket/a//", "s3://bucket/a//.metadata"),  # as s3torchconnector saves it
-    ],
-)
-def test_concat_path_adds_a_slash_only_where_there_is_none(base: str, joined: str) -> None:
-    assert S3FileSystem().concat_path(base, ".metadata") == joined
-
-
-def test_file_system_refuses_a_client_and_settings_for_one() -> None:
-    with pytest.raises(ConfigError, match="s3_client"):
-        S3FileSystem(s3_client=S3Client(), s3client_config=S3ClientConfig())
 
 
 def test_file_system_pickles(fs: S3FileSystem, bucket: str) -> None:

@@ -606,17 +606,6 @@ def test_settings_reach_the_client(s3_server: S3Server, root: str, monkeypatch: 
     RangeFileSystem.clear_instance_cache()
 
 
-def test_wrong_settings_are_refused() -> None:
-    with pytest.raises(TypeError, match="s3client_config must be a S3ClientConfig"):
-        RangeFileSystem({"region": "us-east-1"})  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="pool_config must be a PoolConfig"):
-        RangeFileSystem(pool_config=4)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="endpoint_url must start with http"):
-        RangeFileSystem(endpoint_url="localhost:9000")
-    with pytest.raises(TypeError, match="default_block_size"):
-        RangeFileSystem(default_block_size=5)  # type: ignore[call-arg]
-
-
 def test_equal_settings_give_one_instance_and_pickles_find_it(fs: RangeFileSystem, root: str) -> None:
     assert RangeFileSystem(pool_config=CONFIG) is fs
     assert RangeFileSystem(pool_config=CONFIG, region="eu-west-1") is not fs

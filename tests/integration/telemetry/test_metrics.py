@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import boto3
 import pytest
 
-from mpreader import ConfigError, PoolConfig, RangeFetcher
+from mpreader import PoolConfig, RangeFetcher
 from mpreader.config import KiB, MiB
 from mpreader.telemetry.metrics import instrument
 from mpreader.testing import Fault, FaultKind, FaultServer
@@ -158,9 +158,3 @@ def test_s3_is_told_by_bucket_not_by_key(
     assert (received.value, dict(received.attributes)) == (14, {"aws.s3.bucket": bucket})
     [requests] = points["mpreader.requests"]
     assert (requests.value, dict(requests.attributes)) == (2, {"aws.s3.bucket": bucket, "mpreader.outcome": "ok"})
-
-
-def test_without_opentelemetry_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "opentelemetry.metrics", None)
-    with pytest.raises(ConfigError, match=r"pip install 'mpreader\[otel\]'"):
-        instrument()

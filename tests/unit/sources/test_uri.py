@@ -1,9 +1,6 @@
-"""source_of: each URI makes the source that it names, and imports no more than that source needs."""
+"""source_of: each URI makes the source that it names."""
 
 from __future__ import annotations
-
-import subprocess
-import sys
 
 import pytest
 
@@ -46,21 +43,3 @@ def test_source_of_a_url_needs_no_client(uri: str) -> None:
 def test_source_of_anything_else_is_refused(uri: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         source_of(uri, S3Client, 3)
-
-
-def test_source_of_asks_for_the_client_before_boto3_is_imported_and_for_a_url_imports_it_never() -> None:
-    code = """
-import sys
-from mpreader.sources.uri import source_of
-
-source_of("https://host/key", None, 3)
-assert "boto3" not in sys.modules
-
-def client():
-    assert "boto3" not in sys.modules
-    from mpreader import S3Client
-    return S3Client()
-
-source_of("s3://bucket/key", client, 3)
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
