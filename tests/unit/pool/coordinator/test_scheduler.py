@@ -101,12 +101,11 @@ class Bench:
     def open(self, count: int, *, parts: int = 1, grows: bool = False) -> Transfer:
         """Begin a read of ``count`` slot reads, each of so many parts."""
         size = parts * PART
-        slot_reads = [
-            SlotRead(
-                0, size, tuple(Part(n * size + m * PART, n * size + (m + 1) * PART, 0, m * PART) for m in range(parts))
-            )
-            for n in range(count)
-        ]
+        slot_reads = []
+        for start in range(0, count * size, size):
+            offsets = range(0, size, PART)
+            slot_parts = (Part(start + offset, start + offset + PART, slot_offset=offset) for offset in offsets)
+            slot_reads.append(SlotRead(0, size, tuple(slot_parts)))
         transfer, message = self.caller.open([self.source], slot_reads, grows=grows)
         self.tell(message)
         self.read_inbox()  # asks for the source
@@ -188,7 +187,7 @@ def test_scheduler_reads_again_what_it_has_recalled(make_bench: Callable[[int], 
     assert reads_of(bench.send()) == [(rich.read, 0)]
 
 
-def test_scheduler_demand_that_needs_several_recalls_gets_all_that_they_bring(
+def test_scheduler_demand_for_much_memory_gets_all_that_is_recalled(
     make_bench: Callable[[int], Bench],
 ) -> None:
     bench = make_bench(4)
