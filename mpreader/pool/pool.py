@@ -131,8 +131,11 @@ class Pool:
                 transfer, message = caller.open(sources, slot_reads, grows=grows)
                 if coordinator.try_tell(message):
                     break
-        import numpy  # noqa: F401  # views need it; it takes 0.1 s, while the first bytes are on their way
-
+        try:
+            import numpy  # noqa: F401  # views need it; it takes 0.1 s, while the first bytes are on their way
+        except BaseException:
+            transfer.close()  # at a Ctrl-C, too: nobody else has it yet, and it would go on to the end
+            raise
         return transfer
 
     def rest(self) -> None:
