@@ -21,7 +21,7 @@ from mpreader.fetch.result import result_of
 from mpreader.fetch.stream import Piece, PieceSequence
 from mpreader.pool.source import ObjectVersion
 from mpreader.pool.stats import PoolStats
-from mpreader.pool.transfer import LOOK_S, Transfer
+from mpreader.pool.transfer import ON_WAIT_INTERVAL_S, Transfer
 from mpreader.telemetry.progress import Progress
 
 if TYPE_CHECKING:
@@ -179,12 +179,12 @@ async def _take_first(
     try:
         while not take.is_done:
             left_s = deadline - time.monotonic()
-            wait_s = min(left_s, LOOK_S) if progress.is_shown else left_s
+            wait_s = min(left_s, ON_WAIT_INTERVAL_S) if progress.is_shown else left_s
             try:
                 await asyncio.wait_for(done.wait(), None if wait_s == math.inf else max(0.0, wait_s))
             except asyncio.TimeoutError:  # another class before Python 3.11
                 if time.monotonic() >= deadline:
-                    raise transfer.late(wanted) from None
+                    raise transfer.timeout_error(wanted) from None
             progress.advance_to(transfer.received_bytes)
         return transfer.result(take)
     except BaseException:
