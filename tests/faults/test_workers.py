@@ -8,7 +8,6 @@ import multiprocessing.spawn
 import os
 import resource
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -113,36 +112,6 @@ def test_stuck_worker_is_killed_and_its_parts_are_read_again(
 
 
 @pytest.mark.row("worker stopped (stuck)")
-def test_worker_is_replaced_though_hundreds_of_views_are_held(
-    make_fetcher: Callable[..., RangeFetcher], serve: Serve
-) -> None:
-    size = PART + KiB  # larger than a shared slot: each is a segment of its own, which a new worker must be told of
-    server = serve({"/object": DATA})
-    fetcher = make_fetcher(workers=1, max_memory=128 * MiB)
-    ranges = [(start % len(DATA), start % len(DATA) + size) for start in range(0, 400 * 8, 8)]
-    held = [view for _, view in fetcher.stream(server.url("/object"), ranges, order="input", max_gap_size=0)]
-    assert len(held) == 400
-    os.kill(pids(fetcher)[0], signal.SIGKILL)
-    assert fetcher.fetch(server.url("/object"), [(0, 10)])[0] == DATA[:10]
-    assert fetcher.stats.restarts == 1
-
-
-def test_program_that_was_stopped_kills_no_worker_for_its_silence(serve: Serve) -> None:
-    server = serve({"/object": DATA}, Fault(FaultKind.STALL, seconds=4.0, at=(1,)))
-    program = f"""
-from mpreader import PoolConfig, RangeFetcher
-with RangeFetcher(pool_config=PoolConfig(workers=1, connections_per_worker=1, worker_timeout_s=1.0)) as fetcher:
-    print(len(fetcher.fetch_object({server.url("/object")!r})), fetcher.stats.restarts)
-"""
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
-    server.wait_for_requests(1)
-    process.send_signal(signal.SIGSTOP)
-    threading.Event().wait(2.5)  # longer than a worker may be silent
-    process.send_signal(signal.SIGCONT)
-    out, _ = process.communicate(timeout=30)
-    assert out.split() == [str(len(DATA)), "0"]
-
-
 def test_stuck_worker_does_not_delay_close(make_fetcher: Callable[..., RangeFetcher], serve: Serve) -> None:
     server = serve({"/object": DATA})
     fetcher = make_fetcher(worker_timeout_s=3600)
