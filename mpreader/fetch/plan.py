@@ -168,8 +168,8 @@ class _Slot:
     def add(self, group: RangeGroup, part_bytes: int) -> None:
         """Append a group, cut into requests of at most ``part_bytes``."""
         slot_offset = self._next_offset()
-        # Adding this to an offset in the object gives the offset in the slot. It is the same for the whole group, because
-        # a gap that is not requested keeps its place in the slot.
+        # Adding this to an offset in the object gives the offset in the slot. It is the same for the whole group: a gap
+        # that is not requested keeps its place in the slot.
         shift = slot_offset - group.start
         for part in partition(group, part_bytes=part_bytes):
             self._parts.append(Part(part.start, part.end, part.over_read, part.start + shift))

@@ -88,7 +88,7 @@ class RangeFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
             starts: First byte of each range, or one number for all ranges. A negative number counts from the end of the
                 file. None: 0.
             ends: One past the last byte of each range, or one number for all ranges. A negative number counts from the
-                end of the file. None: the end of the file. As in a slice of Python, only bytes within the file are read.
+                end of the file. None: the end of the file. As in a slice of Python, bytes past the end are left out.
             max_gap: Largest gap, in bytes, between two ranges that are read as one. None: 1 MiB.
             on_error: ``"return"``: the list holds an error in place of bytes that could not be read. ``"raise"``: the
                 first error is raised.
@@ -132,7 +132,7 @@ class RangeFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
             limits: ``start`` and ``end`` of the bytes to read of each file, as for :meth:`cat_file`.
 
         Returns:
-            The bytes of the file if ``path`` is the path of one; otherwise a dict of the bytes of each file by its path.
+            The bytes of the file if ``path`` names a single one; otherwise a dict of the bytes of each file by path.
 
         Raises:
             FileNotFoundError: There is no such file.

@@ -81,7 +81,7 @@ def list_below(client: BaseS3Client, path: str) -> Iterator[Info]:
     for page in client.list_objects(bucket, prefix):
         for listed in page.object_info:
             name = f"{bucket}/{listed.key}"
-            # Without a delimiter S3 lists keys only. Each slash at or after the end of the path ends the name of a folder.
+            # Without a delimiter S3 lists only keys. Each slash from the end of the path onwards ends a folder's name.
             for end in (end for end, letter in enumerate(name) if letter == "/" and end >= len(path)):
                 if name[:end] not in folders:
                     folders.add(name[:end])

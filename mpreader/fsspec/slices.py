@@ -176,7 +176,7 @@ class SliceReader:
         try:
             return self.read({path: file}, wanted, max_gap_size)
         except MpreaderError as error:
-            # The caller keeps the error. Its traceback would keep the frames of the fetch, and so views of shared memory.
+            # The caller keeps the error, whose traceback would keep the frames of the fetch, and so views of memory.
             return dict.fromkeys(wanted[path], error.with_traceback(None))
 
 
