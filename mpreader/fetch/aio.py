@@ -160,20 +160,19 @@ class AsyncRangeFetcher:
         if plan.batches:
             # In a thread, because it starts the worker processes if none are running; begin() then finds them running.
             await asyncio.to_thread(self._engine.pool.start)
-            transfer = self._engine.begin(plan)
-            try:
-                with self._engine.progress_of(transfer) as progress:
-                    while sequence.wanted:
-                        taken = await _take_first(transfer, sequence.wanted, options.deadline, progress)
-                        pieces = sequence.pieces_of(*taken)
-                        # No variable may refer to a slot that has been handed out while the next one is waited for:
-                        # it would stay occupied, and memory may have room for no other.
-                        del taken
-                        for piece in pieces:
-                            yield piece
-                            del piece
-            finally:
-                transfer.close()
+            with (
+                contextlib.closing(self._engine.begin(plan)) as transfer,
+                self._engine.progress_of(transfer) as progress,
+            ):
+                while sequence.wanted:
+                    taken = await _take_first(transfer, sequence.wanted, options.deadline, progress)
+                    pieces = sequence.pieces_of(*taken)
+                    # No variable may refer to a slot that has been handed out while the next one is waited for: it
+                    # would stay occupied, and memory may have room for no other.
+                    del taken
+                    for piece in pieces:
+                        yield piece
+                        del piece
         for piece in sequence.last():
             yield piece
 

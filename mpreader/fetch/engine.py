@@ -99,7 +99,7 @@ class Engine:
         return plan
 
     def begin(self, plan: FetchPlan) -> Transfer:
-        """Begin to download what is planned. The caller must close the transfer."""
+        """Begin the downloads of a plan. The caller must close the transfer."""
         return self.pool.read(plan.sources, [batch.slot_read for batch in plan.batches])
 
     def progress_of(self, transfer: Transfer) -> Progress:

@@ -1,8 +1,7 @@
 """Base class of the readers: a read-only file over one object, with a position.
 
 All kinds of readers derive from it, and differ in the way in which they get the bytes. A reader must not use a client
-or credentials: whoever makes it passes two functions that make the requests, :class:`GetObjectInfo` and
-:class:`GetStream`.
+or credentials: it is given two functions that make the requests, :class:`GetObjectInfo` and :class:`GetStream`.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ __all__ = ["S3Client"]
 
 
 class S3Client(BaseS3Client):
-    """Access to S3. Thread-safe; connects when first used, anew after a fork or unpickling."""
+    """S3 client that also makes readers. Thread-safe; connects at the first use, also after a fork or unpickling."""
 
     def get_object(
         self,

@@ -272,7 +272,10 @@ class MultiprocessConstructor(ItemRangeConstructor):
 
     def _set_read_ahead(self, ahead: ReadAhead | None) -> None:
         """Replace the reads of the last plan, whose downloads end as soon as no reader is open."""
-        self._end_read_ahead()
+        if self._read_ahead is not None:
+            # Retired directly, too: another thread may just have set new reads, and not yet their finalizer.
+            self._read_ahead.retire()
+            self._end_read_ahead()
         self._read_ahead = ahead
         # A constructor that is dropped must not leave downloads behind; readers that are open can still be used.
         self._end_read_ahead = weakref.finalize(self, ahead.retire) if ahead is not None else _nothing
