@@ -1,7 +1,6 @@
 """PyTorch Distributed Checkpoints (DCP) on S3: storage reader and writer, and functions for whole checkpoints.
 
-Users import its public names, listed below, from here. No other folder of the library may import torch; the commands
-and their tools import this folder only when they need it.
+Users import its public names, listed below, from here. No other folder of the library may import torch.
 """
 
 from mpreader.dcp.checkpoint import ItemRefused, load_checkpoint

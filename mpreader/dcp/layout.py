@@ -109,7 +109,7 @@ def _read_storage(fields: Any, dtype_name: Any, payload_name: str) -> tuple[torc
     """Read the reference to a storage.
 
     Args:
-        fields: What the pickle gives as the identity of the storage.
+        fields: Identity of the storage, as the pickle gives it: a tuple of five nodes if the pickle is honest.
         dtype_name: Node of the element type that is named beside the storage; None if there is none.
         payload_name: Name of the archive's entry that holds the storage.
 

@@ -44,7 +44,7 @@ def read_metadata(reader: S3StorageReader) -> Metadata:
         ObjectMissing: There is no ``.metadata``; the error says what is found at the URI instead.
         MpreaderError: As for :meth:`S3StorageReader.read_metadata`.
     """
-    reader.reset()  # begins a load, as torch's load does, so that the reader can tell loads of other threads from it
+    reader.reset()  # as torch's load does: the reader notes which thread has begun the load
     try:
         return reader.read_metadata()
     except ObjectMissing as error:

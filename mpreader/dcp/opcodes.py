@@ -65,7 +65,7 @@ def read_opcodes(data: bytes) -> Any:
             if opcode.name == "STOP":
                 return stack.pop()
             _step(opcode.name, argument, stack, memo)
-    # A damaged pickle takes from an empty stack, or asks for an entry of the memo that it never stored, for example.
+    # A damaged pickle may take from an empty stack, or refer to an entry of the memo that it never stored.
     except (IndexError, KeyError, OverflowError) as error:
         raise ValueError(f"malformed pickle: {error!r}") from None
     raise ValueError("pickle without an end")

@@ -148,7 +148,7 @@ class S3StorageReader(FileSystemReader):
         return metadata
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Sort the items by their location, and tell it to a constructor that reads ahead.
+        """Sort the items by their location, and give the plan to the constructor if it reads ahead.
 
         Raises:
             PlanError: Another thread has begun a load on this reader meanwhile.

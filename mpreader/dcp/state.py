@@ -99,7 +99,7 @@ def plan_whole(metadata: Metadata, state: Mapping[str, Any]) -> LoadPlan:
     """Plan the reads that fill a state from :func:`empty_state` or :func:`allocate`.
 
     Raises:
-        MetadataRefused: The description of an item is invalid, or says nowhere where the item is stored.
+        MetadataRefused: The description of an item is invalid, or there is no location of its bytes.
     """
     with errors_as_refused(metadata):
         if metadata.storage_data is None:

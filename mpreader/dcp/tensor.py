@@ -104,8 +104,8 @@ def check_archive(record: io.BytesIO) -> None:
     """Check the CRC of every entry of an archive.
 
     Args:
-        record: A record of ``torch.save``, at its start; it is there again when this returns. One that is not a zip
-            archive has no checksums and is not checked.
+        record: A record of ``torch.save``; its position is at the start before and after. A record that is not a zip
+            archive has no checksums, so it is not checked.
 
     Raises:
         RecordCorrupted: An entry doesn't match its CRC, or the archive is not complete.
@@ -130,8 +130,7 @@ def check_archive(record: io.BytesIO) -> None:
 class _Payload:
     """Bytes of a tensor's storage, read once and in ascending order, so that a large item is never held as a whole.
 
-    If the CRC is to be checked, all bytes are read, also those that nobody asked for. Otherwise only those that are
-    asked for.
+    If the CRC is to be checked, all bytes are read. Otherwise only those that are requested are read.
     """
 
     def __init__(self, item: ItemBytes, layout: TensorLayout, verify: bool) -> None:
