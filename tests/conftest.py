@@ -31,6 +31,12 @@ def _process_wide_singletons() -> None:
     gc.freeze()  # the leak check's collections then pass over what the imports have made: 0.1 s of each
 
 
+@pytest.fixture(autouse=True)
+def _host_is_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no other program decide how many parts are in flight: while the host is busy there are fewer."""
+    monkeypatch.setattr("mpreader.pool.coordinator.coordinator.is_host_busy", lambda: False)
+
+
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[S3Server]:
     """One embedded S3 for the whole run."""

@@ -132,7 +132,7 @@ class FaultServer:
         """Follow this schedule from now on, counting from 1 again; without arguments: inject no faults."""
         self._schedule = Schedule(faults)
 
-    def wait_for_requests(self, count: int, timeout_s: float = 10.0) -> None:
+    def wait_for_requests(self, count: int, timeout_s: float = 30.0) -> None:
         """Block until ``count`` requests have come since the start.
 
         Raises:

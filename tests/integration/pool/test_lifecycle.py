@@ -30,7 +30,7 @@ warnings.simplefilter("error")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born without it
 from mpreader import MpreaderError, PoolClosed, PoolConfig, RangeFetcher
 URL = {url!r}
-CONFIG = PoolConfig(workers=2, connections_per_worker=2, max_memory=16 << 20, part_size=256 << 10)
+CONFIG = PoolConfig(workers=2, connections_per_worker=2, max_memory=16 << 20, part_size=256 << 10, stall_timeout_s=3600)
 fetcher = RangeFetcher(pool_config=CONFIG)
 
 def digest(used=fetcher):
