@@ -201,7 +201,7 @@ class Account:
     def clean(self, text: str) -> str:
         """Return ``text`` in one line and without secrets: user names and passwords of URLs, and credentials."""
         text = re.sub(r"//\S*@", "//", " ".join(text.split()))
-        # urllib3 begins its reasons with the repr of an object, which says nothing to a user.
+        # urllib3 begins its reasons with the repr of an object, which is of no use to a user.
         text = re.sub(r"<urllib3\S* object at \w+>: |\w+Connection\([^)]*\): ", "", text)
         for secret in self._secrets:
             text = text.replace(secret, "…")

@@ -47,8 +47,8 @@ class StoredChecksums:
     def of_head(cls, bucket: str, response: Mapping[str, Any]) -> StoredChecksums:
         """Read boto3's response to ``head_object`` with ``ChecksumMode="ENABLED"``."""
         found = {}
-        # Services that know no ChecksumType leave it out. A composite checksum of theirs is told from one of the whole
-        # object by its text: see _try_hex.
+        # Services that know no ChecksumType leave it out. Their checksums of parts' checksums are
+        # recognized by the text: see _try_hex.
         if response.get("ChecksumType", "FULL_OBJECT") == "FULL_OBJECT":
             for field, algorithm in _FIELDS.items():
                 digits = _try_hex(response.get(field, ""))

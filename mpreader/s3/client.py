@@ -30,7 +30,7 @@ __all__ = ["BaseS3Client", "PresignedUrl"]
 
 # Longer than the load of any object takes. If a URL does expire, the pool asks for a new one.
 _URL_EXPIRY_S: Final = 3600
-# Statuses with which a HEAD is refused without a reason, since its response has no body: a GET is told the reason.
+# Statuses with which a HEAD is refused without a reason, since its response has no body. A GET gets the reason.
 _UNEXPLAINED: Final = frozenset({301, 400, 403, 404})
 
 

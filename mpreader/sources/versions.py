@@ -35,11 +35,11 @@ class PinnedSource:
         version: The only version of the object that may be read.
 
     Attributes:
-        version: The version.
-        bucket: As for ``source``, like the others.
-        key: As for ``source``.
-        uri: As for ``source``.
-        max_attempts: As for ``source``.
+        version: The known version.
+        bucket: Bucket of ``source``.
+        key: Key of ``source``.
+        uri: URI of ``source``.
+        max_attempts: Largest number of requests that are made for the same bytes.
     """
 
     def __init__(self, source: Source, version: ObjectVersion) -> None:

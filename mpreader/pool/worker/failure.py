@@ -123,7 +123,7 @@ def _read_error_document(response: Response) -> tuple[str, str]:
     try:
         body = response.read(_MAX_ERROR_BODY_BYTES).decode("utf-8", "replace")
     except (OSError, MalformedResponse):
-        return "", ""  # the status alone says enough
+        return "", ""  # the status is enough for an error
     code, message = (re.search(rf"<{tag}>([^<]*)</{tag}>", body) for tag in ("Code", "Message"))
     return (code[1][:100] if code else ""), (message[1][:300] if message else "")
 
