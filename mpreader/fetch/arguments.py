@@ -11,6 +11,7 @@ import operator
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Final, Literal, get_args
 
 from mpreader.errors import ConfigError, PlanError
@@ -101,7 +102,8 @@ def to_item_ranges(ranges: Sequence[RangeLike] | None, size: int | None) -> list
 
 
 def _is_from_end(limit: object) -> bool:
-    return limit is None or (isinstance(limit, int) and limit < 0)
+    # Integral, since the integers of numpy are none of Python's.
+    return limit is None or (isinstance(limit, Integral) and int(limit) < 0)
 
 
 def _from_start(item: RangeLike, size: int) -> RangeLike:

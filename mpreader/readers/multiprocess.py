@@ -147,7 +147,7 @@ class MultiprocessS3Reader(S3Reader):
 
     def close(self) -> None:
         """Give all parts back. Views that were handed out stay valid. Idempotent."""
-        if not self.closed:
+        if not self.closed and hasattr(self, "_parts"):  # else __init__ has refused an argument
             self._give_back_before(len(self._parts))
             self._read_ahead.close_file(self._uri, has_failed=self._has_failed)
         super().close()
