@@ -215,9 +215,11 @@ def _parse_front(front: bytes) -> TensorLayout | None:
     # The CRC of a payload stands in its descriptor; only an empty payload is written without one.
     if layout is None or not (header.has_descriptor or header.size == layout.payload_nbytes == 0):
         return None
-    if len(_known_fronts) >= _MAX_KNOWN_FRONTS:
-        _known_fronts.clear()  # rare, and cheaper than to keep the order of their use
-    _known_fronts[_front_key(front)] = (front[: header.content_start], layout)
+    # Longer ones are not torch's own; thousands of them, kept as long as the process lives, would be much memory.
+    if header.content_start <= _FRONT_SIZES[0]:
+        if len(_known_fronts) >= _MAX_KNOWN_FRONTS:
+            _known_fronts.clear()  # rare, and cheaper than to keep the order of their use
+        _known_fronts[_front_key(front)] = (front[: header.content_start], layout)
     return layout
 
 

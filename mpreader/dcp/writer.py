@@ -85,12 +85,13 @@ class S3StorageWriter(FileSystemWriter):
         return dataclasses.replace(plan, storage_data=self._prefix(rank))
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Give every rank its prefix; the index of a plan in ``plans`` is taken for its rank.
+        """Give every rank its prefix that has none yet; the index of a plan in ``plans`` is taken for its rank.
 
         Raises:
             ConfigError: The prefix strategy gives two ranks the same prefix, or one that leads out of the checkpoint.
         """
-        prefixes = [self._prefix(rank) for rank in range(len(plans))]
+        # Ranks that save without a common plan call this each for itself: the plan's index is 0 there in every rank.
+        prefixes = [plan.storage_data or self._prefix(rank) for rank, plan in enumerate(plans)]
         if len({prefix.prefix for prefix in prefixes}) < len(prefixes):
             raise ConfigError(
                 f"{type(self.prefix_strategy).__name__} gives two ranks the same prefix; one would overwrite the other"
