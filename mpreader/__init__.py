@@ -1,6 +1,7 @@
 """mpreader loads large PyTorch Distributed Checkpoints from S3 through worker processes and shared memory.
 
-Importing it imports neither torch nor boto3 nor numpy: every public name is loaded when it is first used.
+The package root has the public names. Importing it must import neither torch nor boto3 nor numpy: the module of each
+name is imported when the name is first used.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpreader.version import __version__ as __version__
 
+# For type checkers and editors, which can't follow __getattr__. "as" marks a name as exported.
 if TYPE_CHECKING:
     from mpreader.config import PoolConfig as PoolConfig
     from mpreader.config import S3ClientConfig as S3ClientConfig
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from mpreader.telemetry.timeline import Timeline as Timeline
     from mpreader.telemetry.timeline import record_timeline as record_timeline
 
+# Module of each public name; must have the same names as the imports above.
 _HOME_OF = {
     "S3ClientConfig": "mpreader.config",
     "PoolConfig": "mpreader.config",
@@ -89,6 +92,7 @@ __all__ = [*_HOME_OF]
 
 
 def __getattr__(name: str) -> Any:
+    # Python calls it for a name that the module does not have (PEP 562).
     home = _HOME_OF.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -96,4 +100,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
+    # Names that were not used yet are not in globals(), but completion should offer them.
     return sorted([*globals(), *_HOME_OF])

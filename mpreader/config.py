@@ -1,8 +1,8 @@
-"""Settings of S3 and of the worker pool: frozen, validated when made, each default owned by one entry of one table.
+"""Settings of S3 and of the worker pool: frozen dataclasses that check their values when they are made.
 
-A ``PoolConfig`` field that is None takes its ``MPREADER_*`` environment variable, else the table's default, else (where
-the table has none) a value that :mod:`mpreader.pool.sizing` derives from the host. Nothing here looks at the host or
-reaches S3.
+Used wherever a client or a pool is made, and by the command line. A ``PoolConfig`` field that is None takes its
+``MPREADER_*`` environment variable, else the default in ``POOL_SETTINGS``, else (where that table has none) a value
+that :mod:`mpreader.pool.sizing` derives from the host. This module must not look at the host or reach S3.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ KiB: Final = 1024
 MiB: Final = 1024 * 1024
 GiB: Final = 1024 * MiB
 
-MIN_PART_BYTES: Final = 64 * KiB
+MIN_PART_BYTES: Final = 64 * KiB  # least ``PoolConfig.part_size``
 _UNITS: Final = {"": 1, "K": KiB, "M": MiB, "G": GiB}
 
 
@@ -38,7 +38,7 @@ def parse_bytes(text: str) -> int:
 
 
 def format_bytes(number: int) -> str:
-    """Write a number of bytes as :func:`parse_bytes` reads it, in the largest unit that needs no fraction: ``8MiB``."""
+    """Write a number of bytes for :func:`parse_bytes`, in the largest unit that needs no fraction, such as ``8MiB``."""
     for size, unit in ((GiB, "GiB"), (MiB, "MiB"), (KiB, "KiB")):
         if number and number % size == 0:
             return f"{number // size}{unit}"
@@ -66,12 +66,18 @@ def _require_number(name: str, value: object, unit: str) -> None:
 
 
 def check_type(name: str, value: object, cls: type) -> None:
-    """Refuse an argument that is neither None nor a ``cls``.
+    """Check that an argument is None or an instance of a class.
 
-    Without this a dict in place of a configuration would be found out only where a field of it is needed.
+    Without this check a wrong type, such as a dict in place of a configuration, would be noticed only later, where a
+    field is needed, with an error that does not name the argument.
+
+    Args:
+        name: Name of the argument, for the error.
+        value: Its value.
+        cls: Class that it must have.
 
     Raises:
-        TypeError: It is something else, a dict, say.
+        TypeError: ``value`` is something else.
     """
     if value is not None and not isinstance(value, cls):
         raise TypeError(f"{name} must be a {cls.__name__} or None, got {type(value).__name__}")
@@ -79,19 +85,20 @@ def check_type(name: str, value: object, cls: type) -> None:
 
 @dataclass(frozen=True)
 class S3ClientConfig:
-    """Settings of S3. The credentials themselves come from boto3's usual chain, and are never part of the settings.
+    """Settings of S3. They never hold credentials: those come from where boto3 looks for them.
 
-    The fields that s3torchconnector's class of this name has mean what they mean there.
+    The fields that s3torchconnector's class of this name also has, have the same meaning as there.
 
     Args:
-        region: AWS region, such as ``"us-east-1"``. None: the environment's; a bucket of another region is followed.
+        region: AWS region, such as ``"us-east-1"``. None: the environment's. A bucket in another region is found there
+            all the same.
         endpoint_url: URL of an S3-compatible service. None: ``AWS_ENDPOINT_URL_S3``, ``AWS_ENDPOINT_URL``, or AWS.
         profile: Name of a profile of the AWS configuration files.
-        part_size: Bytes of one request, both ways (5 MiB to 5 GiB).
+        part_size: Bytes of one request, for reading and for writing (5 MiB to 5 GiB).
         unsigned: Send requests without credentials (public buckets).
-        force_path_style: Put the bucket into the path, not into the host name.
-        max_attempts: Requests made for the same bytes before giving up.
-        requester_pays: Accept to pay for the requests to a requester-pays bucket.
+        force_path_style: Put the bucket into the URL's path, not into the host name.
+        max_attempts: Largest number of requests that are made for the same bytes.
+        requester_pays: Agree to pay for the requests, as requester-pays buckets demand.
         throughput_target_gbps: Open only the connections needed for this many gigabits per second, at the
             90 MB/s that S3 gives a connection. None: as many as ``PoolConfig.connections_per_worker`` says.
 
@@ -129,17 +136,18 @@ class S3ClientConfig:
 
 @dataclass(frozen=True)
 class Setting:
-    """Row of the settings table: unit and default of a ``PoolConfig`` field, whose docstring has the words.
+    """Unit and default of a field of ``PoolConfig``; the description of the field is in the class's docstring.
 
     Attributes:
-        unit: Unit of its values.
-        default: Value where nothing else is given; None: derived from the host.
+        unit: Unit of the field's values; a value in "bytes" may be given as ``64MiB`` in the environment.
+        default: Value if neither field nor environment variable is set; None: derived from the host.
     """
 
     unit: str
     default: int | float | None
 
 
+# The one place of each default: fields, README and command line take it from here, or are tested against it.
 POOL_SETTINGS: Final[Mapping[str, Setting]] = {
     "workers": Setting("processes", None),
     "connections_per_worker": Setting("connections", None),
@@ -194,11 +202,19 @@ class PoolConfig:
             _check_pool_field(field.name, getattr(self, field.name))
 
     def value(self, name: str) -> Any:
-        """Return the value in force of the field ``name``; None where it is to be derived from the host.
+        """Return the value of a field that is in force.
+
+        Args:
+            name: Name of the field.
+
+        Returns:
+            The field's value, else that of its environment variable, else the default; None if that is to be derived
+            from the host.
 
         Raises:
             ConfigError: The field's environment variable has a wrong value.
         """
+        # The environment is read at each use, not when the object was made: later changes count as well.
         given = getattr(self, name)
         if given is None:
             given = _from_environment(name)
@@ -206,20 +222,21 @@ class PoolConfig:
 
 
 def _check_pool_field(name: str, value: object) -> None:
-    if value is None:
+    if value is None:  # not set: environment, table or host decide
         return
-    if name.endswith("_s"):
+    if name.endswith("_s"):  # by their names, the fields in seconds
         _require_number(name, value, "seconds")
     elif name == "part_size":
         _require_int(name, value, MIN_PART_BYTES)
         _require(isinstance(value, int) and value <= 5 * GiB, f"part_size must be at most 5 GiB, got {value!r}")
     elif name == "max_memory":
-        _require_int(name, value, 4 * MIN_PART_BYTES)
+        _require_int(name, value, 4 * MIN_PART_BYTES)  # room for four of the smallest parts
     else:
         _require_int(name, value, 1)
 
 
 def _from_environment(name: str) -> int | float | None:
+    """Return the value of a field's environment variable; None if it is not set, or empty."""
     variable = f"MPREADER_{name.upper()}"
     text = os.environ.get(variable, "").strip()
     if not text:
@@ -233,8 +250,8 @@ def _from_environment(name: str) -> int | float | None:
 
 
 def _parse_number(name: str, text: str) -> int | float:
-    convert, what = (float, "a number") if name.endswith("_s") else (int, "a whole number")
+    convert, expected = (float, "a number") if name.endswith("_s") else (int, "a whole number")
     try:
         return convert(text)
     except ValueError:
-        raise ValueError(f"not {what}") from None
+        raise ValueError(f"not {expected}") from None

@@ -1,11 +1,11 @@
 """Errors: every class that mpreader raises on purpose, besides ``ValueError`` and ``TypeError`` for wrong arguments.
 
-Each carries its facts as attributes, says in its message what to do, and survives pickling: errors cross process
-borders in ``torch.distributed`` and in DataLoader workers.
+All packages use them, so this module must not import any. Each error has its facts as attributes, says in its message
+what to do, and survives pickling: errors cross process borders in ``torch.distributed`` and in DataLoader workers.
 
-Something that *was closed* and something that *broke* are different errors. ``PoolClosed`` and ``ArenaClosed`` mean
-that the program went on to use what it had closed: it is to be corrected. ``WorkerCrashed``, ``PoolTimeout`` and
-``ArenaExhausted`` mean that what is open could not do its work: the host or the settings are to be looked at.
+There are different errors for something that *was closed* and something that *broke*. ``PoolClosed`` and
+``ArenaClosed`` mean that the program used something after closing it, and needs a correction. ``WorkerCrashed``,
+``PoolTimeout`` and ``ArenaExhausted`` mean that something open could not do its work: check the host and the settings.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing_extensions import Self  # typing has it since Python 3.11
 
 __all__ = [
     "AccessDenied",
@@ -37,7 +37,8 @@ __all__ = [
 
 
 def _rebuild(cls: type[MpreaderError], args: tuple[Any, ...], facts: dict[str, Any]) -> MpreaderError:
-    # Not by calling the class: facts that were set later, such as notes, are among those that must come along.
+    # Without __init__, whose keyword arguments differ by class. The attributes hold all facts, and also those that were
+    # set later, such as notes.
     error = cls.__new__(cls, *args)
     error.args = args
     error.__dict__.update(facts)
@@ -48,13 +49,13 @@ class MpreaderError(Exception):
     """Base of all errors of mpreader."""
 
     def needed_for(self, tensor: str) -> Self:
-        """Return a copy of the error that also names the tensor it was raised for."""
-        error = copy.copy(self)  # another consumer of the same bytes may be given the original
+        """Return a copy of the error whose message also names the tensor that needed the bytes."""
+        error = copy.copy(self)  # a copy, since other readers of the same bytes may get the same error object
         error.args = (f"{self.args[0]} [needed for {tensor!r}]", *self.args[1:])
         return error
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # The default would call __init__ with args alone and lose the keyword-only facts.
+        # The default would call __init__ with args only, and lose the facts that are keyword arguments.
         return _rebuild, (type(self), self.args, dict(self.__dict__))
 
 
@@ -63,17 +64,17 @@ class ConfigError(MpreaderError, ValueError):
 
 
 class PlanError(MpreaderError, ValueError):
-    """The requested ranges can't be read: malformed, or outside the object."""
+    """The requested ranges can't be read: they are malformed, or outside of the object."""
 
 
 class TransportError(MpreaderError):
-    """Bytes of an object could not be had.
+    """Bytes of an object could not be read or written.
 
     Attributes:
         bucket: The bucket, or the host of an http(s) source.
         key: The key, or the path of an http(s) source.
-        range: ``(start, end)`` in bytes of the object, end exclusive; None where no range was asked for.
-        attempts: Number of requests that were made for it.
+        range: ``(start, end)`` in bytes of the object, end exclusive; None if the request had no range.
+        attempts: Number of requests that were made; 0 if it failed before the first one.
     """
 
     def __init__(
@@ -97,48 +98,49 @@ class ObjectMissing(TransportError, FileNotFoundError):
 
 
 class AccessDenied(TransportError, PermissionError):
-    """The service refused the request: credentials missing, wrong, expired, or not allowed to."""
+    """The service refused the request: the credentials are missing, wrong, expired, or don't allow it."""
 
 
 class ObjectChanged(TransportError):
-    """The object was overwritten while it was read; no bytes of two versions were mixed."""
+    """The object was overwritten while it was read. No bytes of two versions were mixed."""
 
 
 class ShortRead(TransportError):
-    """The service kept sending fewer bytes than it promised, in every attempt. No short result is handed out."""
+    """The service sent fewer bytes than it promised, in every attempt. No short result is handed out."""
 
 
 class ChecksumMismatch(TransportError):
-    """Bytes arrived, as many as were asked for, that don't match the checksum stored with them."""
+    """All requested bytes arrived, but they don't match the checksum stored with them."""
 
 
 class PoolError(MpreaderError):
-    """Base of the errors of the worker pool; itself raised where the pool can't be started."""
+    """Base of the errors of the worker pool; raised itself if the pool can't be started."""
 
 
 class PoolClosed(PoolError):
     """The program used a pool, fetcher, stream or read that it had closed, or had begun before a fork.
 
-    Nothing broke: a pool that does raises :class:`WorkerCrashed` or :class:`PoolTimeout`, and can be used again; a
-    closed one can't.
+    Nothing broke. A pool that breaks raises :class:`WorkerCrashed` or :class:`PoolTimeout`, and can be used again; a
+    closed pool can't.
     """
 
 
 class PoolTimeout(PoolError, TimeoutError):
     """Work was not done within its deadline (``PoolConfig.timeout_s``, or a call's ``timeout_s``).
 
-    The pool is still open, unlike after :class:`PoolClosed`; only this piece of work was given up.
+    Only this piece of work was given up: the pool is still open, unlike after :class:`PoolClosed`.
     """
 
 
 class WorkerCrashed(PoolError):
-    """Worker processes died, or could not be started, more often than is worth another try.
+    """Worker processes died, or could not be started, so often that the pool gave up.
 
-    The pool broke; nobody closed it, which would be :class:`PoolClosed`. Its next use starts new workers.
+    The pool broke; if the program had closed it, the error would be :class:`PoolClosed`. The pool's next use starts new
+    workers.
 
     Attributes:
-        exitcode: Exit status of the last worker that died; negative is the signal that killed it.
-        ranges: The ``(start, end)`` byte ranges, end exclusive, that were being read then.
+        exitcode: Exit status of the last worker that died, negative if a signal killed it; None if it is not known.
+        ranges: The ``(start, end)`` byte ranges, end exclusive, that were being read at that time.
     """
 
     def __init__(self, message: str, *, exitcode: int | None = None, ranges: tuple[tuple[int, int], ...] = ()) -> None:
@@ -148,18 +150,18 @@ class WorkerCrashed(PoolError):
 
 
 class ArenaError(MpreaderError):
-    """Shared memory can't be had: the host has too little of it, or one of the errors below."""
+    """Base of the errors of shared memory; raised itself if the host has too little shared memory."""
 
 
 class ArenaExhausted(ArenaError):
-    """All shared memory that ``PoolConfig.max_memory`` allows is held by views that are still in use, or would be.
+    """All shared memory that ``PoolConfig.max_memory`` allows is held by views in use, or would be by this request.
 
-    The arena is open and whole, unlike after :class:`ArenaClosed`: as views are dropped, it has room again.
+    The arena is open, unlike after :class:`ArenaClosed`, and has room again when views are dropped.
     """
 
 
 class ArenaClosed(ArenaError):
-    """Shared memory was asked of an arena after its pool had been closed; make a new pool.
+    """Shared memory was requested after its pool had been closed; make a new pool.
 
-    There was no shortage, which would be :class:`ArenaExhausted` or a plain :class:`ArenaError`.
+    Memory was not short, which would be :class:`ArenaExhausted` or a plain :class:`ArenaError`.
     """

@@ -1,7 +1,7 @@
-"""Host facts: cores, memory, shared memory and ranks beside this process, under the limits of its control groups.
+"""Host facts: cores, memory, shared memory and number of ranks, under the limits of the process's control groups.
 
-They are read from ``/proc``, ``/sys`` and the environment, and nothing is decided here: :mod:`mpreader.pool.sizing`
-makes the pool's sizes of them, and the doctor judges them.
+Reads them from ``/proc``, ``/sys`` and the environment. It must not decide anything by them:
+:mod:`mpreader.pool.sizing` derives the pool's sizes from them, and the doctor judges them.
 """
 
 from __future__ import annotations
@@ -15,20 +15,21 @@ from typing import Final
 
 __all__ = ["Cgroup", "Host"]
 
-# Version 1 has no word for "no limit": it shows the largest multiple of a page below 2**63 bytes.
+# Memory limits from this size on mean that there is none: version 1 of the control groups writes the largest multiple
+# of a page below 2**63 bytes for it.
 _NO_LIMIT: Final = 1 << 60
 
 
 @dataclass(frozen=True, slots=True)
 class Cgroup:
-    """Limits of the control groups that this process is in: the tightest of its own group and of those above it.
+    """Limits of the control groups of this process: the smallest of its own group and of all groups above it.
 
     Attributes:
         version: Version of the control groups, 1 or 2; 0 where there are none.
-        cores: CPU quota, in cores; None: no limit.
-        memory_bytes: Memory limit, in bytes; None: no limit.
-        free_memory: Bytes that may still be allocated under it; page cache that can be dropped counts as free.
-            None: no limit.
+        cores: CPU quota in cores, may be a fraction; None: no limit.
+        memory_bytes: Memory limit in bytes; None: no limit.
+        free_memory: Bytes that may still be allocated under the limits; page cache that the kernel can drop counts as
+            free. None: no limit.
     """
 
     version: int = 0
@@ -41,9 +42,10 @@ class Cgroup:
         """Read the limits.
 
         Args:
-            root: Folder that has ``proc`` and ``sys`` in it, such as ``/``.
+            root: Folder that contains ``proc`` and ``sys``: ``/``, or one that a test has made.
         """
         quotas, limits = [], []
+        # A group without a limit raises, and is left out.
         for folder, is_v2 in _groups(root, "cpu"):
             with contextlib.suppress(OSError, ValueError):
                 quotas.append(_quota(folder, is_v2=is_v2))
@@ -55,20 +57,22 @@ class Cgroup:
             version=max((2 if is_v2 else 1 for _, is_v2 in memory_groups), default=0),
             cores=min(quotas, default=None),
             memory_bytes=min((limit for limit, _ in limits), default=None),
-            # Not the free bytes under the smallest limit: a group above may be nearly full with other processes.
+            # The least of all groups, not that of the group with the smallest limit: a group above with a larger limit
+            # may be nearly full with other processes.
             free_memory=min((free for _, free in limits), default=None),
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """Share of the host that this process may use.
+    """Resources of the host that this process may use, together with the other ranks of its job.
 
     Attributes:
         cores: Cores that the process may run on, by its affinity and its CPU quota, rounded up.
-        free_memory: Bytes that may still be allocated, on the host and under the cgroup's limit.
-        free_shm: Bytes free in ``/dev/shm``.
-        sharers: Processes that load at the same time on this host, this one included (``LOCAL_WORLD_SIZE``).
+        free_memory: Bytes that may still be allocated, on the host and under the limits of the control groups.
+        free_shm: Free bytes of ``/dev/shm``.
+        sharers: Number of processes that load at the same time on this host, this one included
+            (``LOCAL_WORLD_SIZE``). The other attributes are not divided by it.
     """
 
     cores: int
@@ -83,7 +87,7 @@ class Host:
         Raises:
             OSError: There is no ``/dev/shm``.
         """
-        status = os.statvfs("/dev/shm")  # noqa: S108  # asked about, not written to
+        status = os.statvfs("/dev/shm")  # noqa: S108  # no file is made there
         cgroup = Cgroup.of(Path("/"))
         cores, free = len(os.sched_getaffinity(0)), _available_memory()
         return cls(
@@ -95,23 +99,28 @@ class Host:
 
 
 def _groups(root: Path, controller: str) -> list[tuple[Path, bool]]:
-    """Return the folders of this process's control group and of those above it, and True for each of version 2.
+    """Find the folders of this process's control group and of all groups above it.
 
     Args:
-        root: Folder that has ``proc`` and ``sys`` in it.
-        controller: ``"cpu"`` or ``"memory"``: in version 1 each has a hierarchy of its own.
+        root: Folder that contains ``proc`` and ``sys``.
+        controller: ``"cpu"`` or ``"memory"``. In version 1 each controller has a hierarchy of its own.
+
+    Returns:
+        The folders that exist, each with True if its group is of version 2.
     """
     top, found = root / "sys/fs/cgroup", []
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # a kernel without control groups
+        # A line for each hierarchy, such as "4:cpu,cpuacct:/job" (version 1) or "0::/job" (version 2).
         for line in (root / "proc/self/cgroup").read_text().splitlines():
             number, controllers, path = line.split(":", 2)
             is_v2 = number == "0"
-            # Where the controllers are those of version 1, there may be a hierarchy of version 2 without any.
+            # A host that uses version 1 may have a hierarchy of version 2 besides, which has no controllers and limits
+            # nothing.
             if not (top / "cgroup.controllers").exists() if is_v2 else controller not in controllers.split(","):
                 continue
             mount = top if is_v2 else top / controller
-            # In a container, or with a namespace of its own, the path may be the host's and lead nowhere here. The
-            # mount itself (depth 0) is then the group of the container, whose limits hold.
+            # In a container, or in a namespace of its own, the path may be that of the host, which does not exist here.
+            # The mount itself (depth 0) is the container's group then, and has its limits.
             own = [] if ".." in path else [part for part in path.split("/") if part]
             found += [(mount.joinpath(*own[:depth]), is_v2) for depth in range(len(own), -1, -1)]
     return [(folder, is_v2) for folder, is_v2 in found if folder.is_dir()]
@@ -121,8 +130,8 @@ def _quota(folder: Path, *, is_v2: bool) -> float:
     """Return the CPU quota of a group, in cores.
 
     Raises:
-        OSError: The group has none: there is no such file.
-        ValueError: The group has none: the file says "max", or -1.
+        OSError: The group has no quota: there is no such file.
+        ValueError: The group has no quota: the file contains "max", or -1.
     """
     if is_v2:
         quota, period = (folder / "cpu.max").read_text().split()
@@ -134,11 +143,11 @@ def _quota(folder: Path, *, is_v2: bool) -> float:
 
 
 def _memory_limit(folder: Path, *, is_v2: bool) -> tuple[int, int]:
-    """Return the memory limit of a group, and the bytes that are free under it.
+    """Return the memory limit of a group in bytes, and how many of these are free.
 
     Raises:
-        OSError: The group has none: there is no such file.
-        ValueError: The group has none: the file says "max", or a number beyond all memory.
+        OSError: The group has no limit: there is no such file.
+        ValueError: The group has no limit: the file contains "max", or a number larger than any memory.
     """
     limit_file, used_file, cache = (
         ("memory.max", "memory.current", "inactive_file")
@@ -148,7 +157,8 @@ def _memory_limit(folder: Path, *, is_v2: bool) -> tuple[int, int]:
     limit = int((folder / limit_file).read_text())
     if limit >= _NO_LIMIT:
         raise ValueError("no limit")
-    # Usage counts page cache; the kernel drops the inactive part of it before it refuses an allocation.
+    # The usage includes page cache, whose inactive part the kernel drops before it refuses an allocation: that part
+    # counts as free. A host that has read much would seem to be full otherwise.
     used = int((folder / used_file).read_text())
     for line in (folder / "memory.stat").read_text().splitlines():
         if line.startswith(cache + " "):
@@ -161,10 +171,11 @@ def _available_memory() -> int:
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
-    # Kernels before 3.14 have no such line.
+    # Kernels before 3.14 have no such line. Without page cache this is less than what could be allocated.
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _local_world_size() -> int:
+    # Set by torchrun. A value that is not a number is ignored, like one that is not set.
     text = os.environ.get("LOCAL_WORLD_SIZE", "")
     return max(1, int(text)) if text.isdigit() else 1

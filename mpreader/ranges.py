@@ -1,7 +1,7 @@
 """Planning of byte ranges: groups ranges that are cheaper to fetch together, and cuts the groups into requests.
 
-Readers and fetchers plan with it, and ``mpreader inspect`` tells from it what a load would ask for. It is pure
-arithmetic: it knows no objects, no pool and no network, and every plan depends on its arguments only.
+Used by readers and fetchers, and by ``mpreader inspect`` to show the requests of a load. It must stay pure arithmetic:
+it knows no objects, no pool and no network, and every plan depends on its arguments only.
 
 Ranges are half-open: ``start`` is the first byte, ``end`` is one past the last.
 """
@@ -34,36 +34,36 @@ _CONNECTION_BYTES_PER_S: Final = 90_000_000  # of S3, on one connection
 
 
 def gap_worth_receiving(request_s: float) -> int:
-    """Largest gap between two ranges, in bytes, that is cheaper to receive than to leave out.
+    """Return the largest gap between two ranges, in bytes, that is cheaper to receive than to leave out.
 
-    Leaving a gap out costs one more request, for whose first byte a connection waits. Receiving it costs the time that
-    a connection takes for its bytes, at S3's rate of about 90 MB/s. That rate is known roughly, so the result is
-    rounded down to a power of two.
+    Leaving a gap out costs one more request, and its connection waits for the first byte. Receiving the gap costs the
+    time that a connection takes for its bytes, at S3's rate of about 90 MB/s.
 
     Args:
-        request_s: Seconds that one more request costs: 0.01 to 0.03 for S3, in part hidden by other connections, which
-            receive meanwhile.
+        request_s: Seconds that one more request costs. For S3 0.01 to 0.03: other connections receive while one waits
+            for its first byte, which hides a part of that wait.
     """
+    # Rounded down to a power of two, since the rate is known only roughly.
     return 1 << (int(request_s * _CONNECTION_BYTES_PER_S).bit_length() - 1)
 
 
-# The default of the public argument ``max_gap_size`` of loads: s3torchconnector's. Its dcp_optimized reader, and ours,
-# streams a group by a single request, and reads over a gap rather than to begin another stream.
+# The default of the public argument ``max_gap_size`` of loads, the same as in s3torchconnector. It is so large because
+# the dcp_optimized reader streams a group by a single request, and another group needs another stream.
 DEFAULT_MAX_GAP_SIZE: Final = 32 * 1024 * 1024
-# The bound of loads through the pool, whatever ``max_gap_size`` says: 2 MiB.
+# The largest gap that loads through the pool receive, however large ``max_gap_size`` is: 2 MiB.
 MAX_LOAD_GAP_BYTES: Final = gap_worth_receiving(request_s=0.025)
 
 
 @dataclass(frozen=True, slots=True)
 class ItemRange:
-    """The bytes of one item (a tensor, say) of an object.
+    """Bytes of one item of an object, such as a tensor.
 
     Attributes:
         start: First byte, counted from the start of the object.
         end: One past the last byte; equal to ``start`` for an item without bytes.
 
     Raises:
-        PlanError: Not whole numbers with ``0 <= start <= end``.
+        PlanError: ``start`` and ``end`` are not whole numbers with ``0 <= start <= end``.
     """
 
     start: int
@@ -83,7 +83,7 @@ class ItemRange:
 
 @dataclass(frozen=True, slots=True)
 class RangeGroup:
-    """Ranges so close together that they are fetched as one, gaps included.
+    """Ranges that are so close together that they are fetched as one, including the gaps.
 
     Attributes:
         start: First byte of the group.
@@ -100,17 +100,18 @@ class RangeGroup:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """The bytes of one request.
+    """Bytes of one request.
 
     Attributes:
-        start: First byte.
+        start: First byte, counted from the start of the object.
         end: One past the last byte.
-        over_read: Number of its bytes that are in gaps, and belong to no item.
-        slot_offset: First byte of the memory that it is received into, counted from the start of its slot.
+        over_read: Number of bytes between ``start`` and ``end`` that belong to no item, being in gaps.
+        slot_offset: Offset in its slot of shared memory at which the part's first byte is received.
     """
 
     start: int
     end: int
+    # Not compared: two parts of the same bytes are equal.
     over_read: int = field(default=0, compare=False)
     slot_offset: int = field(default=0, compare=False)
 
@@ -137,8 +138,8 @@ def coalesce(ranges: Sequence[ItemRange], *, max_gap_bytes: float) -> list[Range
     """Group the ranges that are at most ``max_gap_bytes`` apart.
 
     Args:
-        ranges: In any order; may repeat, overlap and nest. Empty ones belong to no group.
-        max_gap_bytes: Largest gap inside a group. 0 joins only what touches or overlaps, ``float("inf")`` joins all.
+        ranges: Ranges in any order; they may repeat, overlap and nest. Empty ones belong to no group.
+        max_gap_bytes: Largest gap inside a group. 0 joins ranges that touch or overlap, ``float("inf")`` joins all.
 
     Returns:
         The groups, sorted, more than ``max_gap_bytes`` apart.
@@ -157,12 +158,12 @@ def coalesce(ranges: Sequence[ItemRange], *, max_gap_bytes: float) -> list[Range
 def partition(group: RangeGroup, *, part_bytes: int) -> list[Part]:
     """Cut a group into requests.
 
-    Cuts fall between items wherever that is possible, and a gap that falls on a cut is not fetched. Items that
-    together exceed ``part_bytes`` and can't be parted, being one item or overlapping ones, are cut evenly.
+    Cuts fall between items wherever that is possible, and a gap at a cut is not fetched. An item that exceeds
+    ``part_bytes`` is cut into even parts; overlapping items count as one item here.
 
     Args:
-        group: The group.
-        part_bytes: Most bytes of one part, at least 1.
+        group: Group of ranges.
+        part_bytes: Largest number of bytes of one part, at least 1.
 
     Returns:
         The parts, sorted and disjoint. Together they hold every byte of every item exactly once; each
@@ -175,8 +176,8 @@ def partition(group: RangeGroup, *, part_bytes: int) -> list[Part]:
         raise PlanError(f"part_bytes must be a whole number of at least 1, got {part_bytes!r}")
     parts: list[Part] = []
     for cluster in clusters(group.item_ranges):
-        # The last part has room for the cluster and for the gap before it. Where it has none, the gap is left out:
-        # a further request begins anyway.
+        # If the last part has room for the gap and the cluster, it gets both. Otherwise the cluster needs another
+        # request anyway, and the gap is left out.
         if parts and cluster.end - parts[-1].start <= part_bytes:
             last = parts[-1]
             parts[-1] = Part(last.start, cluster.end, last.over_read + cluster.start - last.end)
@@ -187,11 +188,11 @@ def partition(group: RangeGroup, *, part_bytes: int) -> list[Part]:
 
 @dataclass(frozen=True, slots=True)
 class FilePlan:
-    """The requests of one file.
+    """Requests of one file.
 
     Attributes:
-        groups: Number of groups of ranges that are fetched as one.
-        parts: One for each request, sorted and disjoint; none where all ranges are empty.
+        groups: Number of range groups.
+        parts: Parts, one for each request, sorted and disjoint; none if all ranges are empty.
     """
 
     groups: int
@@ -204,9 +205,9 @@ def plan_files(
     """Cut the ranges of a load into requests.
 
     Args:
-        ranges_by_file: The ranges by URI.
-        max_gap_bytes: Largest gap within one request; more than ``MAX_LOAD_GAP_BYTES`` never is.
-        part_bytes: Most bytes of one request, at least 1.
+        ranges_by_file: Ranges by URI.
+        max_gap_bytes: Largest gap within one request. Values above ``MAX_LOAD_GAP_BYTES`` count as that.
+        part_bytes: Largest number of bytes of one request, at least 1.
 
     Returns:
         The requests by URI, in the order of ``ranges_by_file``.
@@ -226,22 +227,27 @@ def plan_files(
 
 
 def coverage(ranges: Sequence[ItemRange]) -> list[ItemRange]:
-    """The bytes that the ranges hold, as sorted intervals that neither overlap nor touch."""
+    """Return the bytes that the ranges cover, as sorted intervals that neither overlap nor touch."""
     return [hull for hull, _ in _join(ranges, 0)]
 
 
 def clusters(ranges: Sequence[ItemRange]) -> list[ItemRange]:
-    """Join only ranges that share a byte; the result is sorted, and neighbours may touch.
+    """Join only ranges that share a byte.
 
-    Between two clusters an object can be cut without cutting through a range.
+    Returns:
+        The joined ranges, sorted; two neighbours may touch. Between two of them the object can be cut without cutting
+        through a range.
     """
+    # Touching ranges have a gap of 0, ranges that share a byte one of -1 or less.
     return [hull for hull, _ in _join(ranges, -1)]
 
 
 def _join(ranges: Sequence[ItemRange], max_gap: float) -> Iterator[tuple[ItemRange, list[int]]]:
-    """Sweep over the non-empty ranges; yields each hull with the positions of its ranges, by start.
+    """Join non-empty ranges that are at most ``max_gap`` apart.
 
-    A ``max_gap`` of -1 joins only ranges that share at least one byte.
+    Yields:
+        From the lowest to the highest: the range from the first to the last byte of the joined ranges, and the indices
+        of these in ``ranges``, sorted by their starts.
     """
     by_start = sorted((i for i, r in enumerate(ranges) if r.start < r.end), key=lambda i: ranges[i].start)
     start, end, indices = 0, 0, list[int]()
@@ -253,13 +259,14 @@ def _join(ranges: Sequence[ItemRange], max_gap: float) -> Iterator[tuple[ItemRan
         if not indices:
             start, end = item.start, item.end
         indices.append(index)
-        end = max(end, item.end)  # the range may lie within an earlier one
+        end = max(end, item.end)  # max, since the range may lie within an earlier one
     if indices:
         yield ItemRange(start, end), indices
 
 
 def _cut_evenly(cluster: ItemRange, part_bytes: int) -> Iterator[Part]:
-    # As few parts as part_bytes allows, all of one size: full parts and a tiny rest would cost a request for little.
+    # As few parts as part_bytes allows, all of nearly the same size. Full parts with a small rest would spend a whole
+    # request on few bytes.
     count = -(-cluster.size // part_bytes)
     cuts = [cluster.start + cluster.size * i // count for i in range(count + 1)]
     return map(Part, cuts[:-1], cuts[1:])

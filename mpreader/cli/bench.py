@@ -1,4 +1,8 @@
-"""``mpreader bench``: measures this host against a bucket, and prints the settings that it recommends."""
+"""``mpreader bench``: measures this host against a bucket, and prints the settings that it recommends.
+
+:mod:`mpreader.tools.bench.sweep` measures. This module reads the arguments, and writes the result as a table with a
+verdict, as JSON, or as a chart.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +27,8 @@ _HEADERS: Final = (
     *("round", "workers", "connections", "part size", "GB/s", "min", "max"),
     *("CPU s/GB", "GETs", "retries", "memory", ""),
 )
-_SHORT_S: Final = 0.3  # shorter measurements are not steady
-_WIDE: Final = 0.1  # nor are those whose rates differ by more than this
+_SHORT_S: Final = 0.3  # medians of shorter measurements vary too much; the user is told
+_WIDE: Final = 0.1  # likewise if rates with the same settings differ by more than this share of their median
 
 
 class _List(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.3
@@ -37,7 +41,7 @@ class _List(click.ParamType):  # type: ignore[type-arg]  # generic since click 8
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
         """Read a list from the command line."""
-        if isinstance(value, tuple):
+        if isinstance(value, tuple):  # click also converts defaults, and values that are converted already
             return value
         return tuple(self._item.convert(item.strip(), param, ctx) for item in value.split(","))
 
@@ -108,6 +112,7 @@ def command(
       mpreader bench s3://my-bucket/data.bin --workers 2,4,8 --connections 8,16 --bytes 4GiB --json
     """  # noqa: D301  # click reads the \b
     draw = _chart_writer(chart)
+    # An option that is not given is left out: the sweep then chooses values around the host's defaults.
     asked = {"workers": workers, "connections_per_worker": connections, "part_size": part_size}
     done = sweep(source, grid={axis: values for axis, values in asked.items() if values}, **arguments)
     if chart:
@@ -134,7 +139,7 @@ def _chart_writer(chart: str | None) -> Any:
         raise click.UsageError(f"--chart writes a .png, not {chart}")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise click.UsageError(f"--chart can't be written: {folder} is no folder that you may write to")
-    from mpreader.tools.bench.chart import save_chart
+    from mpreader.tools.bench.chart import save_chart  # imports matplotlib, which is optional and slow to import
 
     return save_chart
 
@@ -153,11 +158,13 @@ def _print(sweep: Sweep) -> None:
 def _introduction(sweep: Sweep) -> Iterator[str]:
     many = f"the {sweep.objects} largest objects of " if sweep.objects > 1 else ""
     yield f"{many}{sweep.source}: each measurement reads {human_bytes(sweep.nbytes)}"
+    # The user asked for nbytes, but small sources, or slow ones, change what that means.
     if sweep.nbytes > sweep.source_nbytes:
         times = sweep.nbytes / sweep.source_nbytes
         yield f"the source has {human_bytes(sweep.source_nbytes)}: it is read {times:.3g} times, one after the other"
     if sweep.nbytes < sweep.wanted_nbytes:
         yield f"{human_bytes(sweep.wanted_nbytes)} would take longer than --seconds allows"
+    # Otherwise "defaults" would be taken for mpreader's own.
     variables = [name for name in sweep.defaults.environment() if os.environ.get(name, "").strip()]
     if variables:
         yield f"the defaults are those of your environment: {', '.join(variables)}"
@@ -197,12 +204,14 @@ def _verdict(sweep: Sweep) -> Iterator[str]:
         leaner = "" if best == sweep.defaults else "; those recommended are as fast, and leaner"
         yield f"the defaults are fine here: {rate}{leaner}"
     else:
+        # Medians say that the defaults are slower, but one of their measurements was as fast as the best median.
         noisy = ", which they reached at times" if usual["max_gb_per_s"] >= sweep.best_gb_per_s else ""
         yield f"the defaults have {rate}, {1 - usual['gb_per_s'] / sweep.best_gb_per_s:.0%} below the best{noisy}"
     yield from _doubts(sweep)
 
 
 def _doubts(sweep: Sweep) -> Iterator[str]:
+    """Reasons for which the figures may not be trusted, each with the option that gives better ones."""
     everything = [measurements for results in sweep.rounds.values() for measurements in results.values()]
     spread = max(map(_spread, everything))
     shortest = min(statistics.median(each.seconds for each in measurements) for measurements in everything)
@@ -251,8 +260,10 @@ def _numbers(measurements: Sequence[Measurement]) -> dict[str, float]:
 
 def _spread(measurements: Sequence[Measurement]) -> float:
     numbers = _numbers(measurements)
+    # A median of 0, of measurements that were cut off before the first part came, can't be divided by.
     return (numbers["max_gb_per_s"] - numbers["min_gb_per_s"]) / (numbers["gb_per_s"] or 1)
 
 
 def _in_python(value: int) -> str:
+    """Number as one would write it in a program: sizes as multiples of 1024 * 1024."""
     return f"{value // MiB} * 1024 * 1024" if value % MiB == 0 else str(value)

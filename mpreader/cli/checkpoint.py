@@ -1,4 +1,4 @@
-"""Argument and options that the commands for checkpoints share."""
+"""Argument and options that the commands for checkpoints (``inspect``, ``load``, ``convert``) share."""
 
 from __future__ import annotations
 
@@ -49,9 +49,10 @@ def checkpoint_options(command: Command) -> Command:
     @pool_options
     @functools.wraps(command)
     def with_settings(**arguments: Any) -> Any:
+        # click gives each option as an argument of its own; the functions of mpreader.dcp take them all.
         names = ("max_gap_size", "allowed_globals", "s3client_config", "pool_config")
         settings = {name: arguments.pop(name) for name in names}
-        settings["match"] = arguments.pop("match") or None
+        settings["match"] = arguments.pop("match") or None  # click gives an empty tuple; None means everything
         return command(settings=settings, **arguments)
 
     return with_settings  # type: ignore[return-value]  # click's decorators keep no signature

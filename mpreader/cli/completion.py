@@ -25,6 +25,7 @@ def command(shell: str) -> None:
       mpreader completion zsh >> ~/.zshrc
       mpreader completion fish > ~/.config/fish/completions/mpreader.fish
     """  # noqa: D301  # click reads the \b
-    from mpreader.cli.main import cli
+    from mpreader.cli.main import cli  # imported here, since main imports the commands
 
+    # The variable is click's convention: the script sets it to ask mpreader for the completions of a line.
     click.echo(_SHELLS[shell](cli, {}, "mpreader", "_MPREADER_COMPLETE").source())

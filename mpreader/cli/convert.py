@@ -1,4 +1,7 @@
-"""``mpreader convert``: converts a checkpoint on S3 to one local file for ``torch.load``."""
+"""``mpreader convert``: converts a checkpoint on S3 to one local file for ``torch.load``.
+
+:func:`mpreader.dcp.dcp_to_torch_save` does the work.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,7 @@ def command(
       mpreader convert s3://my-bucket/checkpoint model.pt
       mpreader convert s3://my-bucket/checkpoint model.pt --match 'model.*' --overwrite
     """  # noqa: D301  # click reads the \b
-    from mpreader.dcp import dcp_to_torch_save
+    from mpreader.dcp import dcp_to_torch_save  # imports torch, for which --help should not wait
 
     started = time.monotonic()
     dcp_to_torch_save(

@@ -1,4 +1,7 @@
-"""``mpreader demo``: saves and loads a checkpoint on this machine alone, and prints the comparison."""
+"""``mpreader demo``: saves and loads a checkpoint on this machine alone, and prints the comparison.
+
+:mod:`mpreader.tools.demo` does the work.
+"""
 
 from __future__ import annotations
 
@@ -37,9 +40,10 @@ def command(size_mb: int, max_memory: int | None, workers: int | None, every_rea
       mpreader demo --workers 2 --max-memory 64MiB --json
     """  # noqa: D301  # click reads the \b
     pool_config = PoolConfig(workers=workers, max_memory=max_memory)
-    if find_spec("moto") is None:  # only the server's process imports it, where its error would not be seen
+    # Checked here: only the server's process imports moto, and its ModuleNotFoundError would not get to the user.
+    if find_spec("moto") is None:
         raise ModuleNotFoundError("the embedded S3 is moto's", name="moto")
-    from mpreader.tools.demo import run_demo
+    from mpreader.tools.demo import run_demo  # imports torch, for which --help should not wait
 
     loads = run_demo(size_mb, pool_config, every_reader=every_reader, report=_keep_quiet if as_json else click.echo)
     is_verified = not any(load.differing for load in loads)

@@ -1,4 +1,7 @@
-"""``mpreader doctor``: prints the faults of a host's set-up, and their remedies."""
+"""``mpreader doctor``: prints the faults of a host's set-up, and their remedies.
+
+:func:`mpreader.tools.doctor.examine.examine` finds them.
+"""
 
 from __future__ import annotations
 
@@ -36,6 +39,7 @@ def command(source: str | None, s3client_config: S3ClientConfig, pool_config: Po
       mpreader doctor --endpoint-url http://localhost:9000 --json
     """  # noqa: D301  # click reads the \b
     findings = examine(source, s3client_config, pool_config)
+    # Warnings don't count: with them loads work, if not as well as they could.
     is_well = all(finding.status != "fail" for finding in findings)
     if as_json:
         print_json({"findings": [dataclasses.asdict(finding) for finding in findings], "ok": is_well})
@@ -50,5 +54,6 @@ def _print(findings: list[Finding]) -> None:
     for finding in findings:
         mark = click.style(f"{finding.status:4}", fg=_COLORS[finding.status])
         click.echo(f"{mark}  {finding.name:{width}}  {finding.value}")
+        # Problem and remedy, if there are any, on lines of their own below the value.
         for text in filter(None, (finding.problem, finding.remedy and f"-> {finding.remedy}")):
             click.echo(f"{'':{width + 8}}{text}")

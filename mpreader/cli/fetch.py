@@ -1,4 +1,8 @@
-"""``mpreader fetch``: fetches an object, or ranges of it, into a file or a pipe."""
+"""``mpreader fetch``: fetches an object, or ranges of it, into a file or a pipe.
+
+:mod:`mpreader.tools.download.download` does the work. This module decides if the output is a file, which can be
+resumed, or a stream, and shows the progress and the result.
+"""
 
 from __future__ import annotations
 
@@ -99,10 +103,11 @@ def command(
       mpreader fetch s3://my-bucket/data.bin --range 0-100 --range -8 -o - | xxd
       mpreader fetch https://example.org/data.bin -o copy.bin --checksum md5 --json
     """  # noqa: D301  # click reads the \b
-    if as_json and output == _STDOUT:
+    if as_json and output == _STDOUT:  # the document would be mixed with the object's bytes
         raise click.UsageError("--json and the bytes can't both go to stdout; name a file with -o FILE")
     path = output or name_of(source)
     with ExitStack() as stack:
+        # Entered first, so that the timeline is saved last: after the pool has ended, with all of its requests.
         stack.enter_context(timeline_to(timeline))
         fetcher = stack.enter_context(RangeFetcher(s3client_config, pool_config))
         bar = _Bar(stack, progress)
@@ -111,7 +116,7 @@ def command(
                 fetcher, source, path, ranges or None, bar, quiet=as_json, resume=resume, checksum=checksum
             )
         else:
-            file: Any = stack.enter_context(click.open_file(path, "wb"))
+            file: Any = stack.enter_context(click.open_file(path, "wb"))  # knows "-", and does not close stdout
             done = copy_to(fetcher, source, file, ranges or None, checksum=checksum, on_progress=bar)
     if as_json:
         print_json({"path": path, **dataclasses.asdict(done)})
@@ -120,7 +125,12 @@ def command(
 
 
 class _Bar:
-    """Progress bar that begins when the number of bytes is known; it is called as ``on_progress`` of a download."""
+    """Progress bar that begins when the number of bytes is known; it is called as ``on_progress`` of a download.
+
+    Args:
+        stack: Closes the bar at its end, in any case.
+        show: As for :func:`~mpreader.telemetry.progress.progress_bar`.
+    """
 
     def __init__(self, stack: ExitStack, show: bool | None) -> None:
         self._stack = stack
@@ -130,12 +140,12 @@ class _Bar:
 
     @property
     def has_begun(self) -> bool:
-        """True once the download has begun to fetch: the part that is there is then one of this call."""
+        """True once the download has opened its part file, so that ``FILE.part`` is this call's, and no older one."""
         return self._bar is not None
 
     def __call__(self, done: int, total: int) -> None:
         if self._bar is None:
-            # Bytes that were there already took no time: counted, they would spoil the rate.
+            # The bar shows a rate, and bytes that an earlier call has fetched took no time of this one.
             self._bar = self._stack.enter_context(progress_bar(total - done, "fetch", show=self._show))
         else:
             self._bar.advance(done - self._done)
@@ -159,7 +169,8 @@ def _download(
     try:
         return download(fetcher, source, path, ranges, on_progress=bar, **arguments)
     except (KeyboardInterrupt, MpreaderError, OSError) as error:
-        bar.close()  # first, or the message would be on its line
+        bar.close()  # before the message, which would continue the bar's line
+        # Nothing is said of a part that can't be gone on with: one of another call, or of an older version.
         left = PartFile.try_size(path) if bar.has_begun and not isinstance(error, ObjectChanged) else None
         if left and not quiet:
             click.echo(f"mpreader: {human_bytes(left)} are in {path}.part; the same command goes on there", err=True)
@@ -167,9 +178,9 @@ def _download(
 
 
 def _is_plain(path: str) -> bool:
-    """True if ``path`` is downloaded to: a file, or a name for one. A device or a pipe is written to as it is.
+    """True if ``path`` is a file, or a name for a new one; a device or a pipe is written to as a stream.
 
-    A folder is downloaded to as well: that tells the user what is wrong with it.
+    Also true of a folder: :func:`download` refuses it with a message that explains the mistake.
     """
     return path != _STDOUT and (not os.path.exists(path) or os.path.isfile(path) or os.path.isdir(path))
 
@@ -186,4 +197,4 @@ def _print(done: Downloaded, path: str) -> None:
         f"verified against {done.verified_against}" if done.verified_against else f"not verified: {done.why_unverified}"
     )
     for line in lines:
-        click.echo(line, err=path == _STDOUT)
+        click.echo(line, err=path == _STDOUT)  # stdout has the object's bytes, and nothing else

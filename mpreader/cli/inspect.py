@@ -1,4 +1,7 @@
-"""``mpreader inspect``: prints the contents of a checkpoint, and the requests that a load of it would make."""
+"""``mpreader inspect``: prints the contents of a checkpoint, and the requests that a load of it would make.
+
+:func:`mpreader.dcp.describe_checkpoint` finds them out from ``.metadata``; this module makes tables or JSON of them.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ def command(uri: str, settings: dict[str, Any], parts: bool, sort: str, limit: i
       mpreader inspect s3://my-bucket/checkpoint --match 'model.layers.0.*' --parts
       mpreader inspect s3://my-bucket/checkpoint --part-size 16MiB --json
     """  # noqa: D301  # click reads the \b
-    from mpreader.dcp import describe_checkpoint
+    from mpreader.dcp import describe_checkpoint  # imports torch, for which --help should not wait
 
     summary = describe_checkpoint(uri, **settings)
     if as_json:
@@ -60,6 +63,7 @@ def command(uri: str, settings: dict[str, Any], parts: bool, sort: str, limit: i
 
 def _document(summary: CheckpointSummary, *, parts: bool) -> dict[str, Any]:
     document = dataclasses.asdict(summary)
+    # There may be hundreds of thousands of parts, so they are in the document only if they are asked for.
     if not parts:
         for file in document["load"]["files"]:
             del file["parts"]
@@ -67,6 +71,7 @@ def _document(summary: CheckpointSummary, *, parts: bool) -> dict[str, Any]:
 
 
 def _print_files(summary: CheckpointSummary, by_size: bool, limit: int) -> None:
+    # By size: the largest first, and by name where sizes are equal. By name: all first keys are 0.
     files = sorted(summary.files, key=lambda file: (-file.nbytes if by_size else 0, file.path))
     rows = [(file.path, file.items, human_bytes(file.nbytes)) for file in files]
     _print_limited(("file", "items", "size"), rows, limit)

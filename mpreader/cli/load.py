@@ -1,4 +1,7 @@
-"""``mpreader load``: loads a checkpoint into memory, and prints the time and memory that it took."""
+"""``mpreader load``: loads a checkpoint into memory, and prints the time and memory that it took.
+
+:mod:`mpreader.tools.bench.loads` does the work.
+"""
 
 from __future__ import annotations
 
@@ -50,11 +53,11 @@ def command(
       mpreader load s3://my-bucket/checkpoint --match 'model.layers.0.*' --workers 4 --json
       mpreader load s3://my-bucket/checkpoint --timeline load.png
     """  # noqa: D301  # click reads the \b
-    with timeline_to(timeline):  # a wrong path is told at once, not after torch was imported
+    with timeline_to(timeline):  # refuses a wrong path here, before torch is imported, which takes seconds
         from mpreader.dcp.checkpoint import LoadOptions
         from mpreader.tools.bench.loads import time_loads
 
-        # The region is one of the settings of the S3 client.
+        # No region: --region is in the settings already, as a field of s3client_config.
         options = LoadOptions(region=None, verify=not no_verify, weights_only=True, progress=progress, **settings)
         loads = list(time_loads(uri, options, repeat))
     if as_json:

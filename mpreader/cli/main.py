@@ -1,6 +1,7 @@
 """Entry point of the command line: finds the subcommand, runs it, and turns errors into messages and exit codes.
 
-Every error ends here, and nowhere else: as one line on stderr, or with ``--json`` as one document on stdout.
+The ``mpreader`` script and ``python -m mpreader`` call :func:`main`. Subcommands raise their errors, and only this
+module reports them: as one line on stderr, or with ``--json`` as one document on stdout.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from mpreader.version import __version__
 
 __all__ = ["cli", "main"]
 
+# Modules by subcommand, in the order in which --help shows them.
 _COMMANDS: Final = {
     "demo": "mpreader.cli.demo",
     "fetch": "mpreader.cli.fetch",
@@ -41,7 +43,8 @@ _COMMANDS: Final = {
 }
 _FAILED: Final = 1
 _USAGE: Final = 2
-_INTERRUPTED: Final = 130
+_INTERRUPTED: Final = 130  # as a shell reports a program that SIGINT (2) has ended: 128 + 2
+# The first class that an error belongs to decides; other errors of mpreader's end in _FAILED.
 _EXIT_CODES: Final[tuple[tuple[type[Exception], int], ...]] = (
     (ConfigError, _USAGE),
     (PlanError, _USAGE),
@@ -111,6 +114,8 @@ class _Commands(click.Group):
 @click.option("-v", "--verbose", count=True, help="Say on stderr what is done; -vv: every detail.")
 def cli(verbose: int) -> None:
     """Load PyTorch Distributed Checkpoints from S3, fast; fetch ranges of any object."""
+    # A library must not configure logging by itself, but here mpreader is the program. Not the root
+    # logger, which also gets boto3's lines: at DEBUG those hold signatures.
     if verbose:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
@@ -121,14 +126,14 @@ def cli(verbose: int) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command and exit with its exit code; a user's mistake never ends in a traceback."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if sys.stdout is None:  # the parent process had closed it
+    if sys.stdout is None:  # Python's way to say that it was closed when the process started
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
         code = _run(arguments)
-        sys.stdout.flush()
+        sys.stdout.flush()  # here, where an error can still be reported, not when the interpreter ends
     except OSError as error:
-        # The reader of our output is gone, or a disk is full. Stdout is flushed once more when the interpreter ends:
-        # then it must lead nowhere, or that would print a traceback.
+        # The reader of our output is gone, or a disk is full. The interpreter flushes stdout once more at its end; that
+        # would fail again and print a traceback, so the descriptor is led to /dev/null.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
             click.echo(f"mpreader: can't write to stdout: {_message(error)}", err=True)
@@ -138,9 +143,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _run(arguments: list[str]) -> int:
     try:
+        # Without standalone_mode click raises its errors instead of printing them, and returns the code of an Exit.
         return cli.main(arguments, prog_name="mpreader", standalone_mode=False) or 0
-    except click.exceptions.Exit as ended:
-        return ended.exit_code
     except (click.Abort, KeyboardInterrupt):
         _report(arguments, "Interrupted", "interrupted")
         return _INTERRUPTED
@@ -151,11 +155,12 @@ def _run(arguments: list[str]) -> int:
             error.show()
         return error.exit_code
     except BrokenPipeError:
-        raise  # main() ends quietly
+        raise  # main() ends without a message: whoever read the output needs no more of it
     except (MpreaderError, OSError) as error:
         _report(arguments, type(error).__name__, _message(error), _facts(error))
         return next((code for kind, code in _EXIT_CODES if isinstance(error, kind)), _FAILED)
     except ModuleNotFoundError as error:
+        # A package of an extra that is not installed is the user's to mend; any other missing module is a bug.
         extra = _EXTRAS.get((error.name or "").partition(".")[0])
         if extra is None:
             return _report_bug(arguments, error)
@@ -187,7 +192,7 @@ def _message(error: Exception) -> str:
 
 
 def _is_json(arguments: list[str]) -> bool:
-    # Looked up in the raw arguments: click may be reporting that it can't parse them.
+    # Looked up in the raw arguments, since the error may be that click can't parse them. No option follows "--".
     options = arguments[: arguments.index("--")] if "--" in arguments else arguments
     return "--json" in options
 

@@ -1,4 +1,7 @@
-"""Options that several commands share, and the settings made of them."""
+"""Options that several commands share, and the settings made of them.
+
+The decorators collect their options into one configuration object, so that a command takes that instead of each option.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ class _Bytes(click.ParamType):  # type: ignore[type-arg]  # generic since click 
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Read a number of bytes from the command line."""
-        if isinstance(value, int):
+        if isinstance(value, int):  # click also converts the defaults of options, which are numbers
             return value
         try:
             return parse_bytes(value)
@@ -31,7 +34,7 @@ class _Bytes(click.ParamType):  # type: ignore[type-arg]  # generic since click 
             self.fail(str(error), param, ctx)
 
 
-BYTES = _Bytes()
+BYTES = _Bytes()  # one is enough: click's types hold no state
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document, for programs.")
 progress_option = click.option(
@@ -56,6 +59,7 @@ def s3_options(command: Command) -> Command:
     @click.option("--requester-pays", is_flag=True, help="Accept to pay for the requests.")
     @functools.wraps(command)
     def with_config(**arguments: Any) -> Any:
+        # Made here, before the command runs, so that a wrong value is an error before any work is done.
         names = ("region", "endpoint_url", "profile", "unsigned", "force_path_style", "requester_pays")
         config = S3ClientConfig(**{name: arguments.pop(name) for name in names})
         return command(s3client_config=config, **arguments)
@@ -80,6 +84,7 @@ def pool_options(command: Command) -> Command:
     )
     @functools.wraps(command)
     def with_config(**arguments: Any) -> Any:
+        # Options that are not given are None, for which PoolConfig looks at MPREADER_* and then at the host.
         config = PoolConfig(
             workers=arguments.pop("workers"),
             connections_per_worker=arguments.pop("connections"),

@@ -1,4 +1,7 @@
-"""Printing: tables for people, one JSON document for programs."""
+"""Printing of the subcommands: tables for people, one JSON document for programs.
+
+Everything goes to stdout; errors are printed by :mod:`mpreader.cli.main`.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,8 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
 
     Args:
         headers: A title for each column.
-        rows: As many values each. Floats are printed with two decimals, whole numbers with thousands set apart,
-            None as a dash.
+        rows: Rows of one value for each header. Floats are printed with two decimals, whole numbers with commas
+            between thousands, None as a dash, True and False as yes and no.
     """
     cells = [[_text(value) for value in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(headers, *cells, strict=True)]
@@ -32,20 +35,21 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
             "  ".join(
                 text.rjust(width) if right else text.ljust(width)
                 for text, width, right in zip(line, widths, is_right, strict=True)
-            ).rstrip()
+            ).rstrip()  # no blanks behind an empty last column
         )
 
 
 def human_bytes(number: float) -> str:
     """Bytes in decimal units, three digits: ``1.18 GB``."""
     for unit in ("B", "kB", "MB", "GB"):
-        if abs(number) < 999.5:
+        if abs(number) < 999.5:  # from here on three digits would round to 1000
             return f"{number:.0f} B" if unit == "B" else f"{number:.3g} {unit}"
         number /= 1000
     return f"{number:.3g} TB"
 
 
 def _is_number(value: object) -> bool:
+    # A bool is an int for Python, but printed as a word. None stands for a number that is missing.
     return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
 
 

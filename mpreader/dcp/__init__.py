@@ -1,6 +1,6 @@
-"""PyTorch Distributed Checkpoints on S3: the storage reader and writer, and functions for whole checkpoints.
+"""PyTorch Distributed Checkpoints (DCP) on S3: storage reader and writer, and functions for whole checkpoints.
 
-The names below are public. This is the only part of the library that imports torch.
+Users import its public names, listed below, from here. No other folder of the library may import torch.
 """
 
 from mpreader.dcp.checkpoint import ItemRefused, load_checkpoint

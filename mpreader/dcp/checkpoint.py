@@ -1,8 +1,8 @@
-"""Loader of whole checkpoints, or of what patterns select of them, without a state that says what they hold.
+"""Loader of whole checkpoints, or of selected items, for users who have no state dictionary with the right tensors.
 
-:func:`load_checkpoint` is public; the conversion to a local file uses :func:`load_state`. Items that are no tensors
-were pickled by the author of the checkpoint: they are unpickled here, as plain types only unless the user trusts that
-author.
+:func:`load_checkpoint` is public; the converter uses :func:`load_state`, and the commands ``load`` and ``bench`` use
+:class:`LoadOptions`. Items that are no tensors were pickled by the author of the checkpoint. They are unpickled here;
+this module must not run code that the author chose, unless the user says so by ``weights_only=False``.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ __all__ = ["ItemRefused", "LoadOptions", "load_checkpoint", "load_state"]
 
 
 class ItemRefused(PlanError):
-    """An item that is no tensor can't be loaded without running code that its author chose."""
+    """An item that is no tensor can't be loaded without running code that the checkpoint's author chose."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """Options of a load: the keyword arguments of :func:`load_checkpoint`, which explains them."""
+    """Options of a load. The attributes are the keyword arguments of :func:`load_checkpoint`, and explained there."""
 
     region: str | None
     s3client_config: S3ClientConfig | None
@@ -47,7 +47,7 @@ class LoadOptions:
     progress: bool | None
 
     def open_reader(self, uri: str | os.PathLike[str]) -> S3StorageReader:
-        """Make the storage reader of the checkpoint; the caller closes it."""
+        """Make a storage reader of the checkpoint; the caller closes it."""
         constructor = S3ReaderConstructor.multiprocess(
             self.max_gap_size, pool_config=self.pool_config, progress=self.progress
         )
@@ -74,32 +74,32 @@ def load_checkpoint(
     allowed_globals: Iterable[str] = (),
     progress: bool | None = None,
 ) -> dict[str, Any]:
-    """Load a checkpoint into memory, without knowing its contents.
+    """Load a checkpoint into memory; its contents need not be known.
 
     Args:
         uri: ``s3://`` URI of the checkpoint.
         region: The bucket's region. None: the configuration's, or the environment's.
         s3client_config: Settings of the S3 client.
         pool_config: Settings of the worker pool.
-        max_gap_size: Largest gap, in bytes, between two items that are fetched as one.
-        match: Load only items with a name that this pattern, or one of these, matches: ``"model.*"``, with ``*``, ``?``
-            and ``[…]`` as in file names, dots being nothing special. None: everything.
+        max_gap_size: Largest gap, in bytes, between two items that are fetched together, with the gap.
+        match: One pattern or several; an item is loaded if one of them matches its name. In ``"model.*"``, as in
+            patterns of file names, ``*``, ``?`` and ``[…]`` are special, and ``*`` matches dots, too. None: everything.
         verify: True checks the CRC-32s that ``torch.save`` wrote.
         weights_only: True unpickles items that are no tensors as ``torch.load(weights_only=True)`` does, which makes
             plain types only. False runs code that the checkpoint's author chose.
-        allowed_globals: Classes, such as ``"package.module.Name"``, that ``.metadata`` may make besides DCP's own.
+        allowed_globals: Classes, such as ``"package.module.Name"``, that ``.metadata`` may use besides DCP's own.
         progress: True shows a progress bar on stderr, False shows none. None: on a terminal or in a notebook.
 
     Returns:
-        The state, nested as it was saved, its tensors in the memory of the CPU. Of a list of which only some was
-        loaded, the rest is None.
+        The state, nested as it was saved, with its tensors in the memory of the CPU. Elements of a list that were not
+        loaded are None if a later element was loaded.
 
     Raises:
-        PlanError: Nothing matches, or there is less free memory than it takes.
+        PlanError: Nothing matches, or the tensors need more memory than is free.
         ItemRefused: An item needs a class that ``weights_only`` does not allow.
-        MetadataRefused: ``.metadata`` is damaged, or names a class or a path that it may not.
+        MetadataRefused: ``.metadata`` is damaged, or needs a class or names a path that is not allowed.
         ChecksumMismatch: Bytes don't match their CRC-32, also when received again.
-        TransportError: Bytes can't be had.
+        TransportError: Bytes could not be received.
     """
     options = LoadOptions(
         region, s3client_config, pool_config, max_gap_size, match, verify, weights_only, allowed_globals, progress
@@ -118,11 +118,11 @@ def load_state(
     Args:
         uri: ``s3://`` URI of the checkpoint.
         options: The options of the load.
-        check: Gets the state before its memory is allocated and its bytes are asked for; may raise an exception to
-            refuse the load.
+        check: Called with the planned state, before memory is allocated or tensors are requested; it may raise an
+            exception to refuse the load.
 
     Returns:
-        The state, nested as it was saved, and the bytes of its tensors.
+        The state, nested as it was saved, and the number of bytes of its tensors.
     """
     with options.open_reader(uri) as reader:
         metadata = read_metadata(reader)
@@ -130,15 +130,20 @@ def load_state(
         check_memory(planned, reader, options.pool_config)
         if check is not None:
             check(planned)
-        state = allocate(planned)  # only now: nothing is left behind by a load that was refused
+        state = allocate(planned)  # after all checks, so that a refused load has taken no memory
         read_into(reader, metadata, state, _safe_item if options.weights_only else _any_item)
     return nest(state, metadata), state_bytes(planned)
 
 
 def _safe_item(fqn: str, stored: io.BytesIO) -> Any:
+    """Unpickle an item as plain types.
+
+    Raises:
+        ItemRefused: The item needs a class that torch does not allow.
+    """
     try:
         return torch.load(stored, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch has several types for what it refuses
+    except Exception as error:  # torch refuses items by errors of several types
         raise ItemRefused(
             f"{fqn!r} is no tensor, and can't be loaded as plain types{_unsafe_globals(stored)}; nothing of it was "
             "run. If you trust whoever wrote the checkpoint: weights_only=False (--trust)"
@@ -146,17 +151,19 @@ def _safe_item(fqn: str, stored: io.BytesIO) -> Any:
 
 
 def _unsafe_globals(stored: io.BytesIO) -> str:
-    """Returns the names that an item needs and may not have, for an error; "" if torch can't tell them."""
-    name_them: Any = getattr(torch.serialization, "get_unsafe_globals_in_checkpoint", None)  # since torch 2.6
-    if name_them is None:
+    """Returns the names of the refused classes, for the text of an error; "" if torch can't find them."""
+    find_names: Any = getattr(torch.serialization, "get_unsafe_globals_in_checkpoint", None)  # since torch 2.6
+    if find_names is None:
         return ""
-    stored.seek(0)
+    stored.seek(0)  # torch.load has read from it
     try:
-        names = name_them(stored)
-    except Exception:  # noqa: BLE001  # only to say more; it may be no archive
+        names = find_names(stored)
+    # An item that is no archive, say. The names only make an error clearer, so no failure here may replace that error.
+    except Exception:  # noqa: BLE001
         return ""
     return f": it needs {', '.join(names)}" if names else ""
 
 
-def _any_item(fqn: str, stored: io.BytesIO) -> Any:  # noqa: ARG001  # a LoadItem
+def _any_item(fqn: str, stored: io.BytesIO) -> Any:  # noqa: ARG001  # LoadItem gives the name to every such function
+    """Unpickle an item of any classes; runs code that the checkpoint's author chose."""
     return torch.load(stored, map_location="cpu", weights_only=False)

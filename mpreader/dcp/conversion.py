@@ -1,7 +1,8 @@
 """Converter of a checkpoint on S3 to one local file for ``torch.load``.
 
-The file is written under another name in the same folder, and renamed when all of it is on the disk. It is made before
-anything is loaded, so that a folder that can't be written to is an error before the load, not after it.
+Users and the command ``convert`` call :func:`dcp_to_torch_save`. The file must not appear before it is complete:
+it is written under another name in the same folder, and renamed when all of it is on the disk. The file is created
+before the load, so that a folder without write permission is found before anything is downloaded, not afterwards.
 """
 
 from __future__ import annotations
@@ -45,24 +46,28 @@ def dcp_to_torch_save(  # noqa: D417  # most arguments are explained at load_che
 ) -> None:
     """Convert a checkpoint to one local file for ``torch.load``, as torch's function of this name does for a folder.
 
-    The file is there once all of it is on the disk, never half of it. All of the state must fit in memory.
+    The file appears when all of it is on the disk, never in part. The whole state must fit in memory.
 
     Args:
         uri: ``s3://`` URI of the checkpoint.
         path: Path of the file.
-        weights_only: True refuses items that are no tensors and not of plain types; torch's function, which has no
-            such choice, unpickles whatever there is, as False does.
-        overwrite: True replaces a file that is there when this is called, in the end, as torch's function does.
+        weights_only: True refuses items that are neither tensors nor of plain types. False unpickles everything, as
+            torch's function always does.
+        overwrite: True replaces a file of this name, as torch's function does; it is replaced at the end, when the new
+            one is complete.
         progress: True shows two progress bars, one for the load and one for the file. None, False: as for
             :func:`load_checkpoint`.
 
     All other arguments are those of :func:`load_checkpoint`.
 
     Raises:
-        ConfigError: There is no such folder, ``path`` is not that of a file, or is there and is not to be replaced.
-        PlanError: The disk, or the memory, has less room than it takes.
+        ConfigError: The folder of ``path`` does not exist, ``path`` is a folder or a device, or it is an existing file
+            and ``overwrite`` is False.
+        PlanError: The disk or the memory has too little free space.
         OSError: The file can't be written.
-        MpreaderError: As for :func:`load_checkpoint`. Of all of these nothing is left behind.
+        MpreaderError: As for :func:`load_checkpoint`.
+
+    After an error no new file is left, and an existing one is unchanged.
     """
     target = _target(path, overwrite=overwrite)
     options = LoadOptions(
@@ -75,7 +80,7 @@ def dcp_to_torch_save(  # noqa: D417  # most arguments are explained at load_che
 
 
 class _Counted:
-    """File for ``torch.save`` that moves a progress bar with what is written to it."""
+    """File for ``torch.save`` that counts the bytes written to it on a progress bar."""
 
     def __init__(self, file: BinaryIO, progress: Progress) -> None:
         self._file = file
@@ -91,12 +96,13 @@ class _Counted:
 
 
 def _target(path: str | os.PathLike[str], *, overwrite: bool) -> str:
-    """Returns the path of the file to be made, links followed, if it can be made there.
+    """Returns the path of the file to make, with all links followed.
 
     Raises:
-        ConfigError: It can't, or is there and is not to be replaced.
+        ConfigError: There can be no file at ``path``, or there is one and ``overwrite`` is False.
     """
-    # A link stays, and the file behind it is replaced, as if the link had been opened and written to.
+    # Links are followed because a rename would replace the link itself. A program that opens the link and writes to it
+    # keeps the link, too.
     target = os.path.realpath(path)
     if os.path.exists(target):
         if not os.path.isfile(target):
@@ -110,6 +116,11 @@ def _target(path: str | os.PathLike[str], *, overwrite: bool) -> str:
 
 
 def _check_disk(file: BinaryIO, target: str, state: Mapping[str, Any]) -> None:
+    """Refuse a state that does not fit on the disk, before it is downloaded.
+
+    Raises:
+        PlanError: The disk has less free space than the tensors take.
+    """
     status = os.fstatvfs(file.fileno())
     needed, free = state_bytes(state), status.f_bavail * status.f_frsize
     if needed > free:
@@ -121,10 +132,10 @@ def _check_disk(file: BinaryIO, target: str, state: Mapping[str, Any]) -> None:
 
 def _write(state: dict[str, Any], file: _Counted) -> None:
     try:
-        torch.save(state, file)  # type: ignore[arg-type]  # all that it needs of a file
+        torch.save(state, file)  # type: ignore[arg-type]  # torch uses only write and flush
         file.flush()
     except RuntimeError as error:
-        # Of a full disk torch says no more than "unexpected pos".
+        # torch turns the OSError of a full disk into a RuntimeError that only says "unexpected pos".
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise

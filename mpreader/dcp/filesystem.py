@@ -1,6 +1,7 @@
-"""File system of DCP over S3: the operations that torch's ``FileSystemReader`` and ``FileSystemWriter`` need.
+"""File system over S3, with the operations that torch's ``FileSystemReader`` and ``FileSystemWriter`` need.
 
-Every operation is a request of :class:`S3Client` for one object or a listing; nothing is kept between them.
+The storage reader and writer use it, and users may. It translates each operation into requests of :class:`S3Client`; it
+must not keep anything between two operations.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Path", "S3FileSystem"]
 
 Path = str | os.PathLike[str]
+"""URI of an object, or of all objects under a prefix."""
 
 
 class S3FileSystem(FileSystemBase):
@@ -38,6 +40,10 @@ class S3FileSystem(FileSystemBase):
 
     Raises:
         ConfigError: Both ``s3_client`` and ``s3client_config`` are given.
+
+    Attributes:
+        client: The client; also used by the storage reader for its downloads.
+        reader_constructor: Constructor of the readers.
     """
 
     def __init__(
@@ -58,11 +64,11 @@ class S3FileSystem(FileSystemBase):
 
         Args:
             path: URI of the object.
-            mode: ``"rb"`` reads it; ``"wb"`` writes it anew: the object appears, whole, when the block ends, and not at
-                all if the block raises.
+            mode: ``"rb"`` reads the object. ``"wb"`` writes a new one: it appears as a whole when the block ends, and
+                not at all if the block raises.
 
         Raises:
-            ValueError: ``mode`` is another one, or ``path`` is not a URI.
+            ValueError: ``mode`` is neither of the two, or ``path`` is not a URI.
             TransportError: The object can't be read or written.
         """
         bucket, key = _parse(path)
@@ -76,7 +82,8 @@ class S3FileSystem(FileSystemBase):
             raise ValueError(f'mode must be "rb" or "wb", got {mode!r}')
 
     def concat_path(self, path: Path, suffix: str) -> str:
-        """Returns the URI of ``suffix`` under ``path``, whose slashes are part of the key and stay as they are."""
+        """Returns the URI of ``suffix`` under ``path``."""
+        # Nothing is normalized, unlike in a path of a disk: every slash is part of an object's key.
         base = os.fspath(path)
         return base + suffix if base.endswith("/") else f"{base}/{suffix}"
 
@@ -94,14 +101,15 @@ class S3FileSystem(FileSystemBase):
 
         Raises:
             ValueError: The two are not in the same bucket.
-            TransportError: It could not be copied (nothing has changed then), or not deleted (there are two then).
+            TransportError: The object could not be copied (then nothing has changed), or the old one could not be
+                deleted (then both exist).
         """
         bucket, key = _parse(path)
         new_bucket, new_key = _parse(new_path)
         if bucket != new_bucket:
             raise ValueError(f"can't rename {path} to {new_path}: an object can't move to another bucket")
         if key == new_key:
-            return
+            return  # deleting the old object would delete the only one
         self.client.copy_object(bucket, key, new_bucket, new_key)
         self.client.delete_object(bucket, key)
 
@@ -110,7 +118,7 @@ class S3FileSystem(FileSystemBase):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Path) -> bool:
-        """Returns True if it is a URI of S3."""
+        """Returns True if ``checkpoint_id`` is an ``s3://`` URI."""
         try:
             _parse(checkpoint_id)
         except (TypeError, ValueError):
@@ -118,10 +126,10 @@ class S3FileSystem(FileSystemBase):
         return True
 
     def exists(self, path: Path) -> bool:
-        """Returns True if there is such an object.
+        """Returns True if the object exists.
 
         Raises:
-            TransportError: It could not be found out.
+            TransportError: The request has failed for another reason than a missing object.
         """
         try:
             self.client.head_object(*_parse(path))
@@ -130,10 +138,10 @@ class S3FileSystem(FileSystemBase):
         return True
 
     def rm_file(self, path: Path) -> None:
-        """Delete the object, if there is one.
+        """Delete the object, if it exists.
 
         Raises:
-            TransportError: It could not be deleted.
+            TransportError: The object could not be deleted.
         """
         self.client.delete_object(*_parse(path))
 
@@ -141,15 +149,16 @@ class S3FileSystem(FileSystemBase):
         """Returns the URIs of all objects under ``path``, at any depth, in the order of their keys.
 
         Raises:
-            TransportError: They can't be listed.
+            TransportError: The objects can't be listed.
         """
         bucket, key = _parse(path)
+        # With a slash at the end, so that "run-1" does not list the objects of "run-10".
         prefix = key if not key or key.endswith("/") else f"{key}/"
         pages = self.client.list_objects(bucket, prefix)
         return [f"s3://{bucket}/{listed.key}" for page in pages for listed in page.object_info]
 
     def close(self) -> None:
-        """Close the client's connections; a later use opens new ones."""
+        """Close the client's connections; a later operation opens new ones."""
         self.client.close()
 
     def __repr__(self) -> str:

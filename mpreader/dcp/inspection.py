@@ -1,7 +1,8 @@
-"""Inspection of a checkpoint: makes a summary of its contents and of the requests of a load, from ``.metadata`` alone.
+"""Inspection of a checkpoint: summarizes its contents and the requests of a load, from ``.metadata`` alone.
 
-It plans the load with the functions that the load itself uses, so that the requests are exactly those that a load with
-the same settings makes on this host. ``mpreader inspect`` uses it.
+``mpreader inspect`` uses it, and users call :func:`describe_checkpoint`. It must not read any other file of the
+checkpoint. It plans the load with the same functions as the load itself, so that the requests are exactly those that a
+load with the same settings makes on this host.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from mpreader.config import PoolConfig, S3ClientConfig, check_type
 from mpreader.dcp.loader import read_metadata
 from mpreader.dcp.reader import S3StorageReader
-from mpreader.dcp.state import described, empty_state, name_patterns, plan_whole, state_bytes
+from mpreader.dcp.state import empty_state, errors_as_refused, name_patterns, plan_whole, state_bytes
 from mpreader.dcp.summary import (
     CheckpointSummary,
     FileRequests,
@@ -35,7 +36,7 @@ from mpreader.readers.protocols import StoredItem
 
 __all__ = ["describe_checkpoint"]
 
-_METADATA_REQUESTS: Final = 1  # one stream from its first byte on
+_METADATA_REQUESTS: Final = 1  # a load reads .metadata from its first byte to its last, by one GET
 
 
 def describe_checkpoint(  # noqa: D417  # the other arguments are explained at load_checkpoint
@@ -48,44 +49,46 @@ def describe_checkpoint(  # noqa: D417  # the other arguments are explained at l
     match: str | Iterable[str] | None = None,
     allowed_globals: Iterable[str] = (),
 ) -> CheckpointSummary:
-    """Tell what a checkpoint holds, and exactly what a load of it would ask S3 for; only ``.metadata`` is read.
+    """Summarize the contents of a checkpoint and the requests that a load of it makes; only ``.metadata`` is read.
 
     Args:
         uri: ``s3://`` URI of the checkpoint.
-        s3client_config: Settings of the S3 client, and the size of a request.
-        pool_config: Settings of the worker pool of that load. If they leave the size of requests to the host, it is
-            this host's, now.
-        match: Plan only for what these patterns select; what the checkpoint holds is told of all.
+        s3client_config: Settings of the S3 client; its ``part_size`` counts if ``pool_config`` sets none.
+        pool_config: Settings of the worker pool of the load. A limit that they leave open is derived from this host, as
+            it is now, and may bound the size of a request.
+        match: Patterns that select the items of the load. The contents are summarized for all items.
 
     All other arguments are those of :func:`load_checkpoint`.
 
     Raises:
         PlanError: Nothing matches.
-        MetadataRefused: ``.metadata`` is damaged, or names a class or a path that it may not.
+        MetadataRefused: ``.metadata`` is damaged, or needs a class or names a path that is not allowed.
         TransportError: ``.metadata`` can't be read.
     """
+    # Checked first: the constructor below takes neither of the two, and wrong ones should fail before any request.
     check_type("pool_config", pool_config, PoolConfig)
     check_max_gap(max_gap_size)
     patterns = name_patterns(match)
-    # Only .metadata is read: no worker processes are started for it.
+    # The default constructor would start worker processes, which are not needed for one file.
     constructor = S3ReaderConstructor.sequential()
     with S3StorageReader(region, uri, s3client_config, constructor, allowed_globals=allowed_globals) as reader:
         metadata = read_metadata(reader)
         selected = empty_state(metadata, patterns)
         plan = plan_whole(metadata, selected)
         reader.set_up_storage_reader(metadata, is_coordinator=True)
-        plan = reader.prepare_local_plan(plan)
+        plan = reader.prepare_local_plan(plan)  # sorts the items, as in a load
     part_size = size_pool(pool_config or PoolConfig(), s3client_config or S3ClientConfig(), Host.now()).part_bytes
     ranges_by_file = item_ranges_by_file(plan.items, metadata.storage_data, uri)
     files = _file_requests(os.fspath(uri), ranges_by_file, max_gap_size, part_size)
     load = _load_summary(selected, files, match=patterns, part_size=part_size, max_gap_size=max_gap_size)
-    with described(metadata):
+    with errors_as_refused(metadata):
         return _summarize(os.fspath(uri), metadata, selected, load)
 
 
 def _file_requests(
     uri: str, ranges_by_file: Mapping[str, Sequence[ItemRange]], max_gap_size: float, part_size: int
 ) -> tuple[FileRequests, ...]:
+    """Plan the requests of a load for each file, in the order in which the files are read."""
     base = uri if uri.endswith("/") else f"{uri}/"
     return tuple(
         FileRequests(
@@ -123,7 +126,7 @@ def _summarize(uri: str, metadata: Metadata, selected: Mapping[str, Any], load: 
     whole = empty_state(metadata)
     pieces: dict[str, list[StoredItem]] = {fqn: [] for fqn in whole}
     for index, stored in metadata.storage_data.items():
-        # A forged .metadata may store items that it does not describe: those are counted in their file only.
+        # A forged .metadata may have places of items that it does not describe: those are counted in their file only.
         pieces.setdefault(index.fqn, []).append(stored)
     tensors = tuple(
         _tensor_summary(fqn, value, pieces[fqn], is_selected=fqn in selected)

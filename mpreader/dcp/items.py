@@ -1,12 +1,13 @@
-"""Loader of the items of a load plan: brings each from its file into the target that DCP's planner has for it.
+"""Loader of the items of a load plan: copies each item from its file into the target that DCP's planner has for it.
 
-The storage reader uses it for the files whose readers hand out items in place (``MultiprocessS3Reader``). Tensors are
-decoded where their bytes have arrived, without ``torch.load``::
+The storage reader uses it where the multiprocess constructor makes the readers of the files: those readers give access
+to an item's bytes without copying them. A tensor is decoded from these bytes, without ``torch.load``::
 
     reader.item ──> decode_layout ──> planner.resolve_tensor ──> copy_into (checks the CRC) ──> planner.commit_tensor
                         └ None: torch.load, after a check of its CRCs
 
-Bytes that contradict their CRC are received once more; an item that is damaged then, too, is an error that names it.
+If bytes contradict their CRC, the item is received a second time. If these bytes are damaged, too, the load ends in a
+``ChecksumMismatch`` that names the item. This module must not ask S3 for anything itself.
 """
 
 from __future__ import annotations
@@ -28,17 +29,22 @@ __all__ = ["ItemLoader", "ItemReader", "PlannedItem"]
 
 
 class ItemReader(Protocol):
-    """Reader of a file that hands out items in place (``MultiprocessS3Reader``)."""
+    """Reader of a file that gives access to the bytes of an item without copying them (``MultiprocessS3Reader``)."""
 
     def item(self, offset: int, length: int) -> ItemBytes:
-        """Returns the bytes of the item."""
+        """Returns the item of ``length`` bytes that begins at byte ``offset`` of the file."""
 
     def refetch(self, offset: int, length: int) -> ItemBytes:
-        """Returns the bytes of the item, received once more."""
+        """Returns the same item as :meth:`item`, received once more."""
 
 
 class PlannedItem(NamedTuple):
-    """Item of a load plan, and its location in the checkpoint."""
+    """Item of a load plan, and its location in the checkpoint.
+
+    Attributes:
+        request: The plan's entry: the name of the item, and which box of it is wanted.
+        stored: File, offset and length of the item.
+    """
 
     request: ReadItem
     stored: StoredItem
@@ -48,8 +54,8 @@ class ItemLoader:
     """Loads items into the targets of one planner, one after the other.
 
     Args:
-        planner: Has the targets.
-        transforms: Undoes the extensions of the save, such as compression; None in a torch that has no extensions.
+        planner: Returns the target of each tensor, and takes the bytes of other items.
+        transforms: Undoes the extensions of the save, such as compression. None if torch is too old for extensions.
         verify: True checks the CRC-32s that ``torch.save`` wrote.
     """
 
@@ -64,18 +70,21 @@ class ItemLoader:
         Args:
             item: The item.
             uri: URI of its file.
-            reader: Reads that file.
+            reader: Reader of that file.
 
         Raises:
-            ChecksumMismatch: Its bytes don't match their CRC-32, also when received again.
-            PlanError: Its target has another shape.
-            TransportError: Its bytes can't be had; this, and an error of the pool, names the item.
+            ChecksumMismatch: The item's bytes don't match their CRC-32, also when received again.
+            PlanError: The target has another shape than what is to be read into it.
+            TransportError: The bytes could not be received; the error names the item.
+            PoolError: The worker pool has failed; the error names the item.
+            ArenaError: Shared memory is used up; the error names the item.
         """
         try:
             self._load_checked(item, uri, reader)
         except ChecksumMismatch:
-            raise  # names the item already
+            raise  # a TransportError that names the item already
         except (TransportError, PoolError, ArenaError) as error:
+            # The copy takes the place of the original, so it keeps the original's cause.
             raise error.needed_for(item.request.storage_index.fqn) from error.__cause__
 
     def _load_checked(self, item: PlannedItem, uri: str, reader: ItemReader) -> None:
@@ -83,13 +92,19 @@ class ItemLoader:
         try:
             self._load_into_target(item, reader.item(offset, length))
         except RecordCorrupted:
-            # Bits may have flipped on the way; if they did in the bucket, they are the same again.
+            # Bits may have flipped on the way, and then a second download is right. If they have flipped in the bucket,
+            # it brings the same damage.
             try:
                 self._load_into_target(item, reader.refetch(offset, length))
             except RecordCorrupted as error:
                 raise _mismatch(item, uri, error) from error
 
     def _load_into_target(self, item: PlannedItem, stored_bytes: ItemBytes) -> None:
+        """Decode an item and hand it to the planner, by the same calls that torch's own reader makes.
+
+        Raises:
+            RecordCorrupted: The bytes contradict a checksum.
+        """
         request = item.request
         content = self._transformed(item, stored_bytes)
         if request.type == LoadItemType.BYTE_IO:
@@ -100,26 +115,26 @@ class ItemLoader:
             return
         layout = decode_layout(content)
         if layout is not None:
-            target = self._planner.resolve_tensor(request).detach()
+            target = self._planner.resolve_tensor(request).detach()  # autograd refuses copies into a leaf
             copy_into(content, layout, target, request.storage_offsets, request.lengths, verify=self._verify)
         else:
             loaded = load_whole(content, verify=self._verify)
             loaded = narrow_tensor_by_index(loaded, request.storage_offsets, request.lengths)
             target = self._planner.resolve_tensor(request).detach()
-            _check_shape(loaded, target)  # copy_ would broadcast
+            _check_shape(loaded, target)  # copy_ would broadcast a smaller tensor
             target.copy_(loaded)
         self._planner.commit_tensor(request, target)
 
     def _transformed(self, item: PlannedItem, stored_bytes: ItemBytes) -> ItemBytes:
         """Returns the item as it was before the extensions of the save."""
-        descriptors = getattr(item.stored, "transform_descriptors", None)
+        descriptors = getattr(item.stored, "transform_descriptors", None)  # older torch has no such attribute
         if not descriptors:
             return stored_bytes
-        raw = io.BytesIO(stored_bytes.view(0, stored_bytes.size))
+        raw = io.BytesIO(stored_bytes.view(0, stored_bytes.size))  # extensions take a file, so the bytes are copied
         stream = self._transforms.transform_load_stream(item.request, descriptors, raw)
         try:
-            return BufferItem(bytearray(stream.read(-1)))
-        except Exception as error:  # each extension has its own types
+            return BufferItem(bytearray(stream.read(-1)))  # writable, as an item's bytes must be
+        except Exception as error:  # each extension raises errors of its own types for damaged bytes
             raise RecordCorrupted(f"{', '.join(descriptors)} can't read it: {error}") from error
 
 

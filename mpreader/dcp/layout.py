@@ -1,7 +1,7 @@
-"""Layout of the tensor of a ``torch.save`` record, read from the pickle of the record.
+"""Layout of the tensor in a ``torch.save`` record: reads and checks the pickle of the record.
 
-:mod:`mpreader.dcp.record` uses it. Everything in the pickle is checked: a layout that is returned can be copied from
-without another look at its numbers.
+:mod:`mpreader.dcp.record` uses it. The pickle is not trusted: a layout is returned only if every number in it was
+checked, so that the code that copies the tensor need not check them again.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class TensorLayout(NamedTuple):
     has_crc: bool
 
 
+# Element type of each typed storage. torch pickles a tensor of one of these types by _rebuild_tensor_v2.
 _STORAGE_DTYPES: Final = {
     Global(f"torch {name}Storage"): dtype
     for name, dtype in {
@@ -55,6 +56,8 @@ _STORAGE_DTYPES: Final = {
         "ComplexFloat": torch.complex64,
     }.items()
 }
+# Element types without a typed storage. torch pickles their tensors by _rebuild_tensor_v3, with an untyped storage, and
+# with the type as the last argument. Older versions of torch lack some of them.
 _NAMED_DTYPES: Final = {
     Global(f"torch {name}"): getattr(torch, name)
     for name in (
@@ -66,14 +69,14 @@ _NAMED_DTYPES: Final = {
 _REBUILD_V2: Final = Global("torch._utils _rebuild_tensor_v2")
 _REBUILD_V3: Final = Global("torch._utils _rebuild_tensor_v3")
 _UNTYPED: Final = Global("torch.storage UntypedStorage")
-_NO_HOOKS: Final = Call(Global("collections OrderedDict"), ())
+_NO_HOOKS: Final = Call(Global("collections OrderedDict"), ())  # the empty dictionary of backward hooks
 
 
 def read_layout(data: bytes, payload_name: str, payload_offset: int, *, has_crc: bool) -> TensorLayout | None:
-    """Read a data.pkl; returns None if it describes anything but one plain CPU tensor in one storage.
+    """Read the layout of a tensor; returns None if the pickle is of anything but one plain CPU tensor in one storage.
 
     Args:
-        data: The whole pickle.
+        data: The whole pickle, the content of the entry ``data.pkl``.
         payload_name: Name of the archive's entry that holds the storage, such as ``data/0``.
         payload_offset: First byte of that entry's content in the record.
         has_crc: True if the record was saved with checksums.
@@ -84,6 +87,7 @@ def read_layout(data: bytes, payload_name: str, payload_offset: int, *, has_crc:
         return None
     if not isinstance(tree, Call) or not isinstance(tree.arguments, tuple):
         return None
+    # A call with more arguments, such as the metadata of a tensor, is left to torch.load.
     if tree.function == _REBUILD_V2 and len(tree.arguments) == 6:
         storage, storage_offset, size, stride, requires_grad, hooks = tree.arguments
         dtype = None
@@ -91,7 +95,7 @@ def read_layout(data: bytes, payload_name: str, payload_offset: int, *, has_crc:
         storage, storage_offset, size, stride, requires_grad, hooks, dtype = tree.arguments
     else:
         return None
-    # A tensor with hooks, or one that requires grad, is more than its bytes.
+    # A tensor that requires grad or has hooks is more than its bytes: it is left to torch.load.
     if requires_grad is not False or hooks != _NO_HOOKS or not isinstance(storage, Persistent):
         return None
     read = _read_storage(storage.id, dtype, payload_name)
@@ -102,7 +106,16 @@ def read_layout(data: bytes, payload_name: str, payload_offset: int, *, has_crc:
 
 
 def _read_storage(fields: Any, dtype_name: Any, payload_name: str) -> tuple[torch.dtype, int] | None:
-    """Returns the element type, and the bytes of the storage."""
+    """Read the reference to a storage.
+
+    Args:
+        fields: Identity of the storage, as the pickle gives it: a tuple of five nodes if the pickle is honest.
+        dtype_name: Node of the element type that is named beside the storage; None if there is none.
+        payload_name: Name of the archive's entry that holds the storage.
+
+    Returns:
+        The element type, and the bytes of the storage; None if it is not a storage of the CPU in that entry.
+    """
     if not isinstance(fields, tuple) or len(fields) != 5:
         return None
     tag, storage_type, key, device, count = fields
@@ -110,7 +123,8 @@ def _read_storage(fields: Any, dtype_name: Any, payload_name: str) -> tuple[torc
         return None
     if not isinstance(storage_type, Global) or not _is_count(count):
         return None
-    # The dtype is named beside an untyped storage (_rebuild_tensor_v3), or is that of the storage (_v2): never both.
+    # An untyped storage counts bytes and the dtype is named beside it (_rebuild_tensor_v3); a typed one counts elements
+    # and gives the dtype itself (_rebuild_tensor_v2). A mixture of the two is not what torch writes.
     if storage_type == _UNTYPED and isinstance(dtype_name, Global):
         dtype = _NAMED_DTYPES.get(dtype_name)
         return (dtype, count) if dtype is not None else None
@@ -119,17 +133,17 @@ def _read_storage(fields: Any, dtype_name: Any, payload_name: str) -> tuple[torc
 
 
 def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**62  # torch keeps it in 64 bits
+    return type(value) is int and 0 <= value < 2**62  # torch keeps it in 64 bits; bool is an int, so the exact type
 
 
 def _is_inside(layout: TensorLayout) -> bool:
-    """Returns True if the geometry is well-formed and every element of it lies in the payload."""
+    """Returns True if shape and strides are well-formed and every element lies in the payload."""
     size, stride = layout.size, layout.stride
     if type(size) is not tuple or type(stride) is not tuple or len(size) != len(stride):
         return False
     if not all(map(_is_count, (*size, *stride, layout.storage_offset))):
         return False
     if math.prod(size) == 0:
-        return True
+        return True  # there is no last element to be outside
     last = layout.storage_offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
     return (last + 1) * layout.dtype.itemsize <= layout.payload_nbytes

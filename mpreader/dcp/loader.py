@@ -1,10 +1,11 @@
-"""Steps of a load by one process that takes all of a checkpoint; nothing is shared out among the ranks of a job.
+"""Steps of a load in one process, without other ranks and without a state dictionary of the user.
 
-They do what ``torch.distributed.checkpoint.load`` does, without a state that the user has made::
+They do the same as ``torch.distributed.checkpoint.load``, but the state is made from ``.metadata``::
 
     read_metadata ──> state.empty_state (no memory yet) ──> check_memory ──> state.allocate ──> read_into ──> state.nest
 
-Loads of whole checkpoints, their description, and the timed loads of ``mpreader bench`` are made of them.
+The loader of whole checkpoints runs all of these steps; the inspection and the timed loads of ``mpreader bench`` run
+some of them. No step may communicate with other ranks.
 """
 
 from __future__ import annotations
@@ -30,20 +31,20 @@ if TYPE_CHECKING:
 
 __all__ = ["LoadItem", "check_memory", "read_into", "read_metadata"]
 
-_MOST_NAMED: Final = 5  # checkpoints, in an error
+_MAX_CHECKPOINTS_NAMED: Final = 5  # in the text of an error
 
 LoadItem = Callable[[str, io.BytesIO], Any]
-"""Makes the value of an item that is no tensor, of its name and the bytes that were stored."""
+"""Function that unpickles an item that is no tensor: takes its name and its stored bytes, returns its value."""
 
 
 def read_metadata(reader: S3StorageReader) -> Metadata:
-    """Read the ``.metadata`` of a checkpoint; if there is none, the error says what is there instead.
+    """Read the ``.metadata`` of a checkpoint.
 
     Raises:
-        ObjectMissing: There is no checkpoint.
+        ObjectMissing: There is no ``.metadata``; the error says what is found at the URI instead.
         MpreaderError: As for :meth:`S3StorageReader.read_metadata`.
     """
-    reader.reset()
+    reader.reset()  # as torch's load does: the reader notes which thread has begun the load
     try:
         return reader.read_metadata()
     except ObjectMissing as error:
@@ -56,15 +57,15 @@ def read_metadata(reader: S3StorageReader) -> Metadata:
 
 
 def check_memory(state: Mapping[str, Any], reader: S3StorageReader, pool_config: PoolConfig | None) -> None:
-    """Refuse to load a state that the host can't hold: the kernel would kill a process for it.
+    """Refuse a load that needs more memory than is free: the kernel would kill the process in the middle of it.
 
     Args:
-        state: From :func:`empty_state`.
-        reader: Reads it.
-        pool_config: Settings of the pool that will be used.
+        state: State from :func:`empty_state`.
+        reader: Storage reader of the load.
+        pool_config: Settings of the pool of the load.
 
     Raises:
-        PlanError: The tensors, and the shared memory on the way to them, take more than the memory that is free under
+        PlanError: The tensors and the shared memory of the load take more memory than is free on the host and under
             the cgroup's limit.
     """
     host = Host.now()
@@ -81,14 +82,14 @@ def check_memory(state: Mapping[str, Any], reader: S3StorageReader, pool_config:
 def read_into(reader: S3StorageReader, metadata: Metadata, state: dict[str, Any], load_item: LoadItem) -> None:
     """Fill a state from :func:`allocate`.
 
-    The steps are those of ``torch.distributed.checkpoint.load``, without what it does for other ranks; an error comes
-    as it is, and not within a ``CheckpointException``.
+    The steps are those of ``torch.distributed.checkpoint.load`` in a single rank. Errors are raised as they are, not
+    within torch's ``CheckpointException``.
 
     Args:
-        reader: Has read ``metadata``.
-        metadata: The checkpoint's.
-        state: The state to fill.
-        load_item: Makes the value of an item that is no tensor.
+        reader: The storage reader that has read ``metadata``.
+        metadata: Metadata of the checkpoint.
+        state: The state to fill. Its tensors are written to; the values of other items are set.
+        load_item: Function that unpickles an item that is no tensor.
 
     Raises:
         MpreaderError: As for :func:`load_checkpoint`.
@@ -105,7 +106,7 @@ class _Planner(DefaultLoadPlanner):
     """Planner whose targets are the tensors of a state; the values of other items are added to it."""
 
     def __init__(self, load_item: LoadItem) -> None:
-        # The names are the metadata's own: torch must not make others.
+        # The state is flat already, by the names of the metadata. torch must not flatten it and make other names.
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._load_item = load_item
 
@@ -115,23 +116,27 @@ class _Planner(DefaultLoadPlanner):
 
 
 def _client_of(reader: S3StorageReader) -> BaseS3Client:
+    # A cast, since torch's base class declares fs as torch's own file system.
     return cast("S3FileSystem", reader.fs).client
 
 
 def _hint(client: BaseS3Client, uri: str) -> str:
-    """Returns what there is at the URI, or begins with the same letters; "" if that can't be found out."""
+    """Returns a sentence that says what exists under the URI, for the text of an error; "" if it can't be listed."""
     bucket, key = parse_s3_uri(uri)
     try:
-        page = next(client.list_objects(bucket, key))  # one request: this is only to say more
+        # One page, so one request, is enough to help. The key has no slash added: a neighbour whose name only begins
+        # with the same letters is found, too.
+        page = next(client.list_objects(bucket, key))
     except MpreaderError:
-        return ""
+        return ""  # the user may not list; the error is raised without the sentence
     keys = [listed.key for listed in page.object_info]
     folder = key if not key or key.endswith("/") else f"{key}/"
     if key in keys and key != folder:
         return f"{uri} is a file: name the folder of the checkpoint, which holds .metadata"
     found = [f"s3://{bucket}/{name}".removesuffix("/.metadata") for name in keys if f"/{name}".endswith("/.metadata")]
     if found:
-        return f"there are checkpoints at {', '.join(found[:_MOST_NAMED])}" + (", …" if found[_MOST_NAMED:] else "")
+        more = ", …" if len(found) > _MAX_CHECKPOINTS_NAMED else ""
+        return f"there are checkpoints at {', '.join(found[:_MAX_CHECKPOINTS_NAMED])}{more}"
     if any(name.startswith(folder) for name in keys):
         return "there are files, but no .metadata: it was not saved to its end, or is no checkpoint of DCP"
     return "nothing is there"

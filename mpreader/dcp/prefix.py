@@ -1,7 +1,8 @@
-"""Prefix strategies: choose the keys under which the ranks save, so that S3 spreads them over its partitions.
+"""Prefix strategies: choose the first part of the names of the files that each rank saves.
 
-S3 partitions a bucket by the front of the keys. Ranks that save under prefixes that differ in their *first*
-characters are soon served by different partitions, and reach a higher request rate.
+The storage writer uses them, and users choose one by ``prefix_strategy=``. S3 partitions a bucket by the first
+characters of its keys. Ranks whose files differ in these characters are soon served by different partitions, and
+together reach a higher rate of requests. A prefix must not lead out of the checkpoint; the writer checks that.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ __all__ = [
 
 
 class S3PrefixStrategyBase(ABC):
-    """Chooser of the names of a rank's files: a file's name is the prefix, a running number and ``.distcp``."""
+    """Base of the prefix strategies. The name of a rank's file is its prefix, a running number and ``.distcp``."""
 
     def __call__(self, rank: int) -> str:
-        """Returns the same as :meth:`generate_prefix`."""
+        """Returns the prefix of the files of ``rank``; the same as :meth:`generate_prefix`."""
         return self.generate_prefix(rank)
 
     @abstractmethod
@@ -36,7 +37,7 @@ class S3PrefixStrategyBase(ABC):
 
 
 class DefaultPrefixStrategy(S3PrefixStrategyBase):
-    """Prefixes of DCP itself, all in one folder: ``__0_``."""
+    """Prefixes ``__<rank>_``, which DCP itself uses: all files are in one folder."""
 
     def generate_prefix(self, rank: int) -> str:
         """Returns the prefix of the files of ``rank``."""
@@ -46,13 +47,14 @@ class DefaultPrefixStrategy(S3PrefixStrategyBase):
 class NumericPrefixStrategy(S3PrefixStrategyBase):
     """Prefixes ``<number>/epoch_<epoch_num>/__<rank>_``, in which the number is written backwards.
 
-    Neighbouring numbers then differ in their first digit.
+    Written backwards, consecutive numbers differ in their first character, which S3 partitions by.
 
     Args:
         base: Base in which the number is written.
-        epoch_num: Number of the checkpoint, written into the prefix. None: left out.
-        min_prefix_length: Fewest digits of the number, filled up with zeros.
-        prefix_count: Number of different numbers; the ranks take turns. None: one for each rank.
+        epoch_num: Number of the checkpoint, written into the prefix. None: the prefix has no such part.
+        min_prefix_length: Smallest number of digits; shorter numbers are filled up with zeros.
+        prefix_count: Number of different numbers; rank ``r`` gets number ``r % prefix_count``. None: one for each rank
+            of the process group, or a single one if there is none.
 
     Raises:
         ConfigError: An argument has a wrong type or value.
@@ -83,14 +85,15 @@ class NumericPrefixStrategy(S3PrefixStrategyBase):
         return _join(self.prefix_map[rank % self.prefix_count], self.epoch_num, rank)
 
     def _numbers(self) -> list[str]:
-        digits = self.min_prefix_len  # more if it takes more for the numbers to differ
+        digits = self.min_prefix_len
+        # More digits if there are more numbers than that, so that all of them have the same length and differ.
         while self.base**digits < self.prefix_count:
             digits += 1
         return [self._format_number(number, digits)[::-1] for number in range(self.prefix_count)]
 
     @abstractmethod
     def _format_number(self, number: int, length: int) -> str:
-        """Write ``number`` with ``length`` digits of the base."""
+        """Returns ``number`` as text of ``length`` digits of the base, the highest first."""
 
 
 class BinaryPrefixStrategy(NumericPrefixStrategy):
@@ -118,18 +121,18 @@ class HexPrefixStrategy(NumericPrefixStrategy):
 
 
 class RoundRobinPrefixStrategy(S3PrefixStrategyBase):
-    """Prefixes of the user's own, in which the ranks take turns: ``<prefix>/epoch_<epoch_num>/__<rank>_``.
+    """Prefixes ``<user prefix>/epoch_<epoch_num>/__<rank>_``, in which the user prefixes are assigned in turn.
 
     Args:
-        user_prefixes: The prefixes, without a slash at either end.
-        epoch_num: Number of the checkpoint, written into the prefix. None: left out.
+        user_prefixes: The prefixes, without a slash at either end. Rank ``r`` gets number ``r % len(user_prefixes)``.
+        epoch_num: Number of the checkpoint, written into the prefix. None: the prefix has no such part.
 
     Raises:
         ConfigError: An argument has a wrong type or value.
     """
 
     def __init__(self, user_prefixes: Sequence[str], epoch_num: int | None = None) -> None:
-        if not user_prefixes or isinstance(user_prefixes, str):
+        if not user_prefixes or isinstance(user_prefixes, str):  # a string is a sequence, too: of its characters
             raise ConfigError(f"user_prefixes must be a list of at least one prefix, got {user_prefixes!r}")
         _require_epoch(epoch_num)
         self.user_prefixes = list(user_prefixes)
@@ -151,6 +154,7 @@ def _require_epoch(epoch_num: object) -> None:
 
 
 def _require_whole(name: str, value: object, least: int | None) -> None:
+    # bool is a subclass of int, but no number that a user could mean.
     if not isinstance(value, int) or isinstance(value, bool) or (least is not None and value < least):
         bound = "" if least is None else f" of at least {least}"
         raise ConfigError(f"{name} must be a whole number{bound}, got {value!r}")

@@ -1,12 +1,13 @@
-"""Storage reader: loads checkpoints from S3 for ``torch.distributed.checkpoint``.
+"""Storage reader: loads checkpoints from S3 for ``torch.distributed.checkpoint`` (DCP).
 
-DCP calls it in this order; with the multiprocess constructor, the downloads begin as soon as the plan is known::
+Users pass it to ``load``; the functions for whole checkpoints use it, too. DCP calls its methods in this order::
 
     reset ──> read_metadata ──> set_up_storage_reader ──> prepare_local_plan ──> prepare_global_plan ──> read_data
-               .metadata,                                  items sorted; the                              each item into
-               through an allowlist                        constructor is told                            its target
+              starts workers,                             sorts the items,                               copies items
+              reads .metadata                             starts the downloads                           into targets
 
-With any other constructor, torch reads the files as it always does.
+Workers and downloads are those of the multiprocess constructor, the default. With any other constructor, torch's own
+``read_data`` reads the files. This module decides the order of the steps; it must not decode bytes itself.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ log = logging.getLogger(__name__)
 class S3StorageReader(FileSystemReader):
     """Storage reader of a checkpoint on S3, for ``storage_reader=`` of ``torch.distributed.checkpoint.load``.
 
-    It serves any number of loads, one at a time: a load that another thread overtakes on the same reader, before it
-    reads, ends in ``PlanError``. Give each thread a reader of its own.
+    It serves any number of loads, one at a time. If another thread begins a load on the same reader before the first
+    load has reached ``read_data``, the first load ends in ``PlanError``. Give each thread a reader of its own.
 
     Args:
         region: The bucket's region. None: the configuration's, or the environment's.
@@ -58,16 +59,17 @@ class S3StorageReader(FileSystemReader):
         s3client_config: Settings of the S3 client.
         reader_constructor: Makes the readers of the files. None: ``S3ReaderConstructor.multiprocess()``.
         pool_config: Settings of the worker pool, for the default constructor.
-        verify: True checks the CRC-32s that ``torch.save`` wrote, where the default (or another multiprocess)
-            constructor is used; torch itself does not look at them.
-        allowed_globals: Classes, such as ``"package.module.Name"``, that ``.metadata`` may make besides DCP's own.
-        progress: True shows a progress bar on stderr during a load, False shows none, where the default constructor is
-            used. None: on a terminal or in a notebook, and only in the first of several ranks.
+        verify: True checks the CRC-32s that ``torch.save`` wrote. Works with a multiprocess constructor only (the
+            default is one); torch itself does not check them.
+        allowed_globals: Classes, such as ``"package.module.Name"``, that ``.metadata`` may use besides DCP's own.
+        progress: True shows a progress bar on stderr during a load, False shows none, for the default constructor.
+            None: on a terminal or in a notebook, and only in the first of several ranks.
         kwargs: Further arguments of torch's ``FileSystemReader``, according to torch's version.
 
     Raises:
         ValueError: ``path`` is not an ``s3://`` URI.
-        ConfigError: ``pool_config`` or ``progress`` is given, but also a constructor, which has its own.
+        ConfigError: ``pool_config`` or ``progress`` is given beside a constructor, which has its own; or
+            ``allowed_globals`` is a single string.
     """
 
     def __init__(
@@ -93,61 +95,73 @@ class S3StorageReader(FileSystemReader):
             raise ConfigError("give pool_config to the reader_constructor: S3ReaderConstructor.multiprocess(…)")
         self._reader_constructor = reader_constructor
         self._verify = verify
-        if isinstance(allowed_globals, str):
+        if isinstance(allowed_globals, str):  # would be taken for a collection of letters
             raise ConfigError(f"allowed_globals is a collection of names: write ({allowed_globals!r},)")
         self._allowed_globals = tuple(allowed_globals)
+        # torch's methods use self.fs, whose declared type is torch's file system; self._fs has the right type.
         self._fs = S3FileSystem(s3_client=client, reader_constructor=reader_constructor)
         self.fs = self._fs  # type: ignore[assignment]
         self.path = self._fs.init_path(path)
         self._began_s = time.monotonic()
-        self._last_began_in: tuple[int, int] | None = None  # process and thread of the load that began last
+        # Process and thread that last called reset. None before the first call: a caller of the single steps may leave
+        # reset out.
+        self._last_began_in: tuple[int, int] | None = None
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Path) -> bool:
-        """Returns True if it is a URI of S3."""
+        """Returns True if ``checkpoint_id`` is an ``s3://`` URI."""
         return S3FileSystem.validate_checkpoint_id(checkpoint_id)
 
     def reset(self, checkpoint_id: Path | None = None) -> None:
-        """Begin another load, of another checkpoint if one is named; ``load`` calls it first."""
+        """Begin another load; torch's ``load`` calls this first.
+
+        Args:
+            checkpoint_id: URI of the checkpoint. None: the same one as before.
+        """
         self._last_began_in = os.getpid(), threading.get_ident()
         self._began_s = time.monotonic()
         super().reset(checkpoint_id)
 
     def read_metadata(self, *_: Any, **kwargs: Any) -> Metadata:
-        """Read ``.metadata`` through an allowlist.
+        """Read ``.metadata``, with only those classes that a checkpoint needs.
 
         Raises:
-            MetadataRefused: It is damaged, or names a class or a path that it may not.
-            TransportError: It can't be read.
+            MetadataRefused: ``.metadata`` is damaged, or needs a class or names a path that is not allowed.
+            TransportError: ``.metadata`` can't be read.
         """
         if isinstance(self._reader_constructor, MultiprocessConstructor):
             self._reader_constructor.use_client(self._fs.client)
-            self._reader_constructor.start()  # they start while .metadata is read and the plan is made
-        rank = kwargs.get("rank")  # given where the ranks saved without telling each other
+            # Now, so that the worker processes start while .metadata is read and the plan is made.
+            self._reader_constructor.start()
+        rank = kwargs.get("rank")  # given if each rank has saved a .metadata of its own
         name = ".metadata" if rank is None else f"__{rank}.metadata"
         with self._fs.create_stream(self._fs.concat_path(self.path, name), "rb") as stream:
             raw = cast("IO[bytes]", stream)
-            with collector_paused():  # it makes an object for each item, and no garbage
+            # This makes several objects for each item, and no garbage: the collector would only take time.
+            with collector_paused():
                 metadata = load_metadata(raw, allowed_globals=self._allowed_globals)
                 spare_new_objects()
-        if getattr(metadata, "storage_meta", None) is None:  # from here on as in torch's own reader
+        # The rest is what torch's own read_metadata does.
+        if getattr(metadata, "storage_meta", None) is None:
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id  # type: ignore[union-attr]
         return metadata
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Put the items in the order in which they are stored, and begin to read them ahead.
+        """Sort the items by their location, and give the plan to the constructor if it reads ahead.
 
         Raises:
             PlanError: Another thread has begun a load on this reader meanwhile.
         """
         path, storage_data = self._own_load()
         if isinstance(self._reader_constructor, MultiprocessConstructor):
-            # For each load: another storage reader, of another service, may share the constructor.
+            # Set again for each load: another storage reader, with another endpoint, may share the constructor, and may
+            # have set its client since read_metadata.
             self._reader_constructor.use_client(self._fs.client)
         with collector_paused():
             items = sorted(plan.items, key=lambda request: _location(storage_data[request.storage_index]))
             plan = dataclasses.replace(plan, items=items)
+            # By protocol, not by class: the user may pass a constructor of s3torchconnector.
             if isinstance(self._reader_constructor, DCPS3ReaderConstructorProtocol):
                 self._reader_constructor.set_item_ranges_by_file(plan.items, storage_data, path)
             spare_new_objects()
@@ -158,9 +172,9 @@ class S3StorageReader(FileSystemReader):
 
         Raises:
             ChecksumMismatch: An item's bytes don't match their CRC-32, also when received again.
-            PlanError: A target has not the shape of what it is to be read into it; or another thread has begun a load
-                on this reader meanwhile.
-            TransportError: Bytes can't be had.
+            PlanError: A target has another shape than what is to be read into it, or another thread has begun a load on
+                this reader meanwhile.
+            TransportError: Bytes could not be received.
         """
         path, storage_data = self._own_load()
         if not isinstance(self._reader_constructor, MultiprocessConstructor):
@@ -169,7 +183,8 @@ class S3StorageReader(FileSystemReader):
         for request in plan.items:
             stored = storage_data[request.storage_index]
             items_by_file.setdefault(stored.relative_path, []).append(PlannedItem(request, stored))
-        loader = ItemLoader(planner, getattr(self, "transforms", None), verify=self._verify)
+        transforms = getattr(self, "transforms", None)  # older torch has no extensions
+        loader = ItemLoader(planner, transforms, verify=self._verify)
         for relative_path, items in items_by_file.items():
             uri = self._fs.concat_path(path, relative_path)
             with self._fs.create_stream(uri, "rb") as reader:
@@ -184,14 +199,14 @@ class S3StorageReader(FileSystemReader):
     def stats(self) -> PoolStats:
         """Counts of the last load so far: bytes, over-read, requests, retries, waits, each worker's share.
 
-        All zero with another constructor than the multiprocess one.
+        All of them are zero if the constructor is not a multiprocess one.
         """
         constructor = self._reader_constructor
         return constructor.stats() if isinstance(constructor, MultiprocessConstructor) else PoolStats()
 
     def close(self) -> None:
-        """End the downloads, the use of the worker pool, and connections; a later load starts anew. Idempotent."""
-        close = getattr(self._reader_constructor, "close", None)  # most constructors have nothing to close
+        """End the downloads, leave the worker pool and close the connections. Idempotent; a later load starts anew."""
+        close = getattr(self._reader_constructor, "close", None)  # only some constructors have something to close
         if close is not None:
             close()
         self._fs.close()
@@ -205,11 +220,15 @@ class S3StorageReader(FileSystemReader):
     def _own_load(self) -> tuple[Path, dict[MetadataIndex, StoredItem]]:
         """Returns the path and the storage data of the load that this thread has begun.
 
+        Without this check two threads could exchange the bytes of their checkpoints: path and storage data are
+        attributes of the reader, which each ``reset`` sets anew.
+
         Raises:
             PlanError: Another thread has begun a load meanwhile.
         """
         own = self.path, cast("dict[MetadataIndex, StoredItem]", self.storage_data)
-        # Checked after they were taken: another load that begins later does not change what was taken.
+        # Checked after both were read: reset sets _last_began_in first, so if it still names this thread
+        # now, no other load had begun when they were read.
         if self._last_began_in not in (None, (os.getpid(), threading.get_ident())):
             raise PlanError(
                 "another thread has begun a load on this S3StorageReader: it serves one load at a time; give each "

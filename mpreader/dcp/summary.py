@@ -1,7 +1,7 @@
-"""Summary of a checkpoint: what it holds, and the requests that a load of it makes.
+"""Summary of a checkpoint: its contents, and the requests that a load of it makes.
 
-:func:`mpreader.dcp.describe_checkpoint` makes it, ``mpreader inspect`` prints it. Plain values only, so that
-``dataclasses.asdict`` makes of it what JSON can say.
+:func:`mpreader.dcp.describe_checkpoint` makes it, and ``mpreader inspect`` prints it. The attributes must be plain
+values, so that ``dataclasses.asdict`` gives values that ``json`` can write.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class FileSummary:
     """File of a checkpoint.
 
     Attributes:
-        path: Relative to the checkpoint.
+        path: Path of the file, relative to the checkpoint.
         items: Number of items stored in it: pieces of tensors, and items that are no tensors.
         nbytes: Bytes of these items, as they are stored.
     """
@@ -32,13 +32,14 @@ class TensorSummary:
 
     Attributes:
         fqn: Fully qualified name.
-        dtype: Element type: ``"bfloat16"``.
+        dtype: Element type, such as ``"bfloat16"``.
         shape: Shape of the whole tensor, all pieces together.
         nbytes: Bytes in memory.
-        stored_nbytes: Bytes in the files. Each piece has a header and may be compressed; some may not be stored.
-        chunks: Number of pieces that it was saved in.
-        files: Files that the pieces are in, sorted.
-        is_selected: True if the load of ``CheckpointSummary.load`` loads it.
+        stored_nbytes: Bytes in the files. They differ from ``nbytes``, since each piece has a header and may be
+            compressed, and pieces may be missing.
+        chunks: Number of stored pieces.
+        files: Paths of the files that hold the pieces, sorted.
+        is_selected: True if the load that ``CheckpointSummary.load`` describes includes the tensor.
     """
 
     fqn: str
@@ -58,8 +59,8 @@ class ItemSummary:
     Attributes:
         fqn: Fully qualified name.
         nbytes: Bytes in the file.
-        file: File that it is in; None if it was stored nowhere.
-        is_selected: True if the load of ``CheckpointSummary.load`` loads it.
+        file: Path of the file that holds it; None if it is described, but was not stored.
+        is_selected: True if the load that ``CheckpointSummary.load`` describes includes the item.
     """
 
     fqn: str
@@ -70,12 +71,12 @@ class ItemSummary:
 
 @dataclass(frozen=True, slots=True)
 class PlannedRequest:
-    """One GET.
+    """One GET of a byte range.
 
     Attributes:
-        start: First byte.
-        end: One past the last byte.
-        over_read: Number of its bytes that are in gaps between items.
+        start: First byte, counted from the start of the file.
+        end: End of the range, exclusive.
+        over_read: Number of its bytes that belong to no item.
     """
 
     start: int
@@ -94,11 +95,11 @@ class FileRequests:
 
     Attributes:
         path: Path of the file, relative to the checkpoint.
-        groups: Groups of items that are fetched as one.
+        groups: Number of groups of items that are fetched together, with the gaps between them.
         requests: Number of GETs.
-        wanted_nbytes: Bytes of the items.
+        wanted_nbytes: Bytes of the items; a byte of several items counts once.
         fetched_nbytes: Bytes of the GETs.
-        over_read_nbytes: Those of them that are in gaps between items.
+        over_read_nbytes: Bytes of the GETs that belong to no item.
         parts: The byte ranges of the GETs, sorted.
     """
 
@@ -113,22 +114,22 @@ class FileRequests:
 
 @dataclass(frozen=True, slots=True)
 class LoadSummary:
-    """Requests of a load, if no request has to be made again.
+    """Requests of a load in which no request is retried. Numbers and bytes are sums over all files.
 
     Attributes:
-        match: Patterns that select what is loaded; None: everything is.
+        match: Patterns that select the items to load; None: all items.
         tensors: Number of tensors.
         items: Number of items that are no tensors.
         nbytes: Bytes of the tensors in memory.
-        part_size: Most bytes of one GET.
-        max_gap_size: Largest gap, in bytes, that was asked for.
-        metadata_requests: GETs of ``.metadata``.
-        head_requests: HEADs, one for each file of which anything is fetched.
-        groups: Groups of items that are fetched as one.
-        requests: GETs of the files.
-        wanted_nbytes: Bytes of the items.
+        part_size: Largest size of one GET, in bytes.
+        max_gap_size: The argument ``max_gap_size``: largest gap, in bytes, between two items that are fetched together.
+        metadata_requests: Number of GETs of ``.metadata``.
+        head_requests: Number of HEADs: one for each file of which anything is fetched.
+        groups: Number of groups of items that are fetched together, with the gaps between them.
+        requests: Number of GETs of the files.
+        wanted_nbytes: Bytes of the items; a byte of several items counts once.
         fetched_nbytes: Bytes of the GETs.
-        over_read_nbytes: Those of them that are in gaps between items.
+        over_read_nbytes: Bytes of the GETs that belong to no item.
         files: Requests for each file, in the order in which the files are read.
     """
 
@@ -150,16 +151,16 @@ class LoadSummary:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointSummary:
-    """Contents of a checkpoint, and a load of it.
+    """Contents of a checkpoint, and the requests of a load of it.
 
     Attributes:
         uri: URI of the checkpoint.
         nbytes: Bytes of all tensors in memory.
         stored_nbytes: Bytes of all items in the files.
-        files: Its files, by name.
+        files: Its files, sorted by path.
         tensors: Its tensors, in the order of ``.metadata``.
         items: Its items that are no tensors, in the same order.
-        load: Requests of a load.
+        load: Requests of a load of the selected tensors and items.
     """
 
     uri: str

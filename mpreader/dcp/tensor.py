@@ -1,15 +1,18 @@
-"""Copier of a stored tensor, or of a box of it, into a target tensor; checks the CRC of the bytes as they pass.
+"""Copier of a stored tensor, or of a box of it, into a target tensor; checks the CRC of the bytes on the way.
 
-The storage reader uses it for every item of a load. A piece of an item may be a slot of shared memory that the next
-piece is waiting for, so nothing here refers to a piece when the next one is asked for.
+The loader of items uses it for every item of a load. The bytes of an item come in pieces. A piece may be a slot of
+shared memory, and the next piece may be received only when that slot is free again. So no code here may hold a
+reference to a piece when it asks for the next one; otherwise the load would wait for itself.
 
-Memory stays bounded for every tensor that fills its storage without gaps, however large it is, wherever the
-item is cut into pieces, and whatever the target's strides, dtype and device are:
+A *box* is a range of indices in each dimension. There are three ways to copy one:
 
-* Same dtype, and the wanted bytes lie in one run in both: bytes are copied piece by piece.
-* Otherwise, rows of at most 512 KiB are gathered, converted and copied.
+* Same dtype, and the bytes of the box are contiguous in the storage and in the target: they are copied piece by piece.
+* The tensor fills its storage without gaps: blocks of rows, of at most 512 KiB, are gathered, converted and copied.
+* The tensor has gaps or repeated elements (a slice of a larger storage, an expanded tensor), or the target is of a
+  subclass of Tensor: the whole storage is gathered.
 
-Only a tensor with gaps or repeated elements (a slice of a larger storage, an expanded tensor) is gathered whole.
+The first two take a bounded amount of memory, however large the tensor is, wherever the item is cut into pieces, and
+whatever strides, dtype and device the target has.
 """
 
 from __future__ import annotations
@@ -34,11 +37,12 @@ from mpreader.errors import PlanError
 
 __all__ = ["check_archive", "copy_into", "load_whole"]
 
-# A block is still in the processor's own cache (1 MiB or more) when it is copied after its CRC was computed; and the C
-# library copies blocks smaller than that cache without reading the target first.
+# Computing the CRC reads a block, and copying reads it again: a block of this size is then still in the processor's own
+# cache (1 MiB or more). A larger block would be slower to copy, too: the C library would read the target first.
 _BLOCK_NBYTES: Final = 512 * 1024
 
-Box = tuple[tuple[int, int], ...]  # (start, length) of each dimension
+Box = tuple[tuple[int, int], ...]
+"""First index and length in each dimension of the stored tensor."""
 
 
 def copy_into(
@@ -56,14 +60,15 @@ def copy_into(
         item: The record that ``layout`` was decoded from.
         layout: Layout of the tensor in it.
         target: A tensor of exactly the box's shape; not a leaf that requires grad.
-        offsets: First index of the box in each dimension; dimensions left out are taken whole.
-        lengths: Length of the box in each dimension. As in DCP, a length that is not less than the stored
-            dimension takes all of it.
+        offsets: First index of the box in each dimension, outermost first; further dimensions are taken whole.
+        lengths: Length of the box in each dimension, in elements, outermost first. As in DCP, a length that is not less
+            than the stored dimension takes all of it.
         verify: True checks the CRC of the whole stored tensor, the bytes outside of the box included.
 
     Raises:
         PlanError: The box is not inside of the stored tensor, or ``target`` has another shape.
-        RecordCorrupted: The bytes don't match their CRC. ``target`` then holds garbage.
+        RecordCorrupted: The bytes don't match their CRC. They were copied before that was known, so the contents of
+            ``target`` must not be used.
     """
     box = _box(layout.size, offsets, lengths)
     if tuple(target.shape) != tuple(length for _, length in box):
@@ -75,7 +80,7 @@ def copy_into(
 
 
 def load_whole(item: ItemBytes, *, verify: bool = True) -> torch.Tensor:
-    """Load any record with ``torch.load(weights_only=True)``; holds the whole item in memory.
+    """Load any record with ``torch.load(weights_only=True)``; takes memory for the whole item.
 
     Raises:
         RecordCorrupted: An entry of the record doesn't match its CRC, or the record can't be read.
@@ -87,28 +92,35 @@ def load_whole(item: ItemBytes, *, verify: bool = True) -> torch.Tensor:
     try:
         loaded: torch.Tensor = torch.load(record, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise  # torch's message says what to do about it
+        raise  # the record isn't damaged, and torch's message says what to do
     except Exception as error:
-        # No CRC covers the archive's headers and directory, and torch reads them in another way than zipfile does.
+        # The CRCs were right, but no CRC covers the headers and the directory, and torch reads them in another way than
+        # zipfile does: damage there is first noticed here.
         raise RecordCorrupted(f"torch.load can't read it: {error}") from error
     return loaded
 
 
 def check_archive(record: io.BytesIO) -> None:
-    """Check the CRC of all that an archive holds, and leave it at its start; what is no archive has no checksums.
+    """Check the CRC of every entry of an archive.
+
+    Args:
+        record: A record of ``torch.save``; its position is at the start before and after. A record that is not a zip
+            archive has no checksums, so it is not checked.
 
     Raises:
-        RecordCorrupted: An entry doesn't match its CRC, or something of the archive is missing.
+        RecordCorrupted: An entry doesn't match its CRC, or the archive is not complete.
     """
+    # The first bytes count, too: is_zipfile looks for the directory at the end, which a damaged archive may lack.
     is_archive = bytes(record.getbuffer()[:4]) == b"PK\x03\x04" or zipfile.is_zipfile(record)
     record.seek(0)
     if not is_archive:
         return
     try:
         with zipfile.ZipFile(record) as archive:
+            # torch.save without checksums writes a CRC of 0 for every entry.
             has_crc = any(entry.CRC for entry in archive.infolist())
             broken = archive.testzip() if has_crc else None
-    except Exception as error:  # zipfile answers garbage with a dozen types
+    except Exception as error:  # for damaged bytes zipfile raises a dozen types of errors
         raise RecordCorrupted(f"not a whole torch.save record: {error}") from error
     if broken is not None:
         raise RecordCorrupted(f"{broken} of a torch.save record doesn't match its CRC-32")
@@ -116,39 +128,41 @@ def check_archive(record: io.BytesIO) -> None:
 
 
 class _Payload:
-    """Bytes of a tensor's storage, read once and in ascending order, so that a large item need not be held.
+    """Bytes of a tensor's storage, read once and in ascending order, so that a large item is never held as a whole.
 
-    With a CRC to be checked every byte passes, wanted or not; without one the others are not even asked for.
+    If the CRC is to be checked, all bytes are read. Otherwise only those that are requested are read.
     """
 
     def __init__(self, item: ItemBytes, layout: TensorLayout, verify: bool) -> None:
         self._item = item
         self._layout = layout
+        # An empty payload has no descriptor behind it, and so no CRC.
         self._verify = verify and layout.payload_nbytes > 0
         self._with_crc = self._verify and layout.has_crc
-        self._crc = 0
-        self._position = 0
+        self._crc = 0  # of the bytes before the position
+        self._position = 0  # end of what was read, in the payload
 
     def blocks(self, start: int, end: int) -> Iterator[memoryview]:
-        """Returns the bytes ``[start, end)`` of the payload, in blocks; the caller must take all of them.
+        """Returns the bytes ``[start, end)`` of the payload, in blocks.
 
-        ``start`` must not be before the last ``end``.
+        ``start`` must not be before the last ``end``. The caller takes all blocks before the next call: the position is
+        already moved here, and the CRC of a block is computed when the block is taken.
         """
         self._skip_to(start)
         self._position = end
         return self._checked(start, end)
 
     def gather(self, start: int, end: int) -> torch.Tensor:
-        """Returns a copy of the bytes ``[start, end)``, aligned for any dtype, as the payload itself need not be."""
+        """Returns a copy of the bytes ``[start, end)``, aligned for every dtype; the payload itself may not be."""
         buffer = torch.empty(end - start, dtype=torch.uint8)
         _fill(buffer, self.blocks(start, end))
         return buffer
 
     def finish(self) -> None:
-        """Compare the CRC, if it is to be checked.
+        """Read the rest of the payload and compare its CRC, if it is to be checked.
 
         Raises:
-            RecordCorrupted: It is not the one that was saved.
+            RecordCorrupted: The CRC is not the one that was saved, or the payload is not followed by its descriptor.
         """
         if not self._verify:
             return
@@ -166,7 +180,8 @@ class _Payload:
         """Returns the blocks of the bytes ``[start, end)``, each added to the CRC when it is asked for."""
         first = self._layout.payload_offset
         pieces = self._item.pieces(first + start, first + end)
-        # Iterators rather than loops: a variable of a loop would hold a piece until the next one has come.
+        # Iterators rather than loops: the variable of a loop would hold a piece until the next one has come, and so
+        # keep the slot that the next one may need.
         blocks = chain.from_iterable(map(_cut, pieces))
         return map(self._add_to_crc, blocks) if self._with_crc else blocks
 
@@ -176,23 +191,30 @@ class _Payload:
 
 
 def _cut(piece: memoryview) -> Iterable[memoryview]:
-    if len(piece) <= _BLOCK_NBYTES:  # as most are
+    """Returns the piece in blocks."""
+    if len(piece) <= _BLOCK_NBYTES:  # most pieces, so this spares them a generator
         return (piece,)
     return (piece[start : start + _BLOCK_NBYTES] for start in range(0, len(piece), _BLOCK_NBYTES))
 
 
 def _drain(blocks: Iterable[object]) -> None:
-    """Run through ``blocks``; unlike a loop over them, this holds none of them when the next one is asked for."""
+    """Take all ``blocks``; unlike a loop, this holds no block while it asks for the next one."""
     deque(blocks, maxlen=0)
 
 
 def _fill(target: torch.Tensor, blocks: Iterator[memoryview]) -> None:
-    """Fill a flat uint8 tensor."""
-    # Like torch's copy_, numpy's lets go of the GIL, which the pool's threads need (assigning to a memoryview does
-    # not); unlike torch's, it doesn't wait for a team of threads on cores that are busy receiving.
+    """Fill a flat uint8 tensor.
+
+    Raises:
+        RecordCorrupted: There are fewer bytes than the tensor has.
+    """
+    # numpy's copy releases the GIL, which the pool's threads need; an assignment to a memoryview would not. torch's
+    # copy_ releases it, too, but may spread the work over its threads, and wait for them on cores that are busy
+    # receiving.
     array = target.numpy() if target.is_cpu else None
     position = 0
 
+    # A function for _drain to call, in place of the body of a loop: a block is released when it returns.
     def append(block: memoryview) -> None:
         nonlocal position
         end = position + len(block)
@@ -221,29 +243,33 @@ def _box(size: Sequence[int], offsets: Sequence[int], lengths: Sequence[int]) ->
 
 
 def _copy_box(payload: _Payload, layout: TensorLayout, box: Box, target: torch.Tensor) -> None:
-    # A subclass may have a copy_ of its own, and is to be filled through it, in one go.
+    """Copy a box into a target of its shape, in the cheapest of the three ways that the module's docstring lists."""
+    # A subclass of Tensor may override copy_, so it must be filled by one call of its copy_ with all elements.
     order = _memory_order(layout.size, layout.stride) if type(target) is torch.Tensor else None
     if order is None:
         _copy_gathered(payload, layout, box, target)
         return
-    # With its dimensions in the order of memory, the source is contiguous; the target follows along.
+    # With the dimensions in the order of memory, the stored tensor is contiguous. Box and target are permuted alike, so
+    # that their elements still correspond.
     size = tuple(layout.size[dim] for dim in order)
     box = tuple(box[dim] for dim in order)
-    if order != tuple(range(len(order))):  # a call of torch that most small tensors can do without
+    if order != tuple(range(len(order))):  # most tensors are in this order already: small ones load faster without it
         target = target.permute(order)
     first = layout.storage_offset * layout.dtype.itemsize
-    run = _one_run(size, box)
-    if run is not None and target.dtype == layout.dtype and _is_plain(target):
-        start = first + run * layout.dtype.itemsize
-        # Not view(-1): that keeps the odd stride which a dimension of length 1 may have.
+    run_start = _start_of_run(size, box)
+    if run_start is not None and target.dtype == layout.dtype and _is_plain(target):
+        start = first + run_start * layout.dtype.itemsize
+        # as_strided, since view(-1) would keep the odd stride that a dimension of length 1 may have, and then a view as
+        # bytes fails.
         flat = target.as_strided((target.numel(),), (1,)).view(torch.uint8)
         _fill(flat, payload.blocks(start, start + len(flat)))
     else:
+        # A scalar has no dimension; here it becomes a tensor of one row.
         _copy_rows(payload, layout.dtype, first, size or (1,), box or ((0, 1),), target if size else target[None])
 
 
 def _copy_gathered(payload: _Payload, layout: TensorLayout, box: Box, target: torch.Tensor) -> None:
-    """Copy a box of any tensor; holds the whole storage in memory."""
+    """Copy a box of a tensor of any strides; takes memory for the whole storage."""
     storage = payload.gather(0, layout.payload_nbytes)
     stored = storage.view(layout.dtype).as_strided(layout.size, layout.stride, layout.storage_offset)
     for dim, (start, length) in enumerate(box):
@@ -254,7 +280,8 @@ def _copy_gathered(payload: _Payload, layout: TensorLayout, box: Box, target: to
 @lru_cache(maxsize=4096)  # the tensors of a checkpoint have few different shapes
 def _memory_order(size: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...] | None:
     """Returns the dimensions, outermost in memory first; None if the elements don't fill memory without gaps."""
-    # The stride of a dimension of length 1 says nothing: such a dimension is left where it is, or put innermost.
+    # Two orders are tried: the tensor's own, which nearly all have, and that of descending strides. The stride of a
+    # dimension of length 1 has no meaning, so it is not compared, and the second order puts such dimensions innermost.
     natural = range(len(size))
     by_stride = sorted(natural, key=lambda dim: (size[dim] == 1, -stride[dim]))
     for order in (tuple(natural), tuple(by_stride)):
@@ -268,29 +295,46 @@ def _memory_order(size: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, 
     return None
 
 
-def _one_run(size: tuple[int, ...], box: Box) -> int | None:
-    """Returns the first element of the box if it is one run of a contiguous tensor; None if it is not."""
+def _start_of_run(size: tuple[int, ...], box: Box) -> int | None:
+    """Returns the index in memory of the box's first element, if all its elements are contiguous; None if they aren't.
+
+    Args:
+        size: Shape of the tensor, which is contiguous.
+        box: The box.
+    """
     start = 0
     for dim, (offset, length) in enumerate(box):
         start += offset * math.prod(size[dim + 1 :])
-        # Every dimension inside of one that is longer than 1 must be taken whole.
+        # Where the box is longer than 1 in a dimension, it is contiguous only if it takes all further dimensions whole.
         if length != 1 and box[dim + 1 :] != tuple((0, whole) for whole in size[dim + 1 :]):
             return None
     return start
 
 
 def _is_plain(target: torch.Tensor) -> bool:
-    """Returns True if the target's memory holds its elements in their order and as they are."""
+    """Returns True if bytes can be copied straight into the target's memory.
+
+    The memory of a conjugated or negated view holds other values than the view shows.
+    """
     return target.is_contiguous() and not target.is_conj() and not target.is_neg()
 
 
 def _copy_rows(
     payload: _Payload, dtype: torch.dtype, first: int, size: tuple[int, ...], box: Box, target: torch.Tensor
 ) -> None:
-    """Copy a box of a contiguous tensor whose first byte is ``first``, some rows at a time."""
+    """Copy a box of a contiguous tensor, some rows (indices of the first dimension) at a time.
+
+    Args:
+        payload: The storage.
+        dtype: Element type of the tensor.
+        first: Position of the tensor's first byte in the payload.
+        size: Shape of the tensor, of at least one dimension.
+        box: The box.
+        target: Tensor of the box's shape.
+    """
     row_nbytes = math.prod(size[1:]) * dtype.itemsize
     start, length = box[0]
-    if row_nbytes > _BLOCK_NBYTES and len(size) > 1:  # a row is too large to be gathered: go one dimension down
+    if row_nbytes > _BLOCK_NBYTES and len(size) > 1:  # a row is too large to be gathered: copy it in rows of its own
         for row in range(length):
             _copy_rows(payload, dtype, first + (start + row) * row_nbytes, size[1:], box[1:], target[row])
         return

@@ -1,19 +1,21 @@
 """Unpickler of ``.metadata``: makes the objects that DCP saves there, and lets the author of the file do nothing else.
 
-:mod:`mpreader.dcp.metadata` is its only user, and checks the objects that come out of it. A pickle is a program, and
-that of a stranger may be hostile. These are the attacks, and what stops each of them:
+:mod:`mpreader.dcp.metadata` is its only user, and checks the values of the objects; this module must not trust a byte
+of the file. A pickle is a program for a small stack machine, and the author of a checkpoint may be hostile. These are
+the attacks, each with the protection against it:
 
-* A length or an index of a few bytes reserves gigabytes: :func:`check_bounds` walks over the pickle beforehand.
-* GLOBAL names code, such as ``os.system``: ``find_class`` gives out only the names of an allowlist. They are compared
-  as they are, never walked along the dots: ``Metadata.__init__.__globals__`` is no name of the list. A name of
-  torch is looked up without ``getattr``, since that imports some modules of torch when they are asked for.
-* BUILD sets attributes of whatever is on top of the stack, which may be a class that the whole process uses: the
-  pickle gets no such class or function, but a factory that makes the same objects and belongs to this pickle alone.
-* BUILD sets attributes of a member of an enumeration. There is only one object of each member, so no factory can make
-  another: the members are compared with what they were before the pickle had them, and put back.
-* ``getattr``, which Python 3.11.0 to 3.11.3 use to pickle members of enumerations, leads from any object to the
-  modules behind it: the pickle gets a function that looks up members and nothing else.
-* BINPERSID asks the unpickler for an object that is not in the pickle: there are none.
+* A length or an index of a few bytes reserves gigabytes. :func:`check_bounds` checks all of them before unpickling.
+* The opcode GLOBAL names code to import, such as ``os.system``. ``find_class`` returns only names of an allowlist. A
+  name is compared as a whole, and its dots are not followed, so ``Metadata.__init__.__globals__`` is refused. A dtype
+  of torch is looked up without ``getattr``, because ``getattr`` makes torch import some of its modules.
+* The opcode BUILD sets attributes of the object on top of the stack, which may be a class that the whole process uses.
+  The pickle never gets such a class or function itself, but a factory that makes the same objects and that only this
+  pickle uses.
+* BUILD may also set attributes of a member of an enumeration. Each member exists once in a process, so a factory is of
+  no help. The members are compared with a copy that was made before the pickle got them, and restored.
+* Python 3.11.0 to 3.11.3 pickle members of enumerations by ``getattr``, which can reach the globals of any module. In
+  its place the pickle gets a function that looks up members of enumerations and nothing else.
+* The opcode BINPERSID asks the unpickler for an object outside of the pickle. It is always refused.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ __all__ = ["MetadataRefused", "unpickle"]
 
 
 class MetadataRefused(PlanError):
-    """A checkpoint's ``.metadata`` is damaged, or would do or read something that no checkpoint needs."""
+    """A checkpoint's ``.metadata`` is damaged, or would run or read something that no checkpoint needs."""
 
 
 # Classes of data, and one function that only looks up a table: none of them runs code that the author of a checkpoint
@@ -80,30 +82,34 @@ def unpickle(data: bytes, *, allowed_globals: Iterable[str] = ()) -> Any:
     unpickler = _Unpickler(io.BytesIO(data), allowed_globals)
     try:
         return unpickler.load()
-    finally:  # also after an error: by then a member may have been changed
+    finally:  # also after an error: the pickle may have changed a member before it failed
         unpickler.restore_members()
 
 
 class _Unpickler(pickle.Unpickler):
+    """Unpickler of one pickle, with the protections that the module's docstring lists."""
+
     def __init__(self, stream: io.BytesIO, allowed_globals: Iterable[str]) -> None:
         super().__init__(stream)
         self._allowed = frozenset(allowed_globals)
         self._enums: dict[Any, type[enum.Enum]] = {}  # each enumeration, by the factory that the pickle got for it
-        # Members, and their attributes before the pickle had them. By id, since the hash of a member is that of its
-        # name, which is one of the attributes that can be set.
+        # Members that the pickle can reach, each with a copy of its attributes from before. The keys are ids, not the
+        # members: the hash of a member is that of its name, an attribute that the pickle can set.
         self._members: dict[int, tuple[enum.Enum, dict[str, Any]]] = {}
 
     def find_class(self, module: str, name: str) -> Any:
+        # The user trusts these names, so the pickle gets them as they are, without a factory.
         if f"{module}.{name}" in self._allowed:
             return _find(module, name)
         if name in _CLASSES_BY_MODULE.get(module, ()):
             return self._factory(_find(module, name))
         if (module, name) == ("builtins", "getattr"):
-            # A new function, not the bound method: what BUILD sets of that, it sets of the function of the class.
+            # A new function, not the bound method: BUILD writes to the __dict__ of its object, and that of a bound
+            # method is the one of the function in the class, which all later loads use.
             return lambda factory, member: self._enum_member(factory, member)
         dtype = vars(torch).get(name) if module == "torch" else None
         if isinstance(dtype, torch.dtype):
-            return dtype  # has no attributes that can be set
+            return dtype  # no factory is needed: a dtype has no attributes that can be set
         raise MetadataRefused(
             f"the checkpoint's .metadata needs {module}.{name}, which DCP itself never writes; nothing was loaded. "
             f"If you trust it, pass allowed_globals=({f'{module}.{name}'!r},) to S3StorageReader"
@@ -113,10 +119,10 @@ class _Unpickler(pickle.Unpickler):
         raise MetadataRefused("the checkpoint's .metadata refers to an object outside of itself; nothing was loaded")
 
     def restore_members(self) -> None:
-        """Undo what the pickle has set of members of enumerations.
+        """Restore the attributes of the members of enumerations that the pickle has changed.
 
         Raises:
-            MetadataRefused: It has set something.
+            MetadataRefused: A member was changed.
         """
         changed = [(member, before) for member, before in self._members.values() if _has_changed(member, before)]
         for member, before in changed:
@@ -126,13 +132,13 @@ class _Unpickler(pickle.Unpickler):
             raise MetadataRefused("the checkpoint's .metadata changes what is not its own; that was undone")
 
     def _factory(self, found: Any) -> Any:
-        """Returns a callable, new where that is needed, that makes the objects that ``found`` makes."""
+        """Returns a callable that makes the same objects as ``found``, and has no attributes that others can see."""
         is_type = isinstance(found, type)
         if is_type and not found.__flags__ & _HEAP_TYPE:
-            return found  # made in C: has no attributes that can be set
+            return found  # a type written in C has no attributes that can be set
         if is_type and found.__new__ is object.__new__:
-            # The opcode NEWOBJ, which makes the objects of such a class, takes nothing but a type. There are up to
-            # hundreds of thousands of them, so the function does no more than it must.
+            # The opcode NEWOBJ makes the objects of such a class, and accepts only a type: a function would not do.
+            # A pickle may have hundreds of thousands of these opcodes, so the new type's __new__ is kept minimal.
             create = object.__new__
             return type(found.__name__, (), {"__new__": lambda _: create(found)})
 
@@ -142,11 +148,13 @@ class _Unpickler(pickle.Unpickler):
         if is_type and issubclass(found, enum.Enum):
             self._enums[factory] = found
             for member in found:
-                # Only the first time: when the pickle names the enumeration again, it may have changed the member.
+                # setdefault keeps the first copy: when the pickle names the enumeration a second time, it may already
+                # have changed the member.
                 self._members.setdefault(id(member), (member, dict(vars(member))))
         return factory
 
     def _enum_member(self, factory: Any, name: Any) -> enum.Enum:
+        """Do what ``getattr`` would do for an enumeration, and refuse everything else."""
         if factory not in self._enums:
             raise MetadataRefused(
                 "the checkpoint's .metadata reads an attribute, which DCP never does; nothing was loaded"
@@ -155,13 +163,15 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _has_changed(member: enum.Enum, before: dict[str, Any]) -> bool:
-    # By identity: an attribute that the pickle has set may be equal to whatever it is compared with.
+    # Compared by identity: the pickle may set an object whose __eq__ says True to everything.
     now = vars(member)
     return len(now) != len(before) or any(now.get(name) is not value for name, value in before.items())
 
 
 def _find(module: str, name: str) -> Any:
+    # A checkpoint that Python 3.13 wrote names pathlib._local, which other versions of Python do not have.
     found: Any = import_module("pathlib" if module == "pathlib._local" else module)
+    # Following the dots is safe here: the whole name is in the allowlist, or the user has allowed it.
     for part in name.split("."):
         found = getattr(found, part)
     return found

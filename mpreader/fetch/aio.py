@@ -1,7 +1,8 @@
-"""Range fetcher for asyncio: the same pool as that of the plain fetcher, awaited instead of waited for.
+"""Range fetcher for asyncio: offers the methods of the plain fetcher as coroutines and asynchronous generators.
 
-Plans are made in threads, since that may import boto3, start processes and ask servers for sizes. Bytes that have
-arrived wake the event loop from the coordinator's thread; no thread waits for them.
+It uses the same engine and pool as :mod:`mpreader.fetch.fetcher`, and must not block the event loop. Therefore plans
+are made in threads: planning may import boto3, start processes and ask servers for sizes. Waiting for bytes needs no
+thread, because the coordinator's thread wakes the event loop when bytes have arrived.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from mpreader.fetch.result import result_of
 from mpreader.fetch.stream import Piece, PieceSequence
 from mpreader.pool.source import ObjectVersion
 from mpreader.pool.stats import PoolStats
-from mpreader.pool.transfer import LOOK_S, Transfer
+from mpreader.pool.transfer import ON_WAIT_INTERVAL_S, Transfer
 from mpreader.telemetry.progress import Progress
 
 if TYPE_CHECKING:
@@ -31,9 +32,9 @@ __all__ = ["AsyncRangeFetcher"]
 
 
 class AsyncRangeFetcher:
-    """:class:`~mpreader.RangeFetcher` for asyncio: the same methods, to be awaited, and streams for ``async for``.
+    """:class:`~mpreader.RangeFetcher` for asyncio: its methods are awaited, its streams are read by ``async for``.
 
-    Arguments and errors are described at :class:`~mpreader.RangeFetcher`. Any number of calls may be under way at one
+    Arguments and errors are described at :class:`~mpreader.RangeFetcher`. Any number of calls may run at the same
     time. A call that is cancelled stops its downloads.
 
     Args:
@@ -81,9 +82,12 @@ class AsyncRangeFetcher:
         options = FetchOptions(max_gap_size=max_gap_size, timeout_s=timeout_s)
         plan = await asyncio.to_thread(self._engine.plan_fetch, ranges_by_source, options, has_room=out is not None)
         result = result_of(plan, out)
+        # A generator that is left by an error or a cancellation ends at some later time, when the event loop finalizes
+        # it. aclosing() ends it at once, and with it the downloads.
         async with contextlib.aclosing(self._pieces(plan, options)) as pieces:
             async for piece in pieces:
                 result.put(*piece)
+                del piece  # a copied piece would otherwise keep its slot while the next one is waited for
         return result.views_by_uri()
 
     async def stream(
@@ -97,13 +101,14 @@ class AsyncRangeFetcher:
     ) -> AsyncGenerator[tuple[int, memoryview], None]:
         """Fetch ranges of one object one after the other; see :meth:`mpreader.RangeFetcher.stream`.
 
-        A loop that is left early should close it: ``async with contextlib.aclosing(fetcher.stream(…)) as pieces``.
+        A program that may leave the loop early should close the stream:
+        ``async with contextlib.aclosing(fetcher.stream(…)) as pieces``.
         """
         many = self.stream_many({source: ranges}, order=order, max_gap_size=max_gap_size, timeout_s=timeout_s)
         async with contextlib.aclosing(many) as pieces:
             async for _, index, view in pieces:
                 yield index, view
-                del view  # or it would keep its memory while the next one is waited for
+                del view  # it would otherwise keep its slot while the next one is waited for
 
     async def stream_many(
         self,
@@ -119,7 +124,7 @@ class AsyncRangeFetcher:
         async with contextlib.aclosing(self._pieces(plan, options)) as pieces:
             async for source_index, index, view in pieces:
                 yield plan.uris[source_index], index, view
-                del view  # or it would keep its memory while the next one is waited for
+                del view  # it would otherwise keep its slot while the next one is waited for
 
     async def fetch_object(self, source: str, *, out: object = None, timeout_s: float | None = None) -> memoryview:
         """Fetch a whole object into one piece of memory; see :meth:`mpreader.RangeFetcher.fetch_object`."""
@@ -131,11 +136,11 @@ class AsyncRangeFetcher:
 
     @property
     def stats(self) -> PoolStats:
-        """Bytes, requests, retries and seconds of the workers so far, and each worker's share."""
+        """Statistics so far: bytes, requests, retries and seconds, in total and for each worker."""
         return self._engine.pool.stats()
 
     async def close(self) -> None:
-        """End the workers and wait until they are gone. Views that were handed out stay valid. Idempotent."""
+        """Stop the workers and wait until they have exited. Views that were handed out stay valid. Idempotent."""
         await asyncio.to_thread(self._engine.close)
 
     async def __aenter__(self) -> Self:
@@ -148,23 +153,26 @@ class AsyncRangeFetcher:
         return f"AsyncRangeFetcher({self._engine.pool!r})"
 
     async def _pieces(self, plan: FetchPlan, options: FetchOptions) -> AsyncGenerator[Piece, None]:
+        """Yield the pieces of a plan in the order of the call. The caller must close the generator."""
         sequence = PieceSequence(plan, options.order)
         for piece in sequence.first():
             yield piece
         if plan.batches:
-            await asyncio.to_thread(self._engine.pool.start)  # starts processes, if there are none
-            transfer = self._engine.begin(plan)
-            try:
-                with self._engine.progress_of(transfer) as progress:
-                    while sequence.wanted:
-                        taken = await _take_first(transfer, sequence.wanted, options.deadline, progress)
-                        pieces = sequence.pieces_of(*taken)
-                        del taken  # or it would keep its slot while the next one is waited for
-                        for piece in pieces:
-                            yield piece
-                            del piece
-            finally:
-                transfer.close()
+            # In a thread, because it starts the worker processes if none are running; begin() then finds them running.
+            await asyncio.to_thread(self._engine.pool.start)
+            with (
+                contextlib.closing(self._engine.begin(plan)) as transfer,
+                self._engine.progress_of(transfer) as progress,
+            ):
+                while sequence.wanted:
+                    taken = await _take_first(transfer, sequence.wanted, options.deadline, progress)
+                    pieces = sequence.pieces_of(*taken)
+                    # No variable may refer to a slot that has been handed out while the next one is waited for: it
+                    # would stay occupied, and memory may have room for no other.
+                    del taken
+                    for piece in pieces:
+                        yield piece
+                        del piece
         for piece in sequence.last():
             yield piece
 
@@ -172,26 +180,33 @@ class AsyncRangeFetcher:
 async def _take_first(
     transfer: Transfer, wanted: Collection[int], deadline: float, progress: Progress
 ) -> tuple[int, memoryview]:
-    """Await what :meth:`Transfer.take_first` waits for. If this is cancelled, the transfer waits for it no more."""
+    """Take one of the slot reads ``wanted``: :meth:`Transfer.take_first` without a thread that waits.
+
+    The progress bar is advanced meanwhile. A cancellation, or any error, also cancels the take.
+    """
     loop = asyncio.get_running_loop()
     done = asyncio.Event()
+    # The callback runs in the coordinator's thread and under the lock of the transfer: it only wakes this task.
     take = transfer.begin_take(wanted, lambda: _wake(loop, done))
     try:
         while not take.is_done:
             left_s = deadline - time.monotonic()
-            wait_s = min(left_s, LOOK_S) if progress.is_shown else left_s
+            # With a progress bar, wake up now and then to redraw it; without one, only for bytes or the deadline.
+            wait_s = min(left_s, ON_WAIT_INTERVAL_S) if progress.is_shown else left_s
             try:
                 await asyncio.wait_for(done.wait(), None if wait_s == math.inf else max(0.0, wait_s))
-            except asyncio.TimeoutError:  # another class before Python 3.11
+            except asyncio.TimeoutError:  # before Python 3.11 it is not the built-in TimeoutError
                 if time.monotonic() >= deadline:
-                    raise transfer.late(wanted) from None
+                    raise transfer.timeout_error(wanted) from None
             progress.advance_to(transfer.received_bytes)
         return transfer.result(take)
-    except BaseException:
+    except BaseException:  # CancelledError included: a take that no task waits for would keep the slot it is given
         transfer.cancel(take)
         raise
 
 
 def _wake(loop: asyncio.AbstractEventLoop, done: asyncio.Event) -> None:
-    with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile: nobody waits any more
+    # asyncio.Event is not thread-safe, so the loop's own thread sets it. The RuntimeError says that the loop has been
+    # closed meanwhile: then no task waits any more.
+    with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(done.set)

@@ -1,7 +1,7 @@
-"""Engine of the fetchers: the worker pool and the sources behind RangeFetcher and AsyncRangeFetcher.
+"""Engine of the fetchers: owns the worker pool and the sources of a RangeFetcher or an AsyncRangeFetcher.
 
-It turns the arguments of a call into a plan, and begins to read it. The fetchers take what arrives; nothing here waits
-for bytes.
+It turns the arguments of a call into a plan, and begins the read of that plan. Taking the bytes that arrive is left to
+the fetchers: the engine must not wait for bytes. It may wait for the sizes of objects, which asyncio does in a thread.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ class Engine:
         s3client_config: Settings of the S3 client and of its sources. None: the defaults.
         pool_config: Settings of the worker pool. None: the defaults.
         progress: Progress bars of calls: ``show`` of :func:`~mpreader.telemetry.progress.progress_bar`.
-        shares_pool: Use the process's shared pool, which stays warm when the engine is closed, and no pool of its own.
-        known: Sources to use for these names; see :class:`Sources`.
+        shares_pool: True: use the shared pool of the process, which keeps running when the engine is closed. False:
+            make a pool for this engine only.
+        known: Ready-made sources by name; see :class:`Sources`.
 
     Attributes:
-        pool: The pool whose workers fetch.
-        sources: The sources, and the S3 client.
+        pool: Worker pool that fetches the bytes.
+        sources: Maker of the sources; owns the S3 client.
 
     Raises:
         ConfigError: A setting is wrong, or the host has too little memory.
@@ -52,33 +53,35 @@ class Engine:
         known: Mapping[str, Source] | None = None,
     ) -> None:
         self.pool = (shared_pool if shares_pool else Pool)(pool_config, s3client_config)
-        # Workers start while boto3 is imported and a client is made.
+        # Importing boto3 and making a client takes 0.2 s: the workers start up in the meantime.
         self.sources = Sources(s3client_config or S3ClientConfig(), known, on_client_needed=self.pool.start)
         self._progress = progress
         self._shares_pool = shares_pool
 
     def close(self) -> None:
-        """End the pool and its workers and close connections, or leave the shared pool as it is."""
+        """Close the pool and the connections of the S3 client. A shared pool is only released."""
         if self._shares_pool:
+            # Not stopped: the next call of fetch_ranges() is faster when the workers are still running.
             release_shared_pool(self.pool, keep_warm=True)
         else:
             self.pool.close()
             self.sources.close()
 
     def stat(self, uri: str, options: FetchOptions) -> ObjectVersion:
-        """Ask for the version of an object."""
+        """Ask the server for the size and the ETag of an object."""
         return self._resolve([self.sources.source(uri)], options)[0].version
 
     def plan_fetch(self, ranges_by_source: Mapping[str, Ranges], options: FetchOptions, *, has_room: bool) -> FetchPlan:
-        """Plan a fetch, whose ranges are all held at one time.
+        """Plan a fetch, which holds all of its ranges at the same time.
 
         Args:
             ranges_by_source: Ranges by URI.
             options: Options of the call.
-            has_room: The caller has memory for the ranges, into which they are copied piece by piece.
+            has_room: True if the caller has given buffers for the ranges. The bytes are copied there piece by piece, so
+                that ranges may be larger than shared memory.
 
         Raises:
-            ArenaExhausted: The ranges are to be held in shared memory, and are more than it may have.
+            ArenaExhausted: The ranges are to be held in shared memory, and exceed its limit.
         """
         plan = self._plan(ranges_by_source, options, cuts_ranges=has_room)
         if not has_room:
@@ -86,26 +89,27 @@ class Engine:
         return plan
 
     def plan_stream(self, ranges_by_source: Mapping[str, Ranges], options: FetchOptions) -> FetchPlan:
-        """Plan a stream, whose ranges are taken one after the other.
+        """Plan a stream, which hands out its ranges one after the other.
 
         Raises:
-            ArenaExhausted: A range is larger than shared memory may be.
+            ArenaExhausted: A single range exceeds the limit of shared memory.
         """
         plan = self._plan(ranges_by_source, options)
         self._check_bytes(plan.largest_range_bytes)
         return plan
 
     def begin(self, plan: FetchPlan) -> Transfer:
-        """Begin to fetch; the caller closes the transfer."""
+        """Begin the downloads of a plan. The caller must close the transfer."""
         return self.pool.read(plan.sources, [batch.slot_read for batch in plan.batches])
 
     def progress_of(self, transfer: Transfer) -> Progress:
-        """Begin a progress bar for a transfer, if one is wanted; the caller closes it."""
+        """Make the progress bar of a transfer, which does nothing if none is to be shown. The caller must close it."""
         return progress_bar(transfer.nbytes, "fetch", show=self._progress)
 
     def _plan(
         self, ranges_by_source: Mapping[str, Ranges], options: FetchOptions, *, cuts_ranges: bool = False
     ) -> FetchPlan:
+        """Plan a call. With ``cuts_ranges`` the ranges are first cut into pieces of at most one request each."""
         sources, ranges_of = self._with_sizes(ranges_by_source, options)
         sizes = self.pool.sizes
         batches: list[Batch] = []
@@ -126,21 +130,28 @@ class Engine:
     def _with_sizes(
         self, ranges_by_source: Mapping[str, Ranges], options: FetchOptions
     ) -> tuple[list[Source], list[list[ItemRange]]]:
-        """Return the sources with their ranges; asks for the sizes of those whose ranges are meant from the end."""
-        # Lists: ranges may come from an iterator, which can be gone through only once.
+        """Return the sources and their checked ranges.
+
+        The size of an object is asked for only where a range counts from its end: other ranges need no HEAD request
+        before the first bytes.
+        """
+        # Copied to lists, because ranges may be an iterator, and they are gone through twice.
         wanted = [None if ranges is None else list(ranges) for ranges in ranges_by_source.values()]
         sources: list[Source] = [self.sources.source(uri) for uri in ranges_by_source]
         sizes: list[int | None] = [None] * len(sources)
         unsized = [index for index, ranges in enumerate(wanted) if needs_size(ranges)]
         for index, pinned in zip(unsized, self._resolve([sources[i] for i in unsized], options), strict=True):
-            # The bytes must be of the version that had this size.
+            # The pinned source reads only the version that had this size. Of a later version, the same range from the
+            # end would be other bytes.
             sources[index], sizes[index] = pinned, pinned.version.size
         return sources, [to_item_ranges(ranges, size) for ranges, size in zip(wanted, sizes, strict=True)]
 
     def _resolve(self, sources: list[Source], options: FetchOptions) -> list[PinnedSource]:
+        # Closing the fetcher in another thread ends the wait: resolve_versions asks for is_closed now and then.
         return resolve_versions(sources, options.deadline, lambda: self.pool.is_closed)
 
     def _check_bytes(self, wanted: int) -> None:
+        # Refused before any download: otherwise the call would fail only when memory is full and lease_timeout_s over.
         if wanted > self.pool.sizes.max_bytes:
             raise ArenaExhausted(
                 f"{wanted} bytes are asked for at one time, {self.pool.sizes.max_bytes} may be held: use stream() "

@@ -1,7 +1,7 @@
-"""Range fetcher: ranges of any S3 object or http(s) URL, fetched in parallel into shared memory.
+"""Range fetcher: the public, blocking interface to fetch ranges of S3 objects and http(s) URLs in parallel.
 
-The public face of :mod:`mpreader.fetch`, without torch. Its asyncio twin is in :mod:`mpreader.fetch.aio`; both leave
-planning and downloading to the engine.
+It checks arguments by making :class:`~mpreader.fetch.arguments.FetchOptions`, and leaves planning and downloading to
+the engine. The same interface for asyncio is in :mod:`mpreader.fetch.aio`. It must work without torch.
 """
 
 from __future__ import annotations
@@ -28,29 +28,30 @@ __all__ = ["RangeFetcher", "RangeStream", "SharedPoolFetcher", "fetch_ranges"]
 class RangeFetcher:
     """Fetches byte ranges with a pool of worker processes of its own.
 
-    Thread-safe. Workers start at the first fetch, and end with ``close()``, the context manager, or the program.
-    ``mpreader.AsyncRangeFetcher`` is the same for asyncio.
+    Thread-safe. Workers start at the first fetch. They end with ``close()``, at the end of the ``with`` block, or when
+    the program exits. ``mpreader.AsyncRangeFetcher`` offers the same methods for asyncio.
 
     The arguments of its methods mean the same in all of them:
 
     - ``source``: ``s3://bucket/key`` or an http(s) URL.
     - ``ranges``: ``(start, end)`` pairs or :class:`~mpreader.ItemRange`, in bytes, end exclusive, in any order; they
-      may repeat, overlap and be empty. As in a slice, an end of None is the end of the object, and negative numbers
-      are counted from there: ``(-8, None)`` is the last 8 bytes. None instead of ranges is one range, the whole object.
+      may repeat, overlap and be empty. As in a slice of Python, an end of None is the end of the object, and negative
+      numbers are counted from there: ``(-8, None)`` is the last 8 bytes. If ``ranges`` is None, the whole object is
+      fetched as one range.
     - ``ranges_by_source``: ranges of several objects, which are fetched at the same time.
-    - ``out``: the caller's own memory to receive into. One writable buffer (numpy array, CPU tensor, mmap, bytearray,
-      …) takes the ranges one after the other, in the order of the input; a list has a buffer for each range. Bytes are
-      copied there piece by piece, so that ``max_memory`` does not bound their size. None: views of shared memory are
-      handed out. Where there are several sources, ``out`` has an entry for each.
-    - ``max_gap_size``: largest gap, in bytes, between two ranges that are fetched as one. Default: 1 MiB, which a
-      connection brings about as fast as another request would be answered.
+    - ``out``: the caller's own memory to receive into. It is one writable buffer (numpy array, CPU tensor, mmap,
+      bytearray, …), which takes the ranges one after the other in the order of the input, or a list with a buffer for
+      each range. Bytes are copied there piece by piece, so that ``max_memory`` does not limit their size. None: the
+      method returns views of shared memory. For several sources, ``out`` is a mapping with an entry for each of them.
+    - ``max_gap_size``: largest gap, in bytes, between two ranges that are fetched as one. Default: 1 MiB, which takes
+      about as long to receive as the answer to another request takes to arrive.
     - ``timeout_s``: seconds for the whole call, until the last range has been taken; None: no limit.
-    - ``order``: order in which a stream hands out its ranges. ``"offset"``: that of their offsets, empty ranges first.
-      ``"input"``: that of the input; only neighbours that ascend are fetched as one. ``"completion"``: what has arrived
-      first.
+    - ``order``: order in which a stream hands out its ranges. ``"offset"``: by their offsets, empty ranges first.
+      ``"input"``: as they were given; then only neighbours in the input that ascend are fetched as one.
+      ``"completion"``: as they arrive.
 
-    A view that is handed out is the caller's until its last reference dies. The memory of a view of shared memory is
-    given back together with that of the ranges beside it; views of overlapping ranges share their bytes.
+    A view is the caller's until its last reference dies. Ranges that were fetched as one share their memory, which is
+    given back when all views of it are gone; views of overlapping ranges share their bytes.
 
     All methods that fetch raise, at the call or at the first range that is taken:
 
@@ -61,7 +62,7 @@ class RangeFetcher:
     - ``ArenaExhausted``: more bytes are asked for, or held, at one time than ``PoolConfig.max_memory`` allows.
     - ``PoolTimeout``: ``timeout_s`` has passed.
     - ``PoolClosed``: the fetcher was closed.
-    - ``TransportError``, or another :class:`~mpreader.MpreaderError`: the bytes could not be had.
+    - ``TransportError``, or another :class:`~mpreader.MpreaderError`: the bytes could not be fetched.
 
     Args:
         s3client_config: Settings of the S3 client. None: the defaults and the usual ``AWS_*`` environment.
@@ -116,9 +117,11 @@ class RangeFetcher:
         options = FetchOptions(max_gap_size=max_gap_size, timeout_s=timeout_s)
         plan = self._engine.plan_fetch(ranges_by_source, options, has_room=out is not None)
         result = result_of(plan, out)
-        with RangeStream(self._engine, plan, options, _as_it_is) as pieces:
-            for piece in pieces:
-                result.put(*piece)
+        # The stream itself puts each piece into the result. The variable of a loop would keep the last piece, and so
+        # its slot, while the next one is waited for.
+        with RangeStream(self._engine, plan, options, result.put) as stream:
+            for _ in stream:
+                pass
         return result.views_by_uri()
 
     def stream(
@@ -133,9 +136,9 @@ class RangeFetcher:
         """Fetch ranges of one object one after the other; arguments and errors are described at the class.
 
         Returns:
-            An iterator of ``(index, view)``: the position of the range in the input, and its bytes. Memory stays
-            bounded as long as views are dropped; those that are kept stay valid. Its ``close()`` ends it, from any
-            thread.
+            An iterator of ``(index, view)``: the position of the range in the input, and its bytes. Shared memory is
+            used again when views are dropped; views that are kept stay valid. The stream is ended by its ``close()``,
+            from any thread.
         """
         options = FetchOptions(order=order, max_gap_size=max_gap_size, timeout_s=timeout_s)
         plan = self._engine.plan_stream({source: ranges}, options)
@@ -151,11 +154,11 @@ class RangeFetcher:
     ) -> RangeStream[tuple[str, int, memoryview]]:
         """Fetch ranges of several objects one after the other, without a pause between objects.
 
-        Arguments and errors are described at the class. But for the order ``"completion"`` one object comes after the
-        other.
+        Arguments and errors are described at the class. Ranges are handed out object by object, except with the order
+        ``"completion"``.
 
         Returns:
-            An iterator of ``(source, index, view)``; otherwise as that of :meth:`stream`.
+            An iterator of ``(source, index, view)``; otherwise the same as that of :meth:`stream`.
         """
         options = FetchOptions(order=order, max_gap_size=max_gap_size, timeout_s=timeout_s)
         plan = self._engine.plan_stream(ranges_by_source, options)
@@ -169,30 +172,30 @@ class RangeFetcher:
         return self.fetch(source, None, out=out, timeout_s=timeout_s)[0]
 
     def stat(self, source: str, *, timeout_s: float | None = None) -> ObjectVersion:
-        """Ask for the size, in bytes, and the ETag ("" where there is none) of an object.
+        """Ask the server for the size, in bytes, and the ETag of an object, which is "" if the server names none.
 
         Raises:
-            TransportError: It could not be found out.
+            TransportError: The server could not be asked, or refused.
             PoolTimeout: ``timeout_s`` has passed.
         """
         return self._engine.stat(source, FetchOptions(timeout_s=timeout_s))
 
     def client(self) -> S3Client:
-        """Return the S3 client that the fetcher uses, for listing and the like."""
+        """Return the S3 client that the fetcher uses, so that a program needs no second one to list objects."""
         return self._engine.sources.client()
 
     @property
     def part_size(self) -> int:
-        """Most bytes of one request; longer ranges are fetched by several."""
+        """Largest number of bytes of one request; a longer range is fetched by several requests."""
         return self._engine.pool.sizes.part_bytes
 
     @property
     def stats(self) -> PoolStats:
-        """Bytes, requests, retries and seconds of the workers so far, and each worker's share."""
+        """Statistics so far: bytes, requests, retries and seconds, in total and for each worker."""
         return self._engine.pool.stats()
 
     def close(self) -> None:
-        """End the workers and wait until they are gone. Views that were handed out stay valid. Idempotent."""
+        """Stop the workers and wait until they have exited. Views that were handed out stay valid. Idempotent."""
         self._engine.close()
 
     def __enter__(self) -> Self:
@@ -206,12 +209,14 @@ class RangeFetcher:
 
 
 class SharedPoolFetcher(RangeFetcher):
-    """A fetcher on the process's shared pool, which stays warm for the next call; to be closed exactly once.
+    """A fetcher on the shared pool of the process, which keeps running for the next call.
+
+    It must be closed exactly once, because the shared pool counts its users.
 
     Args:
         s3client_config: As for :class:`RangeFetcher`.
         pool_config: As for :class:`RangeFetcher`.
-        known: Sources to use for these names in place of URIs, such as ones whose version is known already.
+        known: Ready-made sources by name; see :class:`~mpreader.fetch.sources.Sources`.
     """
 
     def __init__(
@@ -220,6 +225,7 @@ class SharedPoolFetcher(RangeFetcher):
         pool_config: PoolConfig | None,
         known: Mapping[str, Source] | None = None,
     ) -> None:
+        # In place of the __init__ of the base class, which would make an engine with a pool of its own.
         self._engine = Engine(s3client_config, pool_config, shares_pool=True, known=known)
 
 
@@ -233,17 +239,13 @@ def fetch_ranges(
     s3client_config: S3ClientConfig | None = None,
     pool_config: PoolConfig | None = None,
 ) -> list[memoryview]:
-    """Fetch ranges of one object, on a pool that all calls with the same settings share.
+    """Fetch ranges of one object, with a pool that all calls with the same settings share.
 
-    The pool gives back its processes and memory when it has been idle for ``PoolConfig.idle_timeout_s``. Arguments and
-    errors are those of :class:`RangeFetcher`.
+    The pool ends its processes and frees its memory when it has been idle for ``PoolConfig.idle_timeout_s``. Arguments
+    and errors are those of :class:`RangeFetcher`.
 
     Returns:
         A view for each range, in the order of the input: of ``out``, or of shared memory.
     """
     with SharedPoolFetcher(s3client_config, pool_config) as fetcher:
         return fetcher.fetch(source, ranges, out=out, max_gap_size=max_gap_size, timeout_s=timeout_s)
-
-
-def _as_it_is(source_index: int, index: int, view: memoryview) -> tuple[int, int, memoryview]:
-    return source_index, index, view

@@ -1,10 +1,10 @@
 """Fetch planner: packs the ranges of a call into slots of shared memory, and cuts them into requests.
 
-The engine calls it; the fetchers take what arrives by the plan that it makes. It is pure: it knows no pool and no
-client, and makes no request.
+It is used by the engine; streams and results find the bytes of each range by the plan. It is pure: it must not use a
+pool or a client, nor make requests.
 
-Ranges that are near each other form a group, which is fetched as one. A *batch* is what one slot holds: groups of one
-object, which are received, handed out and given back together::
+Ranges that are near each other form a group, which is fetched as one. The groups in one slot are a *batch*: they are
+ranges of one object, and their memory is received, taken and given back together::
 
     object    [0][1]  gap  [2]            [3]
     groups    [0 .. 2        ]            [3]
@@ -25,14 +25,15 @@ from mpreader.ranges import ItemRange, Part, RangeGroup, coalesce, partition
 
 __all__ = ["Batch", "FetchPlan", "Member", "PieceOrigin", "cut_into_pieces", "plan_batches"]
 
-_ALIGNMENT_BYTES: Final = 64  # of each group in its slot, so that arrays of any type can be made on it
+# Each group starts at a multiple of this in its slot, so that arrays of any type can be made on the memory of a view.
+_ALIGNMENT_BYTES: Final = 64
 
 
 class Member(NamedTuple):
     """Place of one range in the slot of its batch.
 
     Attributes:
-        position: Position of the range, or of the piece where ranges were cut, among those of its source.
+        position: Position of the range among those of its source; if ranges were cut, position of the piece.
         slot_offset: First byte of the range, counted from the start of the slot.
         nbytes: Bytes of the range.
     """
@@ -47,8 +48,8 @@ class Batch(NamedTuple):
 
     Attributes:
         source_index: Number of their source.
-        slot_read: Read of the pool that brings them.
-        members: Places of the ranges in the slot, by offset in the object.
+        slot_read: Work for the pool: the requests that fill the slot.
+        members: Places of the ranges in the slot, sorted by their offsets in the object within each group.
     """
 
     source_index: int
@@ -69,15 +70,15 @@ class PieceOrigin(NamedTuple):
 
 
 class FetchPlan(NamedTuple):
-    """Everything that a call will read.
+    """Plan of a whole call. Its lists have one entry for each source, at the source index, except ``batches``.
 
     Attributes:
-        uris: Sources as the caller named them, by source index.
-        sources: The sources, by source index.
-        ranges: Ranges of each source, in the order of the input, by source index.
-        batches: All batches, in the order in which they are read; each range that is not empty is in exactly one.
-        origins: By source index. Where ranges were cut into pieces, the members of batches are pieces, and this says
-            from where each of them comes; otherwise empty.
+        uris: Names of the sources, as the caller gave them.
+        sources: The sources.
+        ranges: Ranges of each source, in the order of the input.
+        batches: All batches, in the order in which they are read. Each range that is not empty is in exactly one; if
+            ranges were cut, each piece is.
+        origins: Origin of each piece of a source, by the position of the piece. Empty if ranges were not cut.
     """
 
     uris: list[str]
@@ -93,7 +94,7 @@ class FetchPlan(NamedTuple):
 
     @property
     def largest_range_bytes(self) -> int:
-        """Bytes of the largest range; 0 where there is none."""
+        """Bytes of the largest range; 0 if there are no ranges."""
         return max((item_range.size for ranges in self.ranges for item_range in ranges), default=0)
 
 
@@ -111,11 +112,12 @@ def plan_batches(
     Args:
         source_index: Number of the source in its call.
         ranges: Ranges in the order of the input; may repeat, overlap, nest and be empty.
-        order: Order in which ranges are handed out. ``"input"`` keeps that of the input, the others sort by offset.
+        order: Order in which ranges are handed out. With ``"input"`` the batches keep the order of the input; with the
+            others they are sorted by offset.
         max_gap_bytes: Largest gap between two ranges that are fetched as one.
-        part_bytes: Most bytes of one request.
-        slot_bytes: Bytes of a slot: as many groups as fit share one. A range that is larger, or that others overlap,
-            gets a larger slot of its own.
+        part_bytes: Largest number of bytes of one request.
+        slot_bytes: Usual size of a slot, which is shared by as many groups as fit. A range that is larger gets a larger
+            slot for itself; so do overlapping ranges that together are larger.
 
     Returns:
         The batches, in the order in which they are read.
@@ -123,6 +125,7 @@ def plan_batches(
     slot = _Slot()
     for group in _groups(ranges, order, max_gap_bytes):
         for chunk in _cut_between_ranges(group, slot_bytes):
+            # An empty slot takes any chunk: one that is larger than slot_bytes can't be cut further.
             if not slot.is_empty and slot.end_with(chunk) > slot_bytes:
                 yield slot.to_batch(source_index)
                 slot = _Slot()
@@ -132,10 +135,10 @@ def plan_batches(
 
 
 def cut_into_pieces(ranges: Sequence[ItemRange], piece_bytes: int) -> tuple[list[ItemRange], list[PieceOrigin]]:
-    """Cut ranges into pieces of at most ``piece_bytes``, so that a range may be larger than memory.
+    """Cut ranges into pieces of at most ``piece_bytes``, so that a range may be larger than shared memory.
 
     Returns:
-        The pieces, and the origin of each.
+        The pieces, and the origin of each. An empty range has no pieces.
     """
     pieces, origins = [], []
     for range_index, item_range in enumerate(ranges):
@@ -146,11 +149,11 @@ def cut_into_pieces(ranges: Sequence[ItemRange], piece_bytes: int) -> tuple[list
 
 
 class _Slot:
-    """A slot while it is packed: groups of one source, one behind the other."""
+    """A slot that is being filled with groups of one source, one after the other."""
 
     def __init__(self) -> None:
         self._nbytes = 0
-        self._over_read = 0
+        self._over_read = 0  # bytes of gaps within requests, for statistics; gaps that are not requested don't count
         self._parts: list[Part] = []
         self._members: list[Member] = []
 
@@ -159,12 +162,15 @@ class _Slot:
         return not self._parts
 
     def end_with(self, group: RangeGroup) -> int:
-        """Bytes of the slot if the group were added."""
+        """Number of bytes that the slot would have with the group added."""
         return self._next_offset() + group.end - group.start
 
     def add(self, group: RangeGroup, part_bytes: int) -> None:
+        """Append a group, cut into requests of at most ``part_bytes``."""
         slot_offset = self._next_offset()
-        shift = slot_offset - group.start  # from an offset in the object to one in the slot
+        # Adding this to an offset in the object gives the offset in the slot. It is the same for the whole group: a gap
+        # that is not requested keeps its place in the slot.
+        shift = slot_offset - group.start
         for part in partition(group, part_bytes=part_bytes):
             self._parts.append(Part(part.start, part.end, part.over_read, part.start + shift))
             self._over_read += part.over_read
@@ -179,18 +185,20 @@ class _Slot:
         return Batch(source_index, slot_read, tuple(self._members))
 
     def _next_offset(self) -> int:
+        # Rounded up to the alignment.
         return -(-self._nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
 
 
 def _groups(ranges: Sequence[ItemRange], order: StreamOrder, max_gap_bytes: float) -> Iterator[RangeGroup]:
-    """Group ranges that are fetched as one, in the order in which they are handed out."""
+    """Group the ranges that are fetched as one; yields the groups in the order in which they are handed out."""
     if order != "input":
         yield from coalesce(ranges, max_gap_bytes=max_gap_bytes)
         return
-    # Only neighbours in the input that ascend are joined. Others would have to wait in memory for their turn, and
-    # memory would not stay bounded.
+    # Only neighbours in the input that ascend are joined. A group of others would hold ranges that are handed out much
+    # later, and their slots would fill the memory until then.
     for start, stop in _ascending_runs(ranges):
         for group in coalesce(ranges[start:stop], max_gap_bytes=max_gap_bytes):
+            # coalesce() counts within the run; members are counted within the whole input.
             indices = tuple(start + index for index in group.indices)
             yield RangeGroup(group.start, group.end, group.item_ranges, indices)
 
@@ -207,11 +215,13 @@ def _ascending_runs(ranges: Sequence[ItemRange]) -> Iterator[tuple[int, int]]:
 def _cut_between_ranges(group: RangeGroup, most_bytes: int) -> Iterable[RangeGroup]:
     """Cut a group into groups of at most ``most_bytes``, but never through a range or between overlapping ones.
 
-    Without it, a thousand small ranges side by side would need one slot for all of them, and be given back together.
+    Without this cut, a thousand small ranges side by side would need one slot for all of them, whose memory would be
+    given back only when all of them have been dropped.
     """
-    first, end = 0, group.start
+    first, end = 0, group.start  # first: position of the first range that was not yielded; end: of all ranges so far
     for position, item_range in enumerate(group.item_ranges):
         start = group.item_ranges[first].start
+        # The ranges are sorted by start: one that starts at the end of all earlier ones, or later, overlaps none.
         if position > first and item_range.start >= end and item_range.end - start > most_bytes:
             yield RangeGroup(start, end, group.item_ranges[first:position], group.indices[first:position])
             first = position

@@ -1,7 +1,8 @@
-"""Results of a fetch: views of shared memory, or of the caller's own buffers, which are filled piece by piece.
+"""Results of a fetch: collect the bytes that arrive, as views of shared memory or in buffers of the caller.
 
-Both fetchers put what arrives, in any order, into a :class:`FetchResult`. Buffers of the caller's may be anything that
-is contiguous, writable and in main memory: numpy arrays, CPU tensors, mmaps, bytearrays, memoryviews.
+Both fetchers put each piece into a :class:`FetchResult` as it arrives, in any order. A buffer of the caller may be
+anything that is contiguous, writable and in main memory: a numpy array, CPU tensor, mmap, bytearray or memoryview. This
+module must not import torch.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ __all__ = ["FetchResult", "result_of"]
 
 
 def result_of(plan: FetchPlan, out: Mapping[str, object] | None) -> FetchResult:
-    """Make the result of a fetch, still without bytes.
+    """Make the result of a fetch, without any bytes yet.
 
     Args:
-        plan: Plan of the fetch. With ``out``, its ranges are cut into pieces.
-        out: The caller's buffers by URI: one that takes all ranges of the source, one after the other, or a list of one
-            for each. None: shared memory is handed out.
+        plan: Plan of the fetch. With ``out``, its ranges must have been cut into pieces.
+        out: The caller's buffers by URI: one buffer, which takes all ranges of the source one after the other, or a
+            list with a buffer for each range. None: views of shared memory are returned.
 
     Raises:
         PlanError: A buffer is missing, or has another size than its ranges.
@@ -32,7 +33,7 @@ def result_of(plan: FetchPlan, out: Mapping[str, object] | None) -> FetchResult:
 
 
 class FetchResult:
-    """Views of shared memory, one for each range; empty until the range arrives.
+    """Views of shared memory, one for each range. A view is empty until its range arrives.
 
     Args:
         plan: Plan of the fetch.
@@ -40,15 +41,16 @@ class FetchResult:
 
     def __init__(self, plan: FetchPlan) -> None:
         self._uris = plan.uris
+        # Ranges without bytes keep the empty view: no slot read brings them.
         self._views = [[memoryview(b"")] * len(ranges) for ranges in plan.ranges]
 
     def put(self, source_index: int, index: int, view: memoryview) -> None:
-        """Take a member of a batch.
+        """Store one piece.
 
         Args:
-            source_index: Number of its source.
-            index: Position of the range, or of the piece where ranges were cut.
-            view: Its bytes.
+            source_index: Number of its source in the plan.
+            index: Position of the range among those of its source; if ranges were cut, position of the piece.
+            view: Its bytes, in shared memory.
         """
         self._views[source_index][index] = view
 
@@ -58,7 +60,7 @@ class FetchResult:
 
 
 class _CopiedResult(FetchResult):
-    """Views of the caller's buffers, to which pieces are copied."""
+    """Views of the caller's buffers. Pieces are copied there, so that their shared memory can be used again at once."""
 
     def __init__(self, plan: FetchPlan, out: Mapping[str, object]) -> None:
         super().__init__(plan)
@@ -73,13 +75,13 @@ class _CopiedResult(FetchResult):
 
     def put(self, source_index: int, index: int, view: memoryview) -> None:
         if not view.nbytes:
-            return  # an empty range is not cut: it has no piece, and no origin
+            return  # an empty range is not cut into pieces, so that index is not one of a piece
         range_index, offset = self._origins[source_index][index]
         self._views[source_index][range_index][offset : offset + len(view)] = view
 
 
 def _views_of(out: object, sizes: Sequence[int]) -> list[memoryview]:
-    """Return a writable view for each range, of one buffer for all or of a list of buffers."""
+    """Return a writable view for each range; ``out`` is one buffer for all of them or a list of buffers."""
     if isinstance(out, (list, tuple)):
         views = [_flat(buffer) for buffer in out]
         if [view.nbytes for view in views] != list(sizes):
@@ -96,17 +98,19 @@ def _views_of(out: object, sizes: Sequence[int]) -> list[memoryview]:
 
 
 def _flat(buffer: Any) -> memoryview:
-    torch = sys.modules.get("torch")  # not imported here: whoever has a tensor has imported it
+    """Return a writable view of the bytes of a buffer or a tensor."""
+    torch = sys.modules.get("torch")  # a program that passes a tensor has imported torch; others need not wait for it
     if torch is not None and isinstance(buffer, torch.Tensor):
         if not buffer.is_cpu or not buffer.is_contiguous():
             raise TypeError("out needs a contiguous tensor on the CPU")
-        # By way of numpy, since a tensor is no buffer; as bytes, since numpy has no bfloat16.
+        # A tensor does not support the buffer protocol, but its numpy array does. It is viewed as uint8 first, because
+        # numpy has no bfloat16.
         buffer = buffer.detach().reshape(-1).view(torch.uint8).numpy()
     try:
         view = memoryview(buffer)
         if view.readonly:
             raise TypeError("it is read-only")
-        # cast() refuses views of several dimensions without bytes.
+        # cast() refuses a view of several dimensions that has no bytes.
         return view.cast("B") if view.nbytes else memoryview(bytearray())
     except (TypeError, BufferError) as error:
         kind = type(cast("object", buffer)).__name__

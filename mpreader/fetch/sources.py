@@ -1,7 +1,7 @@
-"""Sources of a fetcher: made from URIs, with one S3 client for all.
+"""Sources of a fetcher: makes the source of each URI, and owns the one S3 client that they share.
 
-The engine of the fetchers and the fsspec file system each own one :class:`Sources`. It reads no bytes and knows no
-pool.
+The engine of the fetchers and the slice reader of the fsspec file system each have a :class:`Sources`. It must not read
+objects, nor use a pool.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ __all__ = ["Sources"]
 
 
 class Sources:
-    """Sources by URI: ``s3://bucket/key`` or an http(s) URL. Thread-safe.
+    """Maker of sources from URIs: ``s3://bucket/key`` or an http(s) URL. Thread-safe.
 
     Args:
         s3client_config: Settings of the S3 client.
-        known: Sources to use for these names, such as ones whose version is known already.
-        on_client_needed: Called before a source is made that needs the S3 client. A client that is not there yet takes
-            0.2 s, with the import of boto3; other work can be begun before that.
+        known: Ready-made sources by name: such a name is not parsed as a URI. The fsspec file system passes its files
+            by their paths, each pinned to the version that it wants to read.
+        on_client_needed: Called before a source is made that needs the S3 client. Making the client takes 0.2 s, for
+            the import of boto3: the callback can start other work that runs in the meantime.
     """
 
     def __init__(
@@ -41,27 +42,28 @@ class Sources:
         self._client: S3Client | None = None
 
     def client(self) -> S3Client:
-        """Return the S3 client, which is made when it is first needed."""
-        client = self._client
+        """Return the S3 client. It is made at the first call."""
+        client = self._client  # close() leaves it in place, so that it can't become None meanwhile
         if client is None:
-            from mpreader.readers.client import S3Client
+            from mpreader.readers.client import S3Client  # imports boto3, which http(s) sources don't need
 
-            # Without a lock, which a fork could leave closed: two clients would share a session all the same.
+            # Without a lock, because a lock that is held during a fork stays locked in the child. If two threads come
+            # here at the same time, they make two clients, which share a session.
             client = self._client = S3Client(s3client_config=self._s3client_config)
         return client
 
     def source(self, uri: str) -> Source:
-        """Make a source, without a request.
+        """Make the source of a URI. Makes no request.
 
         Raises:
-            ConfigError: ``uri`` is no URI of an object.
+            ConfigError: ``uri`` is not the URI of an object.
         """
         if uri in self._known:
             return self._known[uri]
         return source_of(uri, self._client_of_source, self._s3client_config.max_attempts)
 
     def close(self) -> None:
-        """Close the connections of the S3 client; a later use opens new ones. Idempotent."""
+        """Close the connections of the S3 client, which opens new ones when it is used again. Idempotent."""
         if self._client is not None:
             self._client.close()
 

@@ -1,7 +1,10 @@
-"""Streams of ranges: iterators over the ranges of a plan, as they come from the pool.
+"""Streams of ranges: hand out the ranges of a plan one after the other, as the pool receives them.
 
-:class:`RangeStream` is what callers of ``stream`` hold; a fetch reads by one, too. :class:`PieceSequence` decides
-what is taken next, for asyncio as well. Nothing is planned here.
+:class:`RangeStream` is the iterator that callers of ``stream`` get; ``fetch`` reads by one, too. :class:`PieceSequence`
+decides which slot read is taken next, also for the asyncio fetcher. Plans are made elsewhere.
+
+A slot is received into again when the last view of it is gone. Memory may have room for no more than the slot that is
+waited for, so no variable here may refer to an earlier one meanwhile.
 """
 
 from __future__ import annotations
@@ -31,32 +34,33 @@ _NO_BYTES: Final = memoryview(b"")
 class RangeStream(Generic[Made]):
     """Iterator over ranges, and a context manager. Thread-safe: threads that share it get each range once.
 
-    Made by :meth:`mpreader.RangeFetcher.stream`. Downloads begin when the first range is asked for, and end with the
-    last one, with ``close()``, at an error, or when the stream is dropped.
+    It is made by :meth:`mpreader.RangeFetcher.stream`. Downloads begin when the first range is requested. They end
+    after the last range, with ``close()``, at an error, or when the stream is dropped.
 
     Args:
         engine: Engine of the fetcher.
         plan: Plan of the call.
         options: Options of the call.
-        make: Makes the item that is handed out of a source index, the position of a range, and its bytes.
+        make: Makes the item that the iterator returns from a source index, the position of a range, and its bytes.
     """
 
     def __init__(
         self, engine: Engine, plan: FetchPlan, options: FetchOptions, make: Callable[[int, int, memoryview], Made]
     ) -> None:
-        self._lock = threading.Lock()  # guards _pieces: a generator can't be advanced by two threads at one time
+        self._lock = threading.Lock()  # guards _items: a generator can't be advanced by two threads at the same time
         self._is_closed = False
-        # Generators of another object, not of this one: a stream that is dropped must end at once, and would not if it
-        # and its generators referred to each other.
-        self._reading = _Reading(engine, plan, options)
-        # Not a loop: its variable would keep the last piece, and so its slot, while the next one is waited for.
-        self._pieces: Iterator[Made] = itertools.starmap(make, self._reading.pieces())
+        # The generator belongs to another object. If it referred to the stream, the two would be a reference cycle, and
+        # a stream that is dropped would download until the next garbage collection.
+        self._reader = _PieceReader(engine, plan, options)
+        # starmap() rather than a loop, whose variable would keep the last piece while the next one is waited for.
+        self._items: Iterator[Made] = itertools.starmap(make, self._reader.pieces())
 
     def close(self) -> None:
         """Stop the downloads; threads that wait for a range get ``PoolClosed``. From any thread; idempotent."""
+        # Without the lock, which a thread that waits for a range holds.
         self._is_closed = True
-        self._reading.close()
-        self._pieces = iter(())  # the generators hold the slot of the last piece
+        self._reader.close()
+        self._items = iter(())  # drops the generator, which keeps the slot of the last piece
 
     def __iter__(self) -> Self:
         return self
@@ -66,8 +70,8 @@ class RangeStream(Generic[Made]):
             raise StopIteration
         with self._lock:
             try:
-                return next(self._pieces)
-            except BaseException:
+                return next(self._items)
+            except BaseException:  # StopIteration included: the transfer ends with its last piece
                 self.close()
                 raise
 
@@ -78,12 +82,18 @@ class RangeStream(Generic[Made]):
         self.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "_reading"):  # not where __init__ failed
+        if hasattr(self, "_reader"):  # missing if __init__ has failed
             self.close()
 
 
-class _Reading:
-    """Transfer behind a stream; begun when the first piece is asked for."""
+class _PieceReader:
+    """Reader of the pieces of a plan. Its transfer begins when the first piece is requested.
+
+    Args:
+        engine: Engine that begins the transfer.
+        plan: Plan of the call.
+        options: Options of the call.
+    """
 
     def __init__(self, engine: Engine, plan: FetchPlan, options: FetchOptions) -> None:
         self._engine = engine
@@ -94,32 +104,36 @@ class _Reading:
         self._is_closed = False
 
     def pieces(self) -> Iterator[Piece]:
+        """Yield the pieces in the order of the call. To be called once."""
         sequence = self._sequence
         yield from sequence.first()
         if self._plan.batches:
             transfer = self._transfer = self._engine.begin(self._plan)
-            if self._is_closed:  # by another thread, just now
+            # Another thread may have called close() before it could see the transfer. The take below then raises.
+            if self._is_closed:
                 transfer.close()
             with self._engine.progress_of(transfer) as progress:
                 on_wait = (lambda: progress.advance_to(transfer.received_bytes)) if progress.is_shown else None
                 while sequence.wanted:
+                    # In one expression: a variable would keep the slot, see above.
                     yield from sequence.pieces_of(*transfer.take_first(sequence.wanted, self._deadline, on_wait))
-                    if on_wait is not None:
+                    if on_wait is not None:  # take_first() does not call it for a slot that has arrived already
                         on_wait()
         yield from sequence.last()
 
     def close(self) -> None:
+        """Close the transfer, now or when it begins. From any thread; idempotent."""
         self._is_closed = True
         if self._transfer is not None:
             self._transfer.close()
 
 
 class PieceSequence:
-    """Order in which the pieces of a fetch come: the slot reads to take next, and the pieces that they hold.
+    """Order of the pieces of a call: says which slot reads to take next, and cuts each slot into its pieces.
 
-    It does not wait: threads and event loops both drive it. A *piece* is the source index, the position of a range, and
-    its bytes. Empty ranges have no bytes to wait for: they come before all others, or in the order of the input at
-    their places.
+    It never waits, so that threads and event loops can both use it. A *piece* is a source index, the position of a
+    range, and its bytes. Empty ranges are in no slot: they come before all others, or, in the order of the input, at
+    their positions.
 
     Args:
         plan: Plan of the call.
@@ -129,24 +143,29 @@ class PieceSequence:
     def __init__(self, plan: FetchPlan, order: StreamOrder) -> None:
         self._plan = plan
         self._order = order
+        # Slot reads that were not taken. A dict, because it keeps their order and deletes in constant time.
         self._remaining = dict.fromkeys(range(len(plan.batches)))
-        self._place = (0, 0)  # source index and position of the next piece, in the order of the input
+        # Source index and position of the next piece; used in the order of the input only.
+        self._place = (0, 0)
 
     @property
     def wanted(self) -> Collection[int]:
-        """Indices of the slot reads any of which may be taken next; empty after the last one."""
+        """Indices of the slot reads of which any may be taken next; empty after the last one."""
         if self._order == "completion" or not self._remaining:
             return self._remaining
         return (next(iter(self._remaining)),)
 
     def first(self) -> Iterator[Piece]:
-        """Yield the pieces that come before all slots."""
+        """Yield the pieces that come before those of all slots: empty ranges."""
         if self._order != "input":
             for source_index, ranges in enumerate(self._plan.ranges):
                 yield from ((source_index, index, _NO_BYTES) for index, each in enumerate(ranges) if not each.size)
 
     def pieces_of(self, taken: int, slot_view: memoryview) -> Iterator[Piece]:
-        """Yield the pieces in a slot that was taken. The iterator holds the slot until it is exhausted, or dropped."""
+        """Yield the pieces of the slot read ``taken``.
+
+        The iterator keeps the slot until it is exhausted or dropped.
+        """
         del self._remaining[taken]
         batch = self._plan.batches[taken]
         for index, slot_offset, nbytes in batch.members:
@@ -155,11 +174,15 @@ class PieceSequence:
             yield batch.source_index, index, slot_view[slot_offset : slot_offset + nbytes]
 
     def last(self) -> Iterator[Piece]:
-        """Yield the pieces that come after all slots."""
+        """Yield the pieces that come after those of all slots: empty ranges at the end of the input."""
         if self._order == "input":
             yield from self._empty_until((len(self._plan.ranges), 0))
 
     def _empty_until(self, stop: tuple[int, int]) -> Iterator[Piece]:
+        """Yield the empty ranges between the next place and ``stop``, exclusive, and continue after ``stop``.
+
+        With the order ``"input"`` batches are in that order, too, so that every range skipped here is an empty one.
+        """
         source_index, index = self._place
         while (source_index, index) < stop:
             if index < len(self._plan.ranges[source_index]):

@@ -1,4 +1,5 @@
 """fsspec file system: objects of S3 and of http(s) servers as files, read by the range fetch.
 
-``filesystem`` is the face that fsspec knows. It opens a ``file``, reads by ``slices`` and lists by ``listing``.
+``filesystem`` holds the class that fsspec uses. Open files are in ``file``, reading in ``slices``, and the listing of
+buckets in ``listing``.
 """

@@ -1,6 +1,7 @@
-"""Open file of the fsspec file system: buffered by one of fsspec's caches, read on the process's shared pool.
+"""Open file of the fsspec file system: gives fsspec's buffered file the bytes that its cache requests.
 
-Made by :mod:`mpreader.fsspec.filesystem` only.
+Position, buffering and caching are fsspec's; the bytes are read by :mod:`mpreader.fsspec.slices`. It is used by
+:mod:`mpreader.fsspec.filesystem` only, and must not make requests itself.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ __all__ = ["RangeFile"]
 
 
 class RangeFile(AbstractBufferedFile):  # type: ignore[misc]  # fsspec has no types
-    """A file that was opened for reading. Every byte of it is of one version, in copies by pickle, too.
+    """A file that was opened for reading. All of its bytes are of one version, also in a copy that is unpickled.
 
     Args:
-        fs: Its file system, which opens it anew when it is unpickled.
+        fs: Its file system, which opens it again when it is unpickled.
         path: Its path.
         reader: Reader of its bytes.
         version: Version to read.
-        details: Description of the file, as ``fs.info`` gives it; None where it was not asked for.
+        details: Description of the file, as ``fs.info`` returns it. None: fsspec asks for it when it is needed.
         options: Arguments of fsspec's ``AbstractBufferedFile``.
     """
 
@@ -33,9 +34,11 @@ class RangeFile(AbstractBufferedFile):  # type: ignore[misc]  # fsspec has no ty
     ) -> None:
         self._reader = reader
         self._file = reader.at_version(path, version)
-        self._details = details  # or fsspec would make a HEAD for them
-        # fsspec keeps arguments that it does not know, and opens a copy with them: the copy is of this version, too.
+        self._details = details  # fsspec reads this attribute, and makes a HEAD request if it is None
+        # fsspec keeps arguments that it does not know, and passes them to _open() when the file is unpickled. The ETag
+        # is passed that way, so that the copy reads this version, too.
         super().__init__(fs, path, size=version.size, etag=version.etag, **options)
 
     def _fetch_range(self, start: int, end: int) -> bytes:
+        # fsspec's cache calls it for the bytes [start, end) that it does not hold. There is one slice, of number 0.
         return self._reader.read({self.path: self._file}, {self.path: {0: slice(start, end)}}, 0)[0]

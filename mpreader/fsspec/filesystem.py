@@ -1,10 +1,10 @@
-"""File system for users of fsspec (pandas, pyarrow, zarr, dask, …), which reads through the worker pool.
+"""File system for programs that use fsspec (pandas, pyarrow, zarr, dask, …): reads through the worker pool.
 
-``fsspec.open("mpreader://bucket/key")`` works by itself. ``fsspec.register_implementation("s3", RangeFileSystem,
-clobber=True)`` puts it in place of s3fs; ``"https"`` works, too.
+fsspec finds it by itself: ``fsspec.open("mpreader://bucket/key")``. ``fsspec.register_implementation("s3",
+RangeFileSystem, clobber=True)`` uses it in place of s3fs; ``"https"`` works, too.
 
-It gives fsspec's methods their arguments and results. Bytes are read by :mod:`mpreader.fsspec.slices`, names are listed
-by :mod:`mpreader.fsspec.listing`. It never writes to a store.
+It is responsible for the arguments and results of fsspec's methods. Bytes are read by :mod:`mpreader.fsspec.slices`,
+buckets are listed by :mod:`mpreader.fsspec.listing`. It must not write to a store.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ __all__ = ["RangeFile", "RangeFileSystem"]
 
 
 class RangeFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has no types
-    """A read-only file system of S3's objects. Thread-safe; works after a fork and survives pickling.
+    """A read-only file system of the objects in S3. Thread-safe; works after a fork and survives pickling.
 
-    Paths are ``bucket/key``, with ``mpreader://`` or ``s3://`` in front or not, or http(s) URLs, which are files.
-    Listings and sizes are not cached. What is read of an open file is of the version that was there when it was
-    opened. Instances with equal settings share a pool of worker processes, which ends when it is idle.
+    A path is ``bucket/key``, with or without ``mpreader://`` or ``s3://`` in front, or an http(s) URL, which is always
+    a file. Listings and sizes are not cached. An open file reads the version that existed when it was opened. Instances
+    with equal settings share a pool of worker processes, which ends when it is idle.
 
     Args:
         s3client_config: Settings of the S3 client. None: the defaults and the usual ``AWS_*`` environment.
@@ -44,7 +44,7 @@ class RangeFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
         region: Replaces ``s3client_config.region``.
         endpoint_url: Replaces ``s3client_config.endpoint_url``.
         profile: Replaces ``s3client_config.profile``.
-        anon: Replaces ``s3client_config.unsigned``; fsspec's name for it.
+        anon: Replaces ``s3client_config.unsigned``; this is fsspec's name for that setting.
 
     Raises:
         ConfigError: A setting is wrong.
@@ -85,24 +85,26 @@ class RangeFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
 
         Args:
             paths: The file of each range.
-            starts: First byte of each range, or one for all; a negative one counts from the file's end; None: 0.
-            ends: One past the last byte of each range, or one for all; a negative one counts from the file's end;
-                None: that end. As of a slice, only what lies within the file is read.
+            starts: First byte of each range, or one number for all ranges. A negative number counts from the end of the
+                file. None: 0.
+            ends: One past the last byte of each range, or one number for all ranges. A negative number counts from the
+                end of the file. None: the end of the file. As in a slice of Python, bytes past the end are left out.
             max_gap: Largest gap, in bytes, between two ranges that are read as one. None: 1 MiB.
-            on_error: ``"return"``: an error takes the place of the bytes that could not be read. ``"raise"``: the
-                first one is raised.
+            on_error: ``"return"``: the list holds an error in place of bytes that could not be read. ``"raise"``: the
+                first error is raised.
 
         Returns:
             ``bytes`` for each range, in the order of the input.
 
         Raises:
-            ValueError: There are not as many starts or ends as paths.
-            TypeError: ``paths`` is a single path, or a limit is no whole number.
+            ValueError: The number of starts or ends is not that of the paths.
+            TypeError: ``paths`` is a single path, or a start or an end is not a whole number.
             MpreaderError: As for :class:`mpreader.RangeFetcher`, if ``on_error`` is ``"raise"``.
         """
-        if isinstance(paths, (str, os.PathLike)):
+        if isinstance(paths, (str, os.PathLike)):  # a text is a sequence, too: each letter would pass for a path
             raise TypeError(f"paths is a list of paths, got {paths!r}")
         slices = map(slice, _for_each(paths, starts), _for_each(paths, ends))
+        # Grouped by file, since a file's version is asked for once; the numbers bring the bytes back into their order.
         wanted: dict[str, dict[int, slice]] = {}
         for index, (path, limits) in enumerate(zip(paths, slices, strict=True)):
             wanted.setdefault(self._strip_protocol(path), {})[index] = limits
@@ -111,7 +113,7 @@ class RangeFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
         return [contents[index] for index in range(len(paths))]
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **_ignored: object) -> bytes:
-        """Read bytes [start, end) of a file; limits are those of :meth:`cat_ranges`.
+        """Read bytes [start, end) of a file, which mean the same as in :meth:`cat_ranges`.
 
         Raises:
             MpreaderError: As for :class:`mpreader.RangeFetcher`.
@@ -124,13 +126,13 @@ class RangeFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
 
         Args:
             path: A path, a path with wildcards, or a list of paths.
-            recursive: Read all files below the paths.
+            recursive: True: read all files below the paths.
             on_error: ``"raise"``: the first error is raised. ``"omit"``: a file that can't be read is left out.
-                ``"return"``: an error takes the place of the bytes.
+                ``"return"``: the error is returned in place of the bytes.
             limits: ``start`` and ``end`` of the bytes to read of each file, as for :meth:`cat_file`.
 
         Returns:
-            The file's bytes; where ``path`` means several files, a dict of them by their paths.
+            The bytes of the file if ``path`` names a single one; otherwise a dict of the bytes of each file by path.
 
         Raises:
             FileNotFoundError: There is no such file.
@@ -141,6 +143,7 @@ class RangeFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
             paths = sorted({name for root in paths for name in self.find(root)})
         if isinstance(path, str) and paths == [self._strip_protocol(path)]:
             return self.cat_file(path, **limits)
+        # cat_ranges() has no "omit": it returns the errors, which are left out below.
         on_error_of_ranges = "raise" if on_error == "raise" else "return"
         contents = self.cat_ranges(paths, limits.get("start"), limits.get("end"), on_error=on_error_of_ranges)
         return {
@@ -152,7 +155,7 @@ class RangeFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
     def get_file(
         self, rpath: str, lpath: Any = None, callback: Any = DEFAULT_CALLBACK, outfile: Any = None, **_ignored: object
     ) -> None:
-        """Copy a file to a local file, in bounded memory; a folder becomes an empty local folder.
+        """Copy a file to a local file, in bounded memory. For a folder, make an empty local folder.
 
         Args:
             rpath: Path of the file.
@@ -164,6 +167,7 @@ class RangeFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
             MpreaderError: As for :class:`mpreader.RangeFetcher`.
             OSError: The local file can't be written.
         """
+        # fsspec accepts an open file as either argument.
         outfile = lpath if outfile is None and isfilelike(lpath) else outfile
         info = self.info(rpath)
         if outfile is None and info["type"] == "directory":
@@ -176,12 +180,13 @@ class RangeFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
                 os.makedirs(os.path.dirname(os.path.abspath(lpath)), exist_ok=True)
                 outfile = stack.enter_context(open(lpath, "wb"))
             callback.set_size(size)
+            # Streamed in ranges of one request each, because a range is held in memory until all of it has arrived.
             fetcher = stack.enter_context(self._reader.fetcher({path: file}))
             parts = [(at, min(at + fetcher.part_size, size)) for at in range(0, size, fetcher.part_size)]
             for _, view in stack.enter_context(fetcher.stream(path, parts)):
                 outfile.write(view)
                 callback.relative_update(len(view))
-                del view  # or it would keep its memory while the next one is waited for
+                del view  # it would otherwise keep its slot while the next one is waited for
 
     def _open(
         self,
@@ -193,7 +198,8 @@ class RangeFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
         etag: str | None = None,
         **options: Any,
     ) -> RangeFile:
-        # fsspec calls it, with a size and an ETag where a file is unpickled: then that version is opened.
+        # fsspec calls it for open(), and with a size and an ETag when a file is unpickled: then that version is opened,
+        # without a request.
         if set(mode) & set("wax+"):
             self._refuse(path)
         if mode != "rb":
@@ -211,12 +217,12 @@ class RangeFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
         """Describe a file or folder.
 
         Returns:
-            ``name``, ``type`` (``"file"`` or ``"directory"``) and ``size`` in bytes; of a file also ``ETag`` and
-            ``LastModified``, in UTC, None where the service does not say.
+            ``name``, ``type`` (``"file"`` or ``"directory"``) and ``size`` in bytes; for a file also ``ETag`` and
+            ``LastModified``, in UTC, which is None if the service does not say.
 
         Raises:
             FileNotFoundError: There is no such file or folder.
-            MpreaderError: The server refuses, or can't be asked.
+            MpreaderError: The server refuses, or can't be reached.
         """
         path = self._strip_protocol(path)
         if not is_url(path):
@@ -228,7 +234,7 @@ class RangeFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
         """Return True if there is such a file or folder.
 
         Raises:
-            MpreaderError: The server refuses to say so, or can't be asked; a refusal is not taken for a no.
+            MpreaderError: The server refuses to answer, or can't be reached. Then it is not known if there is one.
         """
         try:
             self.info(path)
@@ -237,16 +243,16 @@ class RangeFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
         return True
 
     def ls(self, path: str, detail: bool = True, **_ignored: object) -> list[Any]:
-        """List the files and folders in a folder; a file is all that is listed of itself.
+        """List the files and folders in a folder. For the path of a file, list that file.
 
         Args:
             path: The folder, or a bucket.
-            detail: Return the descriptions that :meth:`info` gives. False: only names.
+            detail: True: return descriptions, as :meth:`info` does. False: return names.
 
         Raises:
             FileNotFoundError: There is no such file or folder.
-            ConfigError: No bucket is named.
-            MpreaderError: The server refuses, or can't be asked.
+            ConfigError: ``path`` names no bucket.
+            MpreaderError: The server refuses, or can't be reached.
         """
         path = self._strip_protocol(path)
         infos = [self.info(path)] if is_url(path) else list_folder(self._reader.client(), path)
@@ -255,33 +261,35 @@ class RangeFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
     def find(
         self, path: str, maxdepth: int | None = None, withdirs: bool = False, detail: bool = False, **options: Any
     ) -> Any:
-        """List the files below a folder, at any depth; a file is all that is found below itself.
+        """List the files below a folder, at any depth. For the path of a file, list that file.
 
         Args:
             path: The folder, or a bucket.
-            maxdepth: Levels of folders to go down. None: without limit, which takes the fewest requests.
-            withdirs: List folders, too.
-            detail: Return a dict of the descriptions that :meth:`info` gives, by name. False: a list of names.
+            maxdepth: Number of levels of folders to list. None: all levels, which takes the fewest requests.
+            withdirs: True: list folders, too.
+            detail: True: return a dict of descriptions by name, as :meth:`info` gives them. False: return a list of
+                names.
             options: Further arguments of fsspec's ``find``.
 
         Raises:
-            ConfigError: No bucket is named.
-            MpreaderError: The server refuses, or can't be asked.
+            ConfigError: ``path`` names no bucket.
+            MpreaderError: The server refuses, or can't be reached.
         """
         path = self._strip_protocol(path)
         if maxdepth is not None and not is_url(path):
-            return super().find(path, maxdepth, withdirs, detail, **options)  # a request for each folder
+            # fsspec goes down folder by folder, with a request for each. S3 can't limit the depth of a listing.
+            return super().find(path, maxdepth, withdirs, detail, **options)
         try:
             found = [] if is_url(path) else [*list_below(self._reader.client(), path)]
-            if not found and "/" in path:  # a file, perhaps; without a slash it is a bucket
+            if not found and "/" in path:  # perhaps the path of a file; a path without a slash is a bucket
                 found = [self.info(path)]
         except FileNotFoundError:
-            found = []  # as fsspec does: there is nothing below what is not there
+            found = []  # fsspec's find() lists nothing for a path that does not exist, and does not raise
         infos = {info["name"]: info for info in found if withdirs or info["type"] == "file"}
         return {name: infos[name] for name in sorted(infos)} if detail else sorted(infos)
 
     def glob(self, path: str, maxdepth: int | None = None, **options: Any) -> Any:
-        """Find files by a pattern, as fsspec does; a URL is never one, though it may have a ``?``.
+        """Find files by a pattern, as fsspec does. An http(s) URL is never a pattern, as it may contain a ``?``.
 
         Raises:
             MpreaderError: As for :meth:`find`.
@@ -290,7 +298,7 @@ class RangeFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
         return self.find(url, **options) if is_url(url) else super().glob(path, maxdepth, **options)
 
     def checksum(self, path: str) -> int:
-        """Return a version token of a file as a number: it differs whenever the ETag differs."""
+        """Return the version token of :meth:`ukey` as a number."""
         return int(self.ukey(path), 16)
 
     def ukey(self, path: str) -> str:
@@ -298,23 +306,26 @@ class RangeFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
         return str(tokenize(self._file_info(path)["ETag"]))
 
     def modified(self, path: str) -> datetime.datetime:
-        """Return the moment at which a file was written, in UTC.
+        """Return the time at which a file was written, in UTC.
 
         Raises:
-            OSError: It is a folder, or the service does not tell the moment.
+            OSError: It is a folder, or the service does not tell the time.
         """
         moment: datetime.datetime | None = self._file_info(path)["LastModified"]
         if moment is None:
             raise OSError(errno.ENODATA, "the service does not say when it was written", path)
         return moment
 
-    created = modified  # an object is never changed, only replaced
+    created = modified  # S3 replaces objects as a whole, so that a version is created when it is written
 
     def close(self) -> None:
-        """Close connections, and end the workers once nobody uses them; a later use starts anew. Idempotent."""
+        """Close the connections, and stop the workers when their last user is done with them. Idempotent.
+
+        The file system can still be used: it then connects and starts workers again.
+        """
         self._reader.close()
 
-    # -- writing, which is refused
+    # -- methods that write, all of which are refused
 
     def _refuse(self, path: Any = None, *_: object, **__: object) -> NoReturn:
         raise OSError(errno.EROFS, "mpreader's file system only reads", str(path))
@@ -322,11 +333,12 @@ class RangeFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
     mkdir = makedirs = rmdir = rm = rm_file = _rm = touch = _refuse
     copy = cp_file = mv = put = put_file = pipe = pipe_file = _refuse
 
-    # -- steps
+    # -- paths
 
     @classmethod
     def _strip_protocol(cls, path: Any) -> Any:
-        # fsspec calls it for every path: of mpreader:// and s3:// the rest remains, a URL remains as it is.
+        # fsspec calls it for every path. It removes mpreader:// and s3://; an http(s) URL remains as it is, also behind
+        # mpreader://.
         if isinstance(path, list):
             return [cls._strip_protocol(each) for each in path]
         path = stringify_path(path)
@@ -334,6 +346,7 @@ class RangeFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
         return url if is_url(url) else super()._strip_protocol(path).lstrip("/")
 
     def _file_info(self, path: str) -> Info:
+        """Describe a file; raises IsADirectoryError for a folder."""
         info = self.info(path)
         if info["type"] == "directory":
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
@@ -341,6 +354,7 @@ class RangeFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
 
 
 def _for_each(paths: Sequence[str], limits: int | Iterable[int | None] | None) -> list[int | None]:
+    """Return a limit for each path, from a list of limits or from one for all paths."""
     each = [*limits] if isinstance(limits, Iterable) else [limits] * len(paths)
     if len(each) != len(paths):
         raise ValueError(f"{len(paths)} paths need as many starts and ends, got {len(each)}")

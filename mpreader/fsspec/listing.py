@@ -1,7 +1,8 @@
-"""Listings of S3 in fsspec's form: files, and the folders that the slashes in their names make.
+"""Listings of S3 in the form of fsspec: describes objects as files, and derives folders from the slashes in keys.
 
-Used by :mod:`mpreader.fsspec.filesystem` only. A path is ``bucket/key``, without a slash at its end. Keys that end with
-a slash are how some programs mark an empty folder; they are listed as folders, never as files.
+It is used by :mod:`mpreader.fsspec.filesystem` only, and must not read objects. A path is ``bucket/key``, without a
+slash at its end. Some programs mark an empty folder by an object whose key ends with a slash; such keys are listed as
+folders, never as files.
 """
 
 from __future__ import annotations
@@ -17,47 +18,49 @@ if TYPE_CHECKING:
 
 __all__ = ["Info", "describe", "list_below", "list_folder"]
 
-Info = dict[str, Any]
+Info = dict[str, Any]  # description of a file or folder; see describe()
 
 
 def describe(client: BaseS3Client, path: str) -> Info:
-    """Describe a file or, where there is none of that name, a folder.
+    """Describe a file or, if there is no file of that name, a folder.
 
     Returns:
-        ``name``, ``type`` (``"file"`` or ``"directory"``) and ``size`` in bytes; of a file also ``ETag``,
-        ``LastModified`` (in UTC; None where the service does not say) and ``StorageClass``.
+        ``name``, ``type`` (``"file"`` or ``"directory"``) and ``size`` in bytes; for a file also ``ETag``,
+        ``LastModified`` (in UTC; None if the service does not say) and ``StorageClass``.
 
     Raises:
-        ObjectMissing: There is neither.
-        MpreaderError: S3 refuses, or can't be asked.
+        ObjectMissing: There is neither a file nor a folder of that name.
+        MpreaderError: S3 refuses, or can't be reached.
     """
     bucket, _, key = path.partition("/")
     if not key:
-        if bucket:
+        if bucket:  # the empty path is the root, a folder that needs no request
             client.call("head_bucket", bucket)
         return _folder(path)
     try:
         return _file(bucket, client.head_object(bucket, key))
     except ObjectMissing:
-        # S3 knows no folders: one is there if a key begins with its name and a slash.
+        # S3 has no folders: one exists if any key begins with its name and a slash.
         page = next(client.list_objects(bucket, f"{key}/", max_keys=1))
         if not page.object_info:
-            raise
+            raise  # the error of the file
         return _folder(path)
 
 
 def list_folder(client: BaseS3Client, path: str) -> list[Info]:
-    """List the files and folders in a folder, sorted by name; a file is all that is listed of itself.
+    """List the files and folders in a folder, sorted by name. For the path of a file, list that file.
 
     Raises:
         ObjectMissing: There is no such file or folder.
-        ConfigError: No bucket is named.
-        MpreaderError: S3 refuses, or can't be asked.
+        ConfigError: ``path`` names no bucket.
+        MpreaderError: S3 refuses, or can't be reached.
     """
     bucket, prefix = _prefix(path)
     infos: list[Info] = []
     is_folder = not prefix  # a bucket is a folder, even without objects
+    # With the delimiter "/", S3 lists keys up to the next slash, and names the common prefixes behind it: the folders.
     for page in client.list_objects(bucket, prefix, "/"):
+        # The marker of an empty folder is not listed below, but makes it a folder.
         is_folder |= bool(page.object_info or page.common_prefixes)
         infos += (_file(bucket, listed) for listed in page.object_info if not listed.key.endswith("/"))
         infos += (_folder(f"{bucket}/{name.removesuffix('/')}") for name in page.common_prefixes)
@@ -67,18 +70,18 @@ def list_folder(client: BaseS3Client, path: str) -> list[Info]:
 
 
 def list_below(client: BaseS3Client, path: str) -> Iterator[Info]:
-    """List the files and folders below a folder, at any depth, the folder included; nothing where there is none.
+    """Yield the files and folders below a folder, at any depth, and the folder itself; nothing if there is no folder.
 
     Raises:
-        ConfigError: No bucket is named.
+        ConfigError: ``path`` names no bucket.
         MpreaderError: As for :func:`list_folder`.
     """
     bucket, prefix = _prefix(path)
-    folders: set[str] = set()
+    folders: set[str] = set()  # those that were yielded already
     for page in client.list_objects(bucket, prefix):
         for listed in page.object_info:
             name = f"{bucket}/{listed.key}"
-            # Each slash behind the path ends the name of a folder: the listing of S3 has only the keys.
+            # Without a delimiter S3 lists only keys. Each slash from the end of the path onwards ends a folder's name.
             for end in (end for end, letter in enumerate(name) if letter == "/" and end >= len(path)):
                 if name[:end] not in folders:
                     folders.add(name[:end])
@@ -88,7 +91,7 @@ def list_below(client: BaseS3Client, path: str) -> Iterator[Info]:
 
 
 def _prefix(path: str) -> tuple[str, str]:
-    """Return the bucket, and the prefix of the keys below a folder."""
+    """Return the bucket of a folder, and the prefix that all keys below the folder have."""
     bucket, _, key = path.partition("/")
     if not bucket:
         raise ConfigError("name a bucket: bucket/key; what buckets there are is not listed")

@@ -1,8 +1,8 @@
-"""Slice reader of the file system: ``bytes`` of slices of files, read on the process's shared pool.
+"""Slice reader of the fsspec file system: reads slices of files as ``bytes``, with the shared pool of the process.
 
-A slice differs from a range of the fetcher: it is cut off at the file's end, so that the file's size must be known
-before anything is read. What is read is of the version that had this size. Used by :mod:`mpreader.fsspec.filesystem`
-only; downloads are the fetcher's.
+A slice differs from a range of the fetcher: it is cut off at the end of the file, so that the size of the file must be
+known before anything is read. Only the version that had this size is read. It is used by
+:mod:`mpreader.fsspec.filesystem` and its open files; downloading is left to the fetcher.
 
 A path is ``bucket/key`` or an http(s) URL.
 """
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SliceReader", "Slices", "is_url"]
 
-Slices = Mapping[str, Mapping[int, slice]]  # by path, and by a number that the caller gives to each
+Slices = Mapping[str, Mapping[int, slice]]  # by path, then by a number that the caller chooses for each slice
 
 
 class SliceReader:
@@ -46,15 +46,15 @@ class SliceReader:
         self._sources = Sources(s3client_config)
 
     def client(self) -> BaseS3Client:
-        """Return the S3 client, which is made when it is first needed."""
+        """Return the S3 client. It is made at the first call."""
         return self._sources.client()
 
     def current(self, path: str) -> PinnedSource:
-        """Ask the server for a file; what is read of it then is of the version that there is now.
+        """Ask the server for the current version of a file, and return a source that reads only that version.
 
         Raises:
             IsADirectoryError: The path is that of a bucket.
-            TransportError: The version could not be found out.
+            TransportError: The server could not be asked, or refused.
         """
         [(_, found)] = self._try_current([path])
         if isinstance(found, Exception):
@@ -62,7 +62,7 @@ class SliceReader:
         return found
 
     def at_version(self, path: str, version: ObjectVersion) -> PinnedSource:
-        """Make the source of one version of a file, without a request.
+        """Make the source of one version of a file. Makes no request.
 
         Raises:
             IsADirectoryError: The path is that of a bucket.
@@ -70,9 +70,9 @@ class SliceReader:
         return PinnedSource(self._source(path), version)
 
     def fetcher(self, files: Mapping[str, PinnedSource]) -> RangeFetcher:
-        """Make a fetcher on the shared pool whose sources are these files, by path.
+        """Make a fetcher on the shared pool whose sources are these files, named by their paths.
 
-        It makes no HEAD, and gives no byte of a later version. The caller closes it.
+        It makes no HEAD requests, and reads no other version of the files. The caller must close it.
         """
         return SharedPoolFetcher(self._s3client_config, self._pool_config, files)
 
@@ -81,11 +81,11 @@ class SliceReader:
 
         Args:
             files: The files, by path.
-            wanted: Slices of these, and perhaps of other files.
+            wanted: Slices to read. Slices of other files are ignored.
             max_gap_size: Largest gap, in bytes, between two slices that are fetched as one.
 
         Returns:
-            The bytes of each slice of these files, by its number.
+            The bytes of each slice of these files, by the number of the slice.
 
         Raises:
             MpreaderError: As for :class:`mpreader.RangeFetcher`.
@@ -96,20 +96,21 @@ class SliceReader:
             ranges[path] = []
             for number, limits in wanted[path].items():
                 start, end, _ = limits.indices(file.version.size)
+                # A slice whose end lies before its start is empty; a range must not be like that.
                 ranges[path].append((start, max(start, end)))
                 buffers[number] = _buffer(end - start)
         out = {path: [buffers[number].getbuffer() for number in wanted[path]] for path in files}
         with self.fetcher(files) as fetcher:
             fetcher.fetch_many(ranges, out=out, max_gap_size=max_gap_size)
-        del out  # getvalue() would make copies as long as there are views of the buffers
+        del out  # getvalue() copies the bytes of a BytesIO as long as there are views of its buffer
         return {number: buffer.getvalue() for number, buffer in buffers.items()}
 
     def read_current(self, wanted: Slices, max_gap_size: float) -> dict[int, bytes]:
-        """Read slices of the versions that there are now.
+        """Read slices of the current versions of files.
 
         Raises:
             IsADirectoryError: A path is that of a bucket.
-            MpreaderError: As for :meth:`read`. Of several errors, the one of the first path is raised.
+            MpreaderError: As for :meth:`read`. If several versions can't be had, the error of the first path is raised.
         """
         files: dict[str, PinnedSource] = {}
         for path, found in self._try_current(wanted):
@@ -119,7 +120,7 @@ class SliceReader:
         return self.read(files, wanted, max_gap_size)
 
     def try_read_current(self, wanted: Slices, max_gap_size: float) -> dict[int, bytes | Exception]:
-        """Read as :meth:`read_current` does, but put an error in place of the bytes that could not be read."""
+        """Read as :meth:`read_current` does, but return an error in place of bytes that could not be read."""
         contents: dict[int, bytes | Exception] = {}
         files: dict[str, PinnedSource] = {}
         for path, found in self._try_current(wanted):
@@ -130,18 +131,24 @@ class SliceReader:
         try:
             contents.update(self.read(files, wanted, max_gap_size))
         except MpreaderError:
-            # Anew, one file after the other: an error of one file has ended the read of all.
+            # The error of one file has ended the read of all files. Reading each file again by itself shows which of
+            # them fail, and saves the bytes of the others.
             for path, file in files.items():
                 contents.update(self._try_read(path, file, wanted, max_gap_size))
         return contents
 
     def close(self) -> None:
-        """Close connections, and end the workers once nobody uses them; a later use starts anew. Idempotent."""
+        """Close the connections, and stop the workers when their last user is done with them. Idempotent.
+
+        The reader can still be used: it then connects and starts workers again.
+        """
         self._sources.close()
-        # Fetchers have left the pool warm. A use that ends without that lets its workers go, as soon as it is the last.
+        # The fetchers have released the pool with keep_warm, so that its workers still run. Using and releasing it once
+        # more without keep_warm stops them, now or when the last other user releases the pool.
         release_shared_pool(shared_pool(self._pool_config, self._s3client_config))
 
     def _source(self, path: str) -> Source:
+        """Make the source of a file; raises IsADirectoryError for a bucket."""
         if is_url(path):
             return self._sources.source(path)
         if not path.partition("/")[2]:
@@ -149,9 +156,10 @@ class SliceReader:
         return self._sources.source(f"s3://{path}")
 
     def _try_current(self, paths: Iterable[str]) -> Iterable[tuple[str, PinnedSource | Exception]]:
-        """Ask for the versions of files, all at the same time, and yield each, or the error, in the order of paths."""
+        """Ask for the versions of all files at the same time; yields each file or its error, in the order of paths."""
         sources = {path: self._try_source(path) for path in paths}
         made = [source for source in sources.values() if not isinstance(source, Exception)]
+        # fsspec's methods have no timeout, and the reader is never closed for good: nothing ends this wait early.
         resolved = iter(try_resolve_versions(made, math.inf, lambda: False))
         for path, source in sources.items():
             yield path, source if isinstance(source, Exception) else next(resolved)
@@ -160,7 +168,7 @@ class SliceReader:
         try:
             return self._source(path)
         except (MpreaderError, IsADirectoryError) as error:
-            return error.with_traceback(None)
+            return error.with_traceback(None)  # the caller keeps the error, which would keep these frames alive
 
     def _try_read(
         self, path: str, file: PinnedSource, wanted: Slices, max_gap_size: float
@@ -168,7 +176,7 @@ class SliceReader:
         try:
             return self.read({path: file}, wanted, max_gap_size)
         except MpreaderError as error:
-            # The caller keeps the error; with its frames it would keep their views, too.
+            # The caller keeps the error, whose traceback would keep the frames of the fetch, and so views of memory.
             return dict.fromkeys(wanted[path], error.with_traceback(None))
 
 
@@ -178,10 +186,10 @@ def is_url(path: str) -> bool:
 
 
 def _buffer(nbytes: int) -> io.BytesIO:
-    """Make memory to receive into; its ``getvalue()`` makes no copy."""
+    """Make a buffer of ``nbytes`` to receive into, whose ``getvalue()`` returns the bytes without a copy."""
     buffer = io.BytesIO()
     if nbytes > 0:
-        # To write the last byte allocates all, once.
+        # Writing the last byte allocates the whole buffer at once.
         buffer.seek(nbytes - 1)
         buffer.write(b"\0")
     return buffer

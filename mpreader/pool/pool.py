@@ -4,7 +4,7 @@ It starts and stops coordinators and is their one caller; readers and fetchers u
 
 ::
 
-    not running ──read, start──► running ──idle_timeout_s, rest, an error──► not running
+    not running ──read, start──► running ──idle_timeout_s, no user, an error──► not running
                                     │ close                                      │ close
                                     └────────────► closed ◄──────────────────────┘
 
@@ -51,7 +51,7 @@ class Pool:
         sizes: Numbers that its coordinators are made with.
         timeouts: Waiting times that its coordinators are made with.
         users: Number of users of a shared pool; see :func:`use_shared_pool`.
-        rests_when_unused: True if a user of a shared pool has asked for its end, which waits for the last user.
+        suspends_when_unused: True if a user of a shared pool has asked for its end, which waits for the last user.
     """
 
     def __init__(self, config: PoolConfig | None = None, s3client_config: S3ClientConfig | None = None) -> None:
@@ -65,7 +65,7 @@ class Pool:
         self.sizes = size_pool(config, s3client_config or S3ClientConfig(), Host.now())
         self.timeouts = Timeouts(*(config.value(name) for name in Timeouts._fields))
         self.users = 0
-        self.rests_when_unused = False
+        self.suspends_when_unused = False
         self._lock = threading.RLock()
         self._is_closed = False
         self._coordinator: Coordinator | None = None
@@ -130,18 +130,13 @@ class Pool:
                 coordinator, caller = self._running()
                 transfer, message = caller.open(sources, slot_reads, grows=grows)
                 if coordinator.try_tell(message):
-                    break
-        try:
-            import numpy  # noqa: F401  # views need it; it takes 0.1 s, while the first bytes are on their way
-        except BaseException:
-            transfer.close()  # at a Ctrl-C, too: nobody else has it yet, and it would go on to the end
-            raise
-        return transfer
+                    return transfer
 
-    def rest(self) -> None:
-        """End workers and downloads, give back the memory; the next use starts again."""
+    def suspend_if_unused(self) -> None:
+        """End workers and downloads of a shared pool, unless somebody uses it again; the next use starts again."""
         with self._lock:
-            self._stop()
+            if self.users <= 0:  # under the lock: whoever uses it anew has counted itself before it needs the lock
+                self._stop()
 
     def close(self) -> None:
         """End workers and downloads and wait until they are gone. Views that were taken stay valid. Idempotent."""
@@ -160,11 +155,13 @@ class Pool:
         if self._coordinator is None or self._caller is None or self._coordinator.is_ended:
             self._stop()
             self._past_runs = total([self._past_runs, self._run_stats()])
-            self._coordinator = Coordinator(self.sizes, self.timeouts)
+            self._coordinator = self._caller = None  # counted: a start that fails must not count them again
+            coordinator = Coordinator(self.sizes, self.timeouts)
             # Also at exit, and when the pool is dropped without having been closed.
-            self._stop = weakref.finalize(self, self._coordinator.stop)
-            self._caller = Caller(_ONLY_CALLER, self._coordinator.tell)
-            self._coordinator.connect(self._caller.number, self._caller)
+            self._stop = weakref.finalize(self, coordinator.stop)
+            caller = Caller(_ONLY_CALLER, coordinator.tell)
+            coordinator.connect(caller.number, caller)
+            self._coordinator, self._caller = coordinator, caller
         return self._coordinator, self._caller
 
     def _after_fork_in_child(self) -> None:
@@ -209,12 +206,12 @@ def release_shared_pool(pool: Pool, *, keep_warm: bool = False) -> None:
     """
     with _shared_lock:
         pool.users -= 1
-        pool.rests_when_unused |= not keep_warm
-        rests = pool.rests_when_unused and pool.users <= 0
-        if rests:
-            pool.rests_when_unused = False
-    if rests:
-        pool.rest()
+        pool.suspends_when_unused |= not keep_warm
+        is_over = pool.suspends_when_unused and pool.users <= 0
+        if is_over:
+            pool.suspends_when_unused = False
+    if is_over:
+        pool.suspend_if_unused()
 
 
 def close_shared_pools() -> None:

@@ -69,8 +69,8 @@ class PoolStats:
 class Tally:
     """Counters of a :class:`PoolStats`.
 
-    There is no lock: ``seconds`` is written by the threads of consumers, under the lock of their transfer, and all the
-    rest by the coordinator's thread.
+    There is no lock of its own: ``seconds`` is written under the lock of the transfer that counts, and all the rest by
+    the coordinator's thread.
     """
 
     __slots__ = ("consumer_seconds", "over_read", "retries", "seconds", "workers")

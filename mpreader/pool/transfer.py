@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Final
 
-from mpreader.errors import MpreaderError, PoolClosed, PoolTimeout
+from mpreader.errors import ArenaExhausted, MpreaderError, PoolClosed, PoolTimeout
 from mpreader.pool.requests import (
     CloseRead,
     Demand,
@@ -37,10 +37,10 @@ from mpreader.pool.requests import (
 )
 from mpreader.pool.stats import PoolStats, Tally
 
-__all__ = ["LOOK_S", "PendingTake", "Transfer"]
+__all__ = ["ON_WAIT_INTERVAL_S", "PendingTake", "Transfer"]
 
-# Between two calls of ``on_wait``: often enough for a progress bar.
-LOOK_S: Final = 0.2
+# Seconds between two calls of ``on_wait``: often enough for a progress bar.
+ON_WAIT_INTERVAL_S: Final = 0.2
 
 
 class PendingTake:
@@ -82,8 +82,8 @@ class Transfer:
         on_close: Called once, when the transfer was closed.
 
     Attributes:
-        tally: Statistics of this read so far. ``seconds`` is counted by the consumers' threads, the rest by the
-            coordinator's, so that no number has two writers.
+        tally: Statistics of this read so far. ``seconds`` is written under the transfer's lock, the rest by the
+            coordinator's thread only, so that no number has two writers.
     """
 
     def __init__(
@@ -144,12 +144,13 @@ class Transfer:
         Returns:
             Index of the slot read, and its view; see :meth:`take`, also for the errors.
         """
-        take = self.begin_take(wanted)
-        try:
+        take = PendingTake(wanted, None)
+        try:  # from here on: a Ctrl-C must not leave a take behind that swallows a slot
+            self._begin(take)
             while take._outcome is None:
-                self._wait(take, deadline if on_wait is None else min(deadline, time.monotonic() + LOOK_S))
+                self._wait(take, deadline if on_wait is None else min(deadline, time.monotonic() + ON_WAIT_INTERVAL_S))
                 if take._outcome is None and time.monotonic() >= deadline:
-                    raise self.late(wanted)
+                    raise self.timeout_error(wanted)
                 if on_wait is not None:
                     on_wait()
             return self.result(take)
@@ -167,19 +168,8 @@ class Transfer:
             on_done: Called once when the take is done, from the coordinator's thread and under the transfer's lock: it
                 must do no more than wake somebody. Not called if the take is done at once.
         """
-        if os.getpid() != self._pid:
-            raise PoolClosed("this read was begun before a fork; begin a new one in the child process")
         take = PendingTake(wanted, on_done)
-        with self._condition:
-            index = self._arrived_of(wanted)
-            if index is not None:
-                take._outcome = self._arrived.pop(index)
-            elif self._broken is not None:
-                take._outcome = self._broken
-            else:
-                take._started_s = time.monotonic()
-                self._pending.append(take)
-                self._tell(Demand(self.read, take.first))
+        self._begin(take)
         return take
 
     def result(self, take: PendingTake) -> tuple[int, memoryview]:
@@ -190,19 +180,17 @@ class Transfer:
         """
         with self._condition:
             if self._broken is not None:  # perhaps after the take was done: then its memory may be gone
-                self.cancel(take)
-                raise copy.copy(self._broken)
-            outcome, take._outcome = take._outcome, None
+                raise _copy_of(self._broken)
+            outcome = take._outcome
             assert outcome is not None, "the take is not done"
             if isinstance(outcome, MpreaderError):
-                # A copy: an exception that is raised twice would drag the frames of both along.
-                raise copy.copy(outcome)
-            # In this order: the coordinator must hear that it was taken before it can hear that it was given back.
-            self._tell(SlotTaken(outcome.lease))
-            self._demand_for_others(outcome.slot_read)
+                raise _copy_of(outcome)
             nbytes = self.slot_reads[outcome.slot_read].nbytes
+            view = self._view_of(outcome, nbytes)
+            # Only now: if a Ctrl-C strikes before, `cancel` gives the slot back. If it strikes after, the view does.
+            take._outcome = None
             self._taken_bytes += nbytes
-            return outcome.slot_read, self._view_of(outcome, nbytes)
+            return outcome.slot_read, view
 
     def cancel(self, take: PendingTake) -> None:
         """End a take that nobody waits for any more. Harmless after :meth:`result`."""
@@ -210,11 +198,11 @@ class Transfer:
             self._remove(take)
             outcome, take._outcome = take._outcome, None
             if isinstance(outcome, SlotArrived):
-                # Not back among what has arrived: a recall may have passed by meanwhile, and it is not repeated.
+                # Not back among what has arrived: the coordinator was told that it is taken, and won't recall it.
                 self._tell(GiveBack(outcome.lease))
                 self._demand_for_others(outcome.slot_read)
 
-    def late(self, wanted: Collection[int]) -> PoolTimeout:
+    def timeout_error(self, wanted: Collection[int]) -> PoolTimeout:
         """The error for those whose time is up."""
         slot_read = self.slot_reads[next(iter(wanted))]
         return PoolTimeout(
@@ -224,6 +212,8 @@ class Transfer:
 
     def discard(self, start: int, stop: int) -> None:
         """Say that the slot reads [start, stop) won't be taken any more. Those that a thread waits for now stay."""
+        if os.getpid() != self._pid:  # a forked child: a thread that is not here may have held the lock
+            return
         with self._condition:
             for awaited in sorted({take.first for take in self._pending if start <= take.first < stop}):
                 if start < awaited:
@@ -237,7 +227,7 @@ class Transfer:
         if os.getpid() != self._pid:
             return
         with self._condition:
-            if self._broken is not None:
+            if self._broken is not None:  # closed already, or ended: then the caller has forgotten it, too
                 return
             for arrived in self._arrived.values():
                 if isinstance(arrived, SlotArrived):
@@ -271,7 +261,9 @@ class Transfer:
             self.tally.over_read += self.slot_reads[message.slot_read].over_read
             for take in self._pending:
                 if message.slot_read in take.wanted:
+                    self._tell(SlotTaken(message.lease))
                     self._finish(take, message)
+                    self._demand_for_others(message.slot_read)
                     return
             self._arrived[message.slot_read] = message
 
@@ -281,15 +273,17 @@ class Transfer:
             waiting = [take for take in self._pending if message.slot_read in take.wanted]
             for take in waiting:
                 self._finish(take, message.error)
-            if not waiting and self._broken is None:
+            # Memory that was short is no reason for the next one who wants it: there may be some by then.
+            if not waiting and self._broken is None and not isinstance(message.error, ArenaExhausted):
                 self._arrived[message.slot_read] = message.error
 
     def recall(self, message: Recall) -> None:
-        """Give a slot back that has arrived; if it was handed over, SlotTaken or GiveBack will answer."""
+        """Give a slot back that nobody has taken; if somebody has, SlotTaken was told already and is the answer."""
         with self._condition:
             arrived = self._arrived.get(message.slot_read)
             if isinstance(arrived, SlotArrived) and arrived.lease == message.lease:
-                del self._arrived[message.slot_read]
+                # Not `del`: a garbage collection that closes this transfer may have been in between.
+                self._arrived.pop(message.slot_read, None)
                 self._tell(GiveBack(message.lease))
 
     def fail(self, error: MpreaderError) -> None:
@@ -298,7 +292,23 @@ class Transfer:
             if self._broken is None:
                 self._fail(error)
 
-    # -- under the lock
+    def _begin(self, take: PendingTake) -> None:
+        if os.getpid() != self._pid:
+            raise PoolClosed("this read was begun before a fork; begin a new one in the child process")
+        with self._condition:
+            if self._broken is not None:
+                take._outcome = self._broken
+                return
+            index = self._arrived_of(take.wanted)
+            if index is None:
+                take._started_s = time.monotonic()
+                self._pending.append(take)
+                self._tell(Demand(self.read, take.first))
+                return
+            take._outcome = outcome = self._arrived.pop(index)
+            if isinstance(outcome, SlotArrived):
+                # At once, and not with the view: a recall must never have to wait for a consumer.
+                self._tell(SlotTaken(outcome.lease))
 
     def _wait(self, take: PendingTake, until: float) -> None:
         """Wait until the take is done, or the time is up."""
@@ -309,8 +319,11 @@ class Transfer:
                     return
 
     def _arrived_of(self, wanted: Collection[int]) -> int | None:
-        few, many = (wanted, self._arrived) if len(wanted) == 1 else (self._arrived, wanted)
-        return next((index for index in few if index in many), None)
+        # A loop over the smaller of the two: the other one may have thousands.
+        looped, searched = (wanted, self._arrived) if len(wanted) == 1 else (self._arrived, wanted)
+        return next((index for index in looped if index in searched), None)
+
+    # -- under the lock
 
     def _finish(self, take: PendingTake, outcome: SlotArrived | MpreaderError) -> None:
         self._remove(take)
@@ -334,3 +347,10 @@ class Transfer:
         self._arrived.clear()
         for take in [*self._pending]:
             self._finish(take, error)
+
+
+def _copy_of(error: MpreaderError) -> MpreaderError:
+    """Makes a copy to raise: an exception that is raised twice would drag the frames of both along."""
+    fresh = copy.copy(error)
+    fresh.__cause__ = error.__cause__
+    return fresh

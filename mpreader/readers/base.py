@@ -1,7 +1,7 @@
-"""Base class of the readers: a read-only file over one object, with a position and a state.
+"""Base class of the readers: a read-only file over one object, with a position.
 
-All kinds of readers derive from it; they differ in how they get the bytes. A reader makes no requests itself: it is
-given two functions, :class:`GetObjectInfo` and :class:`GetStream`, and knows neither clients nor credentials.
+All kinds of readers derive from it, and differ in the way in which they get the bytes. A reader must not use a client
+or credentials: it is given two functions that make the requests, :class:`GetObjectInfo` and :class:`GetStream`.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ __all__ = ["GetObjectInfo", "GetStream", "ObjectInfo", "S3Reader", "writable_vie
 
 
 class ObjectInfo(Protocol):
-    """Facts that a HEAD request tells of an object."""
+    """Facts about an object, from a HEAD request or a listing."""
 
     @property
     def size(self) -> int:
-        """Bytes of the whole object."""
+        """Number of bytes of the whole object."""
 
 
 class GetObjectInfo(Protocol):
-    """Asks for the object's size; a reader calls it once at most."""
+    """Function that asks for the object's size. A reader calls it at most once."""
 
     def __call__(self) -> ObjectInfo:
-        """Ask."""
+        """Make the request."""
 
 
 class GetStream(Protocol):
-    """Opens a stream of the object's bytes."""
+    """Function that opens a stream of the object's bytes."""
 
     def __call__(self, start: int | None = None, end: int | None = None) -> Iterator[bytes]:
         """Open a stream.
@@ -56,19 +56,19 @@ def writable_view(buffer: WriteableBuffer) -> memoryview:
     view = memoryview(buffer)
     if view.readonly:
         raise TypeError(f"a writable bytes-like object is required, not {type(buffer).__name__}")
-    # A view without bytes can't be cast, whatever its format is.
+    # memoryview.cast() refuses some views without bytes, such as those with several dimensions.
     return view.cast("B") if view.nbytes else memoryview(bytearray())
 
 
 class S3Reader(io.BufferedIOBase):
     """Read-only file over one object of S3.
 
-    Not thread-safe. After ``close()`` everything that reads or moves raises ``ValueError``.
+    Not thread-safe. After ``close()``, all methods that read or that move the position raise ``ValueError``.
 
     Args:
         bucket: The object's bucket.
         key: The object's key.
-        get_object_info: Asks for the object's size; called once at most, when the size is needed.
+        get_object_info: Asks for the object's size; called at most once, when the size is first needed.
         get_stream: Opens a stream of the object's bytes.
 
     Raises:
@@ -82,10 +82,11 @@ class S3Reader(io.BufferedIOBase):
             raise ValueError("key must not be empty")
         self._bucket = bucket
         self._key = key
+        self._uri = f"s3://{bucket}/{key}"
         self._get_object_info = get_object_info
         self._get_stream = get_stream
-        self._size: int | None = None
-        self._position = 0
+        self._size: int | None = None  # of the object; None until it is known
+        self._position = 0  # first byte of the object that is read next
 
     @property
     def bucket(self) -> str:
@@ -102,7 +103,7 @@ class S3Reader(io.BufferedIOBase):
         """Read from the position onwards.
 
         Args:
-            size: Most bytes to read. None or negative: up to the end of the object.
+            size: Largest number of bytes to read. None or negative: up to the end of the object.
 
         Returns:
             The bytes; fewer than ``size`` only at the end of the object.
@@ -114,7 +115,7 @@ class S3Reader(io.BufferedIOBase):
         """
 
     def read1(self, size: int | None = None, /) -> bytes:
-        """Same as :meth:`read`; text wrappers call it."""
+        """Same as :meth:`read`; ``io.TextIOWrapper`` calls it."""
         return self.read(size)
 
     @abstractmethod
@@ -132,7 +133,7 @@ class S3Reader(io.BufferedIOBase):
 
     @abstractmethod
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        """Move the position; past the end of the object it stays at the end.
+        """Move the position. A position past the end of the object becomes its end.
 
         Args:
             offset: Bytes, relative to ``whence``.
@@ -143,12 +144,12 @@ class S3Reader(io.BufferedIOBase):
 
         Raises:
             TypeError: An argument is not a whole number.
-            ValueError: The new position is negative, ``whence`` is unknown, or the reader is closed;
-                the position is what it was.
+            ValueError: The new position is negative, ``whence`` is unknown, or the reader is closed. The position
+                stays unchanged.
         """
 
     def tell(self) -> int:
-        """Returns the position: the object's byte that is read next."""
+        """Returns the position: offset, in the object, of the byte that is read next."""
         self._check_open()
         return self._position
 
@@ -166,17 +167,15 @@ class S3Reader(io.BufferedIOBase):
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else "open"
-        return (
-            f"<{type(self).__name__} s3://{self._bucket}/{self._key} {state} position={self._position}{self._facts()}>"
-        )
+        return f"<{type(self).__name__} {self._uri} {state} position={self._position}{self._facts()}>"
 
     def _facts(self) -> str:
-        """Returns counts of the kind of reader, for the repr."""
+        """Returns further state for the repr, as a text that begins with a space."""
         return ""
 
     def _check_open(self) -> None:
         if self.closed:
-            raise ValueError(f"I/O operation on closed reader of s3://{self._bucket}/{self._key}")
+            raise ValueError(f"I/O operation on closed reader of {self._uri}")
 
     def _object_size(self) -> int:
         if self._size is None:
@@ -184,9 +183,10 @@ class S3Reader(io.BufferedIOBase):
         return self._size
 
     def _seek_target(self, offset: int, whence: int) -> int:
-        """Returns the position that a seek leads to, not yet bounded by the object's end."""
+        """Check the arguments of a seek and return the new position, which may be past the end of the object."""
         self._check_open()
-        # Everything is checked before the caller sets the position: a seek that fails must not move it.
+        # Everything is checked before the caller sets the position, because a seek that fails must not move it.
+        # operator.index() accepts whole numbers of any type, such as numpy's, and refuses floats.
         target, whence = operator.index(offset), operator.index(whence)
         if whence == io.SEEK_CUR:
             target += self._position
@@ -200,8 +200,7 @@ class S3Reader(io.BufferedIOBase):
 
     def _short_read(self, start: int, end: int, received: int) -> ShortRead:
         return ShortRead(
-            f"the stream of bytes {start}-{end} of s3://{self._bucket}/{self._key} ended after {received} of "
-            f"{end - start} bytes",
+            f"the stream of bytes {start}-{end} of {self._uri} ended after {received} of {end - start} bytes",
             bucket=self._bucket,
             key=self._key,
             range=(start, end),

@@ -1,4 +1,7 @@
-"""S3Client: the client of S3 that users have, which makes readers of objects besides all other requests."""
+"""S3Client: the public S3 client, which adds the making of readers to the requests of :class:`BaseS3Client`.
+
+It is a module of its own because ``s3/`` must not import the readers.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ __all__ = ["S3Client"]
 
 
 class S3Client(BaseS3Client):
-    """Access to S3. Thread-safe; connects when first used, anew after a fork or unpickling."""
+    """S3 client that also makes readers. Thread-safe; connects at the first use, also after a fork or unpickling."""
 
     def get_object(
         self,
@@ -25,15 +28,15 @@ class S3Client(BaseS3Client):
         object_info: ObjectInfo | None = None,
         reader_constructor: S3ReaderConstructorProtocol | None = None,
     ) -> S3Reader:
-        """Make a reader of one object; all that it reads is of the version that it sees first.
+        """Make a reader of one object. It reads only one version, which is the first that S3 names to it.
 
         Args:
             bucket: The object's bucket.
             key: The object's key.
-            object_info: Facts of the object from a HEAD or a listing, to save the reader a request.
+            object_info: Facts about the object from a HEAD or a listing, which save the reader a request.
             reader_constructor: Makes the reader. None: ``S3ReaderConstructor.default()``.
         """
-        # Here, since the kinds of readers are not needed by those who only write, list or delete.
+        # Imported here: programs that only write, list or delete don't need the readers.
         from mpreader.readers.kinds import S3ReaderConstructor
 
         pinned = PinnedObject(self, bucket, key, object_info)

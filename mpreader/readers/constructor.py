@@ -1,8 +1,9 @@
-"""Constructors of the readers that are told the ranges of a load plan before its files are opened.
+"""Constructors of readers that are given the ranges of a load plan before the files of the plan are opened.
 
-A storage reader, mpreader's or s3torchconnector's, tells the constructor the plan, and then has it make a reader for
-each file that it opens. The constructor that starts the downloads as soon as it is told the plan is in
-:mod:`mpreader.readers.read_ahead`.
+They are used by the storage readers of mpreader and s3torchconnector: a storage reader passes the plan to the
+constructor, and later calls it to make a reader for each file that it opens. This module holds the base class, and the
+constructor of :class:`DCPOptimizedS3Reader`. The constructor that starts to download as soon as it is given the plan is
+in :mod:`mpreader.readers.read_ahead`. This module must not import torch, nor the worker pool.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ __all__ = ["DCPOptimizedConstructor", "ItemRangeConstructor"]
 
 
 class ItemRangeConstructor(ABC):
-    """Base class of the constructors that are told a load plan.
+    """Base class of the constructors that are given a load plan.
 
-    Subclasses make the reader of an object whose ranges are known; ``.metadata`` gets a sequential one.
+    Subclasses make the reader of a file whose ranges are known. ``.metadata`` files get a :class:`SequentialS3Reader`.
 
     Args:
         max_gap_size: Largest gap, in bytes, between two items that are fetched as one.
@@ -41,8 +42,8 @@ class ItemRangeConstructor(ABC):
     def __init__(self, max_gap_size: float = DEFAULT_MAX_GAP_SIZE) -> None:
         check_max_gap(max_gap_size)
         self._max_gap_size = max_gap_size
-        # s3torchconnector recognises its kind of constructor by this attribute. Its keys are the URIs under which DCP
-        # opens the files; files and items are in the order in which DCP reads them.
+        # Ranges of the items by the URI under which DCP opens the file; files and items are in the order in which DCP
+        # reads them. The name is s3torchconnector's, which recognises constructors of this kind by the attribute.
         self._item_ranges_by_file: dict[str, list[ItemRange]] = {}
 
     def set_item_ranges_by_file(
@@ -51,7 +52,7 @@ class ItemRangeConstructor(ABC):
         storage_data: Mapping[Any, StoredItem],
         base_path: str | os.PathLike[str],
     ) -> None:
-        """Take over the ranges of a load plan, in place of the ones before; an empty plan leaves none.
+        """Replace the ranges of the load plan. After an empty plan no ranges are known.
 
         Args:
             plan_items: The plan's items, in the order in which they will be read.
@@ -70,7 +71,7 @@ class ItemRangeConstructor(ABC):
         Raises:
             ValueError: The load plan reads nothing from this file.
         """
-        if key.endswith(".metadata"):  # read before there is a plan
+        if key.endswith(".metadata"):  # DCP reads it before there is a plan: the plan is made from it
             return SequentialS3Reader(bucket, key, get_object_info, get_stream)
         uri = f"s3://{bucket}/{key}"
         item_ranges = self._item_ranges_by_file.get(uri)
@@ -90,7 +91,7 @@ class ItemRangeConstructor(ABC):
         get_object_info: GetObjectInfo,
         get_stream: GetStream,
     ) -> S3Reader:
-        """Make the reader of an object whose items are known; they may all be empty."""
+        """Make the reader of a file whose items are known. There is at least one item, but all may be empty."""
 
     def __repr__(self) -> str:
         files = self._item_ranges_by_file

@@ -1,7 +1,7 @@
-"""Sorted disjoint intervals of bytes, of which the one that holds a position is found by bisection. Pure arithmetic.
+"""Sorted disjoint intervals of bytes: finds the interval that holds a position, by bisection. Pure arithmetic.
 
-The reader of a file whose parts were read ahead keeps three of them: its parts, the bytes that the load plan covers,
-and the clusters of overlapping items.
+It is used by :class:`~mpreader.readers.multiprocess.MultiprocessS3Reader` for its parts, for the bytes that the load
+plan covers, and for the clusters of overlapping items.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ T = TypeVar("T", bound=Interval)
 
 
 class Intervals(Generic[T]):
-    """Intervals that can be asked which of them holds a position.
+    """Sequence of intervals in which the one at a position can be found.
 
     Args:
-        intervals: Sorted by start, none of them empty, no two of them with a byte in common.
+        intervals: The intervals, sorted by start; none is empty, and no two have a byte in common.
     """
 
     __slots__ = ("_intervals", "_starts")
 
     def __init__(self, intervals: Sequence[T]) -> None:
         self._intervals = intervals
-        self._starts = [interval.start for interval in intervals]
+        self._starts = [interval.start for interval in intervals]  # for bisect, once instead of at every look-up
 
     def __len__(self) -> int:
         return len(self._intervals)
@@ -50,7 +50,7 @@ class Intervals(Generic[T]):
     def index_at(self, position: int) -> int:
         """Returns the index of the last interval that starts at ``position`` or before; -1 if none does.
 
-        No other interval can hold the position; this one does, unless the position is in the gap behind it.
+        If any interval holds the position, it is this one. It does not if the position is in the gap behind it.
         """
         return bisect_right(self._starts, position) - 1
 

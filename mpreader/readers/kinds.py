@@ -1,7 +1,7 @@
-"""S3ReaderConstructor: makes the constructor of each kind of readers, by the names that users know.
+"""S3ReaderConstructor: the public factory of reader constructors, with a method for each kind of reader.
 
-The names are those of s3torchconnector. Importing this module imports neither the worker pool nor boto3: only
-``multiprocess()`` does.
+The method names are those of s3torchconnector. This module must import neither the worker pool nor boto3,
+which most kinds of readers don't need: ``multiprocess()`` imports them when it is called.
 """
 
 from __future__ import annotations
@@ -23,30 +23,34 @@ __all__ = ["S3ReaderConstructor"]
 
 
 class S3ReaderConstructor:
-    """Kinds of readers, as constructors for ``reader_constructor=`` of the storage readers. All constructors pickle."""
+    """Factory of constructors for the argument ``reader_constructor`` of the storage readers.
+
+    All constructors can be pickled.
+    """
 
     @staticmethod
     def sequential() -> S3ReaderConstructorProtocol:
-        """One stream per object, of which everything is kept. For whole objects and any pattern of access."""
+        """Readers with one stream per object, whose bytes are all kept. For whole objects and any pattern of access."""
+        # A partial as in range_based(), because get_reader_type_string() recognises constructors by that.
         return partial(SequentialS3Reader)
 
     @staticmethod
     def range_based(buffer_size: int | None = None) -> S3ReaderConstructorProtocol:
-        """A ranged request per read, small reads buffered. For sparse reads of large objects.
+        """Readers that make a ranged request for each read and buffer small reads. For sparse reads of large objects.
 
         Args:
-            buffer_size: Bytes that a small read fetches ahead. None: 8 MiB; 0: no buffer.
+            buffer_size: Bytes of the buffer that a small read fills. None: 8 MiB; 0: no buffer.
 
         Raises:
             TypeError: ``buffer_size`` is not a whole number.
             ValueError: ``buffer_size`` is negative.
         """
-        check_buffer_size(buffer_size)
+        check_buffer_size(buffer_size)  # now rather than when the first file is opened
         return partial(RangedS3Reader, buffer_size=buffer_size)
 
     @staticmethod
     def dcp_optimized(max_gap_size: float = DEFAULT_MAX_GAP_SIZE) -> DCPOptimizedConstructor:
-        """The items of a load plan, streamed one after the other in this process.
+        """Readers that stream the items of a load plan one after the other, in this process.
 
         Args:
             max_gap_size: Largest gap, in bytes, between two items of one stream. 0: a new stream after every gap;
@@ -66,11 +70,11 @@ class S3ReaderConstructor:
         pool_config: PoolConfig | None = None,
         progress: bool | None = None,
     ) -> MultiprocessConstructor:
-        """The items of a load plan, read ahead by worker processes into shared memory.
+        """Readers whose bytes worker processes receive ahead of time, into shared memory. For load plans of DCP.
 
         Args:
             max_gap_size: Largest gap, in bytes, between two items that are fetched as one.
-            s3client_config: Settings of the S3 client. None: the storage reader's, or the defaults.
+            s3client_config: Settings of the S3 client. None: those of mpreader's storage reader, or the defaults.
             pool_config: Settings of the worker pool. None: the defaults.
             progress: True shows a progress bar on stderr during a load, False shows none. None: on a terminal or in a
                 notebook, and only in the first of several ranks.
@@ -79,6 +83,7 @@ class S3ReaderConstructor:
             TypeError: ``max_gap_size`` is not a number.
             ValueError: ``max_gap_size`` is negative.
         """
+        # Imported here, because it imports the worker pool, which the other kinds don't need.
         from mpreader.readers.read_ahead import MultiprocessConstructor
 
         return MultiprocessConstructor(
@@ -87,15 +92,15 @@ class S3ReaderConstructor:
 
     @staticmethod
     def default() -> S3ReaderConstructorProtocol:
-        """The reader that works for any pattern of access: :meth:`sequential`."""
+        """Readers that work for any pattern of access: those of :meth:`sequential`."""
         return S3ReaderConstructor.sequential()
 
     @staticmethod
     def get_reader_type_string(constructor: S3ReaderConstructorProtocol | None) -> str:
-        """Name the kind of readers that ``constructor`` makes.
+        """Return the name of the kind of readers that ``constructor`` makes.
 
         Args:
-            constructor: A constructor. None: that of :meth:`default`.
+            constructor: A constructor. None: the one of :meth:`default`.
 
         Returns:
             ``"sequential"``, ``"range_based"``, ``"dcp_optimized"`` or ``"multiprocess"``; ``"unknown"`` for

@@ -1,7 +1,8 @@
-"""Ranges of a load plan: turns the items that DCP is going to read into the byte ranges of each file. Pure.
+"""Ranges of a load plan: converts the items that DCP is going to read into the byte ranges of each file.
 
-The constructors that are told a plan, and the description of a checkpoint, use it. Where items are stored is what the
-checkpoint's metadata says, and need not be true: what leads out of the checkpoint is refused here.
+It is used by the constructors that are given a plan and by ``mpreader inspect``; :mod:`mpreader.dcp` also uses its
+checks of names and extents. It is pure, and must not import torch. The location of an item comes from the metadata of
+the checkpoint, which is not trusted: a location outside of the checkpoint is refused here.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ __all__ = ["is_extent", "is_inside", "item_ranges_by_file"]
 def item_ranges_by_file(
     plan_items: Sequence[PlanItem], storage_data: Mapping[Any, StoredItem], base_path: str | os.PathLike[str]
 ) -> dict[str, list[ItemRange]]:
-    """Sort the ranges of a load plan by file.
+    """Group the ranges of a load plan by file.
 
     Args:
         plan_items: The plan's items, in the order in which they will be read.
@@ -28,7 +29,8 @@ def item_ranges_by_file(
         base_path: URI of the checkpoint.
 
     Returns:
-        The ranges by the URI under which DCP opens the file; files and ranges are in the order of ``plan_items``.
+        The ranges of each file, by the URI under which DCP opens it; files and ranges are in the order of
+        ``plan_items``.
 
     Raises:
         ValueError: There are plan items, but no ``storage_data``.
@@ -48,21 +50,23 @@ def item_ranges_by_file(
 
 
 def is_inside(path: object) -> bool:
-    """Returns True if ``path`` is a relative path that stays inside of the checkpoint."""
+    """Returns True if ``path`` is a relative path to a file inside of the checkpoint."""
     if not isinstance(path, str) or not path or path.startswith("/") or "\0" in path:
         return False
     return {".", ".."}.isdisjoint(path.split("/"))
 
 
 def is_extent(offset: object, length: object) -> bool:
-    """Returns True if both are whole numbers that are not negative."""
+    """Returns True if ``offset`` and ``length`` are whole numbers that are not negative."""
+    # The exact type, because True and False are ints to isinstance().
     return type(offset) is int and type(length) is int and offset >= 0 and length >= 0
 
 
 def _uri_of(base_path: str, relative_path: object) -> str:
     if not is_inside(relative_path):
         raise PlanError(f"the checkpoint's metadata names a file outside of the checkpoint: {relative_path!r}")
-    # As the file systems of DCP join them when they open the file: a slash at the end of the URI is not doubled.
+    # The file systems of DCP join them in the same way when they open the file, and the reader is found by the URI: a
+    # slash at the end of base_path is not doubled.
     return f"{base_path}{relative_path}" if base_path.endswith("/") else f"{base_path}/{relative_path}"
 
 

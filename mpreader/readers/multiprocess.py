@@ -1,11 +1,12 @@
 """Reader of one file whose bytes worker processes receive ahead of time.
 
-It is used in two ways: as a file, by ``torch.load`` and by the storage reader of s3torchconnector, and through
-:meth:`MultiprocessS3Reader.item` by the storage reader of mpreader, which decodes items where their bytes have arrived.
+It is made by :class:`~mpreader.readers.read_ahead.MultiprocessConstructor`, and used in two ways: as a file, by
+``torch.load`` and by the storage reader of s3torchconnector; and through :meth:`MultiprocessS3Reader.item`, by the
+storage reader of mpreader, which decodes items in place. It makes no requests: it takes slot reads that others began.
 
-The bytes lie in slots of shared memory, one for each part of the read plan. A slot is received into again when the last
-reference to its view is gone. The arena may have room for no more than the parts that are being read now, so nothing
-here may refer to a view for longer than it is needed: a load would wait for memory that it holds itself.
+The bytes lie in slots of shared memory, one slot for each part of the file. A slot is received into again when the last
+reference to its view is gone. The arena may have room for no more than the parts that are being read now. Therefore
+this module must not refer to a view for longer than it is needed: a load would wait for memory that it holds itself.
 """
 
 from __future__ import annotations
@@ -25,52 +26,57 @@ if TYPE_CHECKING:
 
 __all__ = ["ItemView", "MultiprocessS3Reader", "PlannedReads"]
 
-# An item of more parts gives each part back as soon as its bytes were read, so that the item's size does not matter.
+# An item of at most so many parts is held for a second reading of its bytes. A longer item gives each part back as soon
+# as its bytes were read, so that it may be larger than the arena.
 _MOST_PARTS_HELD: Final = 4
-# Nor may an item hold more than this share of the arena, of which a host may have less than its settings allow.
+# Nor may an item hold more than this share of the arena: a host may have less shared memory than the settings allow.
 _MOST_OF_ARENA_HELD: Final = 1 / 8
 
 
 class PlannedReads(Protocol):
-    """Reads of a load plan as the reader of one of its files sees them; the constructor gives it a ``ReadAhead``."""
+    """Reads of a load plan, as far as the reader of one of its files needs them.
+
+    :class:`~mpreader.readers.read_ahead.ReadAhead` satisfies it. That module imports this one, so that this one can't
+    name the class.
+    """
 
     @property
     def parts_by_file(self) -> Mapping[str, tuple[int, Sequence[Part]]]:
-        """Parts of each file by URI, and the index of the slot read that brings the first of them."""
+        """Parts of each file by URI, with the index of the slot read of the first part; the others follow it."""
 
     @property
     def max_bytes(self) -> int:
-        """Shared memory that the pool may reserve."""
+        """Largest number of bytes of shared memory that the pool may reserve."""
 
     def take(self, index: int) -> memoryview:
         """Wait for a slot read and take it: a view of shared memory, the reader's until its last reference dies."""
 
     def discard(self, start: int, stop: int) -> None:
-        """Say that the slot reads [start, stop) won't be taken any more."""
+        """Tell the pool that the slot reads [start, stop) won't be taken any more."""
 
     def open_file(self) -> None:
-        """Say that a reader begins."""
+        """Count a reader that was opened."""
 
     def close_file(self, uri: str, *, has_failed: bool) -> None:
-        """Say that a reader has ended."""
+        """Count a reader that was closed. ``has_failed``: its ``with`` block ended in an exception."""
 
 
 class MultiprocessS3Reader(S3Reader):
-    """File over the ranges of one object that worker processes have read, or are about to.
+    """File over the ranges of one object that worker processes receive.
 
-    Reads must lie within the ranges, and move forwards from item to item; within an item they may go back and forth.
-    Made by :class:`MultiprocessConstructor`.
+    Reads must lie within the ranges, and must go forwards from item to item; within an item they may go back and forth.
 
     Args:
         bucket: The object's bucket.
         key: The object's key.
         item_ranges: The ranges that will be read.
         get_object_info: Asks for the object's size.
-        get_stream: Not used, as the bytes come from the pool; constructors of all readers are called alike.
+        get_stream: Not used, because the bytes come from the pool. All kinds of readers are called with the same
+            arguments.
         read_ahead: Reads of the load plan that these ranges are part of.
 
     Attributes:
-        max_bytes: Shared memory that its pool may reserve.
+        max_bytes: Largest number of bytes of shared memory that the pool may reserve.
     """
 
     def __init__(
@@ -84,14 +90,13 @@ class MultiprocessS3Reader(S3Reader):
         read_ahead: PlannedReads,
     ) -> None:
         super().__init__(bucket, key, get_object_info, get_stream)
-        self._uri = f"s3://{bucket}/{key}"
         self._first_slot_read, parts = read_ahead.parts_by_file[self._uri]
         self._parts = Intervals(parts)
         self._covered = Intervals(coverage(item_ranges))
-        # Items that overlap, joined: reading may go back to the start of an item, so no part of a cluster is given back
-        # before reading has gone on to the next cluster.
+        # Items that overlap are joined to clusters. Reading may go back to the start of an item, so that no part of a
+        # cluster is given back before reading has reached the next cluster.
         self._clusters = Intervals(clusters(item_ranges))
-        self._held: dict[int, memoryview] = {}  # by index of the part, for another read of its bytes
+        self._held: dict[int, memoryview] = {}  # views of parts that may be read again, by index of the part
         self._lowest = 0  # index of the first part that was not given back
         self._read_ahead = read_ahead
         self.max_bytes = read_ahead.max_bytes
@@ -110,21 +115,22 @@ class MultiprocessS3Reader(S3Reader):
 
         Raises:
             TypeError: ``size`` is not a whole number.
-            ValueError: ``size`` is None or negative, the bytes are not within the ranges or were given back already,
-                or the reader is closed.
-            MpreaderError: The bytes could not be had.
+            ValueError: ``size`` is None or negative, the bytes are not within the ranges, they lie before an item that
+                was read later, or the reader is closed.
+            MpreaderError: The bytes could not be fetched.
         """
         self._check_open()
         if size is None or size < 0:
             raise ValueError(f"a size is needed: this reader holds ranges, not the whole object. {FALLBACK_GUIDANCE}")
         pieces = list(self._pieces_at_position(size))
-        self._position += size
+        self._position += size  # only when all bytes are there: after an error the position is what it was
         if len(pieces) == 1:
+            # Read-only like bytes, because other reads of these bytes get the same memory.
             return pieces[0].toreadonly()  # type: ignore[return-value]  # bytes-like, as documented
         return b"".join(pieces)
 
     def readinto(self, buf: WriteableBuffer, /) -> int:
-        """Fill ``buf``; raises what :meth:`read` raises."""
+        """Fill all of ``buf``. Raises the same errors as :meth:`read`."""
         self._check_open()
         target = writable_view(buf)
         done = 0
@@ -135,26 +141,27 @@ class MultiprocessS3Reader(S3Reader):
         return done
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        """Move the position to any byte; an error of one that can't be read comes with the read."""
+        """Move the position to any byte. Only the read checks if the byte lies within the ranges."""
         self._position = self._seek_target(offset, whence)
         return self._position
 
     def close(self) -> None:
-        """Give back what is held; views that were handed out stay valid. Idempotent."""
-        if not self.closed:
+        """Give all parts back. Views that were handed out stay valid. Idempotent."""
+        if not self.closed and hasattr(self, "_parts"):  # else __init__ has refused an argument
             self._give_back_before(len(self._parts))
             self._read_ahead.close_file(self._uri, has_failed=self._has_failed)
         super().close()
 
     def __exit__(self, error_type: object, *_: object) -> None:
-        # A load that has failed in one file won't open the others, so nobody else would end their downloads.
+        # A load that has failed in one file does not open the other files, whose readers would otherwise end the
+        # downloads. This reader reports the failure, so that they end now.
         self._has_failed = error_type is not None
         self.close()
 
     # -- as items, in place
 
     def item(self, offset: int, length: int) -> ItemView:
-        """Returns the bytes of one item in place, without a copy.
+        """Returns the bytes of one item in place, without a copy. Parts before the item are given back.
 
         Args:
             offset: First byte of the item in the object.
@@ -170,8 +177,12 @@ class MultiprocessS3Reader(S3Reader):
         return ItemView(self, offset, length, keep=self._may_keep(offset, length))
 
     def refetch(self, offset: int, length: int) -> ItemView:
-        """Returns the same as :meth:`item`, received once more: the parts that are held of it are dropped."""
+        """Returns the same as :meth:`item`, but the bytes are received again.
+
+        Used when the checksum of an item is wrong: the bytes may have been damaged on the way.
+        """
         if length:
+            # A part that is not held is read once more by taking it once more.
             for index in range(self._parts.index_at(offset), self._parts.index_at(offset + length - 1) + 1):
                 self._held.pop(index, None)
         return self.item(offset, length)
@@ -182,23 +193,23 @@ class MultiprocessS3Reader(S3Reader):
         Args:
             start: First byte; all bytes must be within the ranges.
             end: One past the last byte.
-            keep: Hold on to the parts for a second reading; otherwise that downloads them again.
+            keep: True: hold the parts for a second reading. False: a second reading downloads them again.
         """
         while start < end:
             index = self._parts.index_at(start)
             part = self._parts[index]
             stop = min(end, part.end)
-            # The rest of the part will be read next, by this item or by another one.
+            # A part whose end was not reached is needed for the bytes that follow, of this item or of the next one.
             keep_part = keep or stop < part.end
-            # No variable refers to the view: while the caller works, and when the next part is waited for, the slot
-            # must be kept by nobody but the caller.
+            # No variable refers to the view. While the caller works on it, and while the next part is waited for, only
+            # the caller may keep the slot.
             yield self._view(index, keep_part)[start - part.start : stop - part.start]
             start = stop
 
     # -- parts
 
     def _view(self, index: int, keep: bool) -> memoryview:
-        """Returns the part ``index``, waits for it if it is not held, and holds it afterwards if ``keep`` is True."""
+        """Returns the view of the part ``index``, which is taken if it is not held, and held afterwards if ``keep``."""
         view = self._held.get(index)
         if view is None:
             view = self._read_ahead.take(self._first_slot_read + index)
@@ -209,6 +220,7 @@ class MultiprocessS3Reader(S3Reader):
         return view
 
     def _pieces_at_position(self, size: int) -> Iterator[memoryview]:
+        """Check a read of ``size`` bytes at the position, and return their pieces."""
         if not size:
             return iter(())
         start = self._position
@@ -229,18 +241,18 @@ class MultiprocessS3Reader(S3Reader):
             )
 
     def _first_part_needed(self, position: int) -> int:
-        """Returns the index of the first part that may still be read when reading has come to ``position``."""
+        """Returns the index of the first part that may still be read after a byte at ``position`` was read."""
         cluster = self._clusters[self._clusters.index_at(position)]
         return self._parts.index_at(cluster.start)
 
     def _may_keep(self, offset: int, length: int) -> bool:
-        """Returns True if the item is so small that all of its parts may be held until reading goes on."""
+        """Returns True if the item is small enough for all of its parts to be held at the same time."""
         if length > self._most_bytes_held:
             return False
         return self._parts.index_at(offset + length - 1) - self._parts.index_at(offset) < _MOST_PARTS_HELD
 
     def _give_back_before(self, index: int) -> None:
-        """Drop the parts before ``index``, and tell the pool that it need not receive those that have not arrived."""
+        """Drop the parts before ``index``, and tell the pool not to receive those of them that have not arrived."""
         if index > self._lowest:
             self._held = {held: view for held, view in self._held.items() if held >= index}
             self._read_ahead.discard(self._first_slot_read + self._lowest, self._first_slot_read + index)
@@ -254,10 +266,10 @@ class ItemView:
     """Bytes of one item of a :class:`MultiprocessS3Reader`, in one or several parts.
 
     Args:
-        reader: Has the parts.
+        reader: Reader that takes and holds the parts.
         offset: First byte of the item in the object.
         length: Number of its bytes.
-        keep: Hold on to its parts for a second reading.
+        keep: True: hold its parts for a second reading. False: a second reading downloads them again.
 
     Attributes:
         size: Number of bytes of the item.
@@ -274,27 +286,28 @@ class ItemView:
     def pieces(self, start: int, end: int) -> Iterator[memoryview]:
         """Yields writable views that together are the item's bytes [start, end), in order, without a copy.
 
-        The slot of each is received into again when the caller's last reference to it is gone.
+        The memory of a piece may be received into again when the caller's last reference to the piece is gone.
 
         Args:
             start: First byte, counted from the start of the item.
             end: One past the last byte.
 
         Raises:
-            PlanError: Not within the item.
+            PlanError: The bytes are not within the item.
         """
         self._check(start, end)
         return self._reader.pieces(self._start + start, self._start + end, keep=self._keep)
 
     def view(self, start: int, end: int) -> memoryview:
-        """Returns the item's bytes [start, end) in one piece: without a copy where they lie in one part.
+        """Returns a writable view of the item's bytes [start, end), which is a copy if they lie in several parts.
 
-        The view is the caller's until its last reference dies, and keeps the slot as long.
+        The view is the caller's until its last reference dies, and keeps its slot until then.
 
         Raises:
-            PlanError: Not within the item.
+            PlanError: The bytes are not within the item.
         """
         pieces = list(self.pieces(start, end))
+        # Joined to a bytearray rather than to bytes, so that this view is writable, too.
         return pieces[0] if len(pieces) == 1 else memoryview(bytearray().join(pieces))
 
     def _check(self, start: int, end: int) -> None:

@@ -1,7 +1,8 @@
-"""Protocols of the constructors of readers, and of the parts of a DCP load plan that they are given.
+"""Protocols of reader constructors, and of the parts of a DCP load plan that are passed to them.
 
-The storage readers of mpreader and of s3torchconnector take any object that satisfies them; nothing here imports torch.
-The two constructor protocols go by the names that s3torchconnector gave them, and its constructors satisfy them.
+The storage readers of mpreader and of s3torchconnector accept any object that satisfies the constructor protocols.
+Their names are s3torchconnector's, whose constructors satisfy them, too. The protocols of the plan's items stand for
+classes of torch, which this module must not import.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class PlanItem(Protocol):
 
     @property
     def storage_index(self) -> Any:
-        """Key of the item in the checkpoint's storage data."""
+        """Key of the item in the checkpoint's ``storage_data``."""
 
 
 class StoredItem(Protocol):
@@ -33,20 +34,20 @@ class StoredItem(Protocol):
 
     @property
     def relative_path(self) -> str:
-        """File that holds it, relative to the checkpoint."""
+        """Path of the file that holds the item, relative to the checkpoint."""
 
     @property
     def offset(self) -> int:
-        """First byte of it in that file."""
+        """First byte of the item in that file."""
 
     @property
     def length(self) -> int:
-        """Number of its bytes."""
+        """Number of bytes of the item."""
 
 
 @runtime_checkable
 class S3ReaderConstructorProtocol(Protocol):
-    """Makes the reader of one object."""
+    """Constructor of readers: makes the reader of one object."""
 
     def __call__(self, bucket: str, key: str, get_object_info: GetObjectInfo, get_stream: GetStream) -> S3Reader:
         """Make a reader.
@@ -61,7 +62,7 @@ class S3ReaderConstructorProtocol(Protocol):
 
 @runtime_checkable
 class DCPS3ReaderConstructorProtocol(S3ReaderConstructorProtocol, Protocol):
-    """Makes readers that know beforehand which bytes will be read."""
+    """Constructor of readers that is given the ranges of a load plan before it makes the readers."""
 
     def set_item_ranges_by_file(
         self,
@@ -69,7 +70,7 @@ class DCPS3ReaderConstructorProtocol(S3ReaderConstructorProtocol, Protocol):
         storage_data: Mapping[Any, StoredItem],
         base_path: str | os.PathLike[str],
     ) -> None:
-        """Take over the ranges of a load plan.
+        """Replace the ranges of the load plan.
 
         Args:
             plan_items: The plan's items, in the order in which they will be read.

@@ -1,4 +1,4 @@
-"""Reader for sparse reads: makes a ranged request for every read, and small reads through a buffer."""
+"""Reader for sparse reads: makes a ranged request for each large read, and serves small reads from a buffer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DEFAULT_BUFFER_SIZE: Final = 8 * 1024 * 1024
 
 
 def check_buffer_size(value: object) -> None:
-    """Check the size of a buffer.
+    """Check the public argument ``buffer_size``.
 
     Raises:
         TypeError: ``value`` is neither None nor a whole number.
@@ -25,18 +25,18 @@ def check_buffer_size(value: object) -> None:
     """
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, int):  # True and False are ints to Python
         raise TypeError(f"buffer_size must be int or None, got {type(value).__name__}")
     if value < 0:
         raise ValueError(f"buffer_size must be non-negative, got {value}")
 
 
 class RangedS3Reader(S3Reader):
-    """Requests only the bytes that are read.
+    """Requests the bytes that are read, and little more.
 
-    A read of less than ``buffer_size`` fetches ``buffer_size`` bytes and keeps them for the reads that follow; a
-    larger one goes straight to where it is wanted. What the buffer already holds is not requested again. Pickles
-    without the buffer, where ``get_object_info`` and ``get_stream`` do.
+    A read of less than ``buffer_size`` bytes requests ``buffer_size`` bytes, and keeps them for the reads that follow.
+    A larger read is received straight into the caller's memory. Bytes that the buffer holds are not requested again.
+    The reader can be pickled if ``get_object_info`` and ``get_stream`` can; the copy begins with an empty buffer.
 
     Args:
         bucket: The object's bucket.
@@ -68,6 +68,7 @@ class RangedS3Reader(S3Reader):
         """Read from the position onwards; see :meth:`S3Reader.read`."""
         self._check_open()
         wanted = -1 if size is None else operator.index(size)
+        # seek() keeps the position within the object, so that this is never negative.
         left = self._object_size() - self._position
         data = bytearray(left if wanted < 0 else min(wanted, left))
         self._fill(memoryview(data))
@@ -81,7 +82,7 @@ class RangedS3Reader(S3Reader):
         return len(view)
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        """Move the position, without requesting bytes; see :meth:`S3Reader.seek`."""
+        """Move the position. Requests no bytes, but may ask for the object's size; see :meth:`S3Reader.seek`."""
         self._position = min(self._seek_target(offset, whence), self._object_size())
         return self._position
 
@@ -92,9 +93,11 @@ class RangedS3Reader(S3Reader):
 
     def _drop_buffer(self) -> None:
         self._memory = bytearray()
-        self._buffer = memoryview(b"")  # of the memory, the bytes that are valid; the first is at _buffer_start
+        # The valid bytes of _memory. The first of them is the byte _buffer_start of the object.
+        self._buffer = memoryview(b"")
 
     def __getstate__(self) -> dict[str, Any]:
+        # A memoryview can't be pickled.
         return {name: value for name, value in self.__dict__.items() if name not in ("_memory", "_buffer")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -102,8 +105,8 @@ class RangedS3Reader(S3Reader):
         self._drop_buffer()
 
     def _fill(self, view: memoryview) -> None:
-        """Fill all of ``view`` from the position onwards, and move on."""
-        position = self._position  # moved only when all bytes are there: after an error the read can be repeated
+        """Fill all of ``view`` with the bytes from the position onwards, and move the position behind them."""
+        position = self._position  # set at the end only, so that a read can be repeated after an error
         taken = self._copy_from_buffer(view, position)
         if taken < len(view):
             view = view[taken:]
@@ -117,6 +120,7 @@ class RangedS3Reader(S3Reader):
         self._position = position + taken
 
     def _copy_from_buffer(self, view: memoryview, position: int) -> int:
+        """Copy the bytes from ``position`` onwards that the buffer holds; returns their number."""
         skip = position - self._buffer_start
         if skip < 0:
             return 0
@@ -125,20 +129,22 @@ class RangedS3Reader(S3Reader):
         return len(found)
 
     def _load_buffer(self, position: int) -> None:
+        """Fill the buffer with the bytes from ``position`` onwards."""
         size = min(self._buffer_size, self._object_size() - position)
-        # Kept from one request to the next: fresh memory would cost more than receiving into it.
+        # The memory is used again for the next request: fresh memory would cost more time than receiving into it.
         if len(self._memory) < size:
             self._memory = bytearray(size)
-        # Valid again only when it is full: a request that breaks must not leave new bytes among the old ones.
+        # Empty until all bytes are there: after a request that failed, old and new bytes are mixed in the memory.
         self._buffer = memoryview(b"")
         fresh = memoryview(self._memory)[:size]
         self._fetch(fresh, position)
         self._buffer, self._buffer_start = fresh, position
 
     def _fetch(self, view: memoryview, position: int) -> None:
-        """Fill all of ``view`` with a request of its own."""
+        """Fill all of ``view`` with the bytes from ``position`` onwards, by one request."""
         filled, end = 0, position + len(view)
         for chunk in self._get_stream(position, end):
+            # A stream that sends more than was requested must not write past the end of the view.
             piece = memoryview(chunk)[: len(view) - filled]
             view[filled : filled + len(piece)] = piece
             filled += len(piece)

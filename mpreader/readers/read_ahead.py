@@ -1,13 +1,17 @@
-"""Constructor of the readers whose bytes worker processes receive, and the reads that it begins ahead of them.
+"""Constructor of the readers whose bytes worker processes receive: begins to read as soon as a load plan is known.
 
-When the load plan is known, the constructor asks the pool for all its ranges, in the order in which DCP will read
-them, across all files. The readers of the files then take the parts as they arrive::
+It is used by the storage readers of mpreader and s3torchconnector. When it is given a plan, it asks the pool for all
+ranges of all files, in the order in which DCP will read them. The readers of the files then take the parts as they
+arrive; the constructor must not wait for them::
 
     storage reader ── plan ──> MultiprocessConstructor ── one ReadAhead per plan ──> pool
     storage reader ── file ──> MultiprocessS3Reader ── parts of the file ──> ReadAhead
 
-A :class:`ReadAhead` ends when all of its files were read, when a reader has failed, or when another plan has come; what
-it has downloaded for readers that are still open stays. The constructor may be dropped, closed or pickled meanwhile.
+A :class:`ReadAhead` belongs to the readers as well as to the constructor, which may be dropped, closed or pickled while
+readers are open::
+
+    active ── all files read, a reader failed, another plan, constructor closed ──► retired
+    retired, and no reader is open ──► over: the downloads end, the pool is released
 """
 
 from __future__ import annotations
@@ -37,17 +41,33 @@ __all__ = ["MultiprocessConstructor", "ReadAhead"]
 
 
 class ReadAhead:
-    """Reads of one load plan, shared by the readers of its files."""
+    """Reads of one load plan, shared by the readers of its files.
+
+    Args:
+        pool: Shared pool that reads.
+        client: S3 client that signs the requests.
+        ranges_by_file: Ranges of the plan by URI, in the order in which DCP will read them.
+        max_gap_bytes: Largest gap between two ranges that are fetched as one.
+        progress: Progress bar: ``show`` of :func:`~mpreader.telemetry.progress.progress_bar`.
+
+    Attributes:
+        ranges_by_file: The ranges of the plan.
+        parts_by_file: Parts of each file by URI, with the index of the slot read of the first part. Each part is one
+            slot read, and those of a file follow each other.
+        max_bytes: Largest number of bytes of shared memory that the pool may reserve.
+        transfer: The read in progress; None if the plan has no bytes to read.
+    """
 
     def __init__(
         self,
         pool: Pool,
         client: BaseS3Client,
         ranges_by_file: Mapping[str, Sequence[ItemRange]],
-        gap: float,
+        max_gap_bytes: float,
         *,
         progress: bool | None = False,
     ) -> None:
+        # Imported here, because they import boto3, which takes 0.2 s: a constructor can be made without it.
         from mpreader.s3 import parse_s3_uri
         from mpreader.sources.s3 import S3Source
 
@@ -55,25 +75,27 @@ class ReadAhead:
         self.parts_by_file: dict[str, tuple[int, list[Part]]] = {}
         sources = [S3Source(client, *parse_s3_uri(uri)) for uri in ranges_by_file]
         slot_reads: list[SlotRead] = []
-        plans = plan_files(ranges_by_file, max_gap_bytes=gap, part_bytes=pool.sizes.part_bytes)
+        plans = plan_files(ranges_by_file, max_gap_bytes=max_gap_bytes, part_bytes=pool.sizes.part_bytes)
         for number, (uri, plan) in enumerate(plans.items()):
             self.parts_by_file[uri] = (len(slot_reads), plan.parts)
             slot_reads.extend(SlotRead(number, part.size, (part,), part.over_read) for part in plan.parts)
+        # Files whose reader was not closed yet. Files without bytes don't count: nothing is downloaded for them.
         self._unread = {uri for uri, (_, parts) in self.parts_by_file.items() if parts}
-        self._readers = 0
+        self._readers = 0  # readers that are open
         self._is_retired = not slot_reads
         self.max_bytes = pool.sizes.max_bytes
-        # torch.load needs the whole of an item at a time, however large it is.
+        # It may grow beyond max_memory, because torch.load holds all parts of an item at the same time, however large
+        # the item is.
         self.transfer: Transfer | None = pool.read(sources, slot_reads, grows=True) if slot_reads else None
         nbytes = sum(slot_read.nbytes for slot_read in slot_reads)
         self._progress = progress_bar(nbytes, "load", show=progress) if slot_reads else Progress()
-        # It uses the pool by itself, besides the constructor: readers that are open outlive the one that made them.
+        # A user of the pool besides the constructor, because readers that are open may outlive the constructor.
         use_shared_pool(pool)
         self._release_pool = weakref.finalize(self, release_shared_pool, pool, keep_warm=True)
 
     @property
     def is_over(self) -> bool:
-        """True if nothing more can be read with it."""
+        """True if nothing more can be read with it: it is retired, and no reader is open."""
         return self._is_retired and not self._readers
 
     def take(self, index: int) -> memoryview:
@@ -81,26 +103,26 @@ class ReadAhead:
 
         Raises:
             PoolClosed: The load plan has no bytes to read, or the load has ended.
-            MpreaderError: The bytes can't be had.
+            MpreaderError: The bytes could not be fetched.
         """
         if self.transfer is None:
             raise PoolClosed("the load plan has no bytes to read")
         on_wait = self._show_progress if self._progress.is_shown else None
         view = self.transfer.take_first((index,), on_wait=on_wait)[1]
-        self._show_progress()
+        self._show_progress()  # on_wait is not called for a part that has arrived already
         return view
 
     def discard(self, start: int, stop: int) -> None:
-        """Say that the slot reads [start, stop) won't be taken any more."""
+        """Tell the pool that the slot reads [start, stop) won't be taken any more."""
         if self.transfer is not None:
             self.transfer.discard(start, stop)
 
     def open_file(self) -> None:
-        """Say that a reader begins."""
+        """Count a reader that was opened."""
         self._readers += 1
 
     def close_file(self, uri: str, *, has_failed: bool) -> None:
-        """Say that a reader has ended; the last one, or one that ends in an exception, ends the downloads."""
+        """Count a reader that was closed; retires after that of the last file, or one that has failed."""
         self._readers -= 1
         self._unread.discard(uri)
         if has_failed or not self._unread:
@@ -108,7 +130,7 @@ class ReadAhead:
         self._close_if_over()
 
     def retire(self) -> None:
-        """Say that another plan has come: the downloads end as soon as no reader is open."""
+        """End the downloads as soon as no reader is open: another plan has come, or the constructor is gone."""
         self._is_retired = True
         self._close_if_over()
 
@@ -125,17 +147,18 @@ class ReadAhead:
 
 
 class MultiprocessConstructor(ItemRangeConstructor):
-    """Makes a :class:`MultiprocessS3Reader` for every file of a checkpoint.
+    """Constructor that makes a :class:`MultiprocessS3Reader` for every file of a checkpoint.
 
-    Works in mpreader's and in s3torchconnector's ``S3StorageReader``. In the latter it makes its own S3 client, because
-    reading begins when the plan is known, before any file is opened. Readers of one process share a pool per settings.
-    Serves one plan at a time: a new one ends the one before. Pickles without what is under way.
+    It works in the ``S3StorageReader`` of mpreader and in that of s3torchconnector. In the latter it makes its own S3
+    client, because reading begins when the plan is known, before any file is opened. All constructors of a process that
+    have the same settings share a pool. A constructor serves one plan at a time: a new plan ends the reads of the one
+    before. A pickled copy has the settings and the ranges, but no reads.
 
     Args:
-        max_gap_size: Largest gap, in bytes, between two items that are fetched as one; one of more than 2 MiB never
-            is, since another request is cheaper.
-        s3client_config: Settings of the S3 client. None: in mpreader's ``S3StorageReader`` those of the storage
-            reader, in any other the defaults and the usual ``AWS_*`` environment.
+        max_gap_size: Largest gap, in bytes, between two items that are fetched as one. A gap of more than 2 MiB is
+            never fetched, because another request is cheaper.
+        s3client_config: Settings of the S3 client. None: those of the storage reader in mpreader's ``S3StorageReader``;
+            in any other, the defaults and the usual ``AWS_*`` environment.
         pool_config: Settings of the worker pool. None: the defaults.
         progress: True shows a progress bar on stderr during a load, False shows none. None: on a terminal or in a
             notebook, and only in the first of several ranks.
@@ -147,12 +170,12 @@ class MultiprocessConstructor(ItemRangeConstructor):
 
     reader_type = "multiprocess"
 
-    # Set by _forget_state, for a new constructor and for one that was unpickled.
-    _client: BaseS3Client | None
-    _pool: Pool | None
-    _leave_pool: weakref.finalize[..., MultiprocessConstructor]
-    _read_ahead: ReadAhead | None
-    _end_read_ahead: Callable[[], object]
+    # State that does not come from the arguments; _reset() sets it in a new constructor and in an unpickled one.
+    _client: BaseS3Client | None  # made when it is first needed, unless use_client() has set it
+    _pool: Pool | None  # made when it is first needed
+    _leave_pool: weakref.finalize[..., MultiprocessConstructor]  # releases _pool when the constructor is dropped
+    _read_ahead: ReadAhead | None  # reads of the last plan
+    _end_read_ahead: Callable[[], object]  # retires _read_ahead, also when the constructor is dropped
 
     def __init__(
         self,
@@ -168,18 +191,18 @@ class MultiprocessConstructor(ItemRangeConstructor):
         self._s3client_config = s3client_config
         self._pool_config = pool_config
         self._progress = progress
-        self._forget_state()
+        self._reset()
 
     def use_client(self, client: BaseS3Client) -> None:
-        """Read through ``client``, unless an ``s3client_config`` was given."""
+        """Make the requests by ``client``, unless an ``s3client_config`` was given."""
         if self._s3client_config is None:
             self._client = client
 
     def start(self) -> None:
-        """Start the worker processes, without waiting for them, so that they are there when the plan is known.
+        """Start the worker processes without waiting for them, so that they are running when the plan is known.
 
         Raises:
-            PoolError: They can't be started.
+            PoolError: The processes can't be started.
         """
         self._get_pool().start()
 
@@ -189,18 +212,22 @@ class MultiprocessConstructor(ItemRangeConstructor):
         storage_data: Mapping[Any, StoredItem],
         base_path: str | os.PathLike[str],
     ) -> None:
-        """Take over the ranges of a load plan and begin to read ahead; see the base class."""
+        """Replace the ranges of the load plan and begin to read them; see the base class."""
         super().set_item_ranges_by_file(plan_items, storage_data, base_path)
         self._set_read_ahead(self._begin(self._item_ranges_by_file) if self._item_ranges_by_file else None)
 
     def stats(self) -> PoolStats:
-        """Returns the counts of the last plan so far: bytes, over-read, requests, retries, waits, by worker."""
+        """Returns the statistics of the last plan so far: bytes, requests, retries and waits, also for each worker."""
         ahead = self._read_ahead
         return PoolStats() if ahead is None or ahead.transfer is None else ahead.transfer.stats()
 
     def close(self) -> None:
-        """End the downloads and this constructor's use of the pool; the next plan starts anew. Idempotent."""
+        """End the downloads, and the workers if no other user of their pool is left. Idempotent.
+
+        Readers that are open can still be used. The constructor can be used again: the next plan starts the workers.
+        """
         self._set_read_ahead(None)
+        # A finalizer that has been detached won't release the pool once more when the constructor is dropped.
         if self._pool is not None and self._leave_pool.detach():
             release_shared_pool(self._pool)
         self._pool = None
@@ -216,16 +243,19 @@ class MultiprocessConstructor(ItemRangeConstructor):
         uri = f"s3://{bucket}/{key}"
         ahead = self._read_ahead
         if ahead is None or ahead.is_over or uri not in ahead.parts_by_file:
-            # The reads of the plan are over or closed, or were begun by the process that has pickled this constructor:
-            # the file gets reads of its own.
+            # There are no reads of the plan: they are over, or the constructor was closed or unpickled since the plan
+            # came. The file gets reads of its own.
             ahead = self._begin({uri: item_ranges})
             self._set_read_ahead(ahead)
-        # Not item_ranges: another thread's plan may have come meanwhile, and these reads may have none of its ranges.
+        # Not item_ranges: another thread may have passed another plan since they were looked up. A reader must only
+        # read ranges that its reads have parts for.
         begun = ahead.ranges_by_file[uri]
         return MultiprocessS3Reader(bucket, key, begun, get_object_info, get_stream, read_ahead=ahead)
 
     def _begin(self, ranges_by_file: Mapping[str, Sequence[ItemRange]]) -> ReadAhead:
+        """Begin to read the ranges; makes the S3 client and the pool if there are none."""
         if self._client is None:
+            # Imported here, because it imports boto3, which start() does not need.
             from mpreader.s3 import BaseS3Client
 
             self._client = BaseS3Client(s3client_config=self._s3client_config)
@@ -235,32 +265,34 @@ class MultiprocessConstructor(ItemRangeConstructor):
         if self._pool is None:
             config = self._s3client_config or (self._client.s3client_config if self._client is not None else None)
             self._pool = shared_pool(self._pool_config, config)
-            # A constructor that is dropped without a close leaves the processes warm for the next load, until they have
-            # been idle for long.
+            # When a constructor is dropped without close(), the processes keep running for the next load, and end when
+            # they have been idle for the idle timeout.
             self._leave_pool = weakref.finalize(self, release_shared_pool, self._pool, keep_warm=True)
         return self._pool
 
     def _set_read_ahead(self, ahead: ReadAhead | None) -> None:
+        """Replace the reads of the last plan, whose downloads end as soon as no reader is open."""
         if self._read_ahead is not None:
+            # Retired directly, too: another thread may just have set new reads, and not yet their finalizer.
             self._read_ahead.retire()
             self._end_read_ahead()
         self._read_ahead = ahead
-        # A constructor that is dropped must not leave downloads behind; readers that are open still finish.
+        # A constructor that is dropped must not leave downloads behind; readers that are open can still be used.
         self._end_read_ahead = weakref.finalize(self, ahead.retire) if ahead is not None else _nothing
 
-    def _forget_state(self) -> None:
+    def _reset(self) -> None:
         self._client = None
         self._pool = None
         self._read_ahead = None
         self._end_read_ahead = _nothing
 
     def __getstate__(self) -> dict[str, Any]:
-        # Processes and shared memory belong to this process; a copy elsewhere begins anew.
+        # Processes and shared memory belong to this process. The S3 client pickles its settings only.
         here = ("_pool", "_leave_pool", "_read_ahead", "_end_read_ahead")
         return {name: value for name, value in self.__dict__.items() if name not in here}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._forget_state()
+        self._reset()
         self.__dict__.update(state)
 
 

@@ -1,7 +1,8 @@
-"""S3 by boto3, and nothing but boto3: clients, credentials, signatures, regions, listings, streams and uploads.
+"""S3 by boto3: clients, credentials, signatures, regions, listings, streams and uploads.
 
-The only package that imports boto3, apart from the servers for tests. It knows neither the worker pool nor the readers:
-:mod:`mpreader.sources.s3` makes sources of what it presigns, and :mod:`mpreader.readers.client` the public client.
+The only package that imports boto3, apart from the servers for tests. It must know neither the worker pool nor the
+readers: :mod:`mpreader.sources.s3` turns its presigned URLs into sources of the pool, and
+:mod:`mpreader.readers.client` adds readers to its client.
 """
 
 from __future__ import annotations

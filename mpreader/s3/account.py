@@ -1,7 +1,7 @@
-"""Account: S3 as given settings lead to it, namely the credentials, the service's response, the rights to a bucket.
+"""Account: examines the access to S3 with given settings: credentials, the service's response, rights to a bucket.
 
-For ``mpreader doctor`` alone, which runs the methods in threads and explains what they return or raise. Nothing that
-leaves here holds a secret, not even the id of an access key.
+Used by ``mpreader doctor`` only, which runs the methods in threads of its own, and explains what they return or raise.
+No result and no error of this module may hold a secret, not even the id of an access key.
 """
 
 from __future__ import annotations
@@ -30,16 +30,17 @@ from mpreader.s3.session import Session
 
 __all__ = ["Account", "Identity", "NoResponse", "Readable", "ServiceResponse", "code_of"]
 
-# Of one request; the doctor bounds the time of all of them together.
-_TIMEOUT_S: Final = 3
+_TIMEOUT_S: Final = 3  # of one request; the doctor also bounds the time of all of them together
 _ONE_QUICK_ATTEMPT: Final[dict[str, Any]] = {
     "connect_timeout": _TIMEOUT_S,
     "read_timeout": _TIMEOUT_S,
     "retries": {"total_max_attempts": 1},
 }
-# Sources of credentials that stay as they are. From all others botocore fetches new ones before they expire.
+# Sources whose credentials botocore does not renew, by its own names. From all others it fetches new ones before the
+# old ones expire.
 _UNRENEWED: Final = ("env", "shared-credentials-file", "config-file")
-# Shorter ones are those of test servers, such as "test": a message that must be shown may hold such a word.
+# Shorter secrets are not removed from messages. They are those of test servers, such as "test", a word that a message
+# may hold for other reasons.
 _MIN_SECRET_LENGTH: Final = 8
 
 _Cause = Literal["tls", "proxy", "timeout", "connection"]
@@ -47,14 +48,14 @@ _Cause = Literal["tls", "proxy", "timeout", "connection"]
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Facts of the credentials that are found.
+    """Facts of the credentials that botocore finds.
 
     Attributes:
-        source: Place they come from, in botocore's words, such as ``"env"``; "" if there are none.
-        profile: Profile in force.
-        expires: Moment they expire, in UTC; None: never, or it is not known.
-        is_renewed: True if botocore fetches new ones by itself before that.
-        lacks_token: True if they are temporary ones without their session token.
+        source: Source of the credentials, in botocore's words, such as ``"env"``; "" if there are none.
+        profile: Name of the profile in force.
+        expires: Time at which they expire, in UTC; None if they never expire, or the time is not known.
+        is_renewed: True if botocore fetches new ones by itself before that time.
+        lacks_token: True if they are temporary credentials without their session token.
     """
 
     source: str
@@ -66,12 +67,12 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class ServiceResponse:
-    """Facts of the service's response to a request without a signature; a refusal is a response, too.
+    """Facts of the service's response to a request without a signature. A refusal is a response, too.
 
     Attributes:
         status: HTTP status.
-        seconds: Time it took, look-up of the name and connection included.
-        skew: Time by which our clock is ahead of the service's; None where the response has no date.
+        seconds: Time of the request, including name look-up and connecting.
+        skew: Time by which this host's clock is ahead of the service's; None where the response has no date.
         bucket_region: Region of the bucket; None where the response names none.
     """
 
@@ -83,11 +84,11 @@ class ServiceResponse:
 
 @dataclass(frozen=True, slots=True)
 class Readable:
-    """Rights to a bucket, as far as they were tried.
+    """Rights to a bucket that were tried successfully.
 
     Attributes:
-        is_listed: True if it may be listed.
-        key: Key of an object that was read; None: there is none below the prefix.
+        is_listed: True if the bucket may be listed.
+        key: Key of an object that was read; None if no key begins with the prefix.
     """
 
     is_listed: bool
@@ -98,7 +99,7 @@ class NoResponse(Exception):
     """The service did not respond.
 
     Attributes:
-        cause: Kind of obstacle.
+        cause: Kind of failure, for which the doctor has a remedy each.
     """
 
     def __init__(self, cause: _Cause, message: str) -> None:
@@ -107,11 +108,13 @@ class NoResponse(Exception):
 
 
 class Account:
-    """Access to S3 with given settings, to be examined. Each method makes one request or a few, without retries.
+    """Access to S3 with given settings, to be examined. Each method makes a few requests at most, without retries.
+
+    The methods may run in several threads at a time.
 
     Args:
         config: Settings of S3.
-        bucket: Bucket to examine. "": the service itself.
+        bucket: Bucket to examine. "": no bucket, only the service.
 
     Raises:
         ConfigError: A profile, region, URL or name is wrong.
@@ -120,10 +123,11 @@ class Account:
     def __init__(self, config: S3ClientConfig, bucket: str = "") -> None:
         self._config = config
         self._bucket = bucket
-        self._secrets: tuple[str, ...] = ()  # those that were found so far, for clean()
-        # Not a shared one: it may have been made before what is wrong was changed.
+        self._secrets: tuple[str, ...] = ()  # the secrets found so far, which clean() removes
+        # Not a shared session: that may have found its settings and credentials before the user corrected them.
         self._session = Session(config)
-        # Unsigned: finding credentials may take long, and is left to identify(), which the doctor runs in a thread.
+        # Unsigned, because finding the credentials may take long. It is left to identify(), which the doctor runs in a
+        # thread.
         with contextlib.closing(self._make_client(signature_version=UNSIGNED)) as client:
             self.region: str = client.meta.region_name
             self._endpoint = self._url = str(client.meta.endpoint_url)
@@ -133,15 +137,15 @@ class Account:
 
     @property
     def url(self) -> str:
-        """URL of the bucket, or of the service, without the secrets that an endpoint's URL may hold."""
+        """URL of the bucket, or of the service, without a user name and password that an endpoint's URL may hold."""
         parts = urlsplit(self._url)
         return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
     def identify(self) -> Identity:
-        """Find the credentials, and fetch them where they must be fetched.
+        """Find the credentials, and fetch them if they are those of a role or another service.
 
         Raises:
-            ConfigError: They can't be had; it says why.
+            ConfigError: They can't be found or fetched; its message says why.
         """
         try:
             return self._identify()
@@ -149,13 +153,14 @@ class Account:
             raise ConfigError(self.clean(str(error))) from None
 
     def probe(self) -> ServiceResponse:
-        """Ask the service for the bucket, once and without a signature.
+        """Send one HEAD for the bucket, or for the service, without a signature.
 
         Raises:
-            NoResponse: There was none.
+            NoResponse: There was no response.
         """
-        # Not by a client: it would sign the request, follow a redirect, and turn a refusal into an error.
-        trusted: Any = self._session.ca_file()  # the stubs know no file
+        # Not by a boto3 client, which would follow a redirect and turn a refusal into an error: here every response
+        # is a result.
+        trusted: Any = self._session.ca_file()  # Any: the type stubs of botocore don't allow a path
         http = URLLib3Session(verify=trusted, proxies=get_environ_proxies(self._url), timeout=_TIMEOUT_S)
         before = datetime.now(timezone.utc)
         try:
@@ -168,7 +173,7 @@ class Account:
         return ServiceResponse(
             status=response.status_code,
             seconds=(after - before).total_seconds(),
-            # The service read its clock about halfway between.
+            # The service wrote its date about halfway between sending and receiving.
             skew=_skew(before + (after - before) / 2, response.headers),
             bucket_region=response.headers.get("x-amz-bucket-region"),
         )
@@ -178,24 +183,25 @@ class Account:
 
         Raises:
             ConfigError: A setting is wrong.
-            TransportError: It is refused, or does not work.
+            TransportError: The service refused, or could not be reached.
         """
         with contextlib.closing(self._make_client()) as client:
             try:
                 found = self._call(client.list_objects_v2, Prefix=prefix, MaxKeys=20).get("Contents", ())
             except AccessDenied:
+                # Loading needs no right to list: it is no failure yet.
                 return Readable(False, self._read_any(client, prefix))
             if not found:
                 return Readable(True, None)
-            # One with content, if there is any: of an empty object no byte can be read.
+            # The first object with content, if there is one: no byte of an empty object can be read.
             key: str = max(found, key=lambda entry: bool(entry["Size"]))["Key"]
             self._read_byte(client, key)
             return Readable(True, key)
 
     def clean(self, text: str) -> str:
-        """Return ``text`` in one line, without anything in it that is secret."""
+        """Return ``text`` in one line and without secrets: user names and passwords of URLs, and credentials."""
         text = re.sub(r"//\S*@", "//", " ".join(text.split()))
-        # The representation of an object, with which urllib3 begins its reasons.
+        # urllib3 begins its reasons with the repr of an object, which is of no use to a user.
         text = re.sub(r"<urllib3\S* object at \w+>: |\w+Connection\([^)]*\): ", "", text)
         for secret in self._secrets:
             text = text.replace(secret, "…")
@@ -205,7 +211,7 @@ class Account:
         profile = self._session.core.get_config_variable("profile") or "default"
         settings = self._session.core.get_scoped_config()
         if "mfa_serial" in settings and "role_arn" in settings:
-            # Botocore would ask for the code on the terminal, and wait.
+            # Finding such credentials would make botocore ask for the code on the terminal, and wait.
             raise ConfigError(f"the profile {profile} asks for an MFA code each time, which a job can't give")
         credentials = self._session.core.get_credentials()
         if credentials is None:
@@ -221,10 +227,10 @@ class Account:
         )
 
     def _fetch(self, credentials: Credentials) -> tuple[str, str]:
-        """Return the id of the access key and the session token; "" where they have expired."""
+        """Return the id of the access key and the session token, both "" if the credentials have expired."""
         try:
             frozen = credentials.get_frozen_credentials()
-        except RuntimeError:  # how botocore says that what it has fetched has expired
+        except RuntimeError:  # botocore raises it if the credentials are expired even after they were fetched anew
             return "", ""
         key, token = frozen.access_key or "", frozen.token or ""
         secrets = (frozen.secret_key or "", token, key)
@@ -232,7 +238,7 @@ class Account:
         return key, token
 
     def _read_any(self, client: Any, prefix: str) -> str:
-        """Read as a loader that may not list would: the object of this name, or a checkpoint's metadata."""
+        """Read a byte without listing: of a checkpoint's ``.metadata``, or else of the object with this very key."""
         folder = prefix.rstrip("/")
         with contextlib.suppress(AccessDenied):
             self._read_byte(client, f"{folder}/.metadata" if folder else ".metadata")
@@ -241,7 +247,7 @@ class Account:
         return prefix
 
     def _read_byte(self, client: Any, key: str) -> None:
-        with contextlib.suppress(PlanError):  # the object is empty
+        with contextlib.suppress(PlanError):  # the object is empty, which shows that it may be read
             self._call(client.get_object, Key=key, Range="bytes=0-0")["Body"].close()
 
     def _call(self, method: Callable[..., dict[str, Any]], **parameters: Any) -> dict[str, Any]:
@@ -256,22 +262,23 @@ class Account:
         try:
             return self._session.make_client(self._config.region, Config(**_ONE_QUICK_ATTEMPT, **options))
         except (BotoCoreError, ConfigError) as error:
-            raise ConfigError(self.clean(str(error))) from None  # the cause's text may name what is secret
+            raise ConfigError(self.clean(str(error))) from None  # the cause would show its text, secrets included
 
 
 def code_of(error: BaseException) -> str:
-    """Return S3's own code for a refusal, such as ``"AccessDenied"``; "" where it gave none."""
-    refusal = error.__cause__
+    """Return S3's own code of an error that :class:`Account` raised, such as ``"AccessDenied"``; "" if it has none."""
+    refusal = error.__cause__  # botocore's error, from which `translated` has raised this one
     return str(refusal.response.get("Error", {}).get("Code", "")) if isinstance(refusal, ClientError) else ""
 
 
 def _noted_expiry(source: str, settings: Mapping[str, object]) -> datetime | None:
-    """Return the moment credentials expire, as the tools that wrote them into the file have noted it there."""
-    if source not in _UNRENEWED[1:]:
+    """Return the time at which credentials of a file expire, if a tool has noted it beside them; else None."""
+    if source not in _UNRENEWED[1:]:  # of these only the environment is not a file
         return None
     for name, value in settings.items():
+        # Each tool has its own name for it, such as "expiration" or "x_security_token_expires".
         if "expir" in name.lower() and isinstance(value, str):
-            with contextlib.suppress(ValueError, RuntimeError):
+            with contextlib.suppress(ValueError, RuntimeError):  # not a time
                 expires: datetime = parse_timestamp(value)
                 return expires if expires.tzinfo else expires.replace(tzinfo=timezone.utc)
     return None
@@ -280,7 +287,7 @@ def _noted_expiry(source: str, settings: Mapping[str, object]) -> datetime | Non
 def _skew(now: datetime, headers: Mapping[str, str]) -> timedelta | None:
     try:
         theirs = parsedate_to_datetime(headers.get("Date", ""))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError):  # there is no date, or it is malformed
         return None
     return now - (theirs if theirs.tzinfo else theirs.replace(tzinfo=timezone.utc))
 
@@ -296,7 +303,7 @@ def _cause(error: BotoCoreError) -> _Cause:
 
 
 def _reason(error: BotoCoreError) -> str:
-    """Return the reason that botocore's error hides: its own text says little more than the URL."""
+    """Return the reason inside of botocore's error, whose own text says little more than the URL."""
     if isinstance(error, exceptions.ProxyConnectionError):
-        return str(error)  # names the proxy, without its password
+        return str(error)  # names the proxy, without its password, which the reason inside does not
     return str(error.kwargs.get("error") or error)

@@ -1,4 +1,8 @@
-"""Checksums of whole objects, as far as S3 has stored them: what a finished download can be compared with."""
+"""Stored checksums: the checksums of a whole object that S3 has stored, for comparison with a finished download.
+
+Made by :class:`mpreader.s3.client.BaseS3Client` for ``mpreader fetch``. It only reads a response: computing checksums
+and comparing them is done by :mod:`mpreader.tools.download`.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ from typing import Any, Final
 
 __all__ = ["StoredChecksums"]
 
+# Fields of boto3's response, with the names of the algorithms that are used here.
 _FIELDS: Final = {
     "ChecksumSHA256": "sha256",
     "ChecksumSHA1": "sha1",
@@ -19,8 +24,9 @@ _FIELDS: Final = {
     "ChecksumCRC64NVME": "crc64nvme",
 }
 _MD5_ETAG: Final = re.compile(r'"([0-9a-f]{32})"')
-_PLAIN_ENCRYPTION: Final = (None, "AES256")  # with another one the ETag is no MD5
-_DIRECTORY_BUCKET: Final = "--x-s3"  # its ETags are random
+# Values of ServerSideEncryption with which the ETag is the MD5 of the content. With a KMS key it is not.
+_PLAIN_ENCRYPTION: Final = (None, "AES256")
+_DIRECTORY_BUCKET: Final = "--x-s3"  # end of the names of directory buckets, whose ETags are random
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +36,8 @@ class StoredChecksums:
     Attributes:
         etag: ETag of that version, as S3 wrote it.
         by_algorithm: Checksums of the whole object in hexadecimal digits, by ``"sha256"``, ``"sha1"``, ``"crc32"``,
-            ``"crc32c"``, ``"crc64nvme"`` and ``"md5"`` (where the ETag is one). Checksums of checksums of parts are
-            left out.
+            ``"crc32c"``, ``"crc64nvme"`` and ``"md5"`` (where the ETag is one). For many objects uploaded in parts S3
+            stores only a checksum of the parts' checksums; those are left out.
     """
 
     etag: str
@@ -41,13 +47,15 @@ class StoredChecksums:
     def of_head(cls, bucket: str, response: Mapping[str, Any]) -> StoredChecksums:
         """Read boto3's response to ``head_object`` with ``ChecksumMode="ENABLED"``."""
         found = {}
+        # Services that know no ChecksumType leave it out. Their checksums of parts' checksums are
+        # recognized by the text: see _try_hex.
         if response.get("ChecksumType", "FULL_OBJECT") == "FULL_OBJECT":
             for field, algorithm in _FIELDS.items():
                 digits = _try_hex(response.get(field, ""))
                 if digits:
                     found[algorithm] = digits
         etag = response.get("ETag", "")
-        md5 = _MD5_ETAG.fullmatch(etag)
+        md5 = _MD5_ETAG.fullmatch(etag)  # an object uploaded in parts has an ETag that ends in "-" and their number
         is_encrypted = (
             response.get("ServerSideEncryption") not in _PLAIN_ENCRYPTION or "SSECustomerAlgorithm" in response
         )
@@ -57,7 +65,10 @@ class StoredChecksums:
 
 
 def _try_hex(text: str) -> str | None:
-    """Return base64 as hexadecimal digits; None for other text: the checksum of 3 parts' checksums ends in ``-3``."""
+    """Return base64 text as hexadecimal digits; None for other text.
+
+    A checksum of the checksums of 3 parts ends in ``-3``, which is not base64.
+    """
     try:
         return base64.b64decode(text, validate=True).hex()
     except binascii.Error:

@@ -1,7 +1,9 @@
-"""BaseS3Client: every request that mpreader's own process makes of S3, and the presigned URLs for its workers.
+"""BaseS3Client: the requests to S3 of the main process, and the presigned URLs for the workers.
 
-Clients are light: the slow parts, boto3's clients, belong to a :class:`~mpreader.s3.session.Session` that clients of
-equal settings share. What the users have is :class:`mpreader.readers.client.S3Client`, which also makes readers.
+Users have :class:`mpreader.readers.client.S3Client`, a subclass that also makes readers; sources use it to find and
+presign objects. A client is cheap to make: the slow parts, boto3's clients, belong to a
+:class:`~mpreader.s3.session.Session` that all clients of equal settings share. No credential may leave this package,
+except inside of a presigned URL.
 """
 
 from __future__ import annotations
@@ -26,18 +28,18 @@ from mpreader.s3.writer import S3Writer
 
 __all__ = ["BaseS3Client", "PresignedUrl"]
 
-# Longer than any load of an object takes; the pool makes new ones long before.
+# Longer than the load of any object takes. If a URL does expire, the pool asks for a new one.
 _URL_EXPIRY_S: Final = 3600
-# Refusals of a HEAD whose reason only a GET is told: the response to a HEAD has no body.
+# Statuses with which a HEAD is refused without a reason, since its response has no body. A GET gets the reason.
 _UNEXPLAINED: Final = frozenset({301, 400, 403, 404})
 
 
 class PresignedUrl(NamedTuple):
-    """A URL for GETs of one object. A secret: whoever has it can read the object until it expires.
+    """URL for GETs of one object. A secret: whoever has it can read the object until it expires.
 
     Attributes:
         url: The URL, percent-encoded; its query holds the signature.
-        headers: Headers that every request must carry, as they were signed.
+        headers: Headers that every request must carry, because they are part of the signature.
         ca_file: PEM file, or directory, of the certificate authorities to trust; None where the URL is not https.
     """
 
@@ -47,16 +49,17 @@ class PresignedUrl(NamedTuple):
 
     @property
     def origin(self) -> str:
-        """Scheme, host and port of the URL, which are no secret."""
+        """Scheme, host and port of the URL, which are not secret."""
         parts = urlsplit(self.url)
         return f"{parts.scheme}://{parts.netloc}"
 
     def __repr__(self) -> str:
+        # The repr of a named tuple would show the signature in logs and tracebacks.
         return f"PresignedUrl({self.origin})"
 
 
 class BaseS3Client:
-    """Requests of S3. Thread-safe; connects when first used, anew after a fork or unpickling."""
+    """Client of S3. Thread-safe. It connects at its first request, and again after a fork or after unpickling."""
 
     def __init__(
         self,
@@ -65,7 +68,7 @@ class BaseS3Client:
         s3client_config: S3ClientConfig | None = None,
         endpoint: str | None = None,
     ) -> None:
-        """Take over the settings; makes no request.
+        """Store the settings; makes no request.
 
         Args:
             region: AWS region. None: that of ``s3client_config``, else the environment's. Buckets of other regions
@@ -75,7 +78,7 @@ class BaseS3Client:
 
         Raises:
             ConfigError: ``region`` or ``endpoint`` is malformed.
-            TypeError: ``s3client_config`` is something else.
+            TypeError: ``s3client_config`` is neither None nor an ``S3ClientConfig``.
         """
         check_type("s3client_config", s3client_config, S3ClientConfig)
         config = s3client_config or S3ClientConfig()
@@ -88,7 +91,7 @@ class BaseS3Client:
 
     @property
     def region(self) -> str | None:
-        """The region that was asked for; None: the environment's."""
+        """Region of the settings; None: the environment's."""
         return self._config.region
 
     @property
@@ -97,18 +100,18 @@ class BaseS3Client:
         return self._config
 
     def head_object(self, bucket: str, key: str) -> ObjectInfo:
-        """Ask for an object's size and version.
+        """Request an object's size and version, with one HEAD.
 
         Raises:
             ObjectMissing: There is no such bucket, or no such key in it.
-            AccessDenied: There are no credentials, or they are not good for this.
-            TransportError: The service could not be asked, or failed.
+            AccessDenied: There are no credentials, or they don't allow it.
+            TransportError: The service could not be reached, or failed.
         """
         with translated(self._target(bucket, key)):
             return ObjectInfo.of_head(key, self._head(bucket, key))
 
     def checksums(self, bucket: str, key: str) -> StoredChecksums:
-        """Ask which checksums of a whole object S3 has stored.
+        """Request the checksums of a whole object that S3 has stored.
 
         Raises:
             TransportError: As for :meth:`head_object`.
@@ -123,7 +126,8 @@ class BaseS3Client:
         Args:
             bucket: The bucket.
             prefix: Beginning of the keys.
-            delimiter: Keys with this text behind the prefix are summed up as common prefixes. "": none are.
+            delimiter: Text such as "/". Keys that have it behind the prefix are summed up as common prefixes, in place
+                of being listed. "": every key is listed.
             max_keys: Most objects and prefixes of one page.
 
         Raises:
@@ -132,18 +136,18 @@ class BaseS3Client:
         parameters: dict[str, Any] = {"Prefix": prefix, "Delimiter": delimiter, "MaxKeys": max_keys}
         while True:
             response = self.call("list_objects_v2", bucket, **parameters)
-            yield ListObjectsPage.of(response)  # may be empty, and still not the last one
+            yield ListObjectsPage.of(response)  # a page may be empty without being the last one
             if not response.get("IsTruncated"):
                 return
             parameters["ContinuationToken"] = response["NextContinuationToken"]
 
     def put_object(self, bucket: str, key: str, storage_class: str | None = None) -> S3Writer:
-        """Open a new object for writing; it is there once the writer is closed.
+        """Open a new object for writing; the object exists once the writer is closed.
 
         Args:
             bucket: The object's bucket.
             key: The object's key.
-            storage_class: Such as ``"STANDARD_IA"``. None: the service's default.
+            storage_class: S3's name of the storage class, such as ``"STANDARD_IA"``. None: the service's default.
         """
         return S3Writer(self, bucket, key, storage_class)
 
@@ -153,9 +157,10 @@ class BaseS3Client:
         Raises:
             TransportError: As for :meth:`head_object`.
         """
-        self.head_object(src_bucket, src_key)  # or else an error could not tell source from destination
+        # Checks the source first. Without this an error of the copy would not tell if source or destination is meant.
+        self.head_object(src_bucket, src_key)
         with translated(self._target(dst_bucket, dst_key)):
-            # boto3's own transfer copies in parts where it must: one CopyObject takes 5 GiB at most.
+            # boto3's managed copy, which copies large objects in parts: one CopyObject request takes 5 GiB at most.
             self._session.client_for(dst_bucket).copy(
                 {"Bucket": src_bucket, "Key": src_key},
                 dst_bucket,
@@ -165,7 +170,7 @@ class BaseS3Client:
             )
 
     def delete_object(self, bucket: str, key: str) -> None:
-        """Delete an object; one that is not there is no error.
+        """Delete an object. It is not an error if there is none.
 
         Raises:
             TransportError: As for :meth:`head_object`.
@@ -173,7 +178,7 @@ class BaseS3Client:
         self.call("delete_object", bucket, Key=key)
 
     def presign(self, bucket: str, key: str) -> PresignedUrl:
-        """Presign a URL for GETs of an object, good for an hour. Makes no request.
+        """Presign a URL for GETs of an object, valid for an hour. Makes no request to S3.
 
         Raises:
             AccessDenied: There are no credentials.
@@ -194,7 +199,7 @@ class BaseS3Client:
         Args:
             operation: Name of the method, such as ``"get_object"``.
             bucket: The bucket.
-            range: Bytes that are asked for, to be named in errors; end exclusive.
+            range: Requested bytes, end exclusive. Only named in errors: ``parameters`` must have the Range as well.
             parameters: The method's other parameters.
 
         Raises:
@@ -215,19 +220,21 @@ class BaseS3Client:
         return f"<{type(self).__name__} region={self._config.region} endpoint={self._config.endpoint_url}>"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Only the settings: connections and locks can't travel, and credentials must not.
+        # Only the settings: connections and locks can't be pickled, and credentials must not be.
         return partial(type(self), s3client_config=self._config), ()
 
     @property
     def _session(self) -> Session:
-        # In a forked child the parent's sockets and locks are of no use.
+        # After a fork the session is still the parent's: both processes would mix their bytes on one socket, and a lock
+        # may have been copied while a thread of the parent held it.
         if self._own_session.pid != os.getpid():
             self._use_session()
         return self._own_session
 
     def _use_session(self) -> None:
         self._own_session = shared_session(self._config)
-        # A client need not be closed: the last one that is collected closes the connections.
+        # A client need not be closed: when the last client of a session is garbage-collected, the session closes its
+        # connections.
         weakref.finalize(self, self._own_session.release)
 
     def _target(self, bucket: str, key: str, range: tuple[int, int] | None = None) -> Target:
@@ -244,6 +251,7 @@ class BaseS3Client:
         except ClientError as error:
             if error.response["ResponseMetadata"]["HTTPStatusCode"] not in _UNEXPLAINED:
                 raise
-            # The GET raises an error with the reason; if it is allowed, that of the HEAD must do.
+            # A GET of one byte is refused for the same reason, and raises an error that has it. If the GET succeeds all
+            # the same, the error of the HEAD is raised.
             with contextlib.closing(boto.get_object(**parameters, Range="bytes=0-0")["Body"]):
                 raise

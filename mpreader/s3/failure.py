@@ -1,7 +1,7 @@
-"""Translation of botocore's errors, the only one: each becomes an error of mpreader's that says what to do.
+"""Translation of botocore's errors: each becomes an error of mpreader whose message names the remedy.
 
-Used around every request that this package makes. Streams that break are not its business: :mod:`mpreader.s3.stream`
-resumes them.
+Used around every request of this package; botocore's errors must be translated nowhere else. A body that breaks while
+it is read is not an error yet, and is left to :mod:`mpreader.s3.stream`, which resumes it.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ __all__ = ["Target", "translated"]
 
 
 class Target(NamedTuple):
-    """Subject of a request, for the error that may come of it.
+    """Subject of a request: bucket, key and range, to be named in an error about the request.
 
     Attributes:
         bucket: The bucket.
-        key: The key, or "".
-        where: Returns, in words, the service that is asked for a bucket.
+        key: The key; "" for a request about the whole bucket.
+        where: Returns region and endpoint of the requests for a bucket, as text for an error's message. A function,
+            since they are known for certain only after the request.
         max_attempts: Requests that boto3 makes before it gives up.
-        range: Bytes that were asked for, end exclusive; None: no range.
+        range: Bytes that were requested, end exclusive; None: no range.
     """
 
     bucket: str
@@ -47,7 +48,7 @@ class Target(NamedTuple):
         return f"s3://{self.bucket}/{self.key}"
 
     def error(self, kind: type[TransportError], message: str, attempts: int) -> TransportError:
-        """Make an error about it."""
+        """Make an error about this subject."""
         text = f"{self}: {message} [{self.where(self.bucket)}]"
         return kind(text, bucket=self.bucket, key=self.key, range=self.range, attempts=attempts)
 
@@ -63,14 +64,15 @@ _DENIED: Final = (
 _WRONG_REGION: Final = (
     "the bucket lies in another region, and could not be followed there: set S3ClientConfig(region=…)"
 )
-
 _NO_REGION: Final = (
     "the service redirects the request, perhaps to another region, but names none: check endpoint_url, and "
     "S3ClientConfig(region=…)"
 )
-# Also those of a web server that sends plain http to https, say: botocore follows none but to another region.
+# botocore follows only redirects to another region. Others come, for example, from a web server that redirects http to
+# https.
 _REDIRECTS: Final = frozenset({301, 302, 307, 308})
 
+# Class and advice by S3's error code.
 _BY_CODE: Final[dict[str, tuple[type[TransportError], str]]] = {
     "NoSuchBucket": (ObjectMissing, "there is no such bucket"),
     "NoSuchKey": (ObjectMissing, "the bucket exists, but has no such key"),
@@ -88,6 +90,7 @@ _BY_CODE: Final[dict[str, tuple[type[TransportError], str]]] = {
     "AuthorizationHeaderMalformed": (TransportError, _WRONG_REGION),
     "IllegalLocationConstraintException": (TransportError, _WRONG_REGION),
 }
+# The same by HTTP status, for responses whose code is unknown, or that have no body with a code.
 _BY_STATUS: Final[dict[int, tuple[type[TransportError], str]]] = {
     301: (TransportError, _WRONG_REGION),
     400: (TransportError, "the service takes the request for malformed: check region, endpoint_url and credentials"),
@@ -97,6 +100,7 @@ _BY_STATUS: Final[dict[int, tuple[type[TransportError], str]]] = {
     412: _BY_CODE["PreconditionFailed"],
 }
 
+# Errors for which botocore makes no request: it found no credentials, or could not renew them.
 _CREDENTIALS: Final = (
     boto.NoCredentialsError,
     boto.PartialCredentialsError,
@@ -105,6 +109,7 @@ _CREDENTIALS: Final = (
     boto.SSOError,
     boto.TokenRetrievalError,
 )
+# Errors of the settings, of the environment, or of an argument such as a bucket's name.
 _SETTINGS: Final = (
     boto.ProfileNotFound,
     boto.ConfigParseError,
@@ -134,24 +139,25 @@ def translated(target: Target) -> Iterator[None]:
     except BotoCoreError as error:
         raise _failure(error, target) from error
     except RuntimeError as error:
+        # botocore raises a plain RuntimeError if the credentials of the environment, or of a role, have expired. There
+        # is no class to tell it by, only its text.
         if "credentials" not in str(error):
             raise
-        # botocore's way to say that those in the environment, or of a role, have expired.
         raise target.error(AccessDenied, f"{error} {_GIVE_CREDENTIALS}", attempts=0) from error
 
 
 def _refusal(error: ClientError, target: Target) -> MpreaderError:
-    """Make the error for a response of the service that is a refusal."""
+    """Make the error for a response in which the service refuses the request."""
     details = error.response.get("Error", {})
     facts = error.response.get("ResponseMetadata", {})
     status = facts.get("HTTPStatusCode", 0)
     code = details.get("Code", "")
-    # A response without a body, as to a HEAD, has no code of its own: botocore puts the status in its place.
+    # The response to a HEAD has no body, and so no code: botocore puts the status in its place.
     reason = "" if code == str(status) else f" {code}: {details.get('Message', '')}"
     said = f"HTTP {status}{reason}".rstrip(": ")
     if code == "InvalidRange" or status == 416:
         return PlanError(f"{target}: the range {target.range} lies outside of the object ({said})")
-    # The code says more than the status: a missing bucket and a missing key are both 404.
+    # The code comes first, since it is more exact: a missing bucket and a missing key both have status 404.
     kind, advice = _BY_CODE.get(code) or _BY_STATUS.get(status) or (TransportError, "the service failed")
     names_region = "Region" in details or "x-amz-bucket-region" in facts.get("HTTPHeaders", {})
     if status in _REDIRECTS and not names_region:
@@ -160,12 +166,12 @@ def _refusal(error: ClientError, target: Target) -> MpreaderError:
 
 
 def _failure(error: BotoCoreError, target: Target) -> MpreaderError:
-    """Make the error for a failure before there was a response."""
-    # Some of these texts have line breaks, and the message of an error is one line.
+    """Make the error for a request that got no response."""
     if isinstance(error, _SETTINGS):
+        # Some of these texts have several lines; the message of an error is one line.
         return ConfigError(f"{target}: {' '.join(str(error).split())}")
-    # No attempt: without credentials no request was made.
     if isinstance(error, _CREDENTIALS):
+        # 0 attempts: without credentials no request was made.
         return target.error(AccessDenied, f"{error}; {_GIVE_CREDENTIALS}", attempts=0)
     if isinstance(error, (boto.HTTPClientError, boto.ConnectionError)):
         advice = "check endpoint_url, region, proxies and certificates"

@@ -1,4 +1,7 @@
-"""Facts of objects as responses and listings of S3 state them."""
+"""Facts of objects in S3: size, ETag, time and storage class, read from boto3's responses and listings.
+
+Made by :class:`mpreader.s3.client.BaseS3Client` for its callers. Makes no requests.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,10 @@ __all__ = ["HasSize", "ListObjectsPage", "ObjectInfo"]
 
 
 class HasSize(Protocol):
-    """Least that must be known of an object: its size. :class:`ObjectInfo` has it, and so have others' classes."""
+    """Object information with a size, the least that a stream must know of an object.
+
+    :class:`ObjectInfo` has it; a protocol, so that a class of another library that has a size can be given as well.
+    """
 
     @property
     def size(self) -> int:
@@ -19,14 +25,14 @@ class HasSize(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
-    """Facts that a HEAD request or a listing states of an object.
+    """Facts of an object, as a HEAD request or a listing states them.
 
     Attributes:
         key: The object's key.
         size: Bytes of the whole object.
-        etag: ETag as S3 wrote it, quotes included.
-        last_modified: Seconds since the epoch; 0 where the service does not say.
-        storage_class: Such as ``"STANDARD"``.
+        etag: ETag as S3 wrote it, quotes included; "" where the service gives none.
+        last_modified: Seconds since the epoch; 0 where the service does not state it.
+        storage_class: S3's name of it, such as ``"STANDARD"``.
     """
 
     key: str
@@ -47,9 +53,9 @@ class ObjectInfo:
 
     @classmethod
     def _of(cls, key: str, size: int, response: Mapping[str, Any]) -> ObjectInfo:
-        # A HEAD names the storage class only where it is not the standard one.
         modified = response.get("LastModified")  # some S3-compatible services leave it out
         modified_s = int(modified.timestamp()) if modified is not None else 0
+        # A HEAD names the storage class only where it is not the standard one.
         return cls(key, size, response.get("ETag", ""), modified_s, response.get("StorageClass", "STANDARD"))
 
 
@@ -59,7 +65,8 @@ class ListObjectsPage:
 
     Attributes:
         object_info: The page's objects, in the order of their keys.
-        common_prefixes: Beginnings of the keys that hold the delimiter behind the prefix, up to that delimiter.
+        common_prefixes: For the keys that have the delimiter behind the prefix: their beginnings, up to and including
+            that delimiter, each named once.
     """
 
     object_info: tuple[ObjectInfo, ...]

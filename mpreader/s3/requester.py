@@ -1,4 +1,7 @@
-"""Requester: the part of an S3 client that streams and uploads call, so that their modules need not import it."""
+"""Requester: the methods of an S3 client that streams and uploads call.
+
+A protocol, so that their modules need not import :mod:`~mpreader.s3.client`, which imports the writer itself.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ __all__ = ["Requester"]
 
 
 class Requester(Protocol):
-    """Makes requests of S3; see :class:`mpreader.s3.client.BaseS3Client`. Thread-safe."""
+    """Client that makes requests of S3; see :class:`mpreader.s3.client.BaseS3Client`. Thread-safe."""
 
     @property
     def s3client_config(self) -> S3ClientConfig:

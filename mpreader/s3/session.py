@@ -1,8 +1,8 @@
 """Session: boto3's clients for one set of settings, one client per region, made when they are needed.
 
-A boto3 client takes some 0.1 s to make, so that all S3 clients of equal settings in a process share a session
-(``shared_session``). The doctor's :class:`~mpreader.s3.account.Account` has one of its own. Credentials stay in here:
-what leaves are responses and presigned URLs.
+A boto3 client takes about 0.1 s to make, so all :class:`~mpreader.s3.client.BaseS3Client` of equal settings share a
+session (``shared_session``). The doctor's :class:`~mpreader.s3.account.Account` has one of its own. This module makes
+no requests and translates no errors. It owns botocore's session, and with it the credentials.
 """
 
 from __future__ import annotations
@@ -29,31 +29,38 @@ if TYPE_CHECKING:
 
 __all__ = ["Session", "shared_session"]
 
-# S3Writer's threads and the pool's (a HEAD per file of a checkpoint) at one time.
+# Enough for the threads of several S3Writers and for the pool's HEAD requests, one for each file of a checkpoint, at
+# one time. With fewer, botocore would close connections and open new ones.
 _MAX_CONNECTIONS: Final = 32
 _CONNECT_TIMEOUT_S: Final = 10
-# Sessions are kept for later clients of the same settings. A program that changes them again and again, or its
-# environment, must not collect clients and their connections for ever.
+# Sessions are kept for later clients of the same settings. Their number is bounded, because a program that changes its
+# settings or its environment again and again would otherwise pile up clients and connections.
 _MAX_SHARED: Final = 8
-# By these botocore finds a bucket's region; the second comes before any other request to a directory bucket.
+# Requests by which botocore finds out a bucket's region. CreateSession comes before any other request to a directory
+# bucket.
 _REGION_REQUESTS: Final = ("HeadBucket", "CreateSession")
 
-_shared: dict[tuple[object, ...], Session] = {}  # the one used last comes last
-_shared_lock = threading.Lock()
+# The shared sessions by process, settings and environment. A dict keeps the order of insertion: the session used last
+# comes last.
+_shared: dict[tuple[object, ...], Session] = {}
+_shared_lock = threading.Lock()  # guards _shared, and Session.users of all sessions
 
 
 def shared_session(config: S3ClientConfig) -> Session:
-    """Return the process's session for these settings, counted as used once more; ``release`` gives it back.
+    """Return the process's session for these settings, and count one more user of it.
 
-    It is a new one where the environment or a file of credentials has changed since, and after a fork.
+    It is a new session after a fork, and when the environment or a file of credentials has changed. The caller must
+    call ``release`` once.
     """
     key = (os.getpid(), config, _environment_fingerprint())
     with _shared_lock:
         session = _shared.pop(key, None)
-        # botocore looks for credentials once in a session's life, and those of a role may have come since.
+        # botocore looks for credentials only once in the life of its session. If it found none then, there may be some
+        # now, such as those of a role: look again, with a new session.
         if session is None or session.is_without_credentials():
             session = Session(config)
         _shared[key] = session
+        # The one unused for longest goes first. Clients that have it still go on with it, and close it at their end.
         while len(_shared) > _MAX_SHARED:
             del _shared[next(iter(_shared))]
         session.users += 1
@@ -61,10 +68,13 @@ def shared_session(config: S3ClientConfig) -> Session:
 
 
 class Session:
-    """One set of credentials and settings, with a client per region. Thread-safe; not usable after a fork.
+    """boto3's clients for one set of settings, one per region. Thread-safe; not usable after a fork.
+
+    Args:
+        config: Settings of S3.
 
     Attributes:
-        pid: The process that it belongs to.
+        pid: Id of the process that made it, and the only one that may use it.
         users: Number of S3 clients that share it; guarded by the lock of all shared sessions.
     """
 
@@ -73,24 +83,25 @@ class Session:
         self.users = 0
         self._config = config
         self._lock = threading.Lock()  # held while a client is made, so that threads don't make the same one twice
-        self._core: botocore.session.Session | None = None
+        self._core: botocore.session.Session | None = None  # None until it is needed, like _boto and _ca_file
         self._boto: boto3.Session | None = None
-        self._clients: dict[str | None, BotoClient] = {}
-        self._bucket_regions: dict[str, str] = {}
+        self._clients: dict[str | None, BotoClient] = {}  # by region; None: the environment's
+        self._bucket_regions: dict[str, str] = {}  # by bucket, as far as responses have shown it
         self._ca_file = ""
         self._lacks_credentials = False
 
     @property
     def core(self) -> botocore.session.Session:
-        """The botocore session that all clients are made from: they share its credentials, and their renewal."""
+        """The botocore session of all clients: they share its credentials, and renew them once for all."""
         if self._core is None:
             self._core = botocore.session.Session(profile=self._config.profile)
         return self._core
 
     def client_for(self, bucket: str) -> BotoClient:
-        """Return the client that signs for the bucket's region, as far as that is known yet."""
+        """Return the client that signs for the bucket's region, or for the settings' region until that is known."""
         client = self._client(self._config.region)
-        # boto3 follows a bucket to its region by itself, but would sign URLs for the region of the client.
+        # For requests any client would do, since boto3 follows a redirect to the bucket's region. A presigned URL is
+        # always signed for the client's own region, and a worker can't follow a redirect.
         region = self._bucket_regions.get(bucket, client.meta.region_name)
         return client if region == client.meta.region_name else self._client(region)
 
@@ -106,6 +117,8 @@ class Session:
             BotoCoreError: The profile, the region or a file of the configuration is wrong.
         """
         config = _client_config(self._config)
+        # Making a client makes many objects that all stay: garbage collections would find nothing, and take longer than
+        # the rest.
         with collector_paused():
             if self._boto is None:
                 self._boto = boto3.Session(botocore_session=self.core)
@@ -116,7 +129,7 @@ class Session:
                     endpoint_url=self._config.endpoint_url,
                     config=config.merge(options) if options is not None else config,
                 )
-            except ValueError as error:  # how botocore says that an endpoint is no URL
+            except ValueError as error:  # botocore raises it if the endpoint is not a URL
                 raise ConfigError(f"{error}; check endpoint_url, AWS_ENDPOINT_URL_S3 and AWS_CA_BUNDLE") from error
         client.meta.events.register("before-parameter-build.s3", _presign_for_the_region)
         client.meta.events.register_first("choose-signer.s3", _presign_with_version_4)
@@ -125,8 +138,8 @@ class Session:
         return client
 
     def where(self, bucket: str) -> str:
-        """Return the region and endpoint that are asked for a bucket, in words for an error's message."""
-        # Makes no client: an error in making one is among those whose message this is for.
+        """Return region and endpoint of the requests for a bucket, as text for an error's message."""
+        # Must not make a client: making one may be what has failed, and this is the text of that error, too.
         client = self._clients.get(self._config.region)
         region = self._bucket_regions.get(bucket) or (client.meta.region_name if client else self._config.region)
         endpoint = client.meta.endpoint_url if client else self._config.endpoint_url
@@ -134,35 +147,38 @@ class Session:
 
     def ca_file(self) -> str:
         """Return the file, or directory, of certificate authorities that botocore trusts."""
+        # The same order as in botocore: setting ca_bundle or AWS_CA_BUNDLE, REQUESTS_CA_BUNDLE, the bundled file. So
+        # the workers trust the same authorities as boto3's own requests.
         if not self._ca_file:
             configured = self.core.get_config_variable("ca_bundle") or os.environ.get("REQUESTS_CA_BUNDLE")
             self._ca_file = str(configured or get_cert_path(True))
         return self._ca_file
 
     def is_without_credentials(self) -> bool:
-        """Return True if there was nothing to sign with when a client was made."""
+        """Return True if no credentials were found when a client was made."""
         return self._lacks_credentials
 
     def close(self) -> None:
         """Close all connections that are not in use; the next request opens new ones."""
         with self._lock:
-            clients = list(self._clients.values())
+            clients = list(self._clients.values())  # a copy, since other threads may add clients meanwhile
         for client in clients:
             client.close()
 
     def release(self) -> None:
-        """Count one user less; the last one closes the connections."""
-        # A forked child's copy of a client is finalized there; the connections are still the parent's.
+        """Count one user less; when there is none left, close the connections."""
+        # In a forked child the copies of the parent's clients are finalized, too. The connections are still the
+        # parent's.
         if self.pid != os.getpid():
             return
         with _shared_lock:
             self.users -= 1
             is_unused = not self.users
-        if is_unused:
+        if is_unused:  # after the lock, since closing may take time; a new user in between only connects again
             self.close()
 
     def _client(self, region: str | None) -> BotoClient:
-        # Without the lock first: every request comes through here, from up to 16 threads at a time.
+        # Looked up without the lock first: every request comes through here, from up to 16 threads at a time.
         client = self._clients.get(region)
         if client is None:
             with self._lock:
@@ -178,8 +194,9 @@ class Session:
         return client
 
     def _note_region(self, http_response: Any, context: dict[str, Any], **_: object) -> None:
-        """Remember the region for which a bucket took a signature; called by botocore after each response."""
-        # A redirect to the bucket's region has been followed by then, and the context is that of the last request.
+        """Remember the region whose signature a bucket accepted; called by botocore after each response."""
+        # botocore has followed a redirect to the bucket's region by then: the context is that of the last request. An
+        # ARN of an access point is left out, since it names its region itself.
         bucket = context.get("s3_redirect", {}).get("bucket")
         region = context.get("signing", {}).get("region")
         if bucket and region and not bucket.startswith("arn:") and http_response.status_code < 300:
@@ -187,6 +204,7 @@ class Session:
 
 
 def _client_config(config: S3ClientConfig) -> Config:
+    """Translate the settings into botocore's options."""
     options: dict[str, Any] = {
         "retries": {"mode": "standard", "total_max_attempts": config.max_attempts},
         "user_agent_extra": f"mpreader/{__version__}",
@@ -198,38 +216,46 @@ def _client_config(config: S3ClientConfig) -> Config:
     if config.force_path_style:
         options["s3"] = {"addressing_style": "path"}
     for name in ("request_checksum_calculation", "response_checksum_validation"):
-        # Many S3-compatible services refuse the checksums that newer versions of boto3 add unasked.
+        # Newer versions of boto3 add checksums to every request by default, which many S3-compatible services refuse.
+        # Older versions don't have these options.
         if name in Config.OPTION_DEFAULTS:
             options[name] = "when_required"
     return Config(**options)
 
 
 def _presign_for_the_region(context: dict[str, Any], **_: object) -> None:
-    """Presign for the region's endpoint; the global one redirects young buckets, and a worker can't follow."""
+    """Presign for the region's own endpoint.
+
+    The global endpoint redirects requests for buckets that are new, and a worker can't follow a redirect.
+    """
     context.pop("use_global_endpoint", None)
 
 
 def _presign_with_version_4(signature_version: object, **_: object) -> Any:
     """Presign with SigV4, where boto3's default is SigV2.
 
-    Not by ``Config(signature_version="s3v4")``: that would sign for directory buckets in the same way, and they need
-    a session.
+    ``Config(signature_version="s3v4")`` can't be used for that: it would also change the signatures for directory
+    buckets, which need a session.
     """
     return "s3v4-query" if signature_version == "v4-query" else None
 
 
 def _ask_for_the_region_once(response: Any, request_dict: dict[str, Any], **_: object) -> None:
-    """Let botocore give up on a bucket whose region the service does not name.
+    """Make botocore give up on a bucket whose region the service does not name.
 
-    To a redirect without a region botocore reacts with a HEAD of the bucket, and to a redirect of that HEAD with
-    another one, until Python's recursion limit ends it. It leaves a request alone that is marked as redirected.
+    After a redirect that names no region botocore sends a HEAD of the bucket to find the region. If that HEAD is
+    redirected in the same way, botocore sends another HEAD for it, and so on to Python's recursion limit. It does not
+    do so for a request that is marked as redirected already, so this marks the first HEAD.
     """
     if response is not None and "x-amz-bucket-region" not in response[1]["ResponseMetadata"]["HTTPHeaders"]:
         request_dict["context"].setdefault("s3_redirect", {})["redirected"] = True
 
 
 def _environment_fingerprint() -> int:
-    """Return a hash of all that decides credentials, region and the way to the service; a hash keeps no secret."""
+    """Return a hash of everything in environment and files that decides credentials, region, endpoint and proxies.
+
+    A hash, since the values hold secrets, and the keys of the shared sessions are kept.
+    """
     names = sorted(
         name for name in os.environ if name.startswith(("AWS_", "REQUESTS_")) or name.lower().endswith("_proxy")
     )
@@ -237,7 +263,10 @@ def _environment_fingerprint() -> int:
 
 
 def _file_versions() -> Iterator[tuple[str, int, int]]:
-    """Yield path, time of modification and size of the files that hold credentials and configuration."""
+    """Yield path, time of modification and size of the files that hold credentials and configuration.
+
+    Any change of a file changes one of these, and the file need not be read.
+    """
     for name, usual in (("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials"), ("AWS_CONFIG_FILE", "~/.aws/config")):
         path = Path(os.environ.get(name, usual)).expanduser()
         try:

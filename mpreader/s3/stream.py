@@ -1,7 +1,8 @@
-"""Streams of an object's bytes, all of one version, for the readers that read in this process.
+"""PinnedObject: streams of an object's bytes, all of one version, for the readers that read in the caller's process.
 
-boto3 retries a request until its response begins; what breaks in the body is resumed here. The worker processes do the
-same for the pool by code of their own, without boto3.
+Made by :class:`mpreader.readers.client.S3Client`. boto3 retries a request until its response begins; this module
+resumes a body that breaks. It must not hand out a byte of a response before the response has passed the check of
+:mod:`mpreader.pool.worker.partial_content`. The worker processes do the same for the pool, without boto3.
 """
 
 from __future__ import annotations
@@ -23,27 +24,28 @@ from mpreader.s3.requester import Requester
 
 __all__ = ["PinnedObject"]
 
-_CHUNK_BYTES: Final = 1 * MiB
+_CHUNK_BYTES: Final = 1 * MiB  # most bytes of one receive, and so the memory that a stream takes
 _FIRST_PAUSE_S: Final = 0.05
 _LONGEST_PAUSE_S: Final = 5.0
 
 
 class _Broken(Exception):
-    """A response that can't be used, and may be right at the next attempt."""
+    """Response that can't be used, though the next attempt may bring a right one."""
 
 
-# All that botocore, urllib3 and the socket raise of a broken body; which of them does depends on where it breaks.
+# All errors of a broken body: botocore, urllib3 or the socket raises one, depending on where the body breaks.
 _BREAKS: Final = (_Broken, BotoCoreError, urllib3.exceptions.HTTPError, OSError)
 
 
 class PinnedObject:
-    """An object in the version that the first response names. Picklable; not thread-safe.
+    """Object in one version: the version that the first response names, or ``object_info``. Picklable; not thread-safe.
 
     Args:
         client: Client that makes the requests.
         bucket: The object's bucket.
         key: The object's key.
-        object_info: Facts that are known of the object; its version is settled if they have an ``etag``.
+        object_info: Facts of the object, if they are known already. If they have an ``etag``, only that version is
+            read.
     """
 
     def __init__(self, client: Requester, bucket: str, key: str, object_info: HasSize | None = None) -> None:
@@ -51,14 +53,14 @@ class PinnedObject:
         self._bucket = bucket
         self._key = key
         self._info = object_info
-        # "" until a version is settled; of given facts no more than a size can be expected.
+        # "" until the version is decided. getattr, since object_info need not have more than a size.
         self._etag: str = getattr(object_info, "etag", None) or ""
 
     def __repr__(self) -> str:
         return f"<PinnedObject s3://{self._bucket}/{self._key} {self._etag}>"
 
     def info(self) -> HasSize:
-        """Return the object's size and version; asks S3 once.
+        """Return the object's size and version; makes one HEAD request, the first time.
 
         Raises:
             ObjectChanged: A stream has seen another version.
@@ -72,27 +74,33 @@ class PinnedObject:
         return self._info
 
     def stream(self, start: int | None = None, end: int | None = None) -> Iterator[bytes]:
-        """Ask for bytes now, and hand them out as they come. A body that breaks is resumed; it is never short.
+        """Make the request at once, and return its bytes as they arrive. A body that breaks is resumed.
 
         Args:
-            start: First byte of the object to send. None: 0.
-            end: One past the last byte to send. None: the object's size.
+            start: First byte of the object to read. None: 0.
+            end: One past the last byte to read. None: the object's size.
+
+        Returns:
+            Chunks of at most 1 MiB; together they are exactly the range. A chunk may be empty. Iterating raises the
+            same errors.
 
         Raises:
             PlanError: The range ends past the end of the object.
             ObjectChanged: The object was overwritten since its first bytes were read.
-            ShortRead: The bytes did not come in ``max_attempts`` attempts.
+            ShortRead: ``max_attempts`` attempts in a row brought no byte.
             TransportError: The service refused, or could not be reached.
         """
         chunks = self._chunks(start or 0, end)
-        next(chunks, None)  # the request goes out now, and its error comes from here; the first chunk is empty
+        # A generator runs only when it is asked for a value. Taking its first, empty chunk makes the request now, and
+        # raises the request's error here. None: a range without bytes needs no request.
+        next(chunks, None)
         return chunks
 
     def _chunks(self, position: int, end: int | None) -> Iterator[bytes]:
         """Yield an empty chunk once the first request has gone out, then bytes [position, end)."""
-        failures = 0  # in a row, without a byte of progress between them
+        failures = 0  # attempts in a row that brought no byte
         while end is None or position < end:
-            reached = position
+            reached = position  # to see, after a failure, whether this attempt has brought bytes
             try:
                 body, end = self._open(position, end)
                 with contextlib.closing(body):
@@ -104,17 +112,22 @@ class PinnedObject:
                         position += len(chunk)
                         yield chunk
             except MpreaderError as error:
+                # S3 refuses a range without bytes (416), so a stream from the end of the object ends here.
                 if isinstance(error, PlanError) and end is None and position >= self.info().size:
-                    return  # nothing is left to send: S3 has no answer for that but an error
+                    return
                 raise
             except _BREAKS as error:
-                # An attempt that brought bytes is no reason to give up: a large body may break many times.
+                # After an attempt that brought bytes the count begins anew: a large body may break many times.
                 failures = failures + 1 if position == reached else 1
                 self._pause_or_give_up(error, failures, (position, end))
 
     def _open(self, position: int, end: int | None) -> tuple[Any, int]:
-        """Ask for bytes [position, end); return the body, and the end in the object, which is then known."""
-        last = "" if end is None else end - 1
+        """Request bytes [position, end), up to the object's end if ``end`` is None.
+
+        Returns:
+            The body, which the caller must close, and the end as a number, which the response has stated.
+        """
+        last = "" if end is None else end - 1  # a Range header names the last byte, not the one past it
         if_match = {"IfMatch": self._etag} if self._etag else {}
         response = self._client.call(
             "get_object",
@@ -127,11 +140,13 @@ class PinnedObject:
         try:
             return response["Body"], self._check(response, position, end)
         except BaseException:
-            response["Body"].close()  # or its connection would stay open until the response is collected
+            response["Body"].close()  # otherwise its connection stays open until the response is garbage-collected
             raise
 
     def _check(self, response: dict[str, Any], position: int, end: int | None) -> int:
-        """Accept a response only if its body will be the bytes asked for, of one version. Returns where they end."""
+        """Accept a response only if its body will be the requested bytes of the one version; returns their end."""
+        # Without Content-Encoding: the body is handed out as it is stored, so an object that was stored compressed is
+        # read like any other.
         said = PartialContent(
             response["ResponseMetadata"]["HTTPStatusCode"],
             response.get("ContentRange", ""),
@@ -141,6 +156,7 @@ class PinnedObject:
         named = parse_content_range(said.content_range)
         if named is None or named.object_size is None:
             raise _Broken("the server sends the whole object in place of a range")
+        # S3 sends fewer bytes for a range that ends past the object, and that would look like a wrong response.
         if end is not None and end > named.object_size:
             raise PlanError(f"the range {(position, end)} ends past the {named.object_size} bytes of {self._uri()}")
         end = named.object_size if end is None else end
@@ -152,11 +168,11 @@ class PinnedObject:
             raise self._changed(f"it has {named.object_size} bytes now, not {size}")
         if mismatch is not None:
             raise _Broken(f"asked for bytes {position}-{end - 1}, the answer is for {said.content_range!r}")
-        self._etag = said.etag  # the first response decides which version it is
+        self._etag = said.etag  # the first response decides which version is read
         return end
 
     def _other_version(self, etag: str) -> Exception:
-        # A response without an ETag does not say that the object changed; the next one may have it.
+        # A response without an ETag does not show that the object has changed; the next one may have the ETag.
         if not etag:
             return _Broken("the answer names no ETag")
         return self._changed(f"its ETag is {etag} now, not {self._etag}")
@@ -172,11 +188,12 @@ class PinnedObject:
                 range=None if end is None else (position, end),
                 attempts=failures,
             ) from error
+        # A random pause, so that the streams of many processes don't all come back at one time.
         longest = min(_FIRST_PAUSE_S * 2**failures, _LONGEST_PAUSE_S)
         time.sleep(random.uniform(0, longest))  # noqa: S311 - jitter, not a secret
 
-    def _changed(self, how: str) -> ObjectChanged:
-        message = f"{self._uri()} was overwritten while it was read: {how}; read it again with a new reader"
+    def _changed(self, difference: str) -> ObjectChanged:
+        message = f"{self._uri()} was overwritten while it was read: {difference}; read it again with a new reader"
         return ObjectChanged(message, bucket=self._bucket, key=self._key, attempts=1)
 
     def _uri(self) -> str:

@@ -1,6 +1,6 @@
-"""Uploads: an object is made of bytes by one request, or by a multipart upload.
+"""Uploads: the requests that make an object, either one request or a multipart upload, and the size of its parts.
 
-Used by :class:`mpreader.s3.writer.S3Writer`, which decides between the two, and runs the threads.
+Used by :class:`mpreader.s3.writer.S3Writer`, which decides between the two. It starts no threads and buffers nothing.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from mpreader.s3.requester import Requester
 
 __all__ = ["MultipartUpload", "next_part_bytes", "put_whole"]
 
-# S3 takes 10,000 parts of at most 5 GiB, and objects of at most 5 TiB. Parts of 1/1250 of what was written make
-# 1,250 parts of the smallest size, and then grow e-fold with every 1,250 more.
+# S3 takes at most 10,000 parts of at most 5 GiB each, and objects of at most 5 TiB. The size of an object is not known
+# before its last byte, so parts grow with what was written: each is 1/1250 of it. That gives 1,250 parts of the first
+# size; after every 1,250 further ones the size has grown by a factor of e (2.7).
 _GROWTH: Final = 1250
 
 
@@ -32,12 +33,12 @@ def put_whole(client: Requester, bucket: str, key: str, body: bytearray, storage
 
 
 class MultipartUpload:
-    """A multipart upload that has begun. Parts may be sent from several threads.
+    """Multipart upload that has begun. ``send`` may be called from several threads at a time.
 
-    The parts cost money until ``complete`` makes the object of them, or ``abort`` deletes them.
+    S3 keeps the parts, and charges for them, until ``complete`` makes the object of them or ``abort`` deletes them.
 
     Raises:
-        TransportError: The service refused, or could not be reached; the same for all methods.
+        TransportError: The service refused, or could not be reached. All methods raise it.
     """
 
     def __init__(self, client: Requester, bucket: str, key: str, storage_class: str | None) -> None:
@@ -52,14 +53,15 @@ class MultipartUpload:
         return f"<MultipartUpload s3://{self._bucket}/{self._key} parts={len(self._etags)}>"
 
     def send(self, number: int, body: bytearray) -> None:
-        """Send part ``number``, counted from 1."""
+        """Send a part; the number, counted from 1, is its place in the object."""
         response = self._client.call(
             "upload_part", self._bucket, Key=self._key, UploadId=self._id, PartNumber=number, Body=body
         )
+        # Several threads write here. No lock: each writes a key of its own, and complete() is called after all of them.
         self._etags[number] = response["ETag"]
 
     def complete(self) -> None:
-        """Make the object of all parts that were sent."""
+        """Make the object of all parts that were sent; call it when every ``send`` has returned."""
         parts = [{"PartNumber": number, "ETag": self._etags[number]} for number in sorted(self._etags)]
         self._client.call(
             "complete_multipart_upload",
@@ -70,9 +72,10 @@ class MultipartUpload:
         )
 
     def abort(self) -> None:
-        """Delete all parts that were sent."""
+        """Delete all parts that were sent. A part that arrives later stays, so no ``send`` may be under way."""
         self._client.call("abort_multipart_upload", self._bucket, Key=self._key, UploadId=self._id)
 
 
 def _class(storage_class: str | None) -> dict[str, Any]:
+    # boto3 refuses None as a value of a parameter.
     return {} if storage_class is None else {"StorageClass": storage_class}

@@ -1,6 +1,7 @@
 """S3Writer: a write-only file that becomes an object when it is closed.
 
-Made by ``S3Client.put_object``. Requests are made by :mod:`mpreader.s3.upload`; here are the buffer and the threads.
+Made by ``S3Client.put_object``. It owns the buffer and the threads of an upload, and decides when to give it up; the
+requests themselves are made by :mod:`mpreader.s3.upload`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import io
 import logging
 import os
 import threading
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
@@ -24,22 +25,22 @@ if TYPE_CHECKING:
 
 __all__ = ["S3Writer"]
 
-_THREADS: Final = 2  # each holds a part, and the writer a third one
+_THREADS: Final = 2  # each holds a part, and the writer a third one: this bounds the memory of a writer
 _log = logging.getLogger(__name__)
 
 
 class S3Writer(io.BufferedIOBase):
-    """Writes one object, in parts that are sent while the next ones are written. Not thread-safe.
+    """Write-only file that becomes one object; parts are sent while the next ones are written. Not thread-safe.
 
-    The object is made by ``close()``, all of it or nothing: an error, an exception within the ``with`` block, or
-    dropping the writer without closing it leave no object and no parts. Memory: three parts of
-    ``S3ClientConfig.part_size``; beyond 1,250 parts they grow.
+    ``close()`` makes the object, whole or not at all: after an error, after an exception within the ``with`` block, or
+    if the writer is dropped without being closed, neither an object nor parts are left. It takes the memory of three
+    parts of ``S3ClientConfig.part_size``; beyond 1,250 parts the parts grow.
 
     Args:
         client: Client that makes the requests.
         bucket: The object's bucket.
         key: The object's key.
-        storage_class: Such as ``"STANDARD_IA"``. None: the service's default.
+        storage_class: S3's name of the storage class, such as ``"STANDARD_IA"``. None: the service's default.
     """
 
     def __init__(self, client: Requester, bucket: str, key: str, storage_class: str | None = None) -> None:
@@ -49,17 +50,18 @@ class S3Writer(io.BufferedIOBase):
         self._storage_class = storage_class
         self._pid = os.getpid()
         self._lock = threading.Lock()  # of close(): two threads that close must not both make the object
-        self._position = 0
-        self._part_bytes = client.s3client_config.part_size
-        self._buffer = bytearray()
-        self._parts = 0
-        self._sent = 0
-        self._pending: set[Future[None]] = set()
+        self._position = 0  # bytes written so far
+        self._part_bytes = client.s3client_config.part_size  # size of the part that is being filled
+        self._buffer = bytearray()  # that part; at most _part_bytes long
+        self._parts = 0  # number of parts that were given to the threads
+        self._sent = 0  # bytes in these parts
+        self._pending: set[Future[None]] = set()  # parts that are being sent, at most _THREADS
+        # Both None until a first part is full: a smaller object is made by one request.
         self._upload: MultipartUpload | None = None
         self._threads: ThreadPoolExecutor | None = None
 
     def write(self, data: ReadableBuffer, /) -> int:
-        """Write any buffer of bytes; it may be changed afterwards.
+        """Write any buffer of bytes. The bytes are copied, so the caller may change the buffer afterwards.
 
         Returns:
             Number of bytes written: all of them.
@@ -81,13 +83,14 @@ class S3Writer(io.BufferedIOBase):
                 self._buffer += rest[:count]
                 rest = rest[count:]
         except BaseException:
+            # Also after a Ctrl-C: some bytes may be missing from the middle of the object, which must not be made then.
             self._give_up()
             raise
         self._position += view.nbytes
         return view.nbytes
 
     def close(self) -> None:
-        """Send what is left and make the object. Again is harmless.
+        """Send the rest of the bytes and make the object. A second call does nothing.
 
         Raises:
             TransportError: S3 refused, or could not be reached; there is no object.
@@ -103,11 +106,11 @@ class S3Writer(io.BufferedIOBase):
             self._release()
 
     def tell(self) -> int:
-        """Number of bytes written so far."""
+        """Return the number of bytes written so far."""
         return self._position
 
     def readable(self) -> bool:
-        """False."""
+        """Return False."""
         return False
 
     def writable(self) -> bool:
@@ -117,16 +120,17 @@ class S3Writer(io.BufferedIOBase):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        # The base class would close it whatever happened, and so make an object of what is only half written.
+        # The base class would call close() also after an exception, and so make an object that is only half written.
         if kind is None:
             self.close()
         elif not self.closed:
             self._give_up()
 
     def __del__(self) -> None:
-        # As in __exit__: not close(), as the base class does.
+        # The base class would call close(), and so make an object that the program never finished. Errors can reach
+        # nobody from here; they occur if __init__ has failed, or while the interpreter shuts down.
         with contextlib.suppress(Exception):
-            # A forked child's copy must not abort the upload that goes on in the parent.
+            # The copy in a forked child must not abort the upload, which goes on in the parent.
             if not self.closed and os.getpid() == self._pid:
                 self._give_up()
 
@@ -138,7 +142,10 @@ class S3Writer(io.BufferedIOBase):
         return self
 
     def _make_room(self) -> None:
-        """Send the buffer if it is full; called only when more is to come: a single part needs no multipart upload."""
+        """Send the buffer if it is full.
+
+        Called only when more bytes follow, so an object of exactly one part is still made by one request.
+        """
         if len(self._buffer) < self._part_bytes:
             return
         if self._upload is None:
@@ -150,16 +157,21 @@ class S3Writer(io.BufferedIOBase):
     def _send_part(self) -> None:
         assert self._upload is not None  # for the type checker
         assert self._threads is not None
+        # The executor would queue any number of parts. Waiting here keeps the writer to three parts in memory.
         if len(self._pending) == _THREADS:
             self._collect(FIRST_COMPLETED)
         self._parts += 1
         self._sent += len(self._buffer)
-        # Not a method of this object: the threads must not keep it alive when it is dropped.
+        # Not a method of the writer: the threads would hold a reference to it, and a dropped writer would stay alive.
         self._pending.add(self._threads.submit(self._upload.send, self._parts, self._buffer))
-        self._buffer = bytearray()
+        self._buffer = bytearray()  # a new one, not cleared: the thread sends the old one
 
     def _collect(self, when: str) -> None:
-        """Wait for parts that are being sent, and raise the error of one that failed."""
+        """Wait for parts that are being sent, and raise the error of one that failed.
+
+        Args:
+            when: ``FIRST_COMPLETED`` or ``ALL_COMPLETED`` of :mod:`concurrent.futures`.
+        """
         done, self._pending = wait(self._pending, return_when=when)
         for part in done:
             part.result()
@@ -169,7 +181,7 @@ class S3Writer(io.BufferedIOBase):
             put_whole(self._client, self._bucket, self._key, self._buffer, self._storage_class)
             return
         self._send_part()
-        self._collect("ALL_COMPLETED")
+        self._collect(ALL_COMPLETED)
         self._upload.complete()
 
     def _give_up(self) -> None:
@@ -180,16 +192,17 @@ class S3Writer(io.BufferedIOBase):
         try:
             self._upload.abort()
         except ObjectMissing:
-            pass  # it is gone, and its parts with it
+            pass  # something else aborted the upload, which deleted its parts
         except MpreaderError as error:
-            # Raising it would hide why this is given up.
+            # Logged and not raised: raising it would hide the error for which the writer gives up.
             _log.warning("parts of s3://%s/%s stay behind, and cost money: %s", self._bucket, self._key, error)
 
     def _release(self) -> None:
+        """Mark the file as closed, and end buffer and threads."""
         super().close()
-        self._buffer = bytearray()
+        self._buffer = bytearray()  # gives the memory back even if the writer is kept
         if self._threads is not None:
-            # A part that arrives after the abort would stay behind.
+            # Waits for parts under way: a part that arrives after the abort would stay in S3, and cost money.
             self._threads.shutdown(wait=True, cancel_futures=True)
 
 

@@ -1,7 +1,8 @@
 """HttpSource: an object behind any http(s) URL as a source of the pool.
 
-It asks in the main process, by urllib3, for the object's size and version, and follows redirects: the workers, which
-speak HTTP by code of their own, get a route to the URL at the end of them.
+In the main process, by urllib3, it requests the object's size and version, and follows redirects. The workers can't
+follow redirects: they get a route to the URL at which the redirects end. No error and no repr may show a URL's query,
+user name or password, since these may be secrets.
 """
 
 from __future__ import annotations
@@ -23,42 +24,44 @@ __all__ = ["HttpSource"]
 
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 _MAX_REDIRECTS: Final = 10
-# Responses to a HEAD after which a GET is tried: some servers refuse HEAD or leave out the size, and URLs that are
-# presigned for GET are good for nothing else.
+# Statuses of a HEAD after which a GET is tried: some servers refuse HEAD, or leave out the size (200), and a URL that
+# is presigned for GET allows no other method.
 _TRY_GET_AFTER: Final = frozenset({200, 400, 401, 403, 405, 501})
-_BUSY: Final = (408, 429, 500, 502, 503, 504)
-_TIMEOUT: Final = Timeout(connect=10, read=60)
+_BUSY: Final = (408, 429, 500, 502, 503, 504)  # statuses after which the same request may succeed later
+_TIMEOUT: Final = Timeout(connect=10, read=60)  # seconds
 _DENIED: Final = (
     "access denied: the URL may have expired, or need a user name and password (https://user:password@host/…)"
 )
 
 
 class HttpSource:
-    """The object behind an http(s) URL. See :class:`mpreader.pool.source.Source`.
+    """Object behind an http(s) URL. See :class:`mpreader.pool.source.Source`.
 
-    Redirects are followed when it is opened; the workers ask the server that they lead to. A user name and password
-    in the URL are sent as basic authentication, to the URL's own server only. Proxies are those of ``HTTP_PROXY``,
-    ``HTTPS_PROXY`` and ``NO_PROXY``; certificate authorities those of ``REQUESTS_CA_BUNDLE`` or ``SSL_CERT_FILE``,
-    else the system's.
+    Redirects are followed when the source is opened, and the workers read from the server at which they end. A user
+    name and password in the URL are sent as basic authentication, to the URL's own server only. Proxies are those of
+    ``HTTP_PROXY``, ``HTTPS_PROXY`` and ``NO_PROXY``; certificate authorities those of ``REQUESTS_CA_BUNDLE`` or
+    ``SSL_CERT_FILE``, else the system's.
 
     Args:
         url: The URL; its fragment is ignored.
-        max_attempts: Requests made for the same bytes before giving up.
+        max_attempts: Largest number of requests that are made for the same bytes.
 
     Raises:
         ConfigError: ``url`` is not an http(s) URL.
     """
 
+    # Not decided yet: the pool calls open(). A PinnedSource has a version here.
     version: ObjectVersion | None = None
 
     def __init__(self, url: str, max_attempts: int = 10) -> None:
         self._url = _Url.parse(url)
         self._max_attempts = max_attempts
-        self._unused_target: _Url | None = None  # where redirects led in open(), until a route is made of it
+        # URL at which open() found the redirects to end, until a route is made of it.
+        self._unused_target: _Url | None = None
 
     @property
     def bucket(self) -> str:
-        """The URL's host."""
+        """The URL's host, with its port if that is not the default one."""
         return self._url.authority
 
     @property
@@ -73,27 +76,31 @@ class HttpSource:
 
     @property
     def max_attempts(self) -> int:
-        """Requests made for the same bytes before giving up."""
+        """Largest number of requests that are made for the same bytes."""
         return self._max_attempts
 
     def open(self) -> ObjectVersion:
-        """Follow redirects, and ask the server at their end for the version that there is now.
+        """Follow redirects, and request the object's present version from the server at which they end.
 
         Raises:
             ObjectMissing: There is nothing at the URL.
-            AccessDenied: The server refuses.
-            TransportError: The server can't be reached, or serves no ranges of a known size.
+            AccessDenied: The server refuses the request.
+            TransportError: The server can't be reached, serves no ranges, or does not state the object's size.
         """
         self._unused_target, version = self._resolve()
         return version
 
     def route(self) -> Route:
-        """Make a route to the URL that redirects end at; only the first one after ``open`` follows none anew.
+        """Make a route to the URL at which the redirects end.
+
+        The first route after ``open`` uses the URL that ``open`` has found. For each further one the redirects are
+        followed again.
 
         Raises:
             TransportError: As for :meth:`open`.
         """
-        # A redirect may lead to a URL that expires, and a new route is asked for when the old one may have.
+        # Followed again, because a redirect may lead to a URL that expires, and the pool wants another route when it
+        # takes the last one for expired.
         target, self._unused_target = self._unused_target, None
         if target is None:
             target, _ = self._resolve()
@@ -103,20 +110,24 @@ class HttpSource:
         return f"<HttpSource {self.uri}>"
 
     def _resolve(self) -> tuple[_Url, ObjectVersion]:
-        """Return the URL that redirects end at, and the version there."""
+        """Return the URL at which the redirects end, and the version of the object there."""
         target, status, headers = self._follow("HEAD", self._url, {})
         if status == 200 and "Content-Length" in headers:
             return target, ObjectVersion(self._size(headers["Content-Length"], headers), _etag(headers))
         if status in _TRY_GET_AFTER:
             target, status, headers = self._follow("GET", self._url, {"Range": "bytes=0-0"})
-        # An empty object has no first byte: 416, with its size in Content-Range all the same.
+        # 416 is the response for an empty object, which has no first byte; its Content-Range has the size, too.
         if status not in (206, 416):
             raise self._refusal(status)
         _, _, total = headers.get("Content-Range", "").rpartition("/")
         return target, ObjectVersion(self._size(total, headers), _etag(headers))
 
     def _follow(self, method: str, url: _Url, headers: dict[str, str]) -> tuple[_Url, int, Mapping[str, str]]:
-        """Make a request and follow its redirects; return the last URL, with status and headers of its response."""
+        """Make a request and follow its redirects.
+
+        Returns:
+            The URL at which they end, and status and headers of its response.
+        """
         for _ in range(_MAX_REDIRECTS):
             status, response_headers = self._request(method, url, headers)
             location = response_headers.get("Location")
@@ -129,16 +140,16 @@ class HttpSource:
         raise self._error(TransportError, f"more than {_MAX_REDIRECTS} redirects")
 
     def _request(self, method: str, url: _Url, headers: dict[str, str]) -> tuple[int, Mapping[str, str]]:
-        """Return status and headers of the response; what may be transient is tried again first."""
-        # The response to a HEAD is that of the GET without its body, compression included: ask for none.
+        """Return status and headers of the response to a request, which is repeated after a failure that may pass."""
+        # identity: a server that compresses would state the size of the compressed body.
         all_headers = {"Accept-Encoding": "identity", **dict(url.headers), **headers}
         retries = Retry(
             self._max_attempts - 1,
-            other=0,  # a certificate does not get better
-            redirect=False,  # _follow does it, which keeps the password from other servers
+            other=0,  # errors such as a wrong certificate, which stay
+            redirect=False,  # _follow does it, and sends the password to the URL's own server only
             status_forcelist=_BUSY,
-            raise_on_status=False,  # _refusal explains it
-            respect_retry_after_header=False,  # it may name an hour
+            raise_on_status=False,  # the last status is returned, and becomes an error in _refusal
+            respect_retry_after_header=False,  # a server may name an hour
             backoff_factor=0.05,
         )
         try:
@@ -152,18 +163,20 @@ class HttpSource:
                     redirect=False,
                     preload_content=False,
                 )
-                response.close()  # the body may be the whole object
+                response.close()  # unread: the body may be the whole object
         except (urllib3.exceptions.HTTPError, OSError) as error:
             reason = getattr(error, "reason", None) or error
-            # The cause is not shown: its text holds the URL with its query, which may be a secret.
+            # From None: the text of the cause holds the URL with its query, and a traceback would show it.
             raise self._error(TransportError, f"no answer from {url.authority}: {_without_urls(reason)}") from None
         return response.status, response.headers
 
     def _size(self, text: str, headers: Mapping[str, str]) -> int:
+        """Return the size that ``text``, a header's value, states; raises if the object can't be read by ranges."""
         if headers.get("Content-Encoding", "identity") != "identity":
             raise self._error(TransportError, "the server compresses it; ranges of that can't be read")
         if headers.get("Accept-Ranges") == "none":
             raise self._error(TransportError, "the server serves no ranges of it")
+        # isascii, since isdigit alone also holds for characters such as "²", which int() refuses.
         if not text.isascii() or not text.isdigit():
             raise self._error(TransportError, "the server does not tell its size")
         return int(text)
@@ -186,9 +199,9 @@ class _Url(NamedTuple):
 
     Attributes:
         scheme: ``"http"`` or ``"https"``.
-        authority: Host, with its port where that is not the usual one; without user name and password.
+        authority: Host, with its port where that is not the default one; without user name and password.
         target: Path and query.
-        headers: The Authorization header of the URL's user name and password, if it has any.
+        headers: The Authorization header made of the URL's user name and password; empty if it has none.
     """
 
     scheme: str
@@ -198,6 +211,11 @@ class _Url(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> _Url:
+        """Split a URL into its parts.
+
+        Raises:
+            ConfigError: ``text`` is not an http(s) URL; the error does not show its secrets.
+        """
         if not isinstance(text, str) or not re.match(r"https?://", text, re.IGNORECASE):
             raise ConfigError(f"not an http(s) URL: {_without_urls(text)!r}")
         try:
@@ -215,7 +233,11 @@ class _Url(NamedTuple):
         return cls(scheme, url.host + port, url.request_uri, headers)
 
     def redirected(self, location: str) -> _Url:
-        """Return the URL that a redirect leads to; its headers are sent on within the same server only."""
+        """Return the URL that a redirect leads to, with the password only if it is on the same server.
+
+        Args:
+            location: Value of the redirect's Location header, relative or absolute.
+        """
         url = _Url.parse(urljoin(str(self), location))
         same = (url.scheme, url.authority) == (self.scheme, self.authority)
         return url._replace(headers=self.headers) if same and not url.headers else url
@@ -232,11 +254,12 @@ class _Url(NamedTuple):
         return f"{self.scheme}://{self.authority}{self.target}"
 
     def __repr__(self) -> str:
+        # The repr of a named tuple would show the query and the password in tracebacks.
         return f"<_Url {self.scheme}://{self.authority}{self.path}>"
 
 
 def _manager(url: _Url) -> urllib3.PoolManager:
-    """Make the connection pool for one request, through the environment's proxy if there is one."""
+    """Make urllib3's connection pool for one request, through the environment's proxy if there is one."""
     proxy = proxy_for(str(url))
     context = tls_context() if url.is_tls else None
     if proxy is None:
@@ -247,10 +270,10 @@ def _manager(url: _Url) -> urllib3.PoolManager:
 
 def _etag(headers: Mapping[str, str]) -> str:
     etag = headers.get("ETag", "")
-    # If-Match never holds for a weak ETag: the object counts as one that has none.
+    # A server must not accept a weak ETag in If-Match, so it can't be used: the object counts as one without an ETag.
     return "" if etag.startswith("W/") else etag
 
 
 def _without_urls(text: object) -> str:
-    """Return ``text`` without user names and queries of the URLs in it: they may be secrets."""
+    """Return ``text`` without user names, passwords and queries of the URLs in it, which may be secrets."""
     return re.sub(r"//[^/@\s]*@|\?\S*", lambda hit: "//…@" if hit[0].startswith("//") else "?…", str(text))

@@ -1,6 +1,7 @@
-"""Network settings of the environment: proxies and certificate authorities; and the routes that are made of them.
+"""Network settings of the environment, namely proxies and certificate authorities, and the routes made of them.
 
-Used by the sources, by S3's and http's alike, and by the doctor. Makes no request.
+Used by both kinds of sources and by the doctor. It only reads the environment, and must not make requests. Workers see
+none of these variables: all that they need of them is in their routes.
 """
 
 from __future__ import annotations
@@ -17,25 +18,25 @@ from mpreader.pool.worker.route import Proxy, Route
 
 __all__ = ["PORTS", "Headers", "basic_authorization", "ca_file", "proxy_for", "route_to", "tls_context"]
 
-Headers = tuple[tuple[str, str], ...]
+Headers = tuple[tuple[str, str], ...]  # names and values, in the order in which they are sent
 
-PORTS: Final = {"http": 80, "https": 443}
+PORTS: Final = {"http": 80, "https": 443}  # default port of each scheme
 
 
 def route_to(url: str, headers: Headers, proxy: Proxy | None, ca_file: str | None) -> Route:
     """Make the route to a URL.
 
     Args:
-        url: The URL, percent-encoded and without user name.
-        headers: Headers that every request must carry, ``Host`` apart.
+        url: The URL, percent-encoded, without user name and fragment.
+        headers: Headers that every request must carry, except ``Host``, which is added here.
         proxy: Proxy to go through, or None.
         ca_file: File, or folder, of the certificate authorities to trust; None: the system's.
     """
     parts = urlsplit(url)
     port = parts.port or PORTS[parts.scheme]
-    is_usual = port == PORTS[parts.scheme]
-    # Host is named as it was signed: the usual port is left out, even where the URL names it.
-    host = parts.netloc.rpartition(":")[0] if is_usual and parts.port else parts.netloc
+    is_default = port == PORTS[parts.scheme]
+    # The Host header must be the one that was signed: botocore leaves a default port out, even where the URL names it.
+    host = parts.netloc.rpartition(":")[0] if is_default and parts.port else parts.netloc
     target = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
     return Route(
         parts.scheme == "https", parts.hostname or "", port, target, (("Host", host), *headers), proxy, ca_file
@@ -43,19 +44,20 @@ def route_to(url: str, headers: Headers, proxy: Proxy | None, ca_file: str | Non
 
 
 def proxy_for(url: str) -> Proxy | None:
-    """Return the proxy that the environment names for ``url``, None for none.
+    """Return the proxy that the environment names for ``url``; None if it names none, or excludes the host.
 
     Raises:
-        ConfigError: It is of a kind that the workers can't use.
+        ConfigError: The proxy is of a kind that the workers can't use.
     """
     parts = urlsplit(url)
     proxy_url = getproxies().get(parts.scheme)
     if not proxy_url or proxy_bypass(parts.netloc):
         return None
-    if "://" not in proxy_url:  # host:port alone is common
+    if "://" not in proxy_url:  # many environments name host:port only
         proxy_url = "http://" + proxy_url.removeprefix("//")
     proxy = urlsplit(proxy_url)
-    # The workers speak plain HTTP to a proxy, and TLS through it; SOCKS and https:// proxies would need more.
+    # The workers can only connect to a proxy by plain HTTP, and then use TLS through it. SOCKS and https:// proxies
+    # would need more code there.
     if proxy.scheme != "http" or not proxy.hostname:
         name = f"{parts.scheme.upper()}_PROXY"
         raise ConfigError(f"{name} names a proxy of the kind {proxy.scheme}://; only http://host:port can be used")
@@ -66,7 +68,10 @@ def proxy_for(url: str) -> Proxy | None:
 
 
 def ca_file() -> str | None:
-    """Return the file, or folder, of certificate authorities that the environment names; None: the system's."""
+    """Return the file, or folder, of certificate authorities that the environment names; None: the system's.
+
+    The variables are those of requests and of OpenSSL; the first one that is set and not empty counts.
+    """
     return os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("SSL_CERT_FILE") or None
 
 
@@ -74,7 +79,7 @@ def tls_context() -> ssl.SSLContext:
     """Make a TLS context that trusts the authorities of :func:`ca_file`.
 
     Raises:
-        ConfigError: They can't be read.
+        ConfigError: The file or folder can't be read.
     """
     path = ca_file()
     try:
@@ -88,5 +93,10 @@ def tls_context() -> ssl.SSLContext:
 
 
 def basic_authorization(user: str, password: str) -> str:
-    """Make the value of an ``Authorization`` header for a percent-encoded user name and password."""
+    """Make the value of a header for basic authentication.
+
+    Args:
+        user: User name, percent-encoded as in a URL.
+        password: Password, percent-encoded as in a URL.
+    """
     return "Basic " + base64.b64encode(f"{unquote(user)}:{unquote(password)}".encode()).decode()

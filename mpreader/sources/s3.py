@@ -1,4 +1,8 @@
-"""S3Source: an object of S3 as a source of the pool."""
+"""S3Source: an object of S3 as a source of the pool.
+
+It connects the S3 client, which signs URLs, with the settings of the network, and makes the workers' routes of both. It
+makes no requests but the HEAD of ``open``.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +23,7 @@ class S3Source:
         key: The object's key.
     """
 
+    # Not decided yet: the pool calls open(). A PinnedSource has a version here.
     version: ObjectVersion | None = None
 
     def __init__(self, client: BaseS3Client, bucket: str, key: str) -> None:
@@ -43,29 +48,30 @@ class S3Source:
 
     @property
     def max_attempts(self) -> int:
-        """Requests made for the same bytes before giving up."""
+        """Largest number of requests that are made for the same bytes."""
         return self._client.s3client_config.max_attempts
 
     def open(self) -> ObjectVersion:
-        """Ask S3, with one HEAD request, which version there is now.
+        """Request the object's present version from S3, with one HEAD.
 
         Raises:
             ObjectMissing: There is no such bucket, or no such key in it.
-            AccessDenied: There are no credentials, or they are not good for this.
-            TransportError: The service could not be asked, or failed.
+            AccessDenied: There are no credentials, or they don't allow it.
+            TransportError: The service could not be reached, or failed.
         """
         info = self._client.head_object(self._bucket, self._key)
         return ObjectVersion(info.size, info.etag)
 
     def route(self) -> Route:
-        """Make a freshly signed route, through the environment's proxy if it names one. Makes no request.
+        """Make a newly signed route, through the environment's proxy if it names one. Makes no request to S3.
 
         Raises:
             AccessDenied: There are no credentials.
             ConfigError: The proxy is of a kind that the workers can't use.
         """
         presigned = self._client.presign(self._bucket, self._key)
-        # The proxy depends on the origin alone; the rest of the URL is a secret, and an error's frames may be shown.
+        # The proxy depends on scheme and host only, so proxy_for gets no more. The whole URL is a secret, and if
+        # proxy_for raised, a traceback that shows local variables would show it.
         proxy = proxy_for(presigned.origin)
         return route_to(presigned.url, presigned.headers, proxy, presigned.ca_file)
 

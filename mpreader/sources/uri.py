@@ -1,4 +1,7 @@
-"""Sources by URI: ``s3://bucket/key`` is an object of S3, an http(s) URL is an object of a web server."""
+"""Sources by URI: ``s3://bucket/key`` is an object of S3, an http(s) URL is an object of a web server.
+
+Used by :mod:`mpreader.fetch`. It must not import boto3 or urllib3 before a URI needs them: both are slow to import.
+"""
 
 from __future__ import annotations
 
@@ -9,23 +12,22 @@ from mpreader.errors import ConfigError
 from mpreader.pool.source import Source
 
 if TYPE_CHECKING:
-    from mpreader.s3 import BaseS3Client
+    from mpreader.s3 import BaseS3Client  # imports boto3
 
 __all__ = ["source_of"]
 
 
 def source_of(uri: str, client: Callable[[], BaseS3Client], max_attempts: int) -> Source:
-    """Make the source of a URI. Makes no request, and imports boto3 or urllib3 only where it is needed.
+    """Make the source of a URI. Makes no request.
 
     Args:
         uri: ``s3://bucket/key`` or an http(s) URL.
-        client: Returns the client for S3. Called for an object of S3 only, and before boto3 is imported here, which
-            takes 0.2 s: what can be done meanwhile may begin in it.
-        max_attempts: Requests that are made of a web server for the same bytes before giving up; those of S3 are
-            counted by the client's settings.
+        client: Returns the client for S3. Called for objects of S3 only.
+        max_attempts: Largest number of requests that are made of a web server for the same bytes. For S3 the client's
+            settings decide.
 
     Raises:
-        ConfigError: ``uri`` is neither, or names a bucket and no object in it.
+        ConfigError: ``uri`` is neither, or names a bucket without an object in it.
     """
     if not isinstance(uri, str):
         raise ConfigError(f"a source is text such as s3://bucket/key or https://host/path, got {uri!r}")
@@ -33,6 +35,8 @@ def source_of(uri: str, client: Callable[[], BaseS3Client], max_attempts: int) -
         from mpreader.sources.http import HttpSource
 
         return HttpSource(uri, max_attempts)
+    # Called before the imports below, which take 0.2 s because of boto3: the callable may start the worker processes,
+    # which then come up during the imports.
     s3_client = client()
     from mpreader.s3 import parse_s3_uri
     from mpreader.sources.s3 import S3Source

@@ -1,8 +1,8 @@
-"""Versions of objects: asks the servers for many of them at once, and waits no longer than a deadline.
+"""Versions of objects: requests those of many objects at once, and waits no longer than a deadline.
 
-Used where the size of an object must be known before its bytes are asked for: by the fetchers for ranges that count
-from the end, and by the fsspec file system. Bytes are not read here; the coordinator asks by itself for the versions
-that nobody has asked for before.
+Used where the size of an object must be known before its bytes are requested: by the fetchers for ranges that count
+from the end, and by the fsspec file system. It must not read bytes. For all other objects the pool itself requests the
+version, with the first read.
 """
 
 from __future__ import annotations
@@ -21,17 +21,25 @@ from mpreader.pool.worker.route import Route
 
 __all__ = ["PinnedSource", "resolve_versions", "try_resolve_versions"]
 
-_CLOSED_POLL_S: Final = 0.25
+_CLOSED_POLL_S: Final = 0.25  # time between two checks whether the caller has been closed
 
+# Index of a source, with its version or the error.
 _Outcomes = queue.SimpleQueue[tuple[int, "ObjectVersion | Exception"]]
 
 
 class PinnedSource:
-    """A source of one version, which is known already: opening it makes no request.
+    """Source whose version is known already: opening it makes no request. See :class:`mpreader.pool.source.Source`.
 
     Args:
-        source: The object.
-        version: The version of it that may be read.
+        source: Source of the object.
+        version: The only version of the object that may be read.
+
+    Attributes:
+        version: The known version.
+        bucket: Bucket of ``source``.
+        key: Key of ``source``.
+        uri: URI of ``source``.
+        max_attempts: Largest number of requests that are made for the same bytes.
     """
 
     def __init__(self, source: Source, version: ObjectVersion) -> None:
@@ -43,27 +51,27 @@ class PinnedSource:
         self._source = source
 
     def open(self) -> ObjectVersion:
-        """Return the version that is known."""
+        """Return the known version."""
         return self.version
 
     def route(self) -> Route:
-        """Make a fresh route; see :meth:`mpreader.pool.source.Source.route`."""
+        """Make a new route; see :meth:`mpreader.pool.source.Source.route`."""
         return self._source.route()
 
 
 def resolve_versions(sources: Sequence[Source], deadline: float, is_closed: Callable[[], bool]) -> list[PinnedSource]:
-    """Ask the servers for the versions of all sources at once; the first error ends the wait.
+    """Request the versions of all sources at once; the first error ends the wait.
 
     Args:
-        sources: The objects.
-        deadline: Moment, by the monotonic clock, at which to stop waiting; infinity: none.
-        is_closed: Returns True when the caller has been closed, and does not want the versions any more.
+        sources: Sources of the objects.
+        deadline: Time at which to stop waiting, by the monotonic clock; infinity: never.
+        is_closed: Returns True once the caller has been closed, which ends the wait.
 
     Returns:
         The sources with their versions, in the order of the input.
 
     Raises:
-        TransportError: A version could not be found out.
+        TransportError: The version of an object could not be had.
         PoolTimeout: The deadline has passed.
         PoolClosed: ``is_closed`` returned True.
     """
@@ -79,7 +87,15 @@ def resolve_versions(sources: Sequence[Source], deadline: float, is_closed: Call
 def try_resolve_versions(
     sources: Sequence[Source], deadline: float, is_closed: Callable[[], bool]
 ) -> list[PinnedSource | Exception]:
-    """Ask as :func:`resolve_versions` does, but give an error in place of the source whose version is not to be had.
+    """Request all versions like :func:`resolve_versions`, but return errors instead of raising the first one.
+
+    Args:
+        sources: Sources of the objects.
+        deadline: Time at which to stop waiting, by the monotonic clock; infinity: never.
+        is_closed: Returns True once the caller has been closed, which ends the wait.
+
+    Returns:
+        In the order of the input: the source with its version, or the error if the version could not be had.
 
     Raises:
         PoolTimeout: The deadline has passed.
@@ -95,11 +111,11 @@ def try_resolve_versions(
 def _outcomes(
     sources: Sequence[Source], deadline: float, is_closed: Callable[[], bool]
 ) -> Generator[tuple[int, ObjectVersion | Exception], None, None]:
-    """Yield the index of each source with its version or the error, as they come."""
+    """Yield the index of each source with its version or the error, in the order of arrival."""
     outcomes: _Outcomes = queue.SimpleQueue()
     threads = BackgroundThreads("mpreader-stat")
-    # Closed whether all outcomes have come, the first error has ended the wait, or the deadline: HEADs that have not
-    # begun are then not made, and one that hangs keeps nobody.
+    # The threads are closed in every case: after the last outcome, after the first error (the caller then closes this
+    # generator) and after the deadline. HEADs that have not begun are dropped, and nobody waits for one that hangs.
     try:
         for number, source in enumerate(sources):
             threads.submit(source.open, partial(_put, outcomes, number))
@@ -119,8 +135,8 @@ def _next(outcomes: _Outcomes, deadline: float, is_closed: Callable[[], bool]) -
         if left_s <= 0:
             raise PoolTimeout("the server had not told the object's size when the time given to the call was up")
         try:
-            # Another thread that closes the caller can't end this wait, so it looks now and then.
+            # Closing the caller from another thread does not wake this wait, so it is interrupted for a check.
             return outcomes.get(timeout=min(left_s, _CLOSED_POLL_S))
-        except queue.Empty:
+        except queue.Empty:  # a part of the wait is over, or all of it, which the next round notices
             if is_closed():
                 raise PoolClosed("the pool was closed; make a new one") from None

@@ -1,7 +1,7 @@
 """Request events: the facts of every request that a worker has ended, and the observers that are called with them.
 
-Timelines and metrics are observers. A pool's coordinator calls them from its own thread; while there are none it makes
-no events, so that a program that observes nothing pays one attribute look-up for a request.
+Timelines and metrics are observers. A pool's coordinator calls them from its own thread. While there are no observers
+it makes no events, so that a request costs one attribute look-up.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ class RequestEvent(NamedTuple):
 
 Observer = Callable[[RequestEvent], object]
 
-_lock = threading.Lock()
-# Replaced as a whole, never changed in place: coordinators read it without the lock.
+_lock = threading.Lock()  # two threads that add observers at the same time must not lose one
+# Replaced as a whole, never changed in place, since coordinators read it, and iterate over it, without the lock.
 observers: tuple[Observer, ...] = ()
 
 
 def add_observer(observer: Observer) -> None:
     """Have ``observer`` called at the end of every request of every pool of this process, from the pool's own thread.
 
-    It delays that pool while it runs. What it raises is logged, and harms no load.
+    The pool waits while the observer runs. An exception of the observer is logged, and harms no load.
     """
     global observers
     with _lock:
@@ -64,4 +64,5 @@ def remove_observer(observer: Observer) -> None:
     """Have ``observer`` called no more. Harmless if it was not added."""
     global observers
     with _lock:
+        # By equality, not identity: each look-up of a method makes another object, all equal.
         observers = tuple(known for known in observers if known != observer)

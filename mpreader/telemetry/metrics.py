@@ -3,14 +3,16 @@
 ========================================  =========  =========================================================
 ``mpreader.received``                     counter    bytes received, over-read and repeated ones included (By)
 ``mpreader.requests``                     counter    requests, by ``mpreader.outcome`` ({request})
-``mpreader.retries``                      counter    those of them that repeated one that had failed ({request})
+``mpreader.retries``                      counter    requests for bytes of which one had failed before ({request})
 ``mpreader.request.duration``             histogram  from a request to its last byte or its failure (s)
 ``mpreader.request.time_to_first_byte``   histogram  from a request to its answer, where there was one (s)
 ========================================  =========  =========================================================
 
 The other attributes are those of OpenTelemetry's conventions: ``aws.s3.bucket``, or ``server.address`` and
-``server.port`` where it is no S3; ``error.type`` where a request failed. Keys of objects are none: each would be a time
-series of its own.
+``server.port`` of an http(s) URL; ``error.type`` where a request failed. Keys of objects are not attributes: each key
+would be a time series of its own.
+
+Programs call :func:`instrument`. OpenTelemetry is optional, and must not be imported before that.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ if TYPE_CHECKING:
 
 __all__ = ["instrument"]
 
-# The boundaries of OpenTelemetry's conventions for HTTP, and some more; its defaults are meant for milliseconds.
+# The boundaries of OpenTelemetry's conventions for HTTP, and some more. Its default boundaries would be wrong: they are
+# meant for milliseconds.
 _BOUNDARIES_S: Final = (
     0.001,
     0.0025,
@@ -51,7 +54,7 @@ _BOUNDARIES_S: Final = (
 )
 _PORTS: Final = {"http": 80, "https": 443}
 
-_lock = threading.Lock()  # guards _reports, and the users of each
+_lock = threading.Lock()  # guards _reports, and the users of each report
 _reports: list[_Report] = []
 
 
@@ -75,13 +78,14 @@ def instrument(meter_provider: MeterProvider | None = None) -> Callable[[], None
     except ImportError:
         raise ConfigError("metrics need OpenTelemetry: pip install 'mpreader[otel]'") from None
     with _lock:
-        # Looked up now: the global provider may have been set since the last call.
+        # A report of the global provider (None) is compared by what that is now: it may have been set since.
         wanted = meter_provider or get_meter_provider()
         same = (report for report in _reports if (report.meter_provider or get_meter_provider()) is wanted)
         report = next(same, None) or _Report(meter_provider)
         if not report.users:
             _reports.append(report)
             add_observer(report)
+        # A token, not a count: a second call of end() finds it gone, and so ends nothing twice.
         user = object()
         report.users.add(user)
 
@@ -120,13 +124,14 @@ class _Report:
     def __call__(self, event: RequestEvent) -> None:
         is_ok = event.outcome == "ok"
         place = _place(event.uri)
+        # Bytes and retries are counted for each place only; requests and durations also for each kind of failure.
         result = place if is_ok else {**place, "error.type": event.outcome}
         self._received.add(event.received, place)
         self._requests.add(1, {**result, "mpreader.outcome": event.outcome})
         if event.attempt > 1:
             self._retries.add(1, place)
         self._duration.record(event.ended_s - event.started_s, result)
-        # Of a request without a response first_byte_s is ended_s.
+        # A request that got no response has no time to its first byte: its first_byte_s is its ended_s.
         if is_ok or event.first_byte_s < event.ended_s:
             self._first_byte.record(event.first_byte_s - event.started_s, result)
 
@@ -139,6 +144,7 @@ def _histogram(meter: Meter, name: str, description: str) -> Histogram:
 
 
 def _place(uri: str) -> dict[str, str | int]:
+    """Attributes that name the server, or the bucket, that a request went to."""
     parts = urlsplit(uri)
     if parts.scheme == "s3":
         return {"aws.s3.bucket": parts.netloc}

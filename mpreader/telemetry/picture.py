@@ -1,6 +1,7 @@
 """Picture of a timeline: a row for each connection, and below them the rate of all of them together.
 
-It is drawn by matplotlib, which is imported only when a picture is written.
+A saved timeline (:mod:`mpreader.telemetry.timeline`) calls :func:`write_picture`. It is drawn by matplotlib, which is
+optional, and imported only when a picture is written.
 """
 
 from __future__ import annotations
@@ -19,16 +20,15 @@ __all__ = ["write_picture"]
 
 _WAITING, _RECEIVING, _FAILED = "waiting for the first byte", "receiving", "failed"
 _COLORS: Final = {_WAITING: "#f2b134", _RECEIVING: "#2a7fbf", _FAILED: "#c8352b"}
-_WIDTH_IN: Final = 12.0
-_ROW_IN: Final = 0.22
+_WIDTH_IN: Final = 12.0  # all sizes are in inches, as matplotlib's
+_ROW_IN: Final = 0.22  # one row, unless all of them would be higher than _MOST_ROWS_IN
 _LEAST_ROWS_IN: Final = 1.2
 _MOST_ROWS_IN: Final = 10.0
-_RATE_IN: Final = 1.6
-_FRAME_IN: Final = 1.4
+_RATE_IN: Final = 1.6  # the plot of the rate
+_FRAME_IN: Final = 1.4  # title, legend and labels of the axes
 _DPI: Final = 150
-_BINS: Final = 120
-# Numbers of connections would run into each other where rows are thinner.
-_LEAST_NUMBERED_IN: Final = 0.12
+_BINS: Final = 120  # intervals of time for which the rate is computed
+_LEAST_NUMBERED_IN: Final = 0.12  # in thinner rows the numbers of the connections would overlap
 
 
 def write_picture(rows: Rows, file: IO[bytes]) -> None:
@@ -39,7 +39,7 @@ def write_picture(rows: Rows, file: IO[bytes]) -> None:
     events = list(chain.from_iterable(rows.values()))
     row_in = min(_ROW_IN, _MOST_ROWS_IN / max(1, len(rows)))
     rows_in = max(_LEAST_ROWS_IN, row_in * len(rows))
-    # Not pyplot: it keeps figures, and chooses a backend for the whole program.
+    # Not pyplot, which keeps every figure in memory, and chooses a backend for the whole program.
     figure = Figure((_WIDTH_IN, rows_in + _RATE_IN + _FRAME_IN), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[rows_in, _RATE_IN])
@@ -74,7 +74,7 @@ def _draw_requests(axes: Axes, rows: Rows, began_s: float) -> None:
             bars[_WAITING].append((event.started_s - began_s, event.first_byte_s - event.started_s))
             bars[_RECEIVING].append((event.first_byte_s - began_s, event.ended_s - event.first_byte_s))
         for label, color in _COLORS.items():
-            # Many may share a pixel, which then has the mean of their colours; an edge makes a failure visible there.
+            # Where many requests share a pixel, it has the mean of their colours. An edge keeps failures visible there.
             edge = 1.0 if label == _FAILED else 0.0
             axes.broken_barh(bars[label], (place - 0.4, 0.8), color=color, linewidth=edge, snap=False)
     if not rows:
@@ -87,7 +87,7 @@ def _label_rows(axes: Axes, rows: Rows, *, are_numbered: bool) -> None:
     places: dict[tuple[int, int], list[int]] = {}
     for place, connection in enumerate(rows):
         places.setdefault(connection[:2], []).append(place)
-    # A line between workers; in the middle of each its name, beside it the numbers of its connections.
+    # A line separates two workers. A worker's name is in the middle of its rows; minor ticks number its connections.
     for own in list(places.values())[1:]:
         axes.axhline(own[0] - 0.5, color="black", linewidth=0.6)
     middles = [(own[0] + own[-1]) / 2 for own in places.values()]
@@ -96,7 +96,7 @@ def _label_rows(axes: Axes, rows: Rows, *, are_numbered: bool) -> None:
         axes.set_yticks(range(len(rows)), [str(row.connection) for row in rows], minor=True, fontsize=7)
     axes.tick_params(axis="y", which="both", length=0)
     axes.tick_params(axis="y", which="major", pad=16 if are_numbered else 4)
-    axes.set_ylim(max(len(rows), 1) - 0.5, -0.5)  # the first row on top
+    axes.set_ylim(max(len(rows), 1) - 0.5, -0.5)  # from high to low: the first row is on top
     axes.set_ylabel("connections")
 
 
@@ -106,11 +106,11 @@ def _draw_rate(axes: Axes, events: Sequence[RequestEvent], began_s: float) -> No
 
     end_s = max((event.ended_s for event in events), default=began_s) - began_s
     edges = np.linspace(0.0, end_s or 1.0, _BINS + 1)
-    # What all had received at each edge; its slope is the rate.
+    # Bytes that all requests together had received at each edge; the differences between edges give the rate.
     total = np.zeros(len(edges))
     for event in events:
         if event.received:
-            # Between two equal times there would be no slope.
+            # np.interp needs growing times, but a small part may begin and end at the same tick of the clock.
             times_s = (event.first_byte_s - began_s, max(event.ended_s, event.first_byte_s + 1e-9) - began_s)
             total += np.interp(edges, times_s, (0.0, event.received))
     axes.stairs(np.diff(total) / np.diff(edges) / 1e9, edges, fill=True, color=_COLORS[_RECEIVING])

@@ -1,7 +1,7 @@
 """Progress bar of long work: bytes done, rate and time left, on stderr.
 
-Loads, fetches and the commands count bytes with it. A bar is never worth an error: one that can't be drawn is given up,
-and the work goes on.
+Readers, fetchers and the commands count bytes with it. A bar must not fail the work that it shows: if it can't be
+drawn, it is given up, and the work goes on without it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["Progress", "progress_bar"]
 
 _DELAY_S: Final = 0.5  # work that is done sooner shows no bar
+# Values of MPREADER_PROGRESS that turn all bars off.
 _OFF: Final = ("0", "false", "no", "off")
 
 _log = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ _log = logging.getLogger(__name__)
 class Progress:
     """Progress of one job, with a bar or without; made by :func:`progress_bar`. A context manager.
 
-    Several threads may call it. What two of them add at the very same time may be counted once.
+    Several threads may call it. It has no lock, so bytes that two of them add at the same moment may be counted once.
     """
 
     def __init__(self, bar: Any = None, total_bytes: int = 0) -> None:
@@ -46,9 +47,10 @@ class Progress:
         self.advance_to(self._done + nbytes)
 
     def advance_to(self, done_bytes: int) -> None:
-        """Count ``done_bytes`` of the whole work as done; less than before, or more than all, is not counted.
+        """Count ``done_bytes`` of the whole work as done.
 
-        So it may be told of bytes that are on their way and may have to be received again.
+        The bar never moves back, nor beyond its end: a smaller number than before is ignored, a number larger than the
+        whole work counts as all of it. Callers may therefore count bytes that will perhaps be received again.
         """
         if self._bar is not None:
             added = min(done_bytes, self._total) - self._done
@@ -57,11 +59,12 @@ class Progress:
             self._done += added
             try:
                 self._bar.update(added)
-            except Exception:  # noqa: BLE001  # a terminal that was closed, say
+            except Exception:  # noqa: BLE001  # such as a terminal that was closed: the work must go on
                 self._give_up()
 
     def close(self) -> None:
         """End the bar. Idempotent."""
+        # Forgotten first, so that a second call, or a thread that still counts, finds no bar.
         bar, self._bar = self._bar, None
         if bar is not None:
             try:
@@ -102,7 +105,7 @@ def progress_bar(total_bytes: int, description: str, *, show: bool | None = None
             unit_scale=True,
             dynamic_ncols=True,
         )
-    except Exception:  # noqa: BLE001  # a missing widget, a closed stderr: no reason not to do the work
+    except Exception:  # noqa: BLE001  # a missing widget, a closed stderr: the work is done without a bar
         _log.debug("the progress bar can't be drawn", exc_info=True)
         return Progress()
     return Progress(bar, total_bytes)
@@ -113,29 +116,30 @@ def _is_shown(show: bool | None) -> bool:
         return False
     if show:
         return True
-    # One bar for a job, not one for each of its ranks.
+    # One bar for a job, not one for each of its ranks, whose lines would overwrite each other.
     return os.environ.get("RANK", "0") == "0" and (_is_notebook() or _is_terminal())
 
 
 def _is_terminal() -> bool:
     try:
         return sys.stderr.isatty()
-    except (AttributeError, ValueError):  # there is none, or it was closed
+    except (AttributeError, ValueError):  # sys.stderr is None, or was closed
         return False
 
 
 def _is_notebook() -> bool:
-    ipython = sys.modules.get("IPython")  # never imported: in a notebook it is there already
+    # Not imported: in a notebook it is imported already, elsewhere importing it would only cost time.
+    ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
-    return shell is not None and hasattr(shell, "kernel")
+    return shell is not None and hasattr(shell, "kernel")  # IPython on a terminal has a shell, but no kernel
 
 
 @functools.cache
 def _bar_class() -> Any:
-    # Imported when a bar is drawn, not before: most programs show none.
+    # Imported when the first bar is drawn, since most programs show none. Cached, so that there is one class.
     if _is_notebook():
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a warning of missing widgets: then the bar is text
+            warnings.simplefilter("ignore")  # tqdm warns of missing widgets, and then draws the bar as text
             from tqdm.autonotebook import tqdm as base
     else:
         from tqdm import tqdm as base

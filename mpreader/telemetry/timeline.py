@@ -5,6 +5,9 @@
     with record_timeline() as timeline:
         dcp.load(state, storage_reader=reader)
     timeline.save("load.png")
+
+This module records, and checks paths; :mod:`~mpreader.telemetry.picture` and :mod:`~mpreader.telemetry.trace` write the
+files. Programs use :func:`record_timeline`, the commands ``load`` and ``fetch`` use :func:`timeline_to`.
 """
 
 from __future__ import annotations
@@ -28,19 +31,20 @@ __all__ = ["Timeline", "check_timeline_path", "record_timeline", "timeline_to"]
 
 
 class Timeline:
-    """The requests that ended while it was recorded. Thread-safe."""
+    """Requests of all worker pools of the process that ended while it was recorded. Thread-safe."""
 
     def __init__(self) -> None:
-        # With the thread that reported each, which is the pool's own: workers of two pools have the same numbers.
+        # Each with the id of the thread that reported it, which is its pool's own: workers of two pools have the same
+        # numbers. The list is only appended to, which is atomic, and copied before it is iterated over.
         self._recorded: list[tuple[int, RequestEvent]] = []
 
     @property
     def events(self) -> tuple[RequestEvent, ...]:
-        """The requests, in the order in which they ended."""
+        """Recorded requests, in the order in which they ended."""
         return tuple(event for _, event in tuple(self._recorded))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a file; one that is there is replaced when the new one is whole.
+        """Write the timeline to a file. A file of this name is replaced once the new one is whole.
 
         Args:
             path: ``.png``: a picture, a row for each connection. ``.json``: a Chrome trace, for chrome://tracing or
@@ -50,7 +54,7 @@ class Timeline:
             ConfigError: As for :func:`check_timeline_path`.
             OSError: The file can't be written.
         """
-        write = _writer(path)
+        write = _writer(path)  # before the file is made
         with whole_file(path) as file:
             write(connection_rows(tuple(self._recorded)), file)
 
@@ -75,7 +79,10 @@ def record_timeline() -> Iterator[Timeline]:
 
 @contextmanager
 def timeline_to(path: str | os.PathLike[str] | None) -> Iterator[None]:
-    """Record while the block runs, and save it at its end, also if it fails. None: do neither.
+    """Record a timeline while the block runs, and save it when the block ends, also if it raises.
+
+    Args:
+        path: As for :meth:`Timeline.save`. None: the block runs, and nothing is recorded or saved.
 
     Raises:
         ConfigError: As for :func:`check_timeline_path`, before the block runs.
@@ -93,7 +100,7 @@ def timeline_to(path: str | os.PathLike[str] | None) -> Iterator[None]:
 
 
 def check_timeline_path(path: str | os.PathLike[str]) -> None:
-    """Check that a timeline can be saved to ``path``, before the work that it is to show.
+    """Check that a timeline can be saved to ``path``: a wrong path should be refused before the work, not after it.
 
     Raises:
         ConfigError: The name ends neither in ``.png`` nor in ``.json``; or it is a folder's, or in none that exists
@@ -114,6 +121,6 @@ def _writer(path: str | os.PathLike[str]) -> Callable[[Rows, IO[bytes]], None]:
         raise ConfigError(f"{final}: this can't be written: it is a folder, or in one that is read-only")
     if suffix == ".json":
         return write_trace
-    if find_spec("matplotlib") is None:
+    if find_spec("matplotlib") is None:  # looked for, not imported: it is slow, and a path may be checked in vain
         raise ConfigError("a timeline as .png needs matplotlib: pip install 'mpreader[plot]', or save it as .json")
     return write_picture

@@ -1,6 +1,7 @@
 """Chrome trace of a timeline: a process for each worker, a thread for each connection.
 
-chrome://tracing and https://ui.perfetto.dev read it.
+A saved timeline (:mod:`mpreader.telemetry.timeline`) calls :func:`write_trace`. chrome://tracing and
+https://ui.perfetto.dev read the file.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ def write_trace(rows: Rows, file: IO[bytes]) -> None:
     """Write the rows in Chrome's trace event format."""
     began_s = first_start_s(rows)
     names = worker_names(rows)
+    # Invented ids, since workers of several pools, and connections, have no ids of their own that are unique.
     pids = {worker: pid for pid, worker in enumerate(names, 1)}
     trace = [_name("process_name", name, pids[worker], 0) for worker, name in names.items()]
-    # Perfetto takes a thread with the number of its process for the main thread, and 0 for an idle processor.
+    # No thread gets the number of a process, or 0: Perfetto takes the former for a main thread, the latter for an idle
+    # processor.
     for tid, (connection, events) in enumerate(rows.items(), len(pids) + 1):
         place = {"pid": pids[connection[:2]], "tid": tid}
         trace.append(_name("thread_name", f"connection {connection.connection}", **place))
@@ -31,12 +34,13 @@ def write_trace(rows: Rows, file: IO[bytes]) -> None:
 
 
 def _name(kind: str, name: str, pid: int, tid: int) -> dict[str, Any]:
+    """Metadata entry (phase M) that names a process or a thread."""
     return {"name": kind, "ph": "M", "pid": pid, "tid": tid, "args": {"name": name}}
 
 
 def _slices(event: RequestEvent, began_s: float) -> Iterator[dict[str, Any]]:
-    """The request, and within it the wait for its first byte and, if there was one, the receiving."""
-    # Whole nanoseconds: rounded fractions of the parts would stick out of the whole.
+    """Slices of one request: the whole, within it the wait for its first byte, and the receiving if there was any."""
+    # In whole nanoseconds: with rounded fractions a part could end after the whole that it lies in.
     started, answered, ended = (
         round((time_s - began_s) * 1e9) for time_s in (event.started_s, event.first_byte_s, event.ended_s)
     )
@@ -50,5 +54,6 @@ def _slices(event: RequestEvent, began_s: float) -> Iterator[dict[str, Any]]:
 
 
 def _slice(name: str, category: str, start_ns: int, end_ns: int, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Complete event (phase X): a slice with a start and a duration."""
     span = {"ts": start_ns / 1e3, "dur": (end_ns - start_ns) / 1e3}  # the format counts microseconds
     return {"name": name, "cat": category, "ph": "X", **span, "args": arguments}

@@ -1,7 +1,8 @@
 """Test servers: an embedded S3, and a range server that injects faults by schedule.
 
 Both are context managers that leave nothing behind, need no network and no credentials, and are meant for
-users' own tests as much as for mpreader's. The library itself never imports them; ``mpreader demo`` does.
+users' own tests as much as for mpreader's. The library must not import them, but for ``mpreader demo``; an import
+contract checks that.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ class LoopbackCertificate:
     """
 
     def __init__(self) -> None:
-        import trustme  # only here: without TLS the servers need no package beyond mpreader's own
+        import trustme  # imported here, since without TLS the fault server needs no further package
 
         self._folder = tempfile.TemporaryDirectory(prefix="mpreader-tls-")
         self.ca_file = Path(self._folder.name, "ca.pem")
@@ -40,7 +40,11 @@ class LoopbackCertificate:
 
 
 def server_context(server_file: str | Path) -> ssl.SSLContext:
-    """TLS settings of a server that shows the certificate in ``server_file``, which holds its private key, too."""
+    """TLS settings of a server.
+
+    Args:
+        server_file: PEM file with the server's private key and its certificate.
+    """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(server_file)
     return context

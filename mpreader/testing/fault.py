@@ -1,4 +1,8 @@
-"""Faults of a server, and the schedules by which :class:`mpreader.testing.FaultServer` injects them."""
+"""Faults of a server, and the schedules by which :class:`mpreader.testing.FaultServer` injects them.
+
+This module decides which fault strikes which request. It sends nothing: :mod:`mpreader.testing.response` makes the
+wrong responses, and the server breaks the connections.
+"""
 
 from __future__ import annotations
 
@@ -38,16 +42,16 @@ class Fault:
     """One kind of fault and the requests that it strikes. Picklable.
 
     A fault counts, from 1, the requests that match its ``method``, ``path`` and ``covering``, and strikes those
-    that ``at`` holds. If several strike one request, the first of the schedule does.
+    whose number is in ``at``. If several faults would strike one request, only the first one of the schedule does.
 
     Args:
         kind: Kind of the fault.
-        at: Which of the matching requests are struck: ``(3, 5)``, ``range(1, 30)``; None: every one.
+        at: Numbers of the matching requests that are struck: ``(3, 5)``, ``range(1, 30)``; None: all.
         method: Method of the matching requests.
         path: Path of the matching requests, as in the server's objects; None: any.
         covering: Match only requests whose range holds this byte of the object; None: any range.
-        until_s: Strike no more once this many seconds have passed since the schedule was set; None: for ever.
-        after_bytes: Bytes of the body that are still right.
+        until_s: Seconds after the schedule was set from which on it strikes no more; None: it never ends.
+        after_bytes: Bytes of the body that are sent unchanged before the fault.
         seconds: Duration of STALL and DELAY; time between two bytes of TRICKLE.
         delta: Bytes by which WRONG_LENGTH, WRONG_RANGE, WRONG_TOTAL and EXTRA_BYTES are wrong.
         status: HTTP status of STATUS.
@@ -91,13 +95,13 @@ TRANSIENT_KINDS: Final = (
     FaultKind.EXTRA_BYTES,
     FaultKind.STATUS,
 )
-"""Kinds that strike one request and are gone at the next: a good client survives them."""
+"""Kinds that a correct client survives by asking again, if they strike single requests."""
 
 
 def random_faults(
     seed: int, *, gets: int = 100, rate: float = 0.1, kinds: Sequence[FaultKind] = TRANSIENT_KINDS
 ) -> tuple[Fault, ...]:
-    """A schedule that strikes about ``rate`` of the first ``gets`` GETs; the same for the same arguments.
+    """Make a schedule that strikes about ``rate`` of the first ``gets`` GETs; the same for the same arguments.
 
     Args:
         seed: Decides which GETs are struck, by what and where.
@@ -105,11 +109,12 @@ def random_faults(
         rate: Probability that a GET is struck, 0 to 1.
         kinds: Kinds to choose from.
     """
-    rng = random.Random(seed)  # noqa: S311 - a schedule, not a secret
+    rng = random.Random(seed)  # noqa: S311  # a schedule that can be repeated, not a secret
     return tuple(
         Fault(
             rng.choice(kinds),
             at=(number,),
+            # Often before or right after the first byte, else early or late in a part.
             after_bytes=rng.choice((0, 1, rng.randrange(1 << 12), rng.randrange(1 << 20))),
             seconds=rng.uniform(0.01, 0.2),
             status=rng.choice((500, 503)),
@@ -124,9 +129,9 @@ class Schedule:
 
     def __init__(self, faults: Sequence[Fault]) -> None:
         self._faults = tuple(faults)
-        self._matches = [0] * len(self._faults)
+        self._matches = [0] * len(self._faults)  # events that each fault has matched so far, by its index
         self._started = time.monotonic()
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # guards the counts: each connection of the server has a thread
 
     def strike(self, matches: Callable[[Fault], bool]) -> Fault | None:
         """Count an event for all faults that it matches; returns the first that strikes it, None if none does.
@@ -135,7 +140,7 @@ class Schedule:
             matches: Tells of a fault if the event is one that it counts.
         """
         with self._lock:
-            # All are asked, also behind the one that strikes, so that each counts every event that it matches.
+            # The list is made whole, past the fault that strikes, so that each fault counts all events that it matches.
             striking = [fault for index, fault in enumerate(self._faults) if matches(fault) and self._is_due(index)]
         return striking[0] if striking else None
 

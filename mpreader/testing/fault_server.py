@@ -1,7 +1,8 @@
 """Fault server: serves ranges as S3 does, and injects network faults by schedule, for tests of a client.
 
 It runs in threads of the calling process, speaks HTTP/1.1 with keep-alive, plain or TLS, and answers GET and HEAD
-as S3 does (Range, If-Match, ETag, error bodies; no signatures, no listing)::
+as S3 does (Range, If-Match, ETag, error bodies; no signatures, no listing). This module is responsible for connections
+and for the faults that break them; :mod:`mpreader.testing.response` makes the responses::
 
     data = os.urandom(1 << 20)
     fault = Fault(FaultKind.RESET, at=(1, 3), after_bytes=1000)
@@ -37,7 +38,8 @@ if TYPE_CHECKING:
 __all__ = ["FaultServer", "FaultedRequest"]
 
 _CHUNK_BYTES: Final = 256 * 1024
-_RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)  # SO_LINGER: on, for 0 seconds
+_RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)  # struct linger: on, for 0 seconds
+# Kinds that strike within the body, whose first after_bytes are sent before.
 _CUT_KINDS: Final = frozenset({FaultKind.RESET, FaultKind.EARLY_CLOSE, FaultKind.STALL, FaultKind.TRICKLE})
 
 
@@ -86,9 +88,10 @@ class FaultServer:
         self._schedule = Schedule(faults)
         self._certificate = LoopbackCertificate() if tls else None
         self._bytes_per_s = bytes_per_s
-        self._closing = threading.Event()
-        self._changed = threading.Condition()
+        self._closing = threading.Event()  # set once, by close(); ends all pauses
+        self._changed = threading.Condition()  # guards _requests, and is notified of each new one
         self._requests: list[FaultedRequest] = []
+        # Open connections by number, with their threads, so that close() can end both.
         self._connections: dict[int, tuple[socket.socket, threading.Thread]] = {}
         self._listener: socket.socket | None = None
         self._acceptor: threading.Thread | None = None
@@ -122,6 +125,7 @@ class FaultServer:
 
     def put(self, path: str, content: Content) -> None:
         """Make or overwrite an object; responses under way go on with the old one."""
+        # One assignment, without a lock: a request finds either the old object or the new one.
         self._objects[path] = StoredObject.of(content)
 
     def inject(self, *faults: Fault) -> None:
@@ -176,8 +180,8 @@ class FaultServer:
             try:
                 connection, _ = listener.accept()
             except OSError:
-                return  # closed
-            # The schedule is looked up each time: inject() may have replaced it.
+                return  # close() has shut the listener down
+            # Read anew for each connection, since inject() replaces the schedule.
             if self._schedule.strike(lambda fault: fault.kind is FaultKind.CLOSE_ON_ACCEPT):
                 connection.close()
                 continue
@@ -188,9 +192,10 @@ class FaultServer:
     def _serve(self, plain: socket.socket, context: ssl.SSLContext | None, number: int) -> None:
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
             connection = stack.enter_context(plain)
+            # Head and body are sent one after the other: Nagle's algorithm would hold the body back.
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if context is not None:
-                # A duplicate is wrapped, since wrapping detaches the socket, and close() shuts that one down.
+                # A duplicate is wrapped: wrapping detaches its socket, but close() must be able to shut down this one.
                 connection = stack.enter_context(context.wrap_socket(plain.dup(), server_side=True))
             stream = stack.enter_context(connection.makefile("rb"))
             while (request := read_request(stream)) is not None and self._answer(connection, number, request):
@@ -205,7 +210,7 @@ class FaultServer:
         entry = FaultedRequest(
             request.method, request.path, request.headers.get("range"), request.headers, number, response.status, fault
         )
-        # Before anything is sent, so that a client with a response finds its request in the list.
+        # Logged before anything is sent: a client that has its response must find the request in the list.
         with self._changed:
             self._requests.append(entry)
             self._changed.notify_all()
@@ -214,6 +219,7 @@ class FaultServer:
         connection.sendall(response.head())
         if fault is None or fault.kind not in _CUT_KINDS:
             self._send(connection, response.body)
+            # The client can't tell where the next response would begin.
             misframed = fault is not None and fault.kind in (FaultKind.WRONG_LENGTH, FaultKind.EXTRA_BYTES)
             return not misframed and request.method in ("GET", "HEAD")
         self._send(connection, response.body[: fault.after_bytes])
@@ -222,7 +228,7 @@ class FaultServer:
     def _break(self, connection: socket.socket, rest: memoryview, fault: Fault) -> bool:
         """Do what a fault does within a body; False if the connection must be closed then."""
         if fault.kind is FaultKind.RESET:
-            # Closing then sends RST instead of FIN.
+            # The caller closes the connection, which now sends RST instead of FIN.
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
         elif fault.kind is FaultKind.STALL:
             self._pause(fault.seconds)
@@ -238,6 +244,8 @@ class FaultServer:
         if self._bytes_per_s is None:
             connection.sendall(body)
             return
+        # Each chunk waits for its time since the start, not for a fixed time after the one before, so that a chunk that
+        # was late does not lower the rate.
         started = time.monotonic()
         for sent in range(0, len(body), _CHUNK_BYTES):
             connection.sendall(body[sent : sent + _CHUNK_BYTES])
@@ -245,7 +253,11 @@ class FaultServer:
             self._pause(max(due - time.monotonic(), 0))
 
     def _pause(self, seconds: float) -> None:
-        """Sleep, unless :meth:`close` is called: no stall may delay the end of a test."""
+        """Sleep, but no longer than until :meth:`close` is called: no stall may delay the end of a test.
+
+        Raises:
+            ConnectionAbortedError: The server is being closed.
+        """
         if self._closing.wait(seconds):
             raise ConnectionAbortedError("the server is being closed")
 
@@ -260,5 +272,6 @@ def _matches(fault: Fault, request: Request, stored: StoredObject | None) -> boo
         return True
     if stored is None:
         return False
+    # Without a Range header, or with one that S3 ignores, all bytes are asked for.
     asked = byte_range(request.headers.get("range"), len(stored.data))
     return fault.covering in (range(len(stored.data)) if asked is None else asked)

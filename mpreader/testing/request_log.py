@@ -1,6 +1,7 @@
 """Request log of the embedded S3: its entries, and the path under which the server's process hands them out.
 
-Both ends of the server import it: the object that tests hold, and the process that serves.
+Both :mod:`mpreader.testing.s3_server`, in the process of the tests, and :mod:`mpreader.testing.s3_process`, in that of
+the server, import it. It imports nothing itself, since the former must work without moto.
 """
 
 from __future__ import annotations

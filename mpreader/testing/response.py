@@ -1,6 +1,8 @@
-"""Responses of S3 to GET and HEAD, computed without any I/O; also the wrong ones that a fault asks for.
+"""Responses of S3 to GET and HEAD, and the wrong ones that a fault asks for.
 
-The fault server sends them. The embedded S3 uses :func:`byte_range`, so that both read a Range header alike.
+:mod:`mpreader.testing.fault_server` reads requests and sends responses with it. The embedded S3 uses
+:func:`byte_range`, so that both servers understand a Range header alike. Responses are computed without any I/O, so
+that tests can check them without a server.
 """
 
 from __future__ import annotations
@@ -48,6 +50,7 @@ class StoredObject:
     @classmethod
     def of(cls, content: Content) -> StoredObject:
         """Serve ``content`` without copying it; a path names a file that must stay as it is."""
+        # Mapped, not read: scripts/bench serves checkpoints of gigabytes where nginx is missing.
         if isinstance(content, Path):
             with content.open("rb") as file:
                 content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
@@ -72,7 +75,13 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """A response: status, headers, and the bytes to send behind them."""
+    """A response.
+
+    Attributes:
+        status: HTTP status.
+        headers: The headers, names as they are sent.
+        body: Bytes to send behind the headers: a view of the stored object, where it is unchanged.
+    """
 
     status: int
     headers: Mapping[str, str]
@@ -89,7 +98,7 @@ def read_request(stream: BinaryIO) -> Request | None:
     """Read the next request of a connection; None when the client has closed it.
 
     Raises:
-        ConnectionError: The client speaks no HTTP, or sends no end of a request's head.
+        ConnectionError: The client speaks no HTTP, or the head of its request is too long.
     """
     lines: list[str] = []
     size = 0
@@ -100,7 +109,7 @@ def read_request(stream: BinaryIO) -> Request | None:
         text = line.decode("latin-1").rstrip("\r\n")
         if text:
             lines.append(text)
-        elif lines:  # empty lines before a request are no end of its head
+        elif lines:  # the empty line that ends the head; HTTP lets empty lines before a request be skipped
             words = lines[0].split(" ")
             if len(words) != 3:
                 raise ConnectionError("this is not an HTTP request")
@@ -111,12 +120,12 @@ def read_request(stream: BinaryIO) -> Request | None:
 
 
 def respond(request: Request, stored: StoredObject | None, fault: Fault | None) -> Response:
-    """Response of S3 to a request, made wrong as ``fault`` says.
+    """Compute S3's response to a request, made wrong as ``fault`` says.
 
     Args:
         request: The request.
         stored: The object at its path; None: there is none.
-        fault: The fault that strikes the request. Those that concern the connection change no response.
+        fault: The fault that strikes the request. A fault of the connection leaves the response as it is.
     """
     kind = None if fault is None else fault.kind
     if fault is not None and kind is FaultKind.STATUS:
@@ -125,10 +134,12 @@ def respond(request: Request, stored: StoredObject | None, fault: Fault | None) 
         return _error(request, 405)
     if stored is None:
         return _error(request, 404)
-    # A server with one of these faults knows nothing of this header.
+    # These two faults are made by ignoring a header: a server that knows no ranges sends the whole object, and one that
+    # compares no ETags sends another version.
     ignored = {FaultKind.WHOLE_OBJECT: "range", FaultKind.OTHER_ETAG: "if-match"}.get(kind) if kind else None
     headers = {name: value for name, value in request.headers.items() if name != ignored}
     response = _right_response(replace(request, headers=headers), stored)
+    # An error that is right, such as 416, stays as it is: the faults are about bodies of the object.
     return response if fault is None or response.status >= 300 else _wrong_response(response, request, stored, fault)
 
 
@@ -180,13 +191,14 @@ def _error(request: Request, status: int, code: str = "") -> Response:
 
 
 def _wrong_response(response: Response, request: Request, stored: StoredObject, fault: Fault) -> Response:
+    """Change what the fault is about, and leave everything else of the response right."""
     headers, body, size = dict(response.headers), response.body, len(stored.data)
     asked = byte_range(request.headers.get("range"), size) or range(size)
     start, end = asked.start, asked.stop
     match fault.kind:
         case FaultKind.WRONG_LENGTH:
             headers["Content-Length"] = str(end - start + fault.delta)
-            body = body[: end - start + fault.delta]
+            body = body[: end - start + fault.delta]  # no more than is announced; if there is less, it ends early
         case FaultKind.WRONG_RANGE:
             headers["Content-Range"] = f"bytes {start + fault.delta}-{end - 1 + fault.delta}/{size}"
         case FaultKind.WRONG_TOTAL:
@@ -199,7 +211,7 @@ def _wrong_response(response: Response, request: Request, stored: StoredObject, 
             headers["ETag"] = '"another-version"'
         case FaultKind.FLIPPED_BIT if body:
             flipped = bytearray(body)
-            # "covering" counts from the start of the object, "after_bytes" from that of the body.
+            # covering is a position in the object, after_bytes one in the body.
             position = fault.after_bytes if fault.covering is None else fault.covering - start
             flipped[min(position, len(flipped) - 1)] ^= 1
             body = memoryview(flipped)

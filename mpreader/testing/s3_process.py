@@ -1,8 +1,9 @@
 """Process of the embedded S3 server: moto behind a keep-alive HTTP server, and a shortcut for ranged GETs.
 
-moto reads a whole object for every range of it. The shortcut answers a plain, authorised, satisfiable ranged
-GET of an object's newest version from the file in which moto keeps it; moto answers all other requests. Only
-:mod:`mpreader.testing.s3_server` runs it.
+moto reads a whole object for every range of it, which is too slow to load checkpoints from. The shortcut answers a
+plain, authorised, satisfiable ranged GET of an object's newest version from the file in which moto keeps it; moto
+answers all other requests. Only :mod:`mpreader.testing.s3_server` runs this module, in a process of its own: nothing
+else may import it, since it needs moto.
 """
 
 from __future__ import annotations
@@ -55,23 +56,32 @@ def serve(port: int, certificate_file: str | None) -> None:
         print(f"{scheme}://127.0.0.1:{server.port}", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             sys.stdin.buffer.read()  # its end tells that the owner has ended, however that happened
-        # Without the interpreter's usual end, in which moto would warn of every object that it still holds.
+        # Not the interpreter's usual end, in which moto warns of every object that it still holds.
         os._exit(0)
 
 
 class _Server(ThreadedWSGIServer):
+    """HTTP server with a thread for each connection.
+
+    Attributes:
+        log_entries: Fields of an ``S3Request`` for each request, in the order of the responses.
+        moto_lock: Held while moto, or one of its objects, is used.
+    """
+
     def __init__(self, port: int, context: ssl.SSLContext | None) -> None:
-        self.log_entries: list[dict[str, Any]] = []  # what S3Server.requests returns
+        self.log_entries: list[dict[str, Any]] = []
         # moto is not thread-safe: it closes and rewinds files of objects that another of its threads is reading.
         self.moto_lock = threading.Lock()
         super().__init__("127.0.0.1", port, DomainDispatcherApplication(create_backend_app), _Handler)
         if context is not None:
-            # The handshake belongs to the connection's thread: a silent client must not block the others.
+            # The handshake is left to the connection's thread: here a client that sends nothing would block accept().
             self.socket = context.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
             self.ssl_context = context
 
 
 class _Handler(WSGIRequestHandler):
+    """Answers the requests of one connection, in its thread."""
+
     server: _Server
     disable_nagle_algorithm = True  # head and body are sent one after the other
 
@@ -85,7 +95,7 @@ class _Handler(WSGIRequestHandler):
         """Print nothing: the requests are in the log that S3Server fetches."""
 
     def _begin(self, status: int) -> None:
-        # Before anything is sent, so that a client with a response finds its request in the log.
+        # Logged before anything is sent: a client that has its response must find the request in the log.
         path = unquote(urlsplit(self.path).path)
         entry = {"method": self.command, "path": path, "range": self.headers["Range"], "status": int(status)}
         self.server.log_entries.append(entry)
@@ -95,7 +105,7 @@ class _Handler(WSGIRequestHandler):
         self._begin(status)
         for name, value in headers.items():
             self.send_header(name, value)
-        if "content-length" not in map(str.lower, headers):
+        if "content-length" not in map(str.lower, headers):  # keep-alive needs one; of a HEAD moto knows the right one
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":
@@ -106,6 +116,7 @@ class _Handler(WSGIRequestHandler):
         environ = self.make_environ()
         length = int(self.headers["Content-Length"] or 0)
         chunked = bool(environ.get("wsgi.input_terminated"))
+        # The body is read here, not by moto under its lock: a slow client would hold up all others.
         environ["wsgi.input"] = io.BytesIO(environ["wsgi.input"].read() if chunked else self.rfile.read(length))
         with self.server.moto_lock:
             body, status, headers = run_wsgi_app(self.server.app, environ, buffered=True)
@@ -118,9 +129,10 @@ class _Handler(WSGIRequestHandler):
             asked = None if key is None else byte_range(self.headers["Range"], key.size)
             if key is None or not asked or self.headers.get("If-Match", key.etag) not in (key.etag, "*"):
                 return False
-            etag = key.etag
+            etag = key.etag  # computed from the buffer where moto has none yet, and so under the lock
             key._value_buffer.flush()  # moto writes through a buffer
-            file = os.dup(key._value_buffer.fileno())  # stays open when the object is overwritten
+            file = os.dup(key._value_buffer.fileno())  # stays open when moto closes its own, as when it is overwritten
+        # Sent without the lock, by position: moto's threads may move the offset that the two descriptors share.
         try:
             self._begin(HTTPStatus.PARTIAL_CONTENT)
             self.send_header("Content-Range", f"bytes {asked.start}-{asked.stop - 1}/{key.size}")
@@ -156,7 +168,7 @@ class _Handler(WSGIRequestHandler):
 
 
 def _send(connection: socket.socket, file: int, start: int, end: int) -> None:
-    tls = isinstance(connection, ssl.SSLSocket)  # through which the kernel can't send a file by itself
+    tls = isinstance(connection, ssl.SSLSocket)  # sendfile() would send the bytes past it, unencrypted
     while start < end:
         if tls:
             chunk = os.pread(file, min(end - start, _TLS_CHUNK_BYTES), start)

@@ -1,5 +1,7 @@
 """Embedded S3 server: moto in a process of its own, with ranged GETs fast enough to load checkpoints from.
 
+This module starts and ends that process, which runs :mod:`mpreader.testing.s3_process`. Tests and ``mpreader demo``
+hold an :class:`S3Server`; the fault server uses :func:`aws_environment`.
 ``python -m mpreader.testing.s3_server --port 0`` prints its URL on the first line and ends when its standard
 input does, so it never outlives the program that started it.
 """
@@ -30,19 +32,24 @@ REGION: Final = "us-east-1"
 def aws_environment(endpoint_url: str, ca_file: Path | None = None) -> dict[str, str]:
     """The environment variables that point boto3, and all that is built on it, to ``endpoint_url``.
 
-    They also keep the user's AWS configuration files and proxies out of it; other AWS_* variables should be unset.
+    With them the user's AWS configuration files and proxies are not used. Other ``AWS_*`` variables should be unset.
+
+    Args:
+        endpoint_url: URL of a server on the loopback address.
+        ca_file: PEM file of the authority that a client must trust; None: the server speaks http.
     """
+    # Both spellings of NO_PROXY are set: libraries differ in which one they prefer.
     unproxied = os.environ.get("NO_PROXY") or os.environ.get("no_proxy")
     no_proxy = ",".join(filter(None, (unproxied, "127.0.0.1", "localhost")))
     environment = {
         "AWS_ENDPOINT_URL_S3": endpoint_url,
-        "AWS_ENDPOINT_URL": endpoint_url,  # all that s3torchconnector looks at
+        "AWS_ENDPOINT_URL": endpoint_url,  # the only one that s3torchconnector reads
         "AWS_ACCESS_KEY_ID": "testing",
         "AWS_SECRET_ACCESS_KEY": "testing",
         "AWS_SESSION_TOKEN": "testing",
         "AWS_REGION": REGION,
         "AWS_DEFAULT_REGION": REGION,
-        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_EC2_METADATA_DISABLED": "true",  # else boto3 would look for the role of an EC2 instance
         "AWS_CONFIG_FILE": os.devnull,
         "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
         "NO_PROXY": no_proxy,
@@ -67,7 +74,7 @@ class S3Server:
     def __init__(self, *, tls: bool = False) -> None:
         self._certificate = LoopbackCertificate() if tls else None
         self._process: subprocess.Popen[str] | None = None
-        self._url = ""
+        self._url = ""  # empty while the server is not running
 
     @property
     def pid(self) -> int:
@@ -99,7 +106,7 @@ class S3Server:
     @property
     def requests(self) -> list[S3Request]:
         """All requests since the start, in the order in which they were answered."""
-        entries = json.loads(self._request("GET", LOG_PATH))
+        entries = json.loads(self._request("GET", LOG_PATH))  # the requests for the log are in it, too
         return [S3Request(**entry) for entry in entries if entry["path"] != LOG_PATH]
 
     def environment(self) -> dict[str, str]:
@@ -123,7 +130,7 @@ class S3Server:
         command = [sys.executable, "-m", __name__, "--port", "0"]
         if self._certificate is not None:
             command += ["--certificate", str(self._certificate.server_file)]
-        process = subprocess.Popen(  # noqa: S603 - this module, run by this interpreter
+        process = subprocess.Popen(  # noqa: S603  # this module, run by this interpreter
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -135,8 +142,9 @@ class S3Server:
         )
         self._process = process
         assert process.stdout is not None
+        # The URL is the only line; then the pipe is closed, so that the process can't block on a full one.
         with process.stdout as first_line:
-            self._url = first_line.readline().strip()
+            self._url = first_line.readline().strip()  # empty if the process ended before it listened
         if not self._url:
             self.close()
             raise RuntimeError("the embedded S3 server did not start; is mpreader[testing] installed?")
@@ -145,7 +153,7 @@ class S3Server:
         """End the process and wait for it. Idempotent."""
         process, self._process, self._url = self._process, None, ""
         if process is not None:
-            process.communicate()  # closes its standard input, which ends it
+            process.communicate()  # closes its standard input, at whose end the process ends, and waits for it
         if self._certificate is not None:
             self._certificate.close()
 
@@ -165,6 +173,7 @@ class S3Server:
         content = b"" if method == "PUT" else None
         request = urllib.request.Request(self.endpoint_url + path, content, headers, method=method)  # noqa: S310
         context = None if self.ca_file is None else ssl.create_default_context(cafile=str(self.ca_file))
+        # Without proxies: those of the user's environment would not reach the loopback address.
         opener = urllib.request.build_opener(
             urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
         )
@@ -178,7 +187,7 @@ def _main(arguments: list[str]) -> None:
     parser.add_argument("--port", type=int, default=0, help="TCP port on 127.0.0.1; 0 (default): any free one")
     parser.add_argument("--certificate", help="PEM file of a certificate and its private key, to speak https")
     options = parser.parse_args(arguments)
-    from mpreader.testing.s3_process import serve
+    from mpreader.testing.s3_process import serve  # imports moto, which the importers of this module may lack
 
     serve(options.port, options.certificate)
 

@@ -1,7 +1,8 @@
 """Demo: a checkpoint is written to an embedded S3, loaded back with several readers, compared bit by bit, and timed.
 
-``mpreader demo`` shows it. S3 is played by a process of the same machine, so the seconds compare readers with each
-other; they are not those of a load from AWS. No network and no credentials are needed.
+:func:`run_demo` is responsible for the whole run and returns the measurements; ``mpreader demo`` prints them. No other
+module of the package may import :mod:`mpreader.testing`. The S3 server is a process of the same machine, so the seconds
+compare readers with each other; they are not those of a load from AWS. No network and no credentials are needed.
 """
 
 from __future__ import annotations
@@ -81,10 +82,11 @@ def run_demo(
     """
     _check_memory(size_mb)
     with warnings.catch_warnings(), ExitStack() as stack:
-        # One process is what this demo is about; torch warns all the same.
+        # torch warns where no process group was set up; the demo loads in one process on purpose.
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         report("Starting an embedded S3 server …")
         server = stack.enter_context(S3Server())
+        # The environment, not an S3ClientConfig, leads every reader to the server, s3torchconnector's included.
         stack.enter_context(_environment(server.environment()))
         server.create_bucket(BUCKET)
         state = make_state(size_mb)
@@ -94,6 +96,7 @@ def run_demo(
         loads = []
         for name, open_reader in _readers(pool_config or PoolConfig(), every_reader=every_reader).items():
             report(f"Loading it with {name} …")
+            # One reader object for both loads: the second one finds its workers started and its memory warm.
             with open_reader() as reader:
                 for load_name in _LOADS:
                     loads.append(_load(state, f"{name}, {load_name}", sum(sizes), reader, server.pid))
@@ -123,8 +126,8 @@ def _save(state: State) -> float:
 
 def _load(state: State, name: str, nbytes: int, reader: Any, server_pid: int) -> DemoLoad:
     target = blank_copy(state)
-    gc.collect()  # or what the load before left would be freed in this one
-    # The server is a child of this process, but no part of a load.
+    gc.collect()  # garbage of the previous load, freed within this one, would hide memory that this one takes
+    # The server is a child of this process, and so counted unless it is excluded; it is no part of a load.
     with TreeMemory(excluded_pids=[server_pid]) as memory:
         started = time.perf_counter()
         load_state(target, reader)
@@ -151,7 +154,7 @@ def _readers(pool_config: PoolConfig, *, every_reader: bool) -> dict[str, OpenRe
 
 def _has_connector() -> bool:
     try:
-        import s3torchconnector.dcp  # noqa: F401
+        import s3torchconnector.dcp  # noqa: F401  # imported to find out if it, with its extra "dcp", is installed
     except ImportError:
         return False
     return True
@@ -160,22 +163,24 @@ def _has_connector() -> bool:
 @contextmanager
 def _connector(pool_config: PoolConfig | None) -> Iterator[Any]:
     """s3torchconnector's storage reader, with mpreader's readers dropped in if there is a ``pool_config``."""
+    # Imported here, since the package is optional.
     from s3torchconnector import S3ClientConfig
     from s3torchconnector.dcp import S3StorageReader as ConnectorReader
 
-    # An address of this machine has no subdomain for a bucket.
+    # By default the bucket is a subdomain of the endpoint's host, and 127.0.0.1 has none.
     config = S3ClientConfig(force_path_style=True)
     if pool_config is None:
         yield ConnectorReader(REGION, CHECKPOINT, config)
         return
+    # The constructor owns the worker pool, and s3torchconnector does not close it.
     with closing(S3ReaderConstructor.multiprocess(pool_config=pool_config)) as constructor:
-        drop_in: Any = constructor
+        drop_in: Any = constructor  # the parameter is annotated with a type of s3torchconnector's
         yield ConnectorReader(REGION, CHECKPOINT, config, reader_constructor=drop_in)
 
 
 @contextmanager
 def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """Set ``variables``, and no other AWS_* and no proxy, until the block ends."""
+    """Set ``variables`` until the block ends, and remove all other ``AWS_*`` variables and the proxies."""
     before = dict(os.environ)
     for name in before:
         # s3torchconnector would go through a proxy even to this machine.

@@ -20,7 +20,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-# OpenBLAS would start threads when numpy is imported, and a process with threads is not to be forked.
+# Must be set before numpy is imported: OpenBLAS would start threads, and measure.py forks this process, which is not
+# safe for one with threads.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 from big import CHECKPOINTS as BIG_CHECKPOINTS
@@ -41,13 +42,13 @@ Command = Callable[[Servers, Path, Path, dict[str, Any]], None]
 
 
 def main() -> int:
-    """Run what the command line asks for; the exit status."""
+    """Run what the command line asks for; returns the exit status."""
     options = _parser().parse_args()
     cells = _cells(options)
     if options.list:
         print(*cells, sep="\n")
         return 0
-    if options.command == "coordinator":
+    if options.command == "coordinator":  # needs neither checkpoints nor servers
         print_coordinator_cost()
         return 0
     if not cells:
@@ -71,6 +72,7 @@ def _run(checkpoints: set[str], command: Command, options: argparse.Namespace) -
         data = options.data or stack.enter_context(tempfile.TemporaryDirectory(prefix="mpreader-bench-data-"))
         data = Path(data).resolve()
         make_checkpoints(data, checkpoints)
+        # Before the measurements, so that a folder that can't be made does not cost half an hour.
         options.out.mkdir(parents=True, exist_ok=True)
         servers = stack.enter_context(Servers(data))
         print(f"{servers.kind} serves {data}", flush=True)
@@ -138,6 +140,13 @@ def _names() -> str:
 
 
 def _some_of(known: Collection[str], groups: Mapping[str, str] | None = None) -> Callable[[str], tuple[str, ...]]:
+    """Type of an option for argparse: a list of names, with commas between them.
+
+    Args:
+        known: Names that may be given.
+        groups: Names that stand for several of one letter each, such as ``{"load": "abcd"}``.
+    """
+
     def parse(text: str) -> tuple[str, ...]:
         names = [name for word in text.split(",") for name in (groups or {}).get(word, [word])]
         for name in names:

@@ -1,4 +1,7 @@
-"""Worker process for measuring the coordinator: it receives nothing, and reports every part as received at once."""
+"""Worker process for measuring the coordinator: it receives nothing, and reports every part as received at once.
+
+coordinator.py has the pool start it in place of a real worker.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ def answer_at_once(fd: int, *_: object) -> None:
             os._exit(0)
         message = pickle.loads(data)
         if isinstance(message, MapSegment):
-            os.close(fds[0])
+            os.close(fds[0])  # of shared memory into which nothing will be received
         elif isinstance(message, Fetch):
+            # 0.05 s, as if the part had been received: the coordinator adapts the number of connections to this time.
             sock.send(pickle.dumps(Fetched(message.part, 0.05, 0.0)))

@@ -18,14 +18,15 @@ __all__ = ["CHECKPOINTS", "run_big"]
 CHECKPOINTS: Final = {"big"}
 _CONTENDERS: Final = ("mpreader", "drop-in", "dcp_optimized")
 _LIMIT_S: Final = 300.0
-_POINTS: Final = 12
+_POINTS: Final = 12  # the table shows the memory at each twelfth of the load
 
 
 def run_big(servers: Servers, data: Path, out: Path, machine: dict[str, Any]) -> None:
-    """Load it with every contender, print memory over time, write ``big.json`` and ``big.png``."""
+    """Load the checkpoint with every contender, print memory over time, write ``big.json`` and ``big.png``."""
     found = {}
     for contender in _CONTENDERS:
         print(f"loading 10.7 GB with {TITLES[contender]} …", flush=True)
+        # A checking run, since only those sample memory; of two runs in its process the first is shown.
         job = Job(contender, "big", False, servers.sites["plain"], data, True)
         found[TITLES[contender]] = measure(job, _LIMIT_S)[0]
     head = ["", "seconds", "peak MB", *(f"at {100 * point // _POINTS} %" for point in range(1, _POINTS))]
@@ -40,6 +41,7 @@ def run_big(servers: Servers, data: Path, out: Path, machine: dict[str, Any]) ->
 
 
 def _line(name: str, run: Run) -> list[str]:
+    # Samples taken after the load, until the sampler was told to end, are left out.
     samples = [extra for at, extra in run.samples if at <= run.seconds]
     points = [samples[len(samples) * point // _POINTS] for point in range(1, _POINTS)]
     peak = run.peak_extra_bytes or 0

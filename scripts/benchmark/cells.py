@@ -1,4 +1,7 @@
-"""Cells of the benchmark: workloads, servers, contenders, and the combinations that a run measures by default."""
+"""Cells of the benchmark: workloads, servers, contenders, and the combinations that a run measures by default.
+
+The names here are those of the command line and of the results. This module measures nothing.
+"""
 
 from __future__ import annotations
 
@@ -41,9 +44,10 @@ TITLES: Final = {
 }
 _LOADERS: Final = ("mpreader", "drop-in", "dcp_optimized", "sequential", "range_based", "local", "s3fs")
 _MAIN_LOADERS: Final = ("mpreader", "drop-in", "dcp_optimized")
-_TWO: Final = ("mpreader", "dcp_optimized")
+_TWO: Final = ("mpreader", "dcp_optimized")  # the two that are compared on the slower servers
 _FETCHERS: Final = ("mpreader", "obstore", "s3torchconnector", "boto3", "s3fs", "floor")
-_PLAIN_ONLY: Final = ("local", "floor")  # files have no server, and the floor is the same for all
+# Measured once: "local" reads files, from no server, and the lower bound ("floor") is the same for all servers.
+_PLAIN_ONLY: Final = ("local", "floor")
 CONTENDERS: Final = tuple(dict.fromkeys(_LOADERS + _FETCHERS))
 
 
@@ -65,7 +69,7 @@ class Cell:
 
     @property
     def group(self) -> tuple[str, str, str]:
-        """Key that it shares with the cells that it is compared with."""
+        """Workload, server and targets: cells that are compared with each other differ only in their contender."""
         return self.workload, self.server, self.targets
 
     def __str__(self) -> str:
@@ -84,6 +88,7 @@ def _product(
 
 
 def _all_cells() -> Iterator[Cell]:
+    """Every combination; they take hours."""
     yield from _product(LOADS, SERVERS, ("touched", "fresh"), _LOADERS)
     yield from _product(FETCHES, SERVERS, ("-",), _FETCHERS)
 
@@ -98,12 +103,13 @@ def default_cells() -> Iterator[Cell]:
 
 
 def _quick_cells() -> Iterator[Cell]:
+    """The cells that fit into two minutes, in one round."""
     yield from _product("ab", ["plain"], ("touched",), (*_MAIN_LOADERS, "local"))
     yield from _product("f", ["plain"], ("-",), ("mpreader", "obstore", "floor"))
 
 
 def _place(cell: Cell) -> tuple[int, int, bool]:
-    # Contenders stay in their order: sorting is stable.
+    # The contender is no part of the key: sorting is stable, so contenders keep their order.
     return list(WORKLOADS).index(cell.workload), list(SERVERS).index(cell.server), cell.targets == "fresh"
 
 
@@ -115,7 +121,15 @@ def choose(
     servers: Iterable[str] = (),
     contenders: Iterable[str] = (),
 ) -> list[Cell]:
-    """The cells of a run, those of the same group side by side. Empty selections take all."""
+    """Choose the cells of a run; those of the same group are side by side.
+
+    Args:
+        quick: Take a few cells, unless others are selected below.
+        everything: Choose from every combination, not only from those that fit into half an hour.
+        workloads: Workloads to take; empty: all.
+        servers: Servers to take; empty: all.
+        contenders: Contenders to take; empty: all.
+    """
     wanted = set(workloads) or set(WORKLOADS)
     if everything:
         cells = _all_cells()

@@ -14,7 +14,7 @@ from results import Results, Row
 
 __all__ = ["memory_chart", "write_charts"]
 
-mpl.use("Agg")
+mpl.use("Agg")  # draws into files, and needs no display
 _WIDTH_IN: Final = 9.0
 _DPI: Final = 150
 _OURS: Final = "#1f6fb2"
@@ -37,6 +37,7 @@ def write_charts(results: Results, folder: Path, where: str) -> list[Path]:
     files = []
     for name, workloads, targets, title, value, unit in _charts():
         rows = {key: [row for row in results.rows if row.cell.group == (key, "plain", targets)] for key in workloads}
+        # A run of chosen cells has no results for some workloads, or for none of a chart.
         shown = {key: members for key, members in rows.items() if any(value(row) for row in members)}
         if shown:
             files.append(folder / f"{name}.png")
@@ -45,6 +46,7 @@ def write_charts(results: Results, folder: Path, where: str) -> list[Path]:
 
 
 def _charts() -> Iterator[tuple[str, str, str, str, Callable[[Row], float | None], str]]:
+    """For each chart: name of its file, workloads, targets, title, function of a row that gives the value, unit."""
     yield "loads", "abcd", "touched", "Seconds to load a checkpoint, second load of a process", _again, "s"
     yield "loads-first", "abcd", "touched", "Seconds to load a checkpoint, first load of a process", _first, "s"
     yield "memory", "abcd", "touched", "Peak memory besides the tensors, first load of a process", _peak_mb, "MB"
@@ -65,6 +67,7 @@ def _peak_mb(row: Row) -> float | None:
 
 
 def _panels(rows: Mapping[str, Sequence[Row]], value: Callable[[Row], float | None], unit: str, title: str) -> Figure:
+    # All panels have a bar, or a free place, for each contender, in the same order.
     names = list(dict.fromkeys(row.cell.contender for members in rows.values() for row in members))
     figure = Figure(figsize=(_WIDTH_IN, 1.1 + 0.32 * len(names)), layout="constrained", facecolor="white")
     figure.suptitle(title, fontsize=10, color=_TEXT)
@@ -74,7 +77,7 @@ def _panels(rows: Mapping[str, Sequence[Row]], value: Callable[[Row], float | No
         _bars(panel, [(name, by_name.get(name)) for name in names], value)
         panel.set_title(f"{_PANELS[workload]} ({unit})", fontsize=9, color=_TEXT)
     panels[0].set_yticks(range(len(names)), [TITLES[name] for name in names], fontsize=9, color=_TEXT)
-    panels[0].invert_yaxis()
+    panels[0].invert_yaxis()  # the first contender on top; the axis is shared by all panels
     return figure
 
 
@@ -88,7 +91,7 @@ def _bars(panel: Axes, rows: Sequence[tuple[str, Row | None]], value: Callable[[
         else:
             text = f" {row.note}" if row is not None else ""
         panel.text(length or 0, position, text, va="center", fontsize=8, color=_TEXT)
-    panel.set_xlim(0, longest * 1.3 or 1)
+    panel.set_xlim(0, longest * 1.3 or 1)  # room for the number behind the longest bar
     panel.set_xticks([])
     panel.tick_params(length=0)
     panel.spines[["top", "right", "bottom"]].set_visible(False)

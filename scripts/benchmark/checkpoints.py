@@ -1,4 +1,8 @@
-"""Checkpoints of the benchmark: written once, by torch, into the folder that is served; local readers read it, too."""
+"""Checkpoints of the benchmark: written once, by torch, into the folder that the servers serve.
+
+Contenders that read local files read the same folder. A manifest beside the files holds shapes and checksums, with
+which the results of loads and fetches are checked.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +24,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 __all__ = ["BUCKET", "TINY", "Checkpoint", "checkpoint_of", "make_checkpoints"]
 
 BUCKET: Final = "bench"
-TINY: Final = "tiny"
-_VERSION: Final = 1
+TINY: Final = "tiny"  # loaded once before each measurement; see loads.warm_up
+_VERSION: Final = 1  # of the checkpoints; data folders with another one are written anew
 _HIDDEN: Final = 2048
 _VOCABULARY: Final = 48_000
 _THREADS: Final = {"a": 4}  # each writes a file of its own
@@ -57,11 +61,11 @@ class Checkpoint:
 
 def checkpoint_of(workload: str) -> str:
     """Name of the checkpoint that a workload reads."""
-    return workload if workload in ("a", "b", "d", "big") else "a"
+    return workload if workload in ("a", "b", "d", "big") else "a"  # c loads half of (a), fetches read its files
 
 
 def make_checkpoints(data: Path, names: set[str]) -> None:
-    """Write the checkpoints that ``data`` lacks; in a process of its own, so that torch starts no threads here."""
+    """Write the checkpoints that ``data`` lacks, each in a process of its own: torch must start no threads here."""
     for name in sorted(names | {TINY}):
         folder = data / BUCKET / name
         if _is_written(folder):
@@ -84,7 +88,7 @@ def _write(name: str, folder: Path) -> None:
     warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
     for file in folder.iterdir():
         file.unlink()
-    generator = torch.Generator().manual_seed(sum(name.encode()))
+    generator = torch.Generator().manual_seed(sum(name.encode()))  # another one for each checkpoint
     state = {key: _random_bits(shape, generator) for key, shape in _shapes(name).items()}
     save(state, storage_writer=FileSystemWriter(folder, thread_count=_THREADS.get(name, 1), sync_files=False),
          no_dist=True)  # fmt: skip
@@ -95,11 +99,14 @@ def _write(name: str, folder: Path) -> None:
         "shapes": {key: list(tensor.shape) for key, tensor in state.items()},
         "crcs": {key: isal_zlib.crc32(tensor.view(torch.uint8).numpy()) for key, tensor in state.items()},
     }
-    (folder / _MANIFEST).write_text(json.dumps(manifest))
+    (folder / _MANIFEST).write_text(json.dumps(manifest))  # last: a folder without it is written anew
 
 
 def _multiply(folder: Path, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Make many tensors of the only one: their files are hard links, on disk and in the page cache there is one."""
+    """Turn a checkpoint of one tensor into one of many with the same bytes.
+
+    Their files are hard links to one file, so that a checkpoint of 10.7 GB takes 0.5 GB of disk and page cache.
+    """
     file = folder / ".metadata"
     metadata = pickle.loads(file.read_bytes())
     [(index, stored)] = metadata.storage_data.items()
@@ -137,5 +144,6 @@ def _transformer() -> dict[str, tuple[int, ...]]:
 
 
 def _random_bits(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    # Random bits, not random numbers: eight bytes at a time, which is fast, and any bit pattern is a bf16.
     words = torch.empty(math.prod(shape) // 4, dtype=torch.int64).random_(generator=generator)
     return words.view(torch.bfloat16).view(shape)

@@ -1,4 +1,8 @@
-"""Rounds of the comparison: each measures every contender once, in another order each time."""
+"""Rounds of the comparison: each measures every contender once, in another order each time.
+
+Contenders alternate, so that a busy minute of the machine slows all of them. measure.py makes one measurement;
+results.py computes the medians.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +31,13 @@ def compare(cells: Sequence[Cell], sites: dict[str, Site], data: Path, rounds: i
     """
     rows = [Row(cell, _nbytes(cell.workload, data)) for cell in cells]
     started = time.monotonic()
+    # Round 0 compares bytes and samples memory, which takes time; its seconds are not used.
     for number in range(rounds + 1):
         name = f"round {number} of {rounds}" if number else "checking bytes and memory"
         print(f"[{time.monotonic() - started:5.0f} s] {name}: {len(rows)} measurements{_left(started, number, rounds)}",
               flush=True)  # fmt: skip
         for row in _rotated(rows, number):
-            if not row.note:
+            if not row.note:  # a contender that was too slow, or can't be measured, is not tried again
                 _measure(row, sites[row.cell.server], data, checking=number == 0)
     return Results(rows)
 
@@ -45,7 +50,7 @@ def _left(started: float, number: int, rounds: int) -> str:
 
 
 def _rotated(rows: list[Row], number: int) -> list[Row]:
-    """Group after group; within each, another contender is first in every round."""
+    """Rows in the order of a round: group after group, and in each group another contender first in every round."""
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault(row.cell.group, []).append(row)

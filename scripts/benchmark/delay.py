@@ -1,4 +1,8 @@
-"""Delay server: answers every request with 204 after argv[1] seconds; nginx asks it before it answers on ``late30``."""
+"""Delay server: answers every request with 204 after argv[1] seconds.
+
+On the port of ``late30`` nginx asks this server before each response, as if for permission (``auth_request``), and so
+responds later.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,7 @@ class _Delay(asyncio.Protocol):
         self._transport = transport
 
     def data_received(self, data: bytes) -> None:
+        # nginx sends no bodies, so an empty line ends a request. The last piece is the beginning of the next one.
         *requests, self._received = (self._received + data).split(b"\r\n\r\n")
         for _ in requests:
             asyncio.get_running_loop().call_later(self._seconds, self._transport.write, _ANSWER)

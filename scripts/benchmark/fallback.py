@@ -1,4 +1,8 @@
-"""Servers without nginx: ``fallback.py ROOT FOLDER`` serves ROOT, with logs of one line a request in FOLDER."""
+"""Servers without nginx: ``fallback.py ROOT FOLDER`` serves ROOT, with logs of one line a request in FOLDER.
+
+servers.py runs it where nginx is not installed. It prints URL and authority of each server as one line of JSON, and
+writes the same logs as nginx would, from which requests are counted.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,7 @@ _POLL_S = 0.01
 
 
 def _main(root: Path, folder: Path) -> None:
+    # bucket/checkpoint/file, as the paths of nginx.
     files = {f"/{file.relative_to(root)}": file for file in root.glob("*/*/*") if file.is_file()}
     late = [Fault(FaultKind.DELAY, method=method, seconds=DELAY_S) for method in ("GET", "HEAD")]
     servers = {

@@ -1,4 +1,7 @@
-"""Fetches, without torch: whole objects kept, whole objects streamed, scattered ranges."""
+"""Fetches, without torch: whole objects kept, whole objects streamed, scattered ranges.
+
+The task that measure.py runs for the workloads e, f and g. libraries.py holds the contenders.
+"""
 
 from __future__ import annotations
 
@@ -19,30 +22,39 @@ SCATTERED_BYTES: Final = 64 * 1024
 
 
 class Piece(NamedTuple):
-    """Bytes of an object that have arrived."""
+    """Bytes of an object that have arrived.
+
+    Attributes:
+        key: Key of the object.
+        start: Position of the first byte in the object.
+        data: The bytes, in any bytes-like object.
+    """
 
     key: str
     start: int
-    data: Any  # a bytes-like object
+    data: Any
 
 
 Take = Callable[[Piece], None]
 
 
 class Library(Protocol):
-    """A way to fetch. Threads of it may call ``take`` at the same time; a piece is let go after that."""
+    """A contender: a library, and the way in which it is used."""
 
     def keep(self, sizes: Mapping[str, int]) -> list[Piece]:
-        """Whole objects."""
+        """Fetch whole objects, of these sizes by key, and keep all of them."""
 
     def stream(self, sizes: Mapping[str, int], take: Take) -> None:
-        """Whole objects, piece by piece."""
+        """Fetch whole objects piece by piece, and drop each piece after ``take`` was called with it.
+
+        Several threads may call ``take`` at the same time.
+        """
 
     def scatter(self, ranges: Mapping[str, Sequence[tuple[int, int]]]) -> list[Piece]:
-        """Ranges, ends exclusive, each a piece."""
+        """Fetch ranges, ends exclusive; returns a piece for each."""
 
     def close(self) -> None:
-        """End everything."""
+        """End threads, processes and connections."""
 
 
 class FetchTask:
@@ -59,14 +71,15 @@ class FetchTask:
         self._ranges = _scattered(self._sizes)
         self._workload = job.workload
         self._checking = job.checking
-        self._pieces: list[Piece] = []
+        self._pieces: list[Piece] = []  # kept ones, until check() or the next run
+        # Key, start, size and CRC-32 of each piece that was streamed or checked; appended to by several threads.
         self._taken: list[tuple[str, int, int, int]] = []
 
     def prepare(self) -> None:
         self._pieces, self._taken = [], []
 
     def run(self) -> None:
-        library = self._library = self._library or self._make_library()
+        library = self._library = self._library or self._make_library()  # in the first run: it is part of its time
         if self._workload == "e":
             self._pieces = library.keep(self._sizes)
         elif self._workload == "f":
@@ -99,6 +112,7 @@ def _scattered(sizes: Mapping[str, int]) -> dict[str, list[tuple[int, int]]]:
     """Ranges that don't overlap, in no order."""
     chooser = random.Random(1)
     step = SCATTERED_BYTES
+    # A place of each object is left out at its end, so that all ranges have the same size.
     places = [(key, start) for key, size in sizes.items() for start in range(0, size - step, step)]
     ranges: dict[str, list[tuple[int, int]]] = {key: [] for key in sizes}
     for key, start in chooser.sample(places, SCATTERED):

@@ -1,6 +1,7 @@
 """Lower bound of a fetch: handwritten GETs, and the kernel's copy into shared memory, in as many processes.
 
-It checks nothing, retries nothing and keeps no order. A library that takes longer spends that time itself.
+It checks nothing, retries nothing and keeps no order. The seconds that a library needs beyond this are its own; those
+below it are the network's, the kernel's and the server's.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from mpreader.pool.sizing import PoolSizes, size_pool
 
 __all__ = ["Floor"]
 
-_REQUEST: Final = struct.Struct("<QQQQ")  # number of the part, start, end, offset in memory; pipes keep it whole
-_DONE: Final = struct.Struct("<Q")
+_REQUEST: Final = struct.Struct("<QQQQ")  # number of the part, start, end, offset in memory
+_DONE: Final = struct.Struct("<Q")  # number of the part. Writes of so few bytes to a pipe are never mixed or split
 _HEAD_BYTES: Final = 2048
 Parts = list[tuple[str, int, int]]
 
@@ -39,7 +40,7 @@ class Floor:
         self._sizes = size_pool(PoolConfig(), S3ClientConfig(), Host.now())
         self._slots = self._sizes.workers * self._sizes.connections_per_worker
         self._warm = mmap.mmap(-1, self._slots * PART_BYTES)
-        self._warm.write(b"\1" * len(self._warm))
+        self._warm.write(b"\1" * len(self._warm))  # touches every page, for which no run shall pay
         self._processes: _Processes | None = None
 
     def keep(self, sizes: Mapping[str, int]) -> list[Piece]:
@@ -50,10 +51,12 @@ class Floor:
 
     def stream(self, sizes: Mapping[str, int], take: Take) -> None:
         parts = list(parts_of(sizes))
+        # Started in the first run, as a library's processes; the second one finds them connected.
         if self._processes is None:
             self._processes = _Processes(self._address, self._sizes, self._warm, [key for key, _, _ in parts])
         view = memoryview(self._warm)
         free, under_way = list(range(self._slots)), dict[int, int]()
+        # As many parts under way as there are slots; then each part that arrives frees the slot of the next one.
         for number in range(len(parts)):
             slot = free.pop() if free else self._take_one(parts, under_way, view, take)
             under_way[number] = slot
@@ -67,6 +70,7 @@ class Floor:
 
     def _keep(self, parts: Parts) -> list[Piece]:
         offsets = list(itertools.accumulate((end - start for _, start, end in parts), initial=0))
+        # New memory, since the objects are kept, and new processes, since only a fork inherits its mapping.
         memory = mmap.mmap(-1, offsets[-1])
         processes = _Processes(self._address, self._sizes, memory, [key for key, _, _ in parts])
         for number, (_, start, end) in enumerate(parts):
@@ -99,6 +103,7 @@ class _Processes:
         for _ in range(sizes.workers):
             pid = os.fork()
             if pid == 0:
+                # The parent's end: while a child held it, the pipe would never end, and so no child either.
                 os.close(self._requests)
                 _work(address, sizes.connections_per_worker, memoryview(memory), keys, requests, done)
             self._pids.append(pid)
@@ -125,6 +130,8 @@ class _Processes:
 def _work(
     address: tuple[str, int], connections: int, memory: memoryview, keys: Sequence[str], requests: int, done: int
 ) -> None:
+    """Body of a process: a thread for each connection, which serves requests until the pipe ends. Never returns."""
+
     def serve() -> None:
         with socket.create_connection(address) as connection:
             while request := os.read(requests, _REQUEST.size):
@@ -137,7 +144,7 @@ def _work(
         thread.start()
     for thread in threads:
         thread.join()
-    os._exit(0)
+    os._exit(0)  # not the usual end, which would run what the parent has registered for its own
 
 
 def _receive(connection: socket.socket, key: str, start: int, end: int, memory: memoryview) -> None:
@@ -146,6 +153,7 @@ def _receive(connection: socket.socket, key: str, start: int, end: int, memory: 
     answer = b""
     while b"\r\n\r\n" not in answer:
         answer += connection.recv(_HEAD_BYTES)
+    # The first bytes of the body may have come with the head.
     body = answer.partition(b"\r\n\r\n")[2]
     memory[: len(body)] = body
     if len(body) < len(memory):

@@ -1,4 +1,7 @@
-"""Contenders of fetches. A library that must be told how much to fetch at one time is told what serves it best."""
+"""Contenders of fetches: each library, used in the way that is fastest for it.
+
+fetches.py measures them. Each maker imports its library when it is called, so that a process imports one of them only.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,14 @@ from tasks import Job
 
 __all__ = ["library_maker"]
 
-THREADS: Final = 8
+THREADS: Final = 8  # for libraries that must be called from several threads to fetch in parallel
 _REGION: Final = "us-east-1"
 Ranges = Mapping[str, Sequence[tuple[int, int]]]
 LibraryMaker = Callable[[], Library]
 
 
 def library_maker(job: Job) -> LibraryMaker:
-    """Import a contender, as a program's import lines do; returns a function that makes its client."""
+    """Import a contender, which is not timed; returns a function that makes its client, which is."""
     makers: dict[str, Callable[[Job], LibraryMaker]] = {
         "mpreader": _mpreader, "obstore": _obstore, "s3torchconnector": _connector, "boto3": _boto3, "s3fs": _s3fs,
         "floor": _floor,
@@ -110,7 +113,7 @@ class _Mpreader:
 
 
 class _Threaded(ABC):
-    """A library that is called from threads, a part at a time."""
+    """Library whose calls fetch one part each: called from a pool of threads."""
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(THREADS)
@@ -145,6 +148,7 @@ class _Obstore(_Threaded):
         return self._store.get_range(key, start=start, end=end)
 
     def scatter(self, ranges: Ranges) -> list[Piece]:
+        # get_ranges fetches the ranges of one object in parallel: a call for each object is enough.
         def get(key: str) -> list[Piece]:
             starts, ends = zip(*ranges[key], strict=True)
             found = self._store.get_ranges(key, starts=starts, ends=ends)
@@ -157,7 +161,7 @@ class _Boto3(_Threaded):
     def __init__(self, client: Any) -> None:
         super().__init__()
         self._client = client
-        self._recycled = threading.local()
+        self._recycled = threading.local()  # a buffer for each thread, which stream() receives into again and again
 
     def get(self, key: str, start: int, end: int) -> Any:
         return self._read_into(bytearray(end - start), key, start, end)
@@ -180,12 +184,12 @@ class _Boto3(_Threaded):
             if not count:
                 raise EOFError(key)
             received += count
-        body.close()
+        body.close()  # gives the connection back to the client's pool
         return view
 
 
 class _Connector:
-    """Called from threads; its client splits large requests into parts, which it gets in parallel."""
+    """s3torchconnector, called from threads. Its client splits large requests into parts, which it gets in parallel."""
 
     def __init__(self, client: Any) -> None:
         from s3torchconnector import S3ReaderConstructor
@@ -200,7 +204,7 @@ class _Connector:
 
     def stream(self, sizes: Mapping[str, int], take: Take) -> None:
         def fetch(key: str) -> None:
-            buffer = bytearray(4 * PART_BYTES)  # several parts, or nothing would be got in parallel
+            buffer = bytearray(4 * PART_BYTES)  # several parts, so that its client gets them in parallel
             reader = self._reader(key)
             reader.seek(0)
             for start in range(0, sizes[key], len(buffer)):
@@ -222,7 +226,7 @@ class _Connector:
         self._threads.shutdown()
 
     def _reader(self, key: str) -> Any:
-        """The calling thread's own: a new one asks for the object's size."""
+        """The calling thread's reader of an object, kept for all its ranges: a new one asks for the object's size."""
         readers = self._readers.__dict__
         if key not in readers:
             readers[key] = self._client.get_object(BUCKET, key, reader_constructor=self._unbuffered)
@@ -238,6 +242,7 @@ class _S3fs:
 
     def stream(self, sizes: Mapping[str, int], take: Take) -> None:
         parts = list(parts_of(sizes))
+        # cat_ranges returns all ranges at once: a few are asked for at a time, so that not all are held.
         for first in range(0, len(parts), 2 * THREADS):
             for piece in self._cat(parts[first : first + 2 * THREADS]):
                 take(piece)

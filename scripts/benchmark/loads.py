@@ -1,4 +1,7 @@
-"""Contenders of loads: storage readers for ``torch.distributed.checkpoint.load``."""
+"""Contenders of loads: storage readers for ``torch.distributed.checkpoint.load``, and the task that loads with them.
+
+measure.py runs the task for the workloads a to d and big.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ ReaderMaker = Callable[[], Any]
 
 
 class LoadTask:
-    """Loads a checkpoint, each time with a new reader object, as a program would that loads two."""
+    """Loads a checkpoint, each time with a new reader object, as a program does that loads two checkpoints."""
 
     def __init__(self, job: Job) -> None:
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
@@ -52,7 +55,7 @@ class LoadTask:
 
 
 def reader_maker(contender: str, uri: str, job: Job) -> ReaderMaker:
-    """Import what a contender needs, as a program's import lines do; returns a function that makes its readers."""
+    """Import what a contender needs, which is not timed; returns a function that makes its readers, which is."""
     makers = {"mpreader": _mpreader, "drop-in": _drop_in, "local": _local, "s3fs": _s3fs}
     if contender in makers:
         return makers[contender](uri, job)
@@ -95,6 +98,6 @@ def _s3fs(uri: str, job: Job) -> ReaderMaker:
 
 
 def warm_up(job: Job) -> None:
-    """Load a tiny local checkpoint, since no contender is to pay for what torch does once, in its first load."""
+    """Load a tiny local checkpoint: torch does some work once, in its first load, which no contender should pay for."""
     folder = job.data / BUCKET / TINY
     load({"tensor": torch.zeros(1000, dtype=torch.bfloat16)}, storage_reader=FileSystemReader(folder), no_dist=True)

@@ -20,7 +20,11 @@ _PACKAGES: Final = ("mpreader", "torch", "s3torchconnector", "s3torchconnectorcl
 
 
 def machine_facts(server: str) -> dict[str, Any]:
-    """Cores, memory, kernel, versions, commit."""
+    """Cores, memory, kernel, versions, commit, for the results files.
+
+    Args:
+        server: Kind of the server, as in ``Servers.kind``.
+    """
     return {
         "cpu": _first_value("/proc/cpuinfo", "model name"),
         "cores": len(os.sched_getaffinity(0)),
@@ -42,6 +46,7 @@ def _first_value(file: str, key: str) -> str:
 
 
 def _version(package: str) -> str | None:
+    # s3fs and its botocore are in a folder of their own, which is not on the path of this process.
     found = distributions(name=package, path=[str(SEPARATE), *sys.path])
     return next((distribution.version for distribution in found), None)
 

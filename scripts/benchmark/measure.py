@@ -33,6 +33,7 @@ __all__ = ["RUNS", "Failure", "Run", "TooSlow", "as_json", "measure"]
 RUNS: Final = ("first", "again")
 LIMIT_S: Final = 60.0
 _PREPARING_S: Final = 120.0
+# Contenders that trust the system's authorities only: all of them use s3torchconnector's client.
 _SYSTEM_TRUST: Final = ("drop-in", "dcp_optimized", "sequential", "range_based", "s3torchconnector")
 
 
@@ -74,24 +75,27 @@ def measure(job: Job, limit_s: float = LIMIT_S) -> list[Run]:
         Failure: It raised something.
         Untrusted: The contender can't be told to trust the server.
     """
+    # A fork copies the calling thread only: locks that another one holds would be held for ever.
     if len(os.listdir("/proc/self/task")) != 1:
         raise RuntimeError("this process has threads: forking it is not safe")
     ours, theirs = multiprocessing.Pipe()
     process = multiprocessing.get_context("fork").Process(target=_serve, args=(job, theirs, ours))
     process.start()
-    theirs.close()
+    theirs.close()  # else the end of the child would not end the pipe
     try:
         return [_run(job, ours, name, limit_s) for name in RUNS]
     finally:
         ours.close()
         process.join(5)
+        # Its group (see _serve), with all processes that it has left behind.
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid or 0, signal.SIGKILL)  # and all processes that it has left behind
+            os.killpg(process.pid or 0, signal.SIGKILL)
         process.join()
 
 
 def _run(job: Job, child: Connection, name: str, limit_s: float) -> Run:
     _receive(child, _PREPARING_S)
+    # Between "ready" and "go", when the child sends no requests.
     mark = job.site.mark()
     child.send("go")
     run = Run(name, **_receive(child, limit_s))
@@ -116,7 +120,7 @@ def _receive(child: Connection, limit_s: float) -> Any:
 
 def _serve(job: Job, parent: Connection, other_end: Connection) -> None:
     os.setpgid(0, 0)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the parent's handler, which cleans up
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the whole group
     other_end.close()
     with contextlib.suppress(EOFError, BrokenPipeError):  # the parent has given up
@@ -138,7 +142,7 @@ def _run_twice(job: Job, parent: Connection) -> None:
             parent.send("ready")
             parent.recv()
             taken = _time(task)
-        if job.checking:
+        if job.checking:  # after the time was taken
             task.check()
         parent.send(taken | sampled)
     task.close()
@@ -165,7 +169,7 @@ def _make_task(job: Job) -> Task:
 
 def _set_environment(job: Job) -> None:
     for name in list(os.environ):
-        # s3torchconnector would go through a proxy even to this machine.
+        # Settings of the user would change the measurement; s3torchconnector uses a proxy even for this machine.
         if name.startswith(("AWS_", "MPREADER_")) or name.lower() in ("http_proxy", "https_proxy", "all_proxy"):
             del os.environ[name]
     os.environ.update(aws_environment(job.site.endpoint_url, job.site.ca_file))

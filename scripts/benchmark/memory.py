@@ -1,4 +1,7 @@
-"""Memory of the measured process and its descendants over time, sampled by a process of its own."""
+"""Memory of the measured process and its descendants over time, sampled by a process of its own (sampler.py).
+
+Unlike :mod:`mpreader.tools.bench.memory` it leaves out the targets, and counts shared memory page by page.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,12 @@ __all__ = ["Memory"]
 
 
 class Memory:
-    """Samples in blocks; all of them count from what there was before the first.
+    """Samples the memory while blocks run, as bytes beyond those before the first block.
 
-    Or what a first load has left, to be used again, would be nothing in the second.
+    Memory that a first load has left, such as a pool's, therefore counts in the second load, too.
+
+    Args:
+        enabled: False: nothing is sampled.
     """
 
     def __init__(self, *, enabled: bool) -> None:
@@ -27,7 +33,14 @@ class Memory:
 
     @contextmanager
     def sampled(self, target_ranges: Sequence[tuple[int, int]]) -> Iterator[dict[str, Any]]:
-        """Sample in the block, ``target_ranges`` not counted; the result is filled in at its end."""
+        """Sample while the block runs.
+
+        Args:
+            target_ranges: Addresses and sizes of memory that is not counted.
+
+        Yields:
+            Fields of a ``Run``, filled in when the block ends; empty if nothing is sampled.
+        """
         result: dict[str, Any] = {}
         if not self._enabled:
             yield result
@@ -37,6 +50,7 @@ class Memory:
         assert sampler.stdin is not None
         assert sampler.stdout is not None
         print(json.dumps(target_ranges), file=sampler.stdin, flush=True)
+        # Also the sign that the sampler has started: the block must not run before.
         there = int(sampler.stdout.readline())
         before = self._before = there if self._before is None else self._before
         try:
@@ -48,5 +62,6 @@ class Memory:
 
 
 def _peak(extras: list[int]) -> int:
-    # Between fork and exec a process seems to have all memory of its parent: one sample is no peak.
+    # Between fork and exec a child seems to have all the memory of its parent. That is seen in one sample at most, so a
+    # peak is what two samples in a row have reached.
     return max(map(min, itertools.pairwise(extras)), default=0)

@@ -1,4 +1,4 @@
-"""Report of the results: tables, and JSON."""
+"""Report of the results: tables as plain text and Markdown, and JSON. It computes no figures: results.py does."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from results import GOALS, Results, Row
 __all__ = ["goal_table", "main_table", "markdown", "plain_text", "write_json"]
 
 Table = list[list[str]]
-_NUMBERS_FROM: Final = 4
+_NUMBERS_FROM: Final = 4  # first column of the main table that holds numbers
 NOTES: Final = f"""\
 Medians of the rounds. first: with everything it starts (client, pool, connections, lazy imports); again: a second time
 in the same process, loads with a new reader object, fetches with the same client. ratio: seconds ÷ mpreader's. CPU: of
@@ -39,7 +39,7 @@ def _line(results: Results, row: Row) -> list[str]:
     cell = row.cell
     line = [cell.workload, cell.server, cell.targets, TITLES[cell.contender]]
     if not row.rounds:
-        return [*line, row.note, *[""] * 9]
+        return [*line, row.note, *[""] * 9]  # the note takes the place of the ten figures below
     line += [_number(row.seconds(run), 2) for run in RUNS]
     line += [_number(results.ratio(row, run), 2) for run in RUNS]
     line += [_number(row.cpu_per_gb(run), 2) for run in RUNS]
@@ -48,7 +48,7 @@ def _line(results: Results, row: Row) -> list[str]:
 
 
 def goal_table(results: Results) -> Table:
-    """Goals, and the ratios that were reached; only goals that were measured."""
+    """Table of the goals whose cells were measured, with the ratios that were reached."""
     table = [["goal (s3torchconnector ÷ mpreader, where nothing else is said)", "at least", "first", "again"]]
     for goal in GOALS:
         reached = [goal.reached(results, run) for run in RUNS]
@@ -79,13 +79,13 @@ def plain_text(table: Table, text_columns: int = _NUMBERS_FROM) -> str:
 
 
 def markdown(table: Table, text_columns: int = _NUMBERS_FROM) -> str:
-    """The same as a table of Markdown."""
+    """The table in Markdown, with the same alignment as :func:`plain_text`."""
     rule = ["---" if index < text_columns else "---:" for index in range(len(table[0]))]
     return "\n".join(f"| {' | '.join(line)} |" for line in [table[0], rule, *table[1:]])
 
 
 def write_json(file: Path, results: Results, machine: dict[str, Any]) -> None:
-    """Every raw number; memory over time once, of the checking round."""
+    """Write every number that was measured; memory over time is that of the checking round."""
     file.write_text(json.dumps({"machine": machine, "rows": list(map(_row_json, results.rows)),
                                 "goals": list(_goals_json(results))}, indent=1) + "\n")  # fmt: skip
 

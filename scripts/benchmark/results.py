@@ -22,8 +22,8 @@ class Row:
     Attributes:
         cell: The cell.
         nbytes: Bytes that it delivers.
-        rounds: Timed runs, by round: first and again.
-        check: The round in which bytes were compared and memory was sampled.
+        rounds: Timed runs of each round: the first one of the process, and the one again.
+        check: Runs of the round in which bytes were compared and memory was sampled.
         note: Reason, in words, for which nothing was measured; empty if something was.
     """
 
@@ -66,7 +66,7 @@ class Results:
         return self._by_cell.get(cell)
 
     def ratio(self, row: Row, run: str) -> float | None:
-        """Seconds divided by those of mpreader in the same group."""
+        """Seconds of a row, divided by those of mpreader in the same group; None if one of them was not measured."""
         ours = self.find(Cell(*row.cell.group, "mpreader"))
         return _quotient(row.seconds(run), ours.seconds(run) if ours is not None else None)
 
@@ -77,7 +77,15 @@ def _quotient(numerator: float | None, denominator: float | None) -> float | Non
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """A ratio that is to be reached: ``metric`` of ``over`` divided by that of ``under``."""
+    """A ratio that is to be reached: ``metric`` of ``over`` divided by that of ``under``.
+
+    Attributes:
+        title: Title in the table.
+        least: Ratio from which on the goal is reached.
+        over: Cell of the numerator.
+        under: Cell of the denominator.
+        metric: Function of a row and the name of a run.
+    """
 
     title: str
     least: float

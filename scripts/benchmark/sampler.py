@@ -1,6 +1,7 @@
-"""Samples the memory of a process tree, targets not counted: ``sampler.py PID`` until a second line comes.
+"""Sampler of the memory of a process tree: ``sampler.py PID``, run by memory.py.
 
-The first line are the targets' ranges in JSON. Says how many bytes there are, and at the end ``[[seconds, bytes], …]``.
+It reads the ranges of the targets, which are not counted, as a line of JSON. It prints the bytes that there are at the
+start, samples until it gets a second line, and then prints ``[[seconds, bytes], …]``.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import time
 
 from tree import resident_bytes, tree_memory_bytes
 
-INTERVAL_S = 0.01
+INTERVAL_S = 0.01  # between two samples, not counting the time that a sample takes
 
 
 def _sample(pid: int, ranges: list[tuple[int, int]]) -> list[tuple[float, int]]:
+    # The sampler is a child of the process that it samples, and leaves itself out.
     def taken() -> int:
         return tree_memory_bytes(pid, os.getpid()) - resident_bytes(pid, ranges)
 

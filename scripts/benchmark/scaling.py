@@ -1,4 +1,4 @@
-"""Scaling of a fetch with workers and connections, from a server that gives each connection 90 MB/s."""
+"""Scaling of a fetch with workers and connections, from a server that gives each connection 90 MB/s, as S3 does."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ def run_scaling(servers: Servers, data: Path, out: Path, machine: dict[str, Any]
         for workers in WORKERS:
             for connections in CONNECTIONS:
                 job = Job("mpreader", "f", False, servers.sites["slow90"], data, False, workers, connections)
+                # Of the two runs in a process the second one: with workers started and connections open.
                 runs.setdefault((workers, connections), []).append(measure(job)[1])
     speeds = {pair: nbytes / 1e9 / median(run.seconds for run in found) for pair, found in runs.items()}
     cpu = {pair: median(run.cpu_s for run in found) / nbytes * 1e9 for pair, found in runs.items()}

@@ -1,4 +1,8 @@
-"""s3fs wants another botocore than the tested boto3: scripts/bench installs the two beside the environment."""
+"""Import of s3fs from a folder of its own, with its own botocore.
+
+s3fs needs another version of botocore than the boto3 that mpreader is tested with, so scripts/bench_environment.sh
+installs the two beside the other packages.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,10 @@ SEPARATE: Final = Path(sys.prefix) / "s3fs"
 
 
 def import_s3fs() -> ModuleType:
-    """Import it from there, or from the environment where that has it; in a process that has no boto3 yet."""
+    """Import s3fs from its folder; where there is none, from the environment.
+
+    The process must not have imported boto3 before: two versions of botocore can't be imported by one process.
+    """
     if SEPARATE.exists():
         sys.path.insert(0, str(SEPARATE))
     return import_module("s3fs")

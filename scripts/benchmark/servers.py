@@ -1,8 +1,8 @@
 """Servers of the benchmark: one nginx, four ports over the same files.
 
-The listening sockets are made here and inherited by nginx, as in one of its binary upgrades: their ports can't be
-taken by another process meanwhile, and the kernel paces what is accepted on the one of ``slow90``. nginx's own
-``limit_rate`` can't: it lets the first second of every request through unpaced, and a part takes a tenth of one.
+The listening sockets are made here and inherited by nginx, as when its binary is upgraded. So another process can't
+take their ports meanwhile, and the kernel paces the connections that are accepted on the port of ``slow90``. nginx's
+own ``limit_rate`` would not do: it does not limit the first second of a request, and a part takes a tenth of that.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ __all__ = ["BYTES_PER_S", "DELAY_S", "Servers", "Site", "nginx_path"]
 
 BYTES_PER_S: Final = 90_000_000
 DELAY_S: Final = 0.03
-WORKERS: Final = 2
-_SO_MAX_PACING_RATE: Final = 47
-_QUIET_S: Final = 0.02
+WORKERS: Final = 2  # processes of nginx
+_SO_MAX_PACING_RATE: Final = 47  # Linux's number of the socket option; Python's socket module does not have it
+_QUIET_S: Final = 0.02  # a log that has not grown for so long is taken to be complete
+# Configuration of nginx. Clients keep their connections, however many requests they make.
 _HTTP: Final = """\
 {user}worker_processes {workers};
 daemon off;
@@ -60,19 +61,19 @@ _SITE: Final = """\
     server {{
         listen 127.0.0.1:{port}{options};
         access_log {log} line;
-        location / {{ {rules} }}
+{extra}        location / {{ {rules} }}
     }}
 """
 _LATE: Final = """\
-    location = /delay {{
-        internal;
-        proxy_pass http://delay;
-        proxy_http_version 1.1;
-        proxy_set_header Connection "";
-        proxy_pass_request_headers off;
-        proxy_pass_request_body off;
-        proxy_set_header Content-Length "";
-    }}
+        location = /delay {
+            internal;
+            proxy_pass http://delay;
+            proxy_http_version 1.1;
+            proxy_set_header Connection "";
+            proxy_pass_request_headers off;
+            proxy_pass_request_body off;
+            proxy_set_header Content-Length "";
+        }
 """
 
 
@@ -93,7 +94,10 @@ class Site:
     log: Path
 
     def mark(self) -> int:
-        """The end of the log, once nothing has been added for a moment."""
+        """Position of the log's end, once nothing has been added to it for a moment.
+
+        nginx logs a request after its last byte, which the client may have by then.
+        """
         size = -1
         while size != (size := _size(self.log)):
             time.sleep(_QUIET_S)
@@ -117,7 +121,10 @@ def nginx_path() -> str | None:
 
 
 class Servers:
-    """All servers, over the files in ``root`` (its folders are the buckets). A context manager.
+    """All servers. A context manager.
+
+    Args:
+        root: Folder that is served; the folders in it are the buckets.
 
     Attributes:
         sites: The servers by name.
@@ -150,7 +157,8 @@ class Servers:
         sockets = {name: stack.enter_context(_listener(name)) for name in ("plain", "tls", "slow90", "late30")}
         self.sites = {name: self._site(name, listener, certificate) for name, listener in sockets.items()}
         configuration = _HTTP.format(
-            user="user root;\n" if os.geteuid() == 0 else "",  # else its workers could not read a private folder
+            # As root nginx gives its workers another user, who may not read a private folder.
+            user="user root;\n" if os.geteuid() == 0 else "",
             workers=WORKERS,
             folder=self._folder,
             root=self._root,
@@ -165,6 +173,7 @@ class Servers:
             stack,
             [nginx_path() or "nginx", "-c", str(file), "-e", str(self._folder / "error.log")],
             descriptors,
+            # By this variable a running nginx hands its sockets over to the one that replaces it.
             {"NGINX": "".join(f"{descriptor};" for descriptor in descriptors)},
         )
         self._wait_until_up()
@@ -181,7 +190,8 @@ class Servers:
             self.sites[name] = Site(name, url, Path(ca_file) if ca_file else None, self._folder / f"{name}.log")
 
     def _wait_until_up(self) -> None:
-        # The sockets listen already: a connection waits until nginx accepts it, and fails if it ends.
+        # The sockets listen already, so that connecting proves nothing: a request waits until nginx is up, and fails if
+        # nginx ends.
         port = int(self.sites["plain"].endpoint_url.rpartition(":")[2])
         with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
             connection.settimeout(10)
@@ -196,19 +206,17 @@ class Servers:
 
 def _listener(name: str) -> socket.socket:
     listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
-    listener.setblocking(False)  # nginx expects it: else a worker would hang in accept()
+    listener.setblocking(False)  # as nginx expects: of two workers that call accept(), one would block
     if name == "slow90":
-        # Inherited by what is accepted; TCP paces by itself, no queueing discipline is needed.
+        # Accepted sockets inherit the option. TCP paces them by itself; no queueing discipline is needed.
         listener.setsockopt(socket.SOL_SOCKET, _SO_MAX_PACING_RATE, BYTES_PER_S)
     return listener
 
 
 def _site_block(site: Site) -> str:
     port = site.endpoint_url.rpartition(":")[2]
-    rules, extra = ("auth_request /delay;", _LATE.format()) if site.name == "late30" else ("", "")
-    options = " ssl" if site.ca_file else ""
-    block = _SITE.format(port=port, options=options, log=site.log, rules=rules)
-    return block.replace("        location / ", extra + "        location / ")
+    rules, extra = ("auth_request /delay;", _LATE) if site.name == "late30" else ("", "")
+    return _SITE.format(port=port, options=" ssl" if site.ca_file else "", log=site.log, rules=rules, extra=extra)
 
 
 def _spawn(
@@ -224,7 +232,7 @@ def _spawn(
         pass_fds=descriptors or (),
         env=os.environ | (environment or {}),
         text=True,
-        start_new_session=True,  # or Ctrl-C would end it before the clients
+        start_new_session=True,  # else Ctrl-C would end the server before its clients
     )
     stack.callback(_stop, process)
     return process

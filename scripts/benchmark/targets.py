@@ -1,4 +1,4 @@
-"""Targets of a load: memory that was touched before, or that never was."""
+"""Targets of a load: tensors in memory that was written to before (touched), or never (fresh)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tree import resident_bytes
 
 __all__ = ["Targets"]
 
-# As malloc does, large tensors have mappings of their own; small ones share one. Not left to malloc, which would hand
-# out touched memory again and call it new.
+# As malloc does, large tensors have mappings of their own, and small ones share one. They are not left to malloc, since
+# it reuses memory that was touched before.
 _OWN_MAPPING_BYTES: Final = 128 * 1024
 
 
@@ -26,6 +26,10 @@ class Targets:
         shapes: Their shapes, by name.
         fresh: True: :meth:`renew` makes untouched tensors. False: it fills the same ones again.
         shared: True: all are the same tensor, for checkpoints that are larger than memory.
+
+    Attributes:
+        tensors: The targets by name; empty before the first :meth:`renew`.
+        ranges: Address and size of each mapping.
     """
 
     def __init__(self, shapes: Mapping[str, Sequence[int]], *, fresh: bool, shared: bool = False) -> None:
@@ -38,14 +42,14 @@ class Targets:
     def renew(self) -> None:
         """Prepare the targets for a load, so that nothing in them is right by chance."""
         if self._fresh or not self.tensors:
-            self.tensors.clear()  # unmaps
+            self.tensors.clear()  # unmaps them before new ones are made, so that memory holds them once
             self.tensors = self._make()
             if self._shared:
                 self.tensors = dict.fromkeys(self._shapes, *self.tensors.values())
         if not self._fresh:
             for tensor in self.tensors.values():
                 tensor.fill_(1)
-        elif resident_bytes("self", self.ranges):
+        elif resident_bytes("self", self.ranges):  # the measurement would be of something else
             raise RuntimeError("fresh targets have been touched")
 
     def _make(self) -> dict[str, torch.Tensor]:

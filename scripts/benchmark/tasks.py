@@ -1,4 +1,7 @@
-"""Task of a measurement: the work that its process does twice."""
+"""Task of a measurement: the work that its process does twice, and the job that describes it.
+
+measure.py runs tasks; fetches.py and loads.py hold one kind each.
+"""
 
 from __future__ import annotations
 

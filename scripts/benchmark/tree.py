@@ -1,4 +1,7 @@
-"""CPU time and memory of a process tree, from ``/proc``."""
+"""CPU time and memory of a process tree, from ``/proc``.
+
+Memory is counted exactly, page by page, which takes longer than the estimate of :mod:`mpreader.tools.bench.memory`.
+"""
 
 from __future__ import annotations
 
@@ -12,25 +15,29 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from mpreader.tools.bench.memory import process_tree, stat_fields
+
 __all__ = ["resident_bytes", "tree_cpu_s", "tree_memory_bytes"]
 
 _TICK_S: Final = 1 / os.sysconf("SC_CLK_TCK")
-_PRESENT: Final = np.uint64(1 << 63)
+_PRESENT: Final = np.uint64(1 << 63)  # bit of a page's entry in pagemap: the page is in memory
 
 
 def tree_cpu_s(root: int) -> float:
     """CPU seconds of a process, its live descendants, and all of them that have been waited for."""
-    return sum(sum(map(int, fields[11:15])) for _, fields in _tree(root)) * _TICK_S
+    # User and system time, each also of the children that the process has waited for.
+    return sum(sum(map(int, stat_fields(pid)[11:15])) for pid in process_tree(root)) * _TICK_S
 
 
 def tree_memory_bytes(root: int, excluded: int) -> int:
-    """Resident bytes of a process and its descendants without ``excluded``.
+    """Resident bytes of a process and its descendants, without the process ``excluded``.
 
-    Shared memory counts once, however many have it mapped, and also where each has touched only some of it. Pages of
-    files count for each process.
+    Each page of shared memory counts once, by however many processes it was touched. Pages of files count for each
+    process.
     """
+    # By the identity of a piece of shared memory: the pages of it that any of the processes has touched.
     own, shared = 0, dict[str, NDArray[np.bool_]]()
-    for pid in [pid for pid, _ in _tree(root) if pid != excluded]:
+    for pid in process_tree(root, {excluded}):
         with contextlib.suppress(OSError):  # it has ended meanwhile
             own += _own_bytes(pid)
             for inode, first, pages in _shared_pages(pid):
@@ -39,6 +46,7 @@ def tree_memory_bytes(root: int, excluded: int) -> int:
 
 
 def _merged(known: NDArray[np.bool_] | None, first: int, pages: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Pages that are in ``known`` or in ``pages``, of which the first one has the number ``first``."""
     before = 0 if known is None else len(known)
     merged = np.zeros(max(before, first + len(pages)), np.bool_)
     if known is not None:
@@ -52,30 +60,13 @@ def resident_bytes(pid: int | str, ranges: Sequence[tuple[int, int]]) -> int:
     return sum(int(np.count_nonzero(pages)) for pages in _present(pid, ranges)) * mmap.PAGESIZE
 
 
-def _tree(root: int) -> Iterator[tuple[int, list[str]]]:
-    """Process ids, and the fields of ``stat`` from the state on."""
-    stats: dict[int, list[str]] = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                stats[int(entry)] = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
-            except OSError:  # it has ended meanwhile
-                continue
-    for pid, fields in stats.items():
-        ancestor = pid
-        while ancestor in stats and ancestor != root:
-            ancestor = int(stats[ancestor][1])
-        if ancestor == root:
-            yield pid, fields
-
-
 def _own_bytes(pid: int) -> int:
     fields = (line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     return sum(int(words[1]) * 1024 for words in fields if words[0] in ("RssAnon:", "RssFile:"))
 
 
 def _shared_pages(pid: int) -> Iterator[tuple[str, int, NDArray[np.bool_]]]:
-    """For each mapping of shared memory: what is mapped, its first page there, and which pages are present."""
+    """For each mapping of shared memory: identity of the memory, number of the first page, and the pages present."""
     for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
         addresses, permissions, offset, device, inode, *path = line.split(maxsplit=5)
         if permissions.endswith("s") and path and path[0].startswith(("/dev/shm", "/dev/zero", "/memfd:")):
@@ -88,5 +79,5 @@ def _present(pid: int | str, ranges: Iterable[tuple[int, int]]) -> Iterator[NDAr
     with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as pagemap:
         for address, size in ranges:
             first, end = address // mmap.PAGESIZE, -(-(address + size) // mmap.PAGESIZE)
-            pagemap.seek(8 * first)
+            pagemap.seek(8 * first)  # eight bytes for each page of the address space
             yield (np.frombuffer(pagemap.read(8 * (end - first)), np.uint64) & _PRESENT) != 0

@@ -1,4 +1,7 @@
-"""Disruptions of the storm: workers are killed or stopped, and objects are overwritten, while a read is under way."""
+"""Disruptions of the storm: workers are killed or stopped, and objects are overwritten, while a read is under way.
+
+:mod:`scripts.faults.storm` runs one for each read. It chooses and does the disruptions; it judges no result.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +26,11 @@ _POLL_S: Final = 0.002
 
 
 class Disruption:
-    """A thread that disrupts a read each time the server has got a number of requests. A context manager.
+    """A thread that disrupts a read when the server has got certain numbers of requests. A context manager.
 
     Args:
         server: The server that is read from.
-        rng: Decides what happens and when; None: nothing does.
+        rng: Chooses the disruptions and their times; None: there are none.
         objects: The objects that may be overwritten.
 
     Attributes:
@@ -39,6 +42,7 @@ class Disruption:
         self._server = server
         self._objects = objects
         self._is_over = threading.Event()
+        # Chosen here, not in the thread: the storm's generator must give the same numbers each time a seed is repeated.
         self._actions = [] if rng is None else self._choose_actions(rng)
         self._thread = threading.Thread(target=self._run, daemon=True, name="mpreader-disruption")
 
@@ -52,6 +56,7 @@ class Disruption:
 
     def _choose_actions(self, rng: random.Random) -> list[tuple[int, Callable[[], None]]]:
         """Choose actions, each with the number of the server's requests after which it is due."""
+        # Requests are counted, not seconds, so that a schedule is the same on a slow machine.
         actions, requests = [], len(self._server.requests)
         for _ in range(rng.choice((0, 1, 1, 2))):
             requests += rng.randrange(1, 8)
@@ -63,6 +68,7 @@ class Disruption:
             versions = rng.choice(self._objects)
             content = rng.randbytes(versions.size)
             return lambda: self._overwrite(versions, content)
+        # Which worker that is, of those that run then, is decided when the time comes.
         signum, number = rng.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP)), rng.randrange(1 << 16)
         return lambda: self._signal_worker(signum, number)
 
@@ -70,11 +76,11 @@ class Disruption:
         for requests, act in self._actions:
             while len(self._server.requests) < requests:
                 if self._is_over.wait(_POLL_S):
-                    return
+                    return  # the read has ended with fewer requests
             act()
 
     def _overwrite(self, versions: Versions, content: bytes) -> None:
-        # Before it is served, or the reading thread might see bytes of a version that it does not know.
+        # Listed before it is served: else a read of the new bytes could be judged wrong, being of no known version.
         versions.contents.append(content)
         self._server.put(versions.path, content)
 
@@ -87,6 +93,7 @@ class Disruption:
 
 
 def _worker_pids() -> list[int]:
+    """Process ids of this process's workers. Its other children, such as samplers, are left alone."""
     children: list[str] = []
     for task in Path("/proc/self/task").iterdir():  # a child belongs to the thread that started it
         with contextlib.suppress(OSError):

@@ -4,8 +4,8 @@
   scripts/peers --markdown FILE        the same, and writes the table as Markdown
   scripts/peers --one obstore reset    one of them, with the requests that the server got
 
-mpreader.testing.FaultServer plays S3. Each attempt has a process and a server of its own, and the library's default
-settings; it fetches known bytes, and they are compared.
+mpreader.testing.FaultServer takes the place of S3. Each attempt has a process and a server of its own, and the default
+settings of the library. It fetches known bytes, which are compared.
 """
 
 from __future__ import annotations
@@ -46,14 +46,17 @@ Table = list[list[str]]
 
 
 class Peer(ABC):
-    """A library, with a client made from the environment."""
+    """A library, with a client that is made from the environment variables.
+
+    Libraries are imported by the methods, so that the process of an attempt imports one of them only.
+    """
 
     @abstractmethod
     def open(self) -> Read:
-        """Function that reads bytes [start, end) of the object, which is opened once if the library can."""
+        """Open the object once, if the library can; returns the function that reads its bytes [start, end)."""
 
     def fetch(self, ranges: Ranges) -> list[bytes]:
-        """Bytes of the ranges, fetched in one call if the library can."""
+        """Fetch the ranges, in one call if the library can; returns the bytes of each."""
         read = self.open()
         return [read(start, end) for start, end in ranges]
 
@@ -135,9 +138,9 @@ class Row:
     Args:
         title: Title of the row.
         faults: Faults of the server.
-        ranges: Ranges that are read.
-        is_lie: True: the bytes are right, but the headers of the last fault say that they are not, so that a client
-            that checks them must refuse the bytes.
+        ranges: Ranges that are read, ends exclusive.
+        is_lie: True: the bytes are right, but the headers that the last fault changes say that they are others, so that
+            a client that checks headers must refuse the bytes.
         overwrites: True: the object is overwritten after the first range was read.
     """
 
@@ -219,6 +222,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run_one(peer_name: str, row_name: str) -> None:
     row = ROWS[row_name]
     with FaultServer({PATH: OLD}, row.faults) as server:
+        # Set before the library is imported and makes its client.
         os.environ.update(server.environment())
         outcome = _outcome(PEERS[peer_name](), row, server)
         for request in server.requests:
@@ -230,6 +234,7 @@ def _run_one(peer_name: str, row_name: str) -> None:
 
 
 def _outcome(peer: Peer, row: Row, server: FaultServer) -> str:
+    # In a thread, since nothing else ends the wait for a library that hangs.
     answers: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=lambda: answers.put(_attempt(peer, row, server)), daemon=True).start()
     try:
@@ -259,6 +264,7 @@ def _accepts_lie(row: Row, server: FaultServer) -> bool:
 
 
 def _overwritten(peer: Peer, ranges: Ranges, server: FaultServer) -> list[bytes]:
+    """Read the first range, overwrite the object, read the second one with the same reader."""
     read, (first, second) = peer.open(), ranges
     before = read(*first)
     server.put(PATH, NEW)
@@ -277,12 +283,14 @@ def _compare() -> Table:
     with ThreadPoolExecutor(AT_ONCE) as pool:
         outcomes = list(pool.map(lambda attempt: _run_apart(*attempt), attempts))
     head = ["", *(f"{name} {version(name)}" for name in PEERS)]
+    # map() keeps the order of the attempts: row by row, and within a row peer by peer.
     lines = [outcomes[first : first + len(PEERS)] for first in range(0, len(outcomes), len(PEERS))]
     return [head, *([row.title, *line] for row, line in zip(ROWS.values(), lines, strict=True))]
 
 
 def _run_apart(peer_name: str, row_name: str) -> str:
     """Make an attempt in a process without the user's settings; returns the last line that it prints."""
+    # A user's AWS_PROFILE or MPREADER_WORKERS would not be "default settings".
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "MPREADER_"))}
     command = [sys.executable, __file__, "--one", peer_name, row_name]
     return subprocess.check_output(command, env=environment, text=True).splitlines()[-1]

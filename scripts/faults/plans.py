@@ -1,4 +1,7 @@
-"""Random reads of the storm: objects, ranges, and ways to read them; each read is compared with the right bytes."""
+"""Random reads of the storm: objects, ranges, and ways to read them; each read is compared with the right bytes.
+
+:mod:`scripts.faults.storm` carries the plans out. A plan checks bytes; errors are judged by the storm.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ Range = tuple[int, int]
 
 
 class StormFailure(AssertionError):
-    """The promise was broken; the message tells how, and with which seed."""
+    """A read broke the promise of :mod:`scripts.faults.storm`; the message describes the breach and names the seed."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Setup:
         server: The server that injects the faults.
         client_config: Settings for S3 clients of the server.
         pool_config: Settings of all pools.
-        fetcher: A fetcher of its own.
+        fetcher: Fetcher with these settings, and its own pool.
         checkpoint: Tensors of the checkpoint at ``s3://storm/checkpoint``; empty: there is none.
     """
 
@@ -65,6 +68,7 @@ class Versions:
         Raises:
             StormFailure: They are not.
         """
+        # For one version all pieces must fit: pieces that are right, but of two versions, are a breach.
         if not any(all(content[start:end] == got for start, end, got in pieces) for content in self.contents):
             raise StormFailure(f"wrong bytes of {self.path}, or of two versions")
 
@@ -74,8 +78,8 @@ class Plan:
     """One read.
 
     Attributes:
-        name: Way in which is read: a method of the fetcher, or ``"load"``.
-        read: Reads, and checks the bytes.
+        name: Method of the fetcher that reads, or ``"load"``.
+        read: Function that reads and checks the bytes; raises ``StormFailure`` if they are wrong.
         objects: The objects that are read; empty for a load.
     """
 
@@ -85,8 +89,9 @@ class Plan:
 
 
 def choose_plan(setup: Setup, rng: random.Random) -> Plan:
-    """Choose what is read, and how."""
+    """Choose a way to read, and the objects and ranges that it reads."""
     reads = {"fetch": _fetch, "stream": _stream, "fetch_object": _fetch_object, "fetch_many": _fetch_many}
+    # A setup with a checkpoint reads it as often as all else together.
     name = rng.choice((*reads, *(["load"] * 4 if setup.checkpoint else [])))
     if name == "load":
         return Plan(name, lambda: _load(setup), [])
@@ -97,10 +102,10 @@ def choose_plan(setup: Setup, rng: random.Random) -> Plan:
 
 
 def _choose_ranges(rng: random.Random, size: int) -> list[Range]:
-    """Choose ranges in no order, overlapping, some repeated, some empty."""
+    """Choose ranges in random order: overlapping, some empty, one of them repeated."""
     ranges = []
     for _ in range(rng.choice((1, 5, 40))):
-        start, end = sorted(rng.choices(range(size + 1), k=2))
+        start, end = sorted(rng.choices(range(size + 1), k=2))  # size + 1: an end is exclusive
         ranges.append((start, rng.choice((end, end, min(size, start + 100), start))))
     return ranges + ranges[:1]
 
@@ -115,6 +120,7 @@ def _stream(setup: Setup, objects: list[Versions], ranges_of: list[list[Range]],
     [versions], [ranges] = objects, ranges_of
     stream = setup.fetcher.stream(setup.server.url(versions.path), ranges, max_gap_size=gap)
     pieces = [(*ranges[index], bytes(view)) for index, view in stream]
+    # require() compares the pieces that came, and would not miss one that did not.
     if len(pieces) != len(ranges):
         raise StormFailure(f"{len(pieces)} of {len(ranges)} ranges came")
     versions.require(pieces)
@@ -122,7 +128,7 @@ def _stream(setup: Setup, objects: list[Versions], ranges_of: list[list[Range]],
 
 def _fetch_object(setup: Setup, objects: list[Versions], _: list[list[Range]], __: int) -> None:
     [versions] = objects
-    # By its s3:// URI, so that signed requests are read under faults, too.
+    # By its s3:// URI, not by its URL, so that signed requests meet faults, too. The path begins with the second slash.
     versions.require([(0, versions.size, bytes(setup.fetcher.fetch_object(f"s3:/{versions.path}")))])
 
 
@@ -139,6 +145,7 @@ def _load(setup: Setup) -> None:
 
     from mpreader.dcp import S3StorageReader
 
+    # New tensors each time, so that nothing is right since a load before was.
     state = {name: torch.zeros_like(tensor) for name, tensor in setup.checkpoint.items()}
     with S3StorageReader(None, "s3://storm/checkpoint", setup.client_config, pool_config=setup.pool_config) as reader:
         load(dict(state), storage_reader=reader, no_dist=True)

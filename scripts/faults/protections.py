@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = ("mpreader", "tests", "pyproject.toml")
-TEST_TIMEOUT_S = 20  # without its protection a test may wait for ever
+TEST_TIMEOUT_S = 20  # without the protection that it proves a test may wait for ever
 PYTEST_TIMEOUT_S = 120
 BASELINE_TIMEOUT_S = 600
 
@@ -65,8 +65,8 @@ PROTECTIONS = (
         "connection closed early (FIN) in a body",
         "a part is resumed where it broke",
         "mpreader/pool/coordinator/coordinator.py",
-        "start=part.start + state.received,",
-        "start=part.start,",
+        "start=part.range.start + part.received,",
+        "start=part.range.start,",
         f"{NETWORK}::test_body_that_breaks_is_resumed_where_it_broke[FaultKind.EARLY_CLOSE]",
     ),
     Protection(
@@ -299,6 +299,7 @@ class Copy:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        # The files that git tracks, and new ones: a protection and its test may not be committed yet.
         listed = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *COPIED]
         for name in subprocess.run(listed, check=True, capture_output=True, text=True).stdout.split("\0"):
             if name and (ROOT / name).is_file():
@@ -324,7 +325,8 @@ class Copy:
             yield
         finally:
             file.write_text(text)
-            # Python compares times in whole seconds: a file that is changed twice in one looks unchanged.
+            # Python recompiles a file if its size or its time, in whole seconds, has changed. Of two changes within one
+            # second it would miss the second one.
             for cache in self._folder.rglob("__pycache__"):
                 shutil.rmtree(cache)
 
@@ -340,7 +342,7 @@ class Copy:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            start_new_session=True,
+            start_new_session=True,  # a process group of its own, so that all of it can be killed
         )
         try:
             output, _ = process.communicate(timeout=timeout_s)
@@ -348,20 +350,25 @@ class Copy:
             os.killpg(process.pid, signal.SIGKILL)
             output = process.communicate()[0] + "\nE   it had to be killed\n"
         self._end_orphans()
-        # Errors of the fixtures, which follow from the failure, are printed before it.
+        # pytest prints errors of fixtures before failures of tests, but here they are consequences of the failure.
         failure = output[max(0, output.find("= FAILURES =")) :]
-        # The check that a test has left nothing behind prints its message without pytest's mark.
+        # Messages of errors are marked with an E. The leak check of tests/ prints its own without that mark.
         said = re.search(r"^(?:E +(?=\S)|(?=left behind: ))(.*)$", failure, re.MULTILINE)
         return Outcome(process.returncode, said[1] if said else "", output, time.monotonic() - started)
 
     def _wait_less(self) -> None:
-        """Shorten the timeouts of the tests: without their protections they wait as long as they may."""
+        """Shorten the timeouts of the tests: without their protections many wait until they are over."""
         for file in self._folder.glob("tests/**/test_*.py"):
             text = re.sub(r"mark\.timeout\(\d+\)", f"mark.timeout({TEST_TIMEOUT_S})", file.read_text())
             file.write_text(text)
 
     def _require_own_package(self) -> None:
-        """Check that the copy is what is tested, not the installed package: by worker processes, too."""
+        """Check that the tests import the copy, not the installed package.
+
+        Raises:
+            Failure: They would test the installed package, and no removed protection would be missed.
+        """
+        # Workers import mpreader from the folder that process.py lies in; so its place is checked.
         program = (
             "import mpreader.pool.coordinator.process as p, pathlib; "
             "print(pathlib.Path(p.__file__).resolve().parents[3])"
@@ -378,6 +385,7 @@ class Copy:
         """End the workers of the copy that have outlived their parent, since a protection was missing."""
         for entry in Path("/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):
+                # The command line of a worker holds the code that process.py starts it with, and so the copy's folder.
                 if f"sys.path.append('{self._folder}')" in entry.read_text(errors="replace"):
                     os.kill(int(entry.parent.name), signal.SIGKILL)
 
@@ -392,13 +400,13 @@ def check(copy: Copy, protection: Protection) -> Outcome:
         outcome = copy.run([protection.test], PYTEST_TIMEOUT_S)
     if outcome.status == 0:
         raise Failure(f"{protection.test} passes all the same")
-    if not outcome.said:
+    if not outcome.said:  # no message of a failure: pytest did not find the test, say
         raise Failure(f"{protection.test} did not fail, but could not be run:\n{outcome.output[-3000:]}")
     return outcome
 
 
 def cells(protection: Protection, outcome: Outcome) -> tuple[str, ...]:
-    """Cells of a line of the table."""
+    """Cells of a line of the table, without what differs in each run: folders, addresses and ports."""
     said = re.sub(r"/tmp/[\w./-]*/", "…/", outcome.said)
     said = re.sub(r"\b0x[0-9a-f]{6,}", "0x…", said)
     said = re.sub(r"127\.0\.0\.1:\d+", "127.0.0.1", said)

@@ -69,15 +69,21 @@ class Outcome:
 def run_storm(seed: int, schedules: int) -> list[Outcome]:
     """Run schedules one after the other, most on a warm pool, some on a new one; the same for the same arguments.
 
+    Args:
+        seed: Seed of the random choices.
+        schedules: Number of schedules.
+
     Raises:
         StormFailure: A read ended in wrong bytes, in another error than mpreader's, or not at all.
     """
     outcomes: list[Outcome] = []
-    warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # it is not needed here
+    # torch warns where no process group was set up; the loads of the storm need none.
+    warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
     while len(outcomes) < schedules:
         number = len(outcomes)
         rng = random.Random(f"{seed} {number}")
         count = min(SCHEDULES_PER_POOL, schedules - number)
+        # One setup in four, the first one included, has a checkpoint.
         with _setup(rng, with_checkpoint=number % (4 * SCHEDULES_PER_POOL) == 0) as setup:
             outcomes += [_run_named(setup, rng, f"seed {seed}, schedule {number + index}") for index in range(count)]
     return outcomes
@@ -92,6 +98,7 @@ def _setup(rng: random.Random, *, with_checkpoint: bool) -> Iterator[Setup]:
         connections_per_worker=rng.choice((1, 2, 4)),
         max_memory=rng.choice((4, 8, 16)) * MiB,
         part_size=rng.choice((64, 128, 512)) * KiB,
+        # Timeouts far below the defaults, so that stalls and stopped workers are dealt with within DEADLINE_S.
         connect_timeout_s=2.0,
         stall_timeout_s=0.3,
         timeout_s=8.0,
@@ -108,6 +115,7 @@ def _setup(rng: random.Random, *, with_checkpoint: bool) -> Iterator[Setup]:
 
 @contextlib.contextmanager
 def _environment(server: FaultServer) -> Iterator[None]:
+    """Lead S3 clients, and sources that are URLs, to the server while the block runs."""
     before = dict(os.environ)
     os.environ.update(server.environment())
     if server.ca_file is not None:
@@ -135,6 +143,7 @@ def _run_schedule(setup: Setup, rng: random.Random) -> Outcome:
     setup.server.inject(*_choose_faults(setup, rng, is_transient=is_transient))
     for versions in plan.objects:
         setup.server.put(versions.path, versions.contents[0])
+    # Kills and overwritten objects may end a read in an error, so schedules whose faults all pass have none.
     disruption = Disruption(setup.server, None if is_transient else rng, plan.objects)
     requests_before = len(setup.server.requests)
     started = time.monotonic()
@@ -145,7 +154,8 @@ def _run_schedule(setup: Setup, rng: random.Random) -> Outcome:
 
 
 def _choose_faults(setup: Setup, rng: random.Random, *, is_transient: bool) -> list[Fault]:
-    # A part is given up after three wrong responses in a row, as is right: so few where all is to be survived.
+    # mpreader gives a part up after three wrong responses in a row. Where a read should survive its faults, they are so
+    # rare that hardly any part is struck three times.
     rate = rng.choice((0.0, 0.05, 0.2) if is_transient else (0.0, 0.2, 0.4))
     faults = list(random_faults(rng.randrange(1 << 30), gets=60, rate=rate, kinds=TRANSIENT_KINDS))
     if setup.checkpoint:
@@ -154,12 +164,13 @@ def _choose_faults(setup: Setup, rng: random.Random, *, is_transient: bool) -> l
         kind, first = rng.choice(_LASTING_KINDS), rng.randrange(1, 10)
         status = rng.choice(_LASTING_STATUSES)
         struck = range(first, first + rng.choice((1, 3, 1000)))
+        # First, since of several faults that would strike one request only the first one of the schedule does.
         faults.insert(0, Fault(kind, at=struck, status=status, seconds=0.02, after_bytes=rng.randrange(1 << 16)))
     return faults
 
 
 def _choose_flips(rng: random.Random) -> Iterator[Fault]:
-    """Choose flipped bits in files of tensors, where a checksum tells."""
+    """Choose flipped bits in files of tensors, where a checksum reveals them. Elsewhere nothing could."""
     for number in range(3):
         if rng.random() < 0.3:
             path = f"/storm/checkpoint/__0_{number}.distcp"
@@ -167,7 +178,12 @@ def _choose_flips(rng: random.Random) -> Iterator[Fault]:
 
 
 def _result_of(plan: Plan) -> str:
-    """Carry out a plan, in a thread of its own, since it might never end; returns the result as in :class:`Outcome`."""
+    """Carry out a plan in a thread of its own, since it might never end; returns the result as in :class:`Outcome`.
+
+    Raises:
+        StormFailure: The bytes were wrong, the error is not one of mpreader's, or the read did not end in time.
+    """
+    # One entry once the read has ended: its error, or None.
     ends: list[BaseException | None] = []
 
     def run() -> None:
@@ -195,10 +211,11 @@ def _result_of(plan: Plan) -> str:
 
 
 def _name_of(error: BaseException) -> str | None:
-    """Class of mpreader's error that this is, or that it holds; None if it is none."""
+    """Name of the class of an error of mpreader's, or of one that it holds; None if it neither is nor holds one."""
     if isinstance(error, MpreaderError):
         return type(error).__name__
-    # torch's CheckpointException has the error of each rank; of one about .metadata it keeps the text alone.
+    # torch's CheckpointException holds the error of each rank. Of an error about .metadata it keeps the text only, so
+    # that is recognised by its words.
     for failure, *_ in getattr(error, "failures", {}).values():
         if isinstance(failure, MpreaderError):
             return type(failure).__name__
@@ -233,6 +250,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=None, help="first seed (default: by chance)")
     parser.add_argument("--schedules", type=int, default=160, help="schedules per seed (default: 160)")
     options = parser.parse_args()
+    # A random seed is printed with each line, so that a failure can be repeated.
     seed = secrets.randbelow(1 << 32) if options.seed is None else options.seed
     outcomes: list[Outcome] = []
     ends = time.monotonic() + options.seconds

@@ -1,8 +1,8 @@
-"""Arena: shared memory for received bytes, in segments that are cut into slots and recycled last-in-first-out.
+"""Arena: shared memory for received bytes, in segments that are cut into slots, which are used again and again.
 
-Touching fresh pages costs more than receiving the bytes, so a slot that was just given back (warm, perhaps still in
-the processor's cache) is the first to be given out again. The arena knows nothing of reads, leases and callers:
-:mod:`mpreader.pool.coordinator.memory` keeps these accounts.
+Touching fresh pages costs more than receiving the bytes. So the smallest hole that fits is used first, and of equal
+ones the one that was freed last: its pages are warm, perhaps still in the processor's cache. The arena knows nothing of
+reads, leases and callers: :mod:`mpreader.pool.coordinator.memory` keeps these accounts.
 
 Segments are ``multiprocessing.shared_memory``, reserved in full when they are made (a full ``/dev/shm`` is an error
 then, never a SIGBUS later) and unlinked at once, so that no crash leaves anything behind.
@@ -274,7 +274,7 @@ class Arena:
         try:
             segment = Segment(self._next_number, size, is_reserved=is_reserved)
         except OSError as error:
-            self._go_on_without(size, error)
+            self._go_on_without(size, error, is_for_one_slot=not is_reserved)
             return None
         self._next_number += 1
         self._made.append(segment)
@@ -282,11 +282,13 @@ class Arena:
         self.reserved_bytes += size
         return segment
 
-    def _go_on_without(self, size: int, error: OSError) -> None:
+    def _go_on_without(self, size: int, error: OSError, *, is_for_one_slot: bool) -> None:
         if not self.segments:
             raise _shortage(size, error) from error
-        log.warning("shared memory is short (%s): going on with %d bytes", error.strerror, self.reserved_bytes)
-        self.max_bytes = self.reserved_bytes
+        # One large slot that does not fit says nothing of small ones: what the host still has may be used for these.
+        spare_bytes = _free_shm() if is_for_one_slot and error.errno == errno.ENOSPC else 0
+        self.max_bytes = min(self.max_bytes, self.reserved_bytes + spare_bytes)
+        log.warning("shared memory is short (%s): going on with %d bytes", error.strerror, self.max_bytes)
 
     def _drop_free_segments(self, wanted: int) -> None:
         # Recycled slots that nobody uses now must not stand in the way of one large slot.
@@ -300,7 +302,10 @@ class Arena:
     def _drop_segment(self, segment: Segment) -> None:
         del self.segments[segment.number]
         self.reserved_bytes -= segment.size
-        self._dropped.append(segment)
+        if segment in self._made:  # nobody has heard of it, and without its descriptor nobody could map it
+            self._made.remove(segment)
+        else:
+            self._dropped.append(segment)
         segment.close()
 
 

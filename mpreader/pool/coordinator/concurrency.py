@@ -39,7 +39,7 @@ _FALL: Final = 0.01
 _FIRST_RESPONSE_S: Final = 0.04
 _DOUBLING_S: Final = 0.015
 
-Kind = tuple[str, int, int]
+ServerAndSize = tuple[str, int, int]
 
 
 class _History:
@@ -66,16 +66,16 @@ class ConcurrencyLimiter:
 
     Args:
         workers: Worker processes; at least two parts for each are let through, one being received, one to follow.
-        most: Parts that may ever be in flight.
+        max_parts: Parts that may ever be in flight.
         is_host_busy: Returns True while all processors have something to do.
     """
 
-    def __init__(self, workers: int, most: int, is_host_busy: Callable[[], bool]) -> None:
+    def __init__(self, workers: int, max_parts: int, is_host_busy: Callable[[], bool]) -> None:
         self._workers = workers
-        self._most = most
+        self._max_parts = max_parts
         self._is_host_busy = is_host_busy
-        self._least = min(2 * workers, most)
-        self._known: dict[Kind, _History] = {}
+        self._min_parts = min(2 * workers, max_parts)
+        self._known: dict[ServerAndSize, _History] = {}
 
     def limit(self, host: str, port: int, nbytes: int, now: float) -> int:
         """Parts that may be in flight when the next one is of ``nbytes`` bytes from this server."""
@@ -83,10 +83,10 @@ class ConcurrencyLimiter:
         if not history.bytes_per_s and now >= history.next_step:
             history.next_step = now + _DOUBLING_S
             if not self._is_host_busy():
-                history.limit = min(self._most, 2 * history.limit)
+                history.limit = min(self._max_parts, 2 * history.limit)
         return history.limit
 
-    def note(self, host: str, port: int, nbytes: int, seconds: float, processor_wait_s: float, now: float) -> None:
+    def observe(self, host: str, port: int, nbytes: int, seconds: float, processor_wait_s: float, now: float) -> None:
         """Learn from a part that has arrived.
 
         Args:
@@ -106,18 +106,19 @@ class ConcurrencyLimiter:
         history.bytes_per_s += (_RISE if is_faster else _FALL) * (bytes_per_s - history.bytes_per_s)
         history.pressure += _RISE * (pressure - history.pressure)
         # One step for each part, and not at once: the next parts show what the step has brought.
-        enough = math.ceil(self._workers * WORKER_BYTES_PER_S / history.bytes_per_s)
-        wanted = max(self._least, min(self._most, enough))
-        if history.limit > wanted or history.pressure > _HIGH_PRESSURE:
-            history.limit = max(self._least, history.limit - 1)
+        sufficient = math.ceil(self._workers * WORKER_BYTES_PER_S / history.bytes_per_s)
+        target = max(self._min_parts, min(self._max_parts, sufficient))
+        if history.limit > target or history.pressure > _HIGH_PRESSURE:
+            history.limit = max(self._min_parts, history.limit - 1)
         elif history.pressure < _LOW_PRESSURE:
-            history.limit = min(wanted, history.limit + 1)
+            history.limit = min(target, history.limit + 1)
 
     def _history_of(self, host: str, port: int, nbytes: int, now: float) -> _History:
-        kind = (host, port, nbytes.bit_length())
-        history = self._known.get(kind)
+        # Sizes of about the same number of bits take about as long.
+        key = (host, port, nbytes.bit_length())
+        history = self._known.get(key)
         if history is None:
-            history = self._known[kind] = _History(self._least, now)
+            history = self._known[key] = _History(self._min_parts, now)
         return history
 
 

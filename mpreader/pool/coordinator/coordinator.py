@@ -15,7 +15,7 @@ The thread decides and sends; it never waits for the network, for a consumer or 
 to, when nobody has used it for long enough, or when it breaks; then every caller is told so by ``Ended``.
 
 Whoever owns a coordinator (the pool) starts and stops it by its methods. Everybody else speaks to it by messages only,
-see :mod:`mpreader.pool.requests`.
+see :mod:`mpreader.pool.requests`: ``tell`` goes to the coordinator, ``post`` to a caller, ``send`` to a worker.
 """
 
 from __future__ import annotations
@@ -57,9 +57,12 @@ __all__ = ["Coordinator", "Mailbox", "Timeouts"]
 
 log = logging.getLogger(__name__)
 
-_TICK_S: Final = 0.25  # between two looks at deadlines while there is work
-_LIMITED_TICK_S: Final = 0.015  # between two looks at the limiter while it holds parts back
-_SHORT_TICK_S: Final = 0.01  # between two looks at ended leases while memory is short
+# Longest waits of the thread, for what nobody wakes it for: deadlines of parts and workers; the limiter, while it holds
+# a part back; ended leases, while memory is short; and the pool's idle time.
+_DEADLINE_TICK_S: Final = 0.25
+_LIMITER_TICK_S: Final = 0.015
+_LEASE_TICK_S: Final = 0.01
+_LONGEST_WAIT_S: Final = 3600.0  # `select` refuses to wait for years
 _STOP_TIMEOUT_S: Final = 5.0
 
 
@@ -126,7 +129,7 @@ class Coordinator:
         self._scheduler = Scheduler(SlotMemory(self._arena), self._post_to, limits)
         self._limiter = ConcurrencyLimiter(sizes.workers, sizes.workers * sizes.connections_per_worker, is_host_busy)
         self._limit = 2 * sizes.workers  # parts that may be in flight, by the limiter's last word
-        self._is_limited = False  # a part waits because of it
+        self._is_held_back = False  # by the limiter: a part could be sent, and must wait
         self._handlers: dict[type, Callable[[Any], None]] = {
             Demand: self._scheduler.demand,
             SlotTaken: self._scheduler.slot_taken,
@@ -143,13 +146,16 @@ class Coordinator:
         self.workers = WorkerSupervisor(worker_limits, self._selector)
         self._thread = threading.Thread(target=self._run, name="mpreader-coordinator", daemon=True)
         try:
-            self.workers.start(())
+            self.workers.start()
             self._thread.start()
         except RuntimeError as error:
             self._give_back_everything()
             raise PoolError(f"{error}; if it is a limit (ulimit -u), raise it") from error
         except BaseException:
-            self._give_back_everything()
+            if self._thread.ident is None:
+                self._give_back_everything()
+            else:  # a Ctrl-C just after the start: the thread uses it all, and gives it back
+                self.stop()
             raise
 
     # -- for other threads
@@ -235,18 +241,23 @@ class Coordinator:
             error = PoolError(f"internal error, please report it: {bug!r}")
             error.__cause__ = bug
         finally:
-            self._end(error)
+            self._shut_down(error)
 
-    def _end(self, error: MpreaderError) -> None:
-        # In this order: take nothing on, fail what waits, end the workers, and only then let go of their memory.
+    def _shut_down(self, error: MpreaderError) -> None:
+        # In this order: nothing more is taken on; whoever waits is told, and waits no more; and the workers are gone
+        # before their memory is, since until then they may write into it.
         with self._lock:
             self._is_ended = True
-        self._scheduler.clear()
-        connecting = [message.mailbox for message in self._inbox if isinstance(message, _Connect)]
-        for mailbox in [*self._mailboxes.values(), *connecting]:
-            mailbox.post(Ended(error))
-        self._mailboxes.clear()
-        self._give_back_everything()
+        try:
+            self._scheduler.clear()
+            # Popped, not iterated: a thread that looked at _is_ended just before may still append.
+            unread = [self._inbox.popleft() for _ in range(len(self._inbox))]
+            connecting = [message.mailbox for message in unread if isinstance(message, _Connect)]
+            for mailbox in [*self._mailboxes.values(), *connecting]:
+                mailbox.post(Ended(error))
+            self._mailboxes.clear()
+        finally:
+            self._give_back_everything()
 
     def _give_back_everything(self) -> None:
         self.workers.stop()
@@ -267,26 +278,26 @@ class Coordinator:
 
     def _wait(self) -> None:
         self._is_waiting = True
-        ready = self._selector.select(0 if self._inbox else self._next_look_s())
+        ready = self._selector.select(0 if self._inbox else self._select_timeout_s())
         self._is_waiting = False
         for key, _ in ready:
             if key.data is None:
                 self._wakeup.clear()
             else:
-                self._hear(*key.data)
+                self._handle_worker_event(*key.data)
 
-    def _next_look_s(self) -> float:
-        """Seconds until there is something to do that nobody wakes this thread for."""
+    def _select_timeout_s(self) -> float:
+        """Longest time to wait for a message: until something is due that no message will tell."""
         scheduler = self._scheduler
-        if scheduler.has_views and scheduler.is_short:  # the end of a view wakes nobody
-            return _SHORT_TICK_S
+        if scheduler.has_views and scheduler.waits_for_views:  # the end of a view wakes nobody
+            return _LEASE_TICK_S
         if scheduler.is_idle:
             idle_s = self._busy_until + self._idle_timeout_s - time.monotonic()
-            return max(0.0, min(idle_s, _TICK_S) if scheduler.has_views else idle_s)
-        if not self.workers.has_room():  # a retry that is due can't be sent before a worker is heard
-            return _TICK_S
-        # While the limiter holds a part back: a server that does not answer soon is asked for more.
-        tick_s = _LIMITED_TICK_S if self._is_limited else _TICK_S
+            return max(0.0, min(idle_s, _DEADLINE_TICK_S if scheduler.has_views else _LONGEST_WAIT_S))
+        if not self.workers.has_room():  # a retry that is due can't be sent before a worker has responded
+            return _DEADLINE_TICK_S
+        # While the limiter holds a part back: a server that does not respond soon is asked for more.
+        tick_s = _LIMITER_TICK_S if self._is_held_back else _DEADLINE_TICK_S
         return max(0.0, min(tick_s, scheduler.next_event() - time.monotonic()))
 
     def _read_inbox(self) -> None:
@@ -305,21 +316,23 @@ class Coordinator:
 
     # -- workers
 
-    def _hear(self, worker: WorkerHandle, has_ended: bool) -> None:
+    def _handle_worker_event(self, worker: WorkerHandle, has_ended: bool) -> None:
         now = time.monotonic()
+        # Also of a process that has ended: what it said before counts, and its parts must not be received again.
         for result in self.workers.receive(worker, now):
-            self._note(worker.process.number, result, now)
+            self._handle_result(worker.process.number, result, now)
         if has_ended:
-            lost = self.workers.replace(worker, self._arena.segments.values())
+            lost = self.workers.replace(worker)
             self._scheduler.lost(lost.parts, lost.exitcode, lost.why)
 
-    def _note(self, worker: int, result: Fetched | Failed, now: float) -> None:
+    def _handle_result(self, worker: int, result: Fetched | Failed, now: float) -> None:
         part = self._scheduler.find(result.part)
         if isinstance(result, Failed):
             nbytes, seconds = result.received, 0.0
         else:
             nbytes, seconds = 0 if part is None else part.left_bytes, result.seconds
-        self._scheduler.note_request(part, worker, nbytes, seconds)
+        # Before the part learns of it: what it was asked for, and how much of that has come, are facts of this request.
+        self._scheduler.count_request(part, worker, nbytes, seconds)
         if part is not None:
             report_request(part, worker, nbytes, result)
         if isinstance(result, Failed):
@@ -327,12 +340,12 @@ class Coordinator:
             return
         self._scheduler.fetched(result.part)
         if part is not None and not part.received:  # otherwise this was only the rest of it
-            self._limiter.note(*_kind(part), result.seconds, result.processor_wait_s, now)
+            self._limiter.observe(*_server_and_size(part), result.seconds, result.processor_wait_s, now)
 
     def _watch(self) -> None:
         now = time.monotonic()
         if now >= self._next_watch:
-            self._next_watch = now + _TICK_S
+            self._next_watch = now + _DEADLINE_TICK_S
             self.workers.watch(now)
             self._scheduler.expire(now)
             self._cancel_unwanted()
@@ -340,19 +353,37 @@ class Coordinator:
     def _dispatch(self) -> None:
         """Send parts until the workers, the limiter or the scheduler have no room for more."""
         now = time.monotonic()
-        self._is_limited = False
+        self._is_held_back = False
         while self.workers.has_room():
             self._scheduler.window_bytes = self._window_bytes()
             part = self._scheduler.next_part(now)
             self._announce_segments()
             if part is None:
                 return
-            self._limit = self._limiter.limit(*_kind(part), now)
-            self._is_limited = self.workers.in_flight >= self._limit
-            if self._is_limited or not self.workers.send(_fetch_message(part), now):
+            self._limit = self._limiter.limit(*_server_and_size(part), now)
+            self._is_held_back = self.workers.in_flight >= self._limit
+            if self._is_held_back or not self._try_send(part, now):
                 self._scheduler.put_back(part)
                 return
-            part.requests += 1
+
+    def _try_send(self, part: PartState, now: float) -> bool:
+        source, slot = part.slot_read.source, part.slot_read.slot
+        if source.route is None or source.version is None or slot is None:
+            raise PoolError("a part was scheduled before its source and slot were known")
+        fetch = Fetch(
+            part=part.number,
+            route=source.route,
+            etag=source.version.etag,
+            object_size=source.version.size,
+            start=part.range.start + part.received,
+            end=part.range.end,
+            segment=slot.segment.number,
+            segment_offset=slot.offset + part.range.slot_offset + part.received,
+        )
+        if not self.workers.send(fetch, slot.segment, now):
+            return False
+        self._scheduler.sent(part, now)
+        return True
 
     def _window_bytes(self) -> int:
         """Bytes that may be in flight, and some more that wait to be taken."""
@@ -362,7 +393,7 @@ class Coordinator:
         made, dropped = self._arena.take_changes()
         if not made and not dropped:
             return
-        self.workers.announce(made, dropped)
+        self.workers.unmap(dropped)  # what was made is mapped by a worker when it first needs it
         for mailbox in self._mailboxes.values():
             for segment in made:
                 mailbox.post(MapSegment(segment.number, segment.size), segment)
@@ -374,24 +405,8 @@ class Coordinator:
             self.workers.send_to_holder(part, Cancel(part))
 
 
-def _kind(part: PartState) -> tuple[str, int, int]:
-    """Server and size: the time that a part takes depends on them."""
+def _server_and_size(part: PartState) -> tuple[str, int, int]:
+    """Host, port and bytes: the time that a part takes depends on them."""
     route = part.slot_read.source.route
     host, port = (route.host, route.port) if route is not None else ("", 0)
-    return host, port, part.part.size
-
-
-def _fetch_message(state: PartState) -> Fetch:
-    part, source, slot = state.part, state.slot_read.source, state.slot_read.slot
-    if source.route is None or source.version is None or slot is None:
-        raise PoolError("a part was scheduled before its source and slot were known")
-    return Fetch(
-        part=state.number,
-        route=source.route,
-        etag=source.version.etag,
-        object_size=source.version.size,
-        start=part.start + state.received,
-        end=part.end,
-        segment=slot.segment.number,
-        segment_offset=slot.offset + part.slot_offset + state.received,
-    )
+    return host, port, part.range.size

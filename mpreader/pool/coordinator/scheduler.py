@@ -1,7 +1,7 @@
 """Scheduler: decides which part is received next, and into which slot. It does no I/O and holds no transfer.
 
-Its inputs are the messages of callers (:mod:`mpreader.pool.requests`) and the news of workers; its outputs are parts to
-send, messages to post, and numbers of parts to cancel. Owned by the coordinator's thread: nothing here is thread-safe.
+Its inputs are the messages of callers (:mod:`mpreader.pool.requests`) and the results of workers; its outputs are parts
+to send, messages to post, and numbers of parts to cancel. Owned by the coordinator's thread: nothing is thread-safe.
 
 Slot reads are started in the order of their read, reads in turn, as long as what is read ahead stays within the
 window. A slot read that a consumer waits for, a *demanded* one, is started before all others and beyond the window. If
@@ -61,6 +61,7 @@ __all__ = ["Scheduler", "SchedulerLimits"]
 
 # A part that was being received when this many workers died is not given to another: it may be what kills them.
 _MAX_CRASHES: Final = 3
+# A part that needs a new route looks for it so often. Renewals are rare, so that nobody keeps lists of who waits.
 _RENEWAL_POLL_S: Final = 0.02
 # A signature dies with the session token that made it, after 5 minutes for directory buckets; making one is cheap.
 _ROUTE_AGE_S: Final = 240.0
@@ -80,7 +81,7 @@ class Scheduler:
     Args:
         memory: The slots.
         post_to: Returns the function that posts a message to the caller of this number.
-        limits: See there.
+        limits: Limits; see :class:`SchedulerLimits`.
 
     Attributes:
         window_bytes: Bytes that may be read ahead now; the coordinator lowers it while few connections are used.
@@ -121,9 +122,9 @@ class Scheduler:
         return self._memory.has_taken
 
     @property
-    def is_short(self) -> bool:
+    def waits_for_views(self) -> bool:
         """True while a consumer waits for memory that only the end of a view can bring."""
-        return any(slot_read.short_since is not None for slot_read in self._demanded)
+        return any(slot_read.waits_for_views_since is not None for slot_read in self._demanded)
 
     def next_event(self) -> float:
         """Time, by the monotonic clock, at which a delayed part is due; infinite if there is none."""
@@ -185,7 +186,10 @@ class Scheduler:
             self._restart(slot_read)
 
     def discard(self, message: Discard) -> None:
-        """Drop slot reads. Those that were delivered are recalled: some consumer may just take one."""
+        """Drop slot reads. Those that were delivered are recalled: some consumer may just take one.
+
+        What is in flight is not cancelled: a new connection costs more than the rest of a part.
+        """
         read = self._reads.get(message.read)
         for slot_read in read.slot_reads[message.start : message.stop] if read is not None else ():
             slot_read.is_discarded = True
@@ -201,6 +205,7 @@ class Scheduler:
             return
         self._turn.remove(read)
         for slot_read in read.slot_reads:
+            # READY and RECALLED ones are leased: the caller's GiveBack ends them.
             if slot_read.status in (SlotStatus.PENDING, SlotStatus.FILLING):
                 self._drop(slot_read)
         self._cancelled += [part.number for part in self._parts.values() if part.slot_read.read is read]
@@ -211,25 +216,24 @@ class Scheduler:
             held.clear()
         self._memory.clear()
 
-    # -- news of workers
+    # -- results of workers
 
     def find(self, number: int) -> PartState | None:
         """The part of this number, unless it has ended."""
         return self._parts.get(number)
 
-    def note_request(self, part: PartState | None, worker: int, nbytes: int, seconds: float) -> None:
+    def count_request(self, part: PartState | None, worker: int, nbytes: int, seconds: float) -> None:
         """Count a request that has ended; ``part`` is None if it had ended before."""
         self._tally.note(worker, nbytes, seconds)
         if part is not None:
             read = part.slot_read.read
             read.post(RequestEnded(read.id, worker, nbytes, seconds))
 
-    def fetched(self, number: int) -> PartState | None:
-        """End a part all of whose bytes are there; returns it, None if it had ended before."""
+    def fetched(self, number: int) -> None:
+        """End a part all of whose bytes are there, unless it has ended before."""
         part = self._parts.get(number)
         if part is not None:
-            self._end(part)
-        return part
+            self._end_part(part)
 
     def failed(self, failure: Failed, now: float) -> None:
         """Decide about a part that did not arrive, or not wholly."""
@@ -240,7 +244,7 @@ class Scheduler:
         part.attempts = 1 if failure.received else part.attempts + 1
         part.last_failure = failure.detail
         if part.slot_read.status is not SlotStatus.FILLING or not part.left_bytes:
-            self._end(part)  # in the second case all is there: what failed came after the last byte
+            self._end_part(part)  # in the second case all is there: what failed came after the last byte
         elif failure.kind is FailureKind.EXPIRED and not part.is_resigned:
             part.is_resigned = True
             self._renew(part.slot_read)
@@ -254,15 +258,15 @@ class Scheduler:
             part.crashes += 1
             part.last_failure = why
             if part.slot_read.status is not SlotStatus.FILLING:
-                self._end(part)
+                self._end_part(part)
             elif part.crashes >= _MAX_CRASHES:
                 error = WorkerCrashed(
                     f"{part.crashes} worker processes died while reading {_name(part)}: {why}",
                     exitcode=exitcode,
                     ranges=(part.byte_range,),
                 )
-                self._fail(part.slot_read, error)
-                self._end(part)
+                self._fail_slot_read(part.slot_read, error)
+                self._end_part(part)
             else:
                 self._count_repeat(part)
                 self._queue_first(part)
@@ -270,21 +274,25 @@ class Scheduler:
     # -- next steps
 
     def next_part(self, now: float) -> PartState | None:
-        """The most urgent part, which is then *sent*; None if there is none. ``put_back`` undoes it."""
-        while self._delayed and self._delayed[0][0] <= now:
-            part = heapq.heappop(self._delayed)[2]
-            part.move(PartStatus.QUEUED)
-            self._queued.append(part)
-        while self._queued or self._start_next(now):
+        """The most urgent part; None if there is none. ``sent`` or ``put_back`` says what became of it."""
+        self._requeue_delayed(now)
+        self._lacks_memory = False
+        while self._demanded and self._start_demanded(now):
+            pass
+        while self._queued or self._read_ahead(now):
             part = self._queued.popleft()
-            if self._is_sendable(part, now):
-                part.deadline = min(part.deadline, now + self._limits.timeout_s)
+            if part.status is PartStatus.QUEUED and self._is_sendable(part, now):
                 part.move(PartStatus.SENT)
                 return part
         return None
 
+    def sent(self, part: PartState, now: float) -> None:
+        """Note that a worker has a part from ``next_part``."""
+        part.requests += 1
+        part.deadline = min(part.deadline, now + self._limits.timeout_s)
+
     def put_back(self, part: PartState) -> None:
-        """Queue a part again, before all others, since no worker took it."""
+        """Queue a part from ``next_part`` again, before all others, since it was not sent."""
         self._queue_first(part)
 
     def expire(self, now: float) -> None:
@@ -294,7 +302,9 @@ class Scheduler:
             slot_read = part.slot_read
             if slot_read.status is SlotStatus.FILLING:
                 name = slot_read.source.name
-                self._fail(slot_read, retry.timeout_error(name, part.byte_range, timeout_s, part.last_failure))
+                self._fail_slot_read(
+                    slot_read, retry.timeout_error(name, part.byte_range, timeout_s, part.last_failure)
+                )
             self._cancelled.append(part.number)
 
     def note_held_up(self, now: float) -> None:
@@ -312,11 +322,8 @@ class Scheduler:
     def _is_sendable(self, part: PartState, now: float) -> bool:
         """True if a queued part can be sent; otherwise it was ended or delayed."""
         slot_read, source = part.slot_read, part.slot_read.source
-        if slot_read.status is not SlotStatus.FILLING:
-            self._end(part)
-        elif source.error is not None:
-            self._fail(slot_read, source.error)
-            self._end(part)
+        if source.error is not None:
+            self._fail_slot_read(slot_read, source.error)
         elif source.is_renewing:
             self._delay(part, now + _RENEWAL_POLL_S)
         else:
@@ -324,19 +331,24 @@ class Scheduler:
         return False
 
     def _try_reserve(self, part: PartState) -> bool:
-        slot, start = part.slot_read.slot, part.part.slot_offset
+        slot, start = part.slot_read.slot, part.range.slot_offset
         assert slot is not None, "a slot read that is being filled has a slot"
         try:
-            slot.reserve(start, start + part.part.size)
+            slot.reserve(start, start + part.range.size)
         except ArenaError as error:
-            self._fail(part.slot_read, error)
-            self._end(part)
+            self._fail_slot_read(part.slot_read, error)
             return False
         return True
 
-    def _start_next(self, now: float) -> bool:
-        """Start a slot read; False if none can be started."""
-        self._lacks_memory = False
+    def _requeue_delayed(self, now: float) -> None:
+        while self._delayed and self._delayed[0][0] <= now:
+            part = heapq.heappop(self._delayed)[2]
+            if part.status is PartStatus.DELAYED:  # else it has ended meanwhile
+                part.move(PartStatus.QUEUED)
+                self._queued.append(part)
+
+    def _start_demanded(self, now: float) -> bool:
+        """Start a demanded slot read, its parts before all others; False if none can be started."""
         for slot_read in list(self._demanded):
             if slot_read.status is not SlotStatus.PENDING:
                 del self._demanded[slot_read]
@@ -344,8 +356,12 @@ class Scheduler:
                 return True
             elif self._lacks_memory and self._recalls:
                 break  # memory is about to come back for it; others would take that piece by piece, again and again
-        if self._lacks_memory:
-            return False  # nor may anything be read ahead that would have to be recalled at once
+        return False
+
+    def _read_ahead(self, now: float) -> bool:
+        """Start a slot read that nobody waits for yet; False if none can be started."""
+        if self._lacks_memory:  # what is read ahead now would have to be recalled at once
+            return False
         for _ in range(len(self._turn)):
             read = self._turn[0]
             self._turn.rotate(-1)
@@ -357,15 +373,15 @@ class Scheduler:
         return False
 
     def _try_start(self, slot_read: SlotReadState, now: float, *, is_demanded: bool) -> bool:
-        source, parts = slot_read.source, slot_read.slot_read.parts
+        source, parts = slot_read.source, slot_read.plan.parts
         if source.error is not None:
-            self._fail(slot_read, source.error)
+            self._fail_slot_read(slot_read, source.error)
             return False
         if source.version is None or source.route is None:
             return False
         past_end = max(part.end for part in parts)
         if past_end > source.version.size:
-            self._fail(slot_read, _past_end_error(source, past_end, source.version.size))
+            self._fail_slot_read(slot_read, _past_end_error(source, past_end, source.version.size))
             return False
         slot = self._slot_for(slot_read, now, is_demanded=is_demanded)
         if slot is None:
@@ -373,19 +389,21 @@ class Scheduler:
         self._renew_if_old(slot_read, now)
         self._demanded.pop(slot_read, None)
         slot_read.move(SlotStatus.FILLING)
-        slot_read.short_since = None
+        slot_read.waits_for_views_since = None
         slot_read.open_parts = len(parts)
         self._memory.assign(slot, slot_read)
-        for part in parts:
-            state = PartState(next(self._numbers), slot_read, part)
-            self._parts[state.number] = state
-            self._queued.append(state)
+        slot_read.parts = [PartState(next(self._numbers), slot_read, part) for part in parts]
+        self._parts.update((part.number, part) for part in slot_read.parts)
+        if is_demanded:
+            self._queued.extendleft(reversed(slot_read.parts))
+        else:
+            self._queued.extend(slot_read.parts)
         return True
 
     # -- memory
 
     def _slot_for(self, slot_read: SlotReadState, now: float, *, is_demanded: bool) -> Slot | None:
-        nbytes, ahead = slot_read.slot_read.nbytes, self._memory.ahead_bytes
+        nbytes, ahead = slot_read.plan.nbytes, self._memory.ahead_bytes
         if not is_demanded and ahead and ahead + nbytes > self.window_bytes:
             return None
         try:
@@ -393,7 +411,8 @@ class Scheduler:
             if slot is None and is_demanded:
                 slot = self._make_room(slot_read, now)
         except ArenaError as error:
-            self._fail(slot_read, error)
+            self._lacks_memory = False  # not any more
+            self._fail_slot_read(slot_read, error)
             return None
         return slot
 
@@ -404,25 +423,26 @@ class Scheduler:
             ArenaError: There is no memory, and none will come.
         """
         self._lacks_memory = True
+        # While a recall is under way no other is made, or more would come back than is needed.
         if self._recalls or self._recall_furthest(slot_read):
             return None
-        if self._memory.ahead_bytes:  # in flight: it can be recalled when it is ready
-            slot_read.short_since = None
+        if self._memory.ahead_bytes:  # in flight: it can be recalled when it is ready, or comes back when it has ended
+            slot_read.waits_for_views_since = None
             return None
         if slot_read.read.grows:
-            slot = self._memory.arena.allocate(slot_read.slot_read.nbytes, beyond_limit=True)
+            slot = self._memory.arena.allocate(slot_read.plan.nbytes, beyond_limit=True)
             if slot is not None:
                 return slot
             # The host has no more, whatever the limit is: the same as a limit that is reached.
-        if slot_read.short_since is None:
-            slot_read.short_since = now
-        if now - slot_read.short_since >= self._limits.lease_timeout_s or not self._memory.has_taken:
+        if slot_read.waits_for_views_since is None:
+            slot_read.waits_for_views_since = now
+        if now - slot_read.waits_for_views_since >= self._limits.lease_timeout_s or not self._memory.has_taken:
             raise self._exhausted_error(slot_read)
         return None
 
-    def _recall_furthest(self, needy: SlotReadState) -> bool:
-        """Recall what is read ahead furthest, of other reads before the needy one's own; False if nothing is ready."""
-        for read in [*(read for read in self._turn if read is not needy.read), needy.read]:
+    def _recall_furthest(self, waiting: SlotReadState) -> bool:
+        """Recall what is read ahead furthest, of other reads before that of ``waiting``; False if nothing is ready."""
+        for read in [*(read for read in self._turn if read is not waiting.read), waiting.read]:
             if read.ready:
                 self._recall(read.slot_reads[max(read.ready)])
                 return True
@@ -439,7 +459,7 @@ class Scheduler:
         return was_recalled
 
     def _exhausted_error(self, slot_read: SlotReadState) -> ArenaExhausted:
-        nbytes, limit = slot_read.slot_read.nbytes, self._memory.arena.max_bytes
+        nbytes, limit = slot_read.plan.nbytes, self._memory.arena.max_bytes
         if nbytes > limit:
             return ArenaExhausted(
                 f"{nbytes} bytes are wanted in one piece, {limit} bytes of shared memory may be reserved. Ask for "
@@ -464,7 +484,7 @@ class Scheduler:
             self._ask_for_route(slot_read.read, source)
 
     def _renew_if_old(self, slot_read: SlotReadState, now: float) -> None:
-        """Get a new route for its source in good time; the old one is still good meanwhile."""
+        """Ask for a new route for its source before the old one expires; the old one serves meanwhile."""
         source = slot_read.source
         if now - source.route_made > _ROUTE_AGE_S:
             source.route_made = now
@@ -472,7 +492,7 @@ class Scheduler:
 
     # -- ends of parts and slot reads
 
-    def _end(self, part: PartState) -> None:
+    def _end_part(self, part: PartState) -> None:
         """End a part, and with the last one of a slot read its filling."""
         del self._parts[part.number]
         part.move(PartStatus.ENDED)
@@ -487,28 +507,37 @@ class Scheduler:
         assert slot is not None, "a slot read that is being filled has a slot"
         slot_read.move(SlotStatus.READY)
         slot_read.lease = self._memory.lease(slot, slot_read)
-        self._tally.over_read += slot_read.slot_read.over_read
+        self._tally.over_read += slot_read.plan.over_read
         read = slot_read.read
         read.post(SlotArrived(read.id, slot_read.index, slot_read.lease, slot.segment.number, slot.offset))
 
-    def _fail(self, slot_read: SlotReadState, error: MpreaderError) -> None:
-        """Drop a slot read and tell the caller why. Its parts, if it has any, end on their own."""
+    def _fail_slot_read(self, slot_read: SlotReadState, error: MpreaderError) -> None:
+        """Drop a slot read, and tell the caller why."""
         self._drop(slot_read)
         slot_read.read.post(SlotFailed(slot_read.read.id, slot_read.index, error))
 
     def _drop(self, slot_read: SlotReadState) -> None:
+        """Drop a slot read. Its parts end now, but for those that a worker has: these end when the worker says so."""
         self._demanded.pop(slot_read, None)
-        slot_read.short_since = None
+        slot_read.waits_for_views_since = None
         slot_read.move(SlotStatus.DROPPED)
+        for part in slot_read.parts:
+            # A delay may be a minute, for which the slot would be kept.
+            if part.status in (PartStatus.QUEUED, PartStatus.DELAYED):
+                self._end_part(part)
 
     def _restart(self, slot_read: SlotReadState) -> SlotReadState:
-        """Make a slot read pending again; returns its state, a new one where the old one still has parts in flight."""
+        """Make a slot read pending again; returns its state, a new one where the old one still has parts in flight.
+
+        A view of the old slot may be out: its lease names this state, too, but as one that was taken, which is over.
+        """
         read = slot_read.read
         if slot_read.open_parts:
-            slot_read = read.slot_reads[slot_read.index] = SlotReadState(read, slot_read.index, slot_read.slot_read)
+            slot_read = read.slot_reads[slot_read.index] = SlotReadState(read, slot_read.index, slot_read.plan)
         else:
             slot_read.move(SlotStatus.PENDING)
             slot_read.is_discarded = False
+            slot_read.parts = []
         read.cursor = min(read.cursor, slot_read.index)
         return slot_read
 
@@ -516,8 +545,8 @@ class Scheduler:
         name = part.slot_read.source.name
         delay_s = retry.delay_before(failure, part.attempts, name.max_attempts)
         if delay_s is None:
-            self._fail(part.slot_read, retry.error_after(failure, name, part.byte_range, part.attempts))
-            self._end(part)
+            self._fail_slot_read(part.slot_read, retry.error_after(failure, name, part.byte_range, part.attempts))
+            self._end_part(part)
         else:
             self._count_repeat(part)
             self._delay(part, now + delay_s)
@@ -540,7 +569,7 @@ class Scheduler:
 
 
 def _name(part: PartState) -> str:
-    return f"{part.slot_read.source.name.uri} bytes {part.part.start}-{part.part.end}"
+    return f"{part.slot_read.source.name.uri} bytes {part.range.start}-{part.range.end}"
 
 
 def _past_end_error(source: SourceState, end: int, size: int) -> PlanError:

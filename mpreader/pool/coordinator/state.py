@@ -19,10 +19,12 @@ still write into it. A demand then makes a *new* state for the same slot read.
 
 Parts::
 
-    QUEUED ──► SENT ──► ENDED        SENT      a worker has it
-      ▲  ▲      │                    DELAYED   it waits for the time of its next attempt, or for a new route
-      │  └──────┤
-    DELAYED ◄───┘
+    QUEUED ◄──► SENT ──────────► ENDED     SENT      a worker has it
+      ▲ │         │               ▲ ▲       DELAYED   it waits for the time of its next attempt, or for a new route
+      │ ▼         │               │ │       ENDED     received, failed, or dropped with its slot read
+    DELAYED ◄─────┘               │ │
+      └───────────────────────────┘ │
+    QUEUED ─────────────────────────┘
 """
 
 from __future__ import annotations
@@ -106,12 +108,16 @@ class SlotReadState:
     """A slot read, its status and, while it has one, its slot.
 
     Attributes:
+        read: Its read.
+        index: Its index in the read.
+        plan: The caller's order: parts and bytes.
+        source: Its source.
+        parts: Its parts since it was last started.
         slot: Slot that its parts are received into; None while it has none, and after the slot was taken.
         lease: Number of the lease on its slot while it is READY or RECALLED.
         open_parts: Parts that are queued, in flight or delayed. Not zero for some time after the slot read was dropped.
         is_discarded: True if it is not to be read again when it comes back from a recall.
-        short_since: Time since which a consumer waits for it with nothing in flight that could make room; None if it
-            does not.
+        waits_for_views_since: Time since which only the end of a view can make room for it; None while that is not so.
     """
 
     __slots__ = (
@@ -119,25 +125,27 @@ class SlotReadState:
         "is_discarded",
         "lease",
         "open_parts",
+        "parts",
+        "plan",
         "read",
-        "short_since",
         "slot",
-        "slot_read",
         "source",
         "status",
+        "waits_for_views_since",
     )
 
-    def __init__(self, read: ReadState, index: int, slot_read: SlotRead) -> None:
+    def __init__(self, read: ReadState, index: int, plan: SlotRead) -> None:
         self.read = read
         self.index = index
-        self.slot_read = slot_read
-        self.source = read.sources[slot_read.source]
+        self.plan = plan
+        self.source = read.sources[plan.source]
+        self.parts: list[PartState] = []
         self.status = SlotStatus.PENDING
         self.slot: Slot | None = None
         self.lease = 0
         self.open_parts = 0
         self.is_discarded = False
-        self.short_since: float | None = None
+        self.waits_for_views_since: float | None = None
 
     def move(self, status: SlotStatus) -> None:
         """Change the status, and keep the read's list of what may be recalled.
@@ -159,7 +167,10 @@ class PartState:
 
     Attributes:
         number: Its number, by which workers know it; never used twice.
-        deadline: Time at which it is given up. Set when it is first sent: a large slot read's last part may wait long.
+        slot_read: Slot read that it belongs to.
+        range: Bytes of the object that it asks for, and their place in the slot.
+        deadline: Time at which it is given up. Set when it is first sent: the last part of a large slot read may have
+            to wait for long before that.
         received: Bytes from its start that are in the slot.
         requests: All GETs made for it.
         attempts: GETs since bytes last came: only those without any progress count against ``max_attempts``.
@@ -175,7 +186,7 @@ class PartState:
         "is_resigned",
         "last_failure",
         "number",
-        "part",
+        "range",
         "received",
         "requests",
         "slot_read",
@@ -185,7 +196,7 @@ class PartState:
     def __init__(self, number: int, slot_read: SlotReadState, part: Part) -> None:
         self.number = number
         self.slot_read = slot_read
-        self.part = part
+        self.range = part
         self.status = PartStatus.QUEUED
         self.deadline = float("inf")
         self.received = 0
@@ -208,12 +219,12 @@ class PartState:
     @property
     def byte_range(self) -> tuple[int, int]:
         """[start, end) of the part in the object."""
-        return self.part.start, self.part.end
+        return self.range.start, self.range.end
 
     @property
     def left_bytes(self) -> int:
         """Bytes that are not received yet."""
-        return self.part.size - self.received
+        return self.range.size - self.received
 
 
 class ReadState:
@@ -236,7 +247,7 @@ class ReadState:
         self.sources = [SourceState(number, name) for number, name in enumerate(message.sources)]
         self.cursor = 0
         self.ready: set[int] = set()
-        self.slot_reads = [SlotReadState(self, index, slot_read) for index, slot_read in enumerate(message.slot_reads)]
+        self.slot_reads = [SlotReadState(self, index, plan) for index, plan in enumerate(message.slot_reads)]
 
     def next_pending(self) -> SlotReadState | None:
         """The first slot read that waits to be started; None if there is none."""

@@ -33,6 +33,8 @@ _MAX_DEATHS_PER_WORKER: Final = 2
 # A worker that starts is given more time than one that works: four times as much, and no less than this.
 _LEAST_START_TIMEOUT_S: Final = 10.0
 _END_TIMEOUT_S: Final = 0.5
+# Share of the timeout after which a worker that has said nothing is asked; in the rest it must answer.
+_PING_AFTER: Final = 0.25
 
 
 class WorkerLimits(NamedTuple):
@@ -62,8 +64,10 @@ class WorkerHandle:
         is_ready: True once it has said so.
         is_ending: True once it has closed its socket, or was killed: it gets nothing more.
         is_unresponsive: True if it was killed because it had said nothing for too long.
+        mapped: Numbers of the segments that it has. It gets each when it first needs it: hundreds at once would not fit
+            into its socket while it starts.
         last_heard: Time of its last message, or from which on one is expected, by the monotonic clock.
-        last_asked: Time of the last Ping.
+        asked_since: Time of a Ping that it has not answered yet; None if there is none.
     """
 
     def __init__(self, process: WorkerProcess, now: float) -> None:
@@ -73,14 +77,15 @@ class WorkerHandle:
         self.is_ending = False
         self.is_unresponsive = False
         self.last_heard = now
-        self.last_asked = now
+        self.mapped: set[int] = set()
+        self.asked_since: float | None = None
 
 
 class WorkerSupervisor:
     """All workers of a coordinator. Not thread-safe: owned by the coordinator's thread.
 
     Args:
-        limits: See there.
+        limits: Limits; see :class:`WorkerLimits`.
         selector: Gets the sockets and pidfds of the workers; the data of each is the handle, and True for a pidfd.
 
     Attributes:
@@ -94,16 +99,16 @@ class WorkerSupervisor:
         self._deaths = 0  # since a part was last received
         self.restarts = 0
         # A few parts wait at each worker, so that a connection has the next one at once.
-        self._most_parts = limits.connections_per_worker + max(1, limits.connections_per_worker // 4)
+        self._max_parts = limits.connections_per_worker + max(1, limits.connections_per_worker // 4)
 
-    def start(self, segments: Iterable[Segment]) -> None:
+    def start(self) -> None:
         """Start all workers, without waiting for them.
 
         Raises:
             PoolError: The operating system refused.
         """
         for number in range(self._limits.workers):
-            self._start_worker(number, segments)
+            self._start_worker(number)
 
     @property
     def pids(self) -> list[int]:
@@ -119,13 +124,13 @@ class WorkerSupervisor:
         """Returns True if a worker can take a part."""
         return any(map(self._can_take, self._workers))
 
-    def send(self, fetch: Fetch, now: float) -> bool:
-        """Give a part to the worker that has the fewest; False if none takes it."""
+    def send(self, fetch: Fetch, segment: Segment, now: float) -> bool:
+        """Give a part, to be received into a segment, to the worker that has the fewest; False if none takes it."""
         free = filter(self._can_take, self._workers)
         for worker in sorted(free, key=lambda worker: len(worker.parts)):
             if not worker.parts:
-                worker.last_heard = worker.last_asked = now  # an idle worker says nothing, and need not
-            if worker.process.send(fetch):
+                worker.last_heard = now  # an idle worker says nothing, and need not
+            if self._map(worker, segment) and worker.process.send(fetch):
                 worker.parts[fetch.part] = None
                 return True
         return False
@@ -136,20 +141,20 @@ class WorkerSupervisor:
             if part in worker.parts:
                 worker.process.send(message)
 
-    def announce(self, made: Iterable[Segment], dropped: Iterable[Segment]) -> None:
-        """Tell all workers of the segments that were made and dropped."""
-        for worker in self._workers:
-            for segment in made:
-                self._send_segment(worker, segment)
-            for segment in dropped:
-                worker.process.send(UnmapSegment(segment.number))
+    def unmap(self, dropped: Iterable[Segment]) -> None:
+        """Let the workers forget segments that were dropped."""
+        for segment in dropped:
+            for worker in self._workers:
+                if segment.number in worker.mapped:
+                    worker.mapped.remove(segment.number)
+                    worker.process.send(UnmapSegment(segment.number))
 
     def receive(self, worker: WorkerHandle, now: float) -> list[Fetched | Failed]:
         """Returns the results of parts that a worker has sent, and notes everything else that it has said."""
         results: list[Fetched | Failed] = []
         try:
             while (message := worker.process.try_receive()) is not None:
-                worker.last_heard = now
+                worker.last_heard, worker.asked_since = now, None
                 if isinstance(message, (Fetched, Failed)):
                     self._note(worker, message)
                     results.append(message)
@@ -161,7 +166,7 @@ class WorkerSupervisor:
             worker.is_ending = True
         return results
 
-    def replace(self, worker: WorkerHandle, segments: Iterable[Segment]) -> Lost:
+    def replace(self, worker: WorkerHandle) -> Lost:
         """Reap a worker whose process has ended, and start another in its place.
 
         Returns:
@@ -174,7 +179,7 @@ class WorkerSupervisor:
         self._unregister(worker)
         stderr = worker.process.stderr()
         exitcode = worker.process.reap()
-        why = _describe_end(exitcode, worker.is_unresponsive, self._patience_s(worker))
+        why = _describe_end(exitcode, worker.is_unresponsive, self._response_timeout_s(worker))
         log.warning("worker process %d ended: %s%s", worker.process.pid, why, f": {stderr}" if stderr else "")
         self._deaths += 1
         if self._deaths > _MAX_DEATHS_PER_WORKER * self._limits.workers:
@@ -182,20 +187,26 @@ class WorkerSupervisor:
             printed = f". The last one printed:\n{stderr}" if stderr else ""
             raise WorkerCrashed(f"worker processes {what}: {why}{printed}", exitcode=exitcode)
         self.restarts += 1
-        self._start_worker(worker.process.number, segments)
+        self._start_worker(worker.process.number)
         return Lost(tuple(worker.parts), exitcode, why)
 
     def watch(self, now: float) -> None:
-        """Send a Ping to workers that have parts; kill those that have said nothing for too long."""
+        """Send a Ping to workers that have parts and have said nothing for some time; kill those that don't respond."""
         for worker in self._workers:
-            quiet_s = now - worker.last_heard
-            patience_s = self._patience_s(worker)
-            if quiet_s > patience_s and (worker.parts or not worker.is_ready):
+            timeout_s = self._response_timeout_s(worker)
+            if not worker.is_ready:
+                is_late = now - worker.last_heard > timeout_s
+            elif worker.asked_since is None:
+                # Not by its silence alone: perhaps it was this process that was stopped, and has not listened.
+                is_late = False
+                if worker.parts and now - worker.last_heard > timeout_s * _PING_AFTER:
+                    worker.asked_since = now
+                    worker.process.send(Ping())
+            else:
+                is_late = now - worker.asked_since > timeout_s * (1 - _PING_AFTER)
+            if is_late:
                 worker.is_unresponsive = True
                 self._kill(worker)
-            elif worker.parts and now - worker.last_asked > self._limits.worker_timeout_s / 4:
-                worker.last_asked = now
-                worker.process.send(Ping())
 
     def stop(self) -> None:
         """End all workers and wait until they are gone."""
@@ -204,7 +215,7 @@ class WorkerSupervisor:
             worker.process.sock.close()  # the worker ends when it sees this
         deadline = time.monotonic() + _END_TIMEOUT_S
         for worker in self._workers:
-            _end(worker.process, deadline)
+            _end_process(worker.process, deadline)
         self._workers.clear()
 
     def abandon(self) -> None:
@@ -213,28 +224,29 @@ class WorkerSupervisor:
             worker.process.close_descriptors()
         self._workers.clear()
 
-    def _patience_s(self, worker: WorkerHandle) -> float:
+    def _response_timeout_s(self, worker: WorkerHandle) -> float:
         timeout_s = self._limits.worker_timeout_s
         return timeout_s if worker.is_ready else max(_LEAST_START_TIMEOUT_S, 4 * timeout_s)
 
     def _can_take(self, worker: WorkerHandle) -> bool:
         # Not before it is ready: a part must not be blamed for workers that can't even start.
-        return worker.is_ready and not worker.is_ending and len(worker.parts) < self._most_parts
+        return worker.is_ready and not worker.is_ending and len(worker.parts) < self._max_parts
 
-    def _start_worker(self, number: int, segments: Iterable[Segment]) -> None:
+    def _start_worker(self, number: int) -> None:
         limits = self._limits
         process = WorkerProcess(number, limits.connections_per_worker, limits.connect_timeout_s, limits.stall_timeout_s)
         worker = WorkerHandle(process, time.monotonic())
         self._workers.append(worker)
         self._selector.register(process.sock, selectors.EVENT_READ, (worker, False))
         self._selector.register(process.pidfd, selectors.EVENT_READ, (worker, True))
-        for segment in segments:
-            self._send_segment(worker, segment)
 
-    def _send_segment(self, worker: WorkerHandle, segment: Segment) -> None:
-        # Without the segment it would fail its parts one by one, and others would have to do its work.
-        if not worker.process.send(MapSegment(segment.number, segment.size), segment.fd):
-            self._kill(worker)
+    def _map(self, worker: WorkerHandle, segment: Segment) -> bool:
+        """Send a segment to a worker that does not have it; False if the worker does not take it."""
+        if segment.number not in worker.mapped:
+            if not worker.process.send(MapSegment(segment.number, segment.size), segment.fd):
+                return False
+            worker.mapped.add(segment.number)
+        return True
 
     def _note(self, worker: WorkerHandle, message: Fetched | Failed) -> None:
         worker.parts.pop(message.part, None)
@@ -251,7 +263,7 @@ class WorkerSupervisor:
                 self._selector.unregister(fd)
 
 
-def _end(process: WorkerProcess, deadline: float) -> None:
+def _end_process(process: WorkerProcess, deadline: float) -> None:
     try:
         process.reap(max(0.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:

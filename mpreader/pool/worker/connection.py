@@ -1,33 +1,33 @@
 """Connection of a worker: ranged GETs, one at a time, whose bodies are received straight into shared memory.
 
-Used by the connection threads of :mod:`~mpreader.pool.worker.main`. The only place where errors of sockets, TLS and
-HTTP become a ``GetFailed``; opening a socket is done by :mod:`~mpreader.pool.worker.transport`, checking a response by
-:mod:`~mpreader.pool.worker.failure`. It does not retry, which is the coordinator's decision, with the one exception
-drawn here: the steps of a GET, and the kind of failure that each may end in.
+Used by the connection threads of :mod:`~mpreader.pool.worker.main`. This is the only place where errors of sockets, TLS
+and HTTP become a ``GetFailed``. A socket is opened by :mod:`~mpreader.pool.worker.transport`, a response is checked by
+:mod:`~mpreader.pool.worker.failure`. It must not retry, which is the coordinator's decision, except in the one case of
+a kept connection that is drawn here. The steps of a GET, and the kinds of failure that each step may end in:
 
-    idle: ``part`` is None, ``deadline`` infinite; perhaps a socket is kept open
+    idle: ``part`` is None, ``deadline`` is infinite; a socket may be kept open
       │ get()
       ▼
     cancelled before it began? ─────────────── yes: CANCELLED, the socket is kept
       │ no
       ▼
-    a socket to the same server is open, and nothing came in while it was idle?
+    a socket to the same server is open, and nothing was received while it was idle?
       │ no: connect (address, TCP, proxy, TLS) ────── UNREACHABLE
       ▼
-    send the request, read the head of the response ─ BROKEN; on a kept socket: connect, and request once more.
-      │                                               A server may close an idle connection at any moment, also just now
+    send the request, read the head of the response ─ BROKEN; on a kept socket: connect, and request once more, since
+      │                                               the server may have closed the idle connection at this moment
       ▼
     check status, range, version and length ───────── BUSY, EXPIRED, DENIED, MISSING, CHANGED, MALFORMED, REFUSED
       ▼
     receive the body, and count its bytes ─────────── BROKEN, MALFORMED; the bytes received so far are reported
       │
       ▼
-    idle: the socket is kept, unless the server said that it closes
+    idle: the socket is kept, unless the server announced that it closes the connection
 
-Two things end a GET from outside, at any step, by a call of ``abort`` in the main thread: a Cancel message (CANCELLED),
-and a deadline that has passed (STALLED). The deadline is moved when the GET begins, when the request is sent, and with
-every :data:`CHUNK_BYTES` that arrive. Every failure but the first closes the socket: what is left of a response that
-was refused must not be taken for the start of the next one.
+The main thread can end a GET at any step by a call of ``abort``: after a Cancel message (CANCELLED), or when the
+deadline has passed (STALLED). The deadline is moved when the GET begins, when the request is sent, and with every
+:data:`CHUNK_BYTES` that arrive. Every failure except a cancel before the beginning closes the socket, so that the rest
+of a refused response can't be taken for the start of the next one.
 """
 
 from __future__ import annotations
@@ -49,15 +49,17 @@ if TYPE_CHECKING:
 
 __all__ = ["Connection"]
 
-# Bytes received between two looks at the clock, and so the least that a connection must bring per stall timeout.
+# The deadline is moved whenever this many bytes have arrived, so a connection must bring at least this much in each
+# stall timeout. A smaller value would cost more looks at the clock.
 CHUNK_BYTES: Final = 256 * 1024
 
 
 class Connection:
     """Keep-alive connection to one server at a time.
 
-    Owned by one thread, the only one that may call ``get`` and ``close``. Another thread may call ``abort`` and read
-    ``part`` and ``deadline``.
+    A connection thread owns it, and only the owner may call ``get`` and ``close``. The main thread may call ``abort``,
+    and read ``part`` and ``deadline``. There is no lock: each attribute is written by one assignment, and the order of
+    the assignments is what makes it safe (see the comments there).
 
     Args:
         connect_timeout_s: Longest wait for each step of connecting.
@@ -65,8 +67,9 @@ class Connection:
 
     Attributes:
         part: Number of the part that is being received; None while idle.
-        deadline: Time by which the response or the next chunk must be there, by the monotonic clock; infinite while
-            idle. It is only stated here; whoever watches it calls ``abort``.
+        deadline: Time by which the response, or the next chunk of its body, must have arrived, by the monotonic clock;
+            infinite while idle. It is only recorded here: the main thread compares it with the clock, and calls
+            ``abort``.
         first_byte_s: Time at which the response to the last GET began, by the same clock; 0 if there was none.
     """
 
@@ -77,24 +80,25 @@ class Connection:
         self._connect_timeout_s = connect_timeout_s
         self._stall_timeout_s = stall_timeout_s
         self._http: HttpSocket | None = None
-        self._origin: object = None  # of _http, which is used again only for an equal one
-        # Written by `abort`, in another thread; cleared when a GET begins.
+        self._origin: object = None  # origin of _http, which is used again only for routes of an equal origin
+        # Written by `abort` in the main thread; cleared by the owner when a GET begins.
         self._abort_reason: FailureKind | None = None
 
     def abort(self, reason: FailureKind) -> None:
         """Make the GET in progress, if any, fail soon with ``reason``.
 
-        Called from another thread than the owner's. It may strike the next GET of this connection, if the one that was
-        meant ends at this moment: the coordinator must retry a part that fails as CANCELLED though it is still wanted.
+        Called by another thread than the owner. If the GET that is meant ends at this moment, the next GET of this
+        connection may be aborted in its place: the coordinator must retry a part that fails as CANCELLED though it is
+        still wanted.
         """
-        # The reason first, then the socket; `_request` does it the other way round. So a socket that is opened at this
-        # moment is either seen here, or `_request` sees the reason.
+        # First write the reason, then read the socket; `_request` first writes the socket, then reads the reason. So
+        # if a socket is opened at this moment, either it is seen here, or `_request` sees the reason.
         self._abort_reason = reason
         http = self._http
         if http is not None:
-            # Not close: the descriptor's number could be given to another file while the owner still receives from it.
-            # Not SSLSocket's own method either: it takes away the TLS state that the owner is reading with.
-            with contextlib.suppress(OSError):  # the owner has closed it already
+            # Not close(): the descriptor's number could be given to another file while the owner still receives from
+            # it. Not SSLSocket.shutdown() either: it drops the TLS state that the owner is reading with.
+            with contextlib.suppress(OSError):  # the owner may have closed the socket already
                 socket.socket.shutdown(http.sock, socket.SHUT_RDWR)
 
     def get(self, fetch: Fetch, into: memoryview, cancelled: Container[int] = ()) -> None:
@@ -102,9 +106,10 @@ class Connection:
 
         Args:
             fetch: Part to receive.
-            into: Memory to receive into; its length is the part's. It is written to only before this returns or
-                raises.
-            cancelled: Numbers of the parts that are not wanted any more, perhaps this one; another thread adds to it.
+            into: Memory to receive into; its length is the part's. Nothing is written to it after this has returned or
+                raised.
+            cancelled: Numbers of the parts that are not wanted any more. The main thread may add this part to it at any
+                time.
 
         Raises:
             GetFailed: The part was not, or not wholly, received. The first ``received`` bytes of ``into`` are right.
@@ -114,7 +119,8 @@ class Connection:
         self._extend_deadline()
         self.part = fetch.part
         try:
-            # After `part` was set, so that no Cancel is lost: one that comes later finds the part here, and aborts it.
+            # Checked after `part` was set, so that no Cancel is lost: if the Cancel comes after this check, the main
+            # thread finds the part here and calls abort().
             if fetch.part in cancelled:
                 raise GetFailed(FailureKind.CANCELLED, "cancelled")
             self._get_or_close(fetch, into)
@@ -135,7 +141,8 @@ class Connection:
             self._get(fetch, into)
         except GetFailed as failure:
             self.close()
-            if self._abort_reason is not None:  # the failure only shows that the socket was shut down
+            # After abort() the failure is only the consequence of the shut-down socket: report the reason instead.
+            if self._abort_reason is not None:
                 raise self._aborted(self._abort_reason, failure.received) from None
             raise
 
@@ -144,6 +151,8 @@ class Connection:
         try:
             response = self._request(fetch, is_reused)
         except GetFailed as failure:
+            # On a new connection, and after abort(), it is a real failure. A kept connection may have been closed by
+            # the server while the request was on its way, which is no fault: nothing of the response has arrived.
             if not is_reused or failure.kind is not FailureKind.BROKEN or self._abort_reason is not None:
                 raise
             response = self._request(fetch, is_reused=False)
@@ -156,7 +165,8 @@ class Connection:
     def _is_reusable(self, route: Route) -> bool:
         if self._http is None or self._http.has_unread_bytes or self._origin != _origin(route):
             return False
-        # Readable while idle: the server has closed it, or sent bytes that belong to no request.
+        # If it is readable while idle, the server has closed it, or has sent bytes that belong to no request. poll()
+        # and not select(), which takes no descriptors above 1023.
         poll = select.poll()
         poll.register(self._http.sock, select.POLLIN)
         return not poll.poll(0)
@@ -168,7 +178,9 @@ class Connection:
             self._origin = _origin(fetch.route)
         http = self._http
         assert http is not None  # for the type checker
-        if self._abort_reason is not None:  # it came before there was a socket for `abort` to shut down
+        # abort() may have been called while there was no socket to shut down. The kind does not matter:
+        # `_get_or_close` replaces it by the reason.
+        if self._abort_reason is not None:
             raise GetFailed(FailureKind.BROKEN, "aborted")
         try:
             self._extend_deadline()
@@ -179,14 +191,15 @@ class Connection:
 
     def _connect(self, route: Route) -> HttpSocket:
         try:
-            # Twice the stall timeout: the watch on `deadline` should be the one that ends a stalled GET, and name it.
+            # Twice the stall timeout: a stalled GET should be ended by the watch on `deadline`, which reports it as
+            # STALLED. The kernel's timeout is for the case that this watch fails.
             return HttpSocket(open_socket(route, self._connect_timeout_s, 2 * self._stall_timeout_s))
         except (OSError, MalformedResponse, ValueError) as error:
             raise GetFailed(FailureKind.UNREACHABLE, f"{_server_name(route)}: {_text_of(error)}") from None
 
     def _receive(self, response: Response, into: memoryview) -> None:
-        # Each receive is for all of the rest, and what arrived is counted at once: if the body breaks, no byte that
-        # the kernel had is lost, and the part is resumed right behind it.
+        # Each receive may fill all that is left, and every byte that arrived is counted at once. So if the body breaks,
+        # the part is resumed right behind the last byte, and no byte is downloaded twice.
         received, wanted, next_check = 0, len(into), CHUNK_BYTES
         try:
             while received < wanted:
@@ -197,7 +210,8 @@ class Connection:
                 if received >= next_check:
                     self._extend_deadline()
                     next_check = received + CHUNK_BYTES
-            # The length of a chunked body is known only at its end, which also has to be read for the next response.
+            # The length of a chunked body is known only at its end. The end must be read in any case: left in the
+            # socket, it would be taken for the start of the next response.
             if response.is_chunked and response.read(1):
                 raise GetFailed(FailureKind.MALFORMED, "more bytes than asked for")
         except (OSError, MalformedResponse) as error:
@@ -222,12 +236,15 @@ def _origin(route: Route) -> object:
 
 
 def _target(route: Route) -> str:
-    if route.proxy is None or route.tls:  # through a tunnel, the server itself is spoken to
+    # With TLS the proxy only forwards a tunnel, and the request goes to the server itself. A plain request goes to the
+    # proxy, which finds the server by the whole URL.
+    if route.proxy is None or route.tls:
         return route.target
     return f"http://{host_and_port(route)}{route.target}"
 
 
 def _headers(fetch: Fetch) -> list[tuple[str, str]]:
+    # Range names the last byte, not the one past it. Accept-Encoding: of a compressed body no byte range would fit.
     headers = [*fetch.route.headers, ("Range", f"bytes={fetch.start}-{fetch.end - 1}"), ("Accept-Encoding", "identity")]
     if fetch.etag:
         headers.append(("If-Match", fetch.etag))
@@ -242,4 +259,4 @@ def _server_name(route: Route) -> str:
 
 
 def _text_of(error: BaseException) -> str:
-    return str(error) or type(error).__name__
+    return str(error) or type(error).__name__  # some errors of sockets have no text

@@ -1,7 +1,7 @@
-"""Failures of a GET: the exception, and the decision which responses are accepted and what the others are called.
+"""Failures of a GET: the exception ``GetFailed``, the acceptance of a response, and the failure kind of a refused one.
 
-Used by :mod:`~mpreader.pool.worker.connection`. It names the kind of a failure; whether and when a part is requested
-again is the coordinator's decision.
+Used by :mod:`~mpreader.pool.worker.connection`. It only names the kind of a failure. It must not retry: the coordinator
+decides whether and when a part is requested again.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ from mpreader.pool.worker.partial_content import Mismatch, PartialContent, find_
 
 __all__ = ["GetFailed", "check_response"]
 
-_MAX_ERROR_BODY_BYTES: Final = 16 * 1024
-_MAX_RETRY_AFTER_S: Final = 60.0
+_MAX_ERROR_BODY_BYTES: Final = 16 * 1024  # a server is not trusted to send a short one
+_MAX_RETRY_AFTER_S: Final = 60.0  # a server may name hours; a part must not be put off for that long
+# Statuses and S3's error codes after which the same request is likely to succeed later.
 _BUSY_STATUSES: Final = frozenset({408, 429, 500, 502, 503, 504})
 _BUSY_CODES: Final = frozenset(
     {"RequestTimeout", "SlowDown", "InternalError", "ServiceUnavailable", "OperationAborted"}
 )
 _EXPIRED_CODES: Final = frozenset({"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"})
+# All other statuses are REFUSED, and not tried again.
 _KIND_BY_STATUS: Final = {
-    200: FailureKind.MALFORMED,
+    200: FailureKind.MALFORMED,  # the whole object in place of a range
     401: FailureKind.DENIED,
     403: FailureKind.DENIED,
     404: FailureKind.MISSING,
@@ -37,8 +39,8 @@ class GetFailed(Exception):
     """A GET that brought no bytes, or not all of them.
 
     Attributes:
-        kind: Reason, by which the coordinator decides whether the part is requested again.
-        detail: Reason for people, without secrets.
+        kind: Kind of failure, by which the coordinator decides whether the part is requested again.
+        detail: Description for people, without secrets.
         received: Number of bytes at the start of the part that were received, and are right.
         retry_after_s: Seconds that the server asks to wait, 0 where it does not.
     """
@@ -54,7 +56,7 @@ class GetFailed(Exception):
 def check_response(response: Response, fetch: Fetch) -> None:
     """Accept the response to a GET only if its body will be exactly the requested bytes of the expected version.
 
-    Reads nothing of a body that may be the object: no byte of a wrong one gets into the slot.
+    Called before any byte of the body is received, so that no byte of a wrong body gets into the slot.
 
     Raises:
         GetFailed: The response is refused. The connection must be closed, since its body is left unread.
@@ -76,11 +78,13 @@ def check_response(response: Response, fetch: Fetch) -> None:
 def _describe(mismatch: Mismatch, said: PartialContent, fetch: Fetch) -> tuple[FailureKind, str]:
     """Name the kind of failure, and describe it."""
     if mismatch is Mismatch.VERSION:
-        # A response without an ETag does not say that the object changed; the next one may have it.
+        # A response without an ETag does not show that the object has changed. It counts as malformed, which is tried
+        # again: the next response may have the ETag.
         kind = FailureKind.CHANGED if said.etag else FailureKind.MALFORMED
         return kind, f"the answer is for ETag {said.etag or '(none)'}, not {fetch.etag}"
     if mismatch is Mismatch.OBJECT_SIZE:
-        # Under the right ETag it is a wrong response, not another object.
+        # If an ETag was expected, it was right (it is compared first): the server states a wrong size of the same
+        # object. Without an ETag, another size is the only sign of another version.
         kind = FailureKind.MALFORMED if fetch.etag else FailureKind.CHANGED
         object_size = said.content_range.rpartition("/")[2]
         return kind, f"the object has {object_size} bytes now, not {fetch.object_size}"
@@ -95,7 +99,7 @@ def _describe(mismatch: Mismatch, said: PartialContent, fetch: Fetch) -> tuple[F
 
 def _refusal(response: Response) -> GetFailed:
     status = response.status
-    # Below 300 the body is no error document: of a 200 it is the whole object.
+    # Below 300 the body is not an error document: with status 200 it is the whole object, which must not be received.
     code, text = ("", "") if status < 300 else _read_error_document(response)
     detail = f"HTTP {status}" + (f" {code}" if code else "") + (f" ({text})" if text else "")
     if status == 200:
@@ -104,8 +108,8 @@ def _refusal(response: Response) -> GetFailed:
 
 
 def _kind_of(status: int, code: str, text: str) -> FailureKind:
-    # The code comes first: S3 says with status 400 that a token expired or that it timed out. A presigned URL that
-    # expired is an AccessDenied; only its text tells ("Request has expired").
+    # The code decides before the status: S3 reports an expired token, and also a timeout of its own, with status 400.
+    # An expired presigned URL is a 403 AccessDenied like any other; only the message differs ("Request has expired").
     if code in _EXPIRED_CODES or (status == 403 and "expired" in text.lower()):
         return FailureKind.EXPIRED
     if status in _BUSY_STATUSES or code in _BUSY_CODES:
@@ -114,16 +118,16 @@ def _kind_of(status: int, code: str, text: str) -> FailureKind:
 
 
 def _read_error_document(response: Response) -> tuple[str, str]:
-    """Read S3's error document. Returns its code and message, empty if there are none."""
-    # Nothing else of it is kept: it may repeat what was signed, which no error text may show.
+    """Read S3's error document; returns its code and message, each empty if there is none."""
+    # Nothing else is taken from the document: it may repeat the signature, which no error text may show.
     try:
         body = response.read(_MAX_ERROR_BODY_BYTES).decode("utf-8", "replace")
     except (OSError, MalformedResponse):
-        return "", ""  # the status alone says enough
+        return "", ""  # the status is enough for an error
     code, message = (re.search(rf"<{tag}>([^<]*)</{tag}>", body) for tag in ("Code", "Message"))
     return (code[1][:100] if code else ""), (message[1][:300] if message else "")
 
 
 def _retry_after_s(response: Response) -> float:
-    text = response.header("retry-after")  # a date, which it may also be, is not understood
+    text = response.header("retry-after")  # may also be a date, which is ignored
     return min(float(text), _MAX_RETRY_AFTER_S) if text.isdigit() else 0.0

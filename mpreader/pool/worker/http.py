@@ -1,12 +1,11 @@
 """HTTP/1.1 client of a worker: sends a request, parses the head of the response, receives its body into memory.
 
 Used by :mod:`~mpreader.pool.worker.connection` for GET and by :mod:`~mpreader.pool.worker.transport` for CONNECT. It
-knows nothing of objects, parts and retries, and never reconnects: an ``OSError`` of the socket passes through.
+knows nothing of objects, parts and retries, and must not reconnect: an ``OSError`` of the socket passes through.
 
 Python's own ``http.client`` would take half of a worker's start-up time and ten times as long for each request, for
-features that are not needed here. A server is not trusted: the size of everything that it may send is bounded, and a
-response that is not understood is refused rather than guessed at, because a wrong guess would put wrong bytes into a
-tensor.
+features that are not needed here. A server is not trusted: everything that it may send is bounded in size, and a
+response that can't be parsed with certainty is refused, because a wrong guess would put wrong bytes into a tensor.
 """
 
 from __future__ import annotations
@@ -17,10 +16,14 @@ from collections.abc import Callable
 
 __all__ = ["HttpSocket", "MalformedResponse", "Response"]
 
+# Bounds against a server that sends a head, or a line of a chunked body, without an end.
 MAX_HEAD_BYTES = 64 * 1024
-_RECEIVE_BYTES = 4096
 _MAX_LINE_BYTES = 4096
+# Bytes of one receive into the buffer. Small: the bytes of a body that come with the head are copied out of it once
+# more, while the rest of the body is received straight into shared memory.
+_RECEIVE_BYTES = 4096
 _STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9]{2})(?: .*)?")
+# At most 15 hexadecimal digits, so that a server can't make us parse a number of any length.
 _CHUNK_SIZE = re.compile(rb"[0-9a-fA-F]{1,15}")
 _CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f]")
 
@@ -30,7 +33,7 @@ class MalformedResponse(Exception):
 
 
 class HttpSocket:
-    """A connected socket that sends requests and reads responses, with a buffer of bytes received too early.
+    """A connected socket that sends requests and reads responses, with a buffer of bytes that were received early.
 
     Used by one thread at a time. Another thread may shut ``sock`` down, which ends a blocked call with an error.
 
@@ -40,9 +43,11 @@ class HttpSocket:
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
-        # Received together with a head or a chunk's size, and not handed out yet. A body is never received into it.
+        # Bytes that were received together with a head or a chunk's size, and belong to what follows. All further
+        # bytes of a body are received into the caller's memory, not into this buffer.
         self._buffer = bytearray()
-        # TLS only: the socket's `recv_into` is a detour to its `read`, and costs at 16 KiB a call.
+        # Only a TLS socket has `read`. Its `recv_into` is a Python function that calls `read`, and each call brings no
+        # more than a TLS record of 16 KiB: the direct call saves one Python call for each record.
         self._tls_read: Callable[[int, memoryview], int] | None = getattr(sock, "read", None)
 
     @property
@@ -69,6 +74,8 @@ class HttpSocket:
         lines = [f"{method} {target} HTTP/1.1", *(f"{name}: {value}" for name, value in headers), "", ""]
         if any(map(_CONTROL_CHARACTER.search, lines)):
             raise ValueError("a control character in the URL or in a header")
+        # One call of sendall, so that the whole request goes out at once. HTTP/1.1 heads are latin-1; any other
+        # character raises UnicodeEncodeError, which is a ValueError.
         self.sock.sendall("\r\n".join(lines).encode("latin-1"))
 
     def read_response(self) -> Response:
@@ -86,7 +93,14 @@ class HttpSocket:
                 return response
 
     def receive_into(self, into: memoryview) -> int:
-        """Receive up to ``len(into)`` bytes, buffered ones first. Returns their number; 0: the server has closed."""
+        """Receive up to ``len(into)`` bytes, buffered ones first.
+
+        Returns:
+            Number of bytes received; 0 if the server has closed the connection.
+
+        Raises:
+            OSError: The connection is broken.
+        """
         if not self._buffer:
             return self.sock.recv_into(into) if self._tls_read is None else self._tls_read(len(into), into)
         count = min(len(into), len(self._buffer))
@@ -104,7 +118,7 @@ class HttpSocket:
         return self._read_until(b"\r\n", _MAX_LINE_BYTES)
 
     def close(self) -> None:
-        """Close the socket."""
+        """Close the socket; only its owning thread may call this, never one that wants to end a blocked call."""
         self.sock.close()
 
     def _read_head(self) -> str:
@@ -118,13 +132,13 @@ class HttpSocket:
         return found
 
     def _receive_more(self, max_bytes: int) -> None:
-        # Bounded here, before more is received: a server that sends an endless line must not fill the memory.
+        # Checked before more is received: a server that sends an endless line must not fill the memory.
         if len(self._buffer) >= max_bytes:
             raise MalformedResponse(f"no end in the first {max_bytes} bytes")
         received = self.sock.recv(_RECEIVE_BYTES)
         if not received:
-            what = f"after {len(self._buffer)} bytes of an answer" if self._buffer else "without an answer"
-            raise MalformedResponse(f"the server closed the connection {what}")
+            when = f"after {len(self._buffer)} bytes of an answer" if self._buffer else "without an answer"
+            raise MalformedResponse(f"the server closed the connection {when}")
         self._buffer += received
 
 
@@ -133,8 +147,8 @@ class Response:
 
     Attributes:
         status: Status code, 100 to 999.
-        length: Bytes of the body by ``Content-Length``; None if the head does not tell, or the body is chunked.
-        is_chunked: True if the body comes in chunks, each of which tells its size.
+        length: Bytes of the body by ``Content-Length``; None if there is no such header, or the body is chunked.
+        is_chunked: True if the body comes in chunks, each of which begins with its size.
         will_close: True if the server ends the connection after this response.
     """
 
@@ -147,14 +161,18 @@ class Response:
         self._http = http
         self._headers = _parse_headers(lines)
         self.is_chunked = self._parse_is_chunked()
-        # Where a head has both, the chunks say where the body ends (RFC 9112, section 6.3).
+        # Where a head has both, the chunks decide where the body ends (RFC 9112, section 6.3).
         self.length = None if self.is_chunked else self._parse_content_length()
+        # HTTP/1.1 keeps a connection open unless it says "close", HTTP/1.0 only if it says "keep-alive".
         tokens = self.header("connection").lower()
         is_kept_open = "keep-alive" in tokens if match[1] == "0" else "close" not in tokens
         # A body of unknown length ends where the connection ends.
         self.will_close = not is_kept_open or (self.length is None and not self.is_chunked)
-        self._body_left = self.length  # bytes that are still to be received; None: unknown, or chunked
-        self._chunk_left = 0  # the same of the current chunk; 0: the next one's size comes first; -1: the body ended
+        # Bytes of the body that are still to be received. None: unknown, or the body is chunked.
+        self._body_left = self.length
+        # Bytes of the current chunk that are still to be received. 0: the size of the next chunk has to be read first.
+        # -1: the last chunk was read.
+        self._chunk_left = 0
 
     def header(self, name: str, default: str = "") -> str:
         """Value of a header; where it is repeated, all values, joined by commas.
@@ -168,11 +186,11 @@ class Response:
     def receive_into(self, into: memoryview) -> int:
         """Receive up to ``len(into)`` bytes of the body.
 
-        Never receives what comes after a body whose length is known: it belongs to the next response.
+        Bytes behind a body of known length stay in the socket: they belong to the next response.
 
         Returns:
             Number of bytes received; 0 at the end of the body, and also if the server closed the connection too early.
-            The caller must count.
+            The caller must count the bytes to tell one from the other.
 
         Raises:
             MalformedResponse: The body is chunked, and a chunk is malformed or cut off.
@@ -182,7 +200,7 @@ class Response:
             return self._receive_chunk_into(into)
         if self._body_left is not None:
             into = into[: self._body_left]
-        count = self._http.receive_into(into) if len(into) else 0
+        count = self._http.receive_into(into)
         if self._body_left is not None:
             self._body_left -= count
         return count
@@ -206,29 +224,34 @@ class Response:
             return 0
         count = self._http.receive_into(into[: self._chunk_left])
         self._chunk_left -= count
+        # A line break follows the last byte of a chunk, which is read here as an empty line.
         if count and not self._chunk_left and self._http.read_line():
             raise MalformedResponse("a chunk is longer than it says")
         return count
 
     def _read_chunk_size(self) -> int:
-        """Read the line before a chunk. Returns the chunk's size, -1 after the last one."""
+        """Read the line before a chunk; returns the chunk's size, or -1 after the last chunk."""
         size = self._http.read_line().split(b";")[0].strip()  # extensions, such as a signature, come after a semicolon
         if not _CHUNK_SIZE.fullmatch(size):
             raise MalformedResponse(f"not the size of a chunk: {size[:80]!r}")
         if int(size, 16) > 0:
             return int(size, 16)
-        while self._http.read_line():  # trailers; read, so that the connection can be used again
+        # A size of 0 ends the body. The trailers behind it are read and dropped: left in the socket, they would be
+        # taken for the start of the next response.
+        while self._http.read_line():
             pass
         return -1
 
     def _parse_is_chunked(self) -> bool:
         coding = self.header("transfer-encoding", "identity").strip().lower()
+        # Others, such as "gzip, chunked", change the bytes of the body.
         if coding not in ("identity", "chunked"):
             raise MalformedResponse(f"unknown Transfer-Encoding {coding[:80]!r}")
         return coding == "chunked"
 
     def _parse_content_length(self) -> int | None:
-        # A repeated header is joined by commas. Equal lengths are harmless; with different ones nobody knows the end.
+        # A header that came twice has both values here, joined by a comma. Equal lengths are accepted; different ones
+        # are refused, since it is unknown which of them is the body's end.
         lengths = {length.strip() for length in self.header("content-length").split(",")}
         length = lengths.pop()
         if not length and not lengths:
@@ -242,7 +265,8 @@ def _parse_headers(lines: list[str]) -> dict[str, str]:
     headers: dict[str, str] = {}
     for line in lines:
         name, colon, value = line.partition(":")
-        # Also refused: a line that starts with a space and continues the one before (obsolete since RFC 7230).
+        # This also refuses a line that starts with a space, which once continued the line before it (obsolete since
+        # RFC 7230).
         if not colon or not name or name != name.strip():
             raise MalformedResponse(f"not a header: {line[:80]!r}")
         name, value = name.lower(), value.strip()

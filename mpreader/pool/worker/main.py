@@ -2,7 +2,7 @@
 
 The coordinator starts it in a fresh interpreter (:mod:`mpreader.pool.coordinator.process`). It must import nothing of
 mpreader but this package, and neither boto3 nor torch nor numpy: a worker that starts in 40 ms and takes 12 MB can be
-replaced at any time. It decides nothing: which part comes next, and what is retried, is the coordinator's decision.
+replaced at any time. The coordinator decides which part comes next and what is retried; a worker must not.
 
     coordinator                  main thread                        connection threads, one Connection each
                                  Worker.run                         ConnectionThread.run
@@ -17,10 +17,11 @@ replaced at any time. It decides nothing: which part comes next, and what is ret
         │ ◄────────────── Ready, Pong │                                  │
         │ ◄─────────────────────────────────────────────── Fetched, Failed │
 
-Each Fetch is answered with exactly one Fetched or Failed, also after a Cancel: only then is its memory used again.
+For each Fetch the worker sends exactly one Fetched or Failed, also after a Cancel. The coordinator uses the part's
+memory again only after that message, so no thread may write into the memory once its message has been sent.
 
-The process ends when the coordinator closes its end of the socket, or when the coordinator's process is gone, whatever
-its threads are doing at that time.
+The process ends when the coordinator closes its end of the socket, or when the coordinator's process is gone. It does
+not wait for its connection threads then.
 """
 
 from __future__ import annotations
@@ -59,21 +60,20 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-_DEADLINE_CHECK_INTERVAL_S = 0.25
+_DEADLINE_CHECK_INTERVAL_S = 0.25  # a stalled connection is ended at most this long after its deadline
 
 
 class ConnectionThread(threading.Thread):
     """Thread that owns one connection, and receives the parts that the main thread puts into its queue.
 
-    A daemon: it may be blocked in a receive when the process is to end, and nothing of it is worth waiting for.
-
     Attributes:
         number: Number of the connection, counted from 0 within the worker.
-        connection: The connection; other threads may only do with it what :class:`Connection` allows them.
+        connection: The connection. Other threads may only use what :class:`Connection` allows them.
         fetches: Parts to receive. The main thread puts one in only while this thread is idle.
     """
 
     def __init__(self, number: int, connection: Connection, worker: Worker) -> None:
+        # A daemon: the process must be able to end while the thread is blocked in a receive.
         super().__init__(name=f"connection {number}", daemon=True)
         self.number = number
         self.connection = connection
@@ -87,24 +87,26 @@ class ConnectionThread(threading.Thread):
                 fetch: Fetch | None = self.fetches.get()
                 while fetch is not None:
                     outcome = self._receive(fetch, waits)
-                    # Before the outcome is sent: the coordinator may answer it with another Fetch, which must find this
-                    # thread idle. Otherwise it would open one connection more.
+                    # Before the outcome is sent: the coordinator may react with another Fetch at once, and the main
+                    # thread must find this thread idle by then. Otherwise it would open another connection.
                     fetch = self._worker.next_fetch(self)
                     self._worker.send(outcome)
 
     def _receive(self, fetch: Fetch, waits: _ProcessorWaits) -> Fetched | Failed:
         started_s, waited_s = time.monotonic(), waits.total_s()
         try:
+            # A slice of a memoryview is a view: the body is received into the shared memory itself.
             into = self._worker.segments[fetch.segment][fetch.segment_offset :][: fetch.end - fetch.start]
             self.connection.get(fetch, into, self._worker.cancelled)
         except GetFailed as failure:
             return self._failed(fetch, failure, started_s)
         except Exception as error:  # noqa: BLE001  # a bug must reach the coordinator, not end a thread silently
-            self.connection.close()  # in what state it is, nobody knows
+            self.connection.close()  # its state is unknown: the rest of a response may still be in the socket
             bug = GetFailed(FailureKind.REFUSED, f"worker error: {type(error).__name__}: {error}")
             return self._failed(fetch, bug, started_s)
         finally:
-            # A Cancel that comes later leaves its number in the set. It does no harm: no number is used for two parts.
+            # If the Cancel comes after this, its number stays in the set. That does no harm, since no number is ever
+            # used for a second part.
             self._worker.cancelled.discard(fetch.part)
         seconds, waited_s = time.monotonic() - started_s, waits.total_s() - waited_s
         return Fetched(fetch.part, seconds, waited_s, self.number, started_s, self.connection.first_byte_s)
@@ -126,37 +128,42 @@ class ConnectionThread(threading.Thread):
 class Worker:
     """State of a worker process, and its main thread.
 
-    All methods are the main thread's, but ``next_fetch`` and ``send``, which the connection threads call.
+    Only the main thread may call its methods, except ``next_fetch`` and ``send``, which the connection threads call.
 
     Args:
         sock: Packet socket to the coordinator, in blocking mode.
         connections: Connections to use; the thread of each is started when all the others are busy.
 
     Attributes:
-        segments: Mapped shared memory by number. Written by the main thread, read by all; an entry goes only while no
-            part is received into it.
-        cancelled: Numbers of parts that need not be received. The main thread adds to it, connection threads discard.
+        segments: Mapped shared memory by number. Written by the main thread, read by all threads; an entry is removed
+            only while no part is received into it.
+        cancelled: Numbers of parts that need not be received. The main thread adds numbers, connection threads remove
+            them. It needs no lock, since adding and removing a number are single operations of the interpreter.
     """
 
     def __init__(self, sock: socket.socket, connections: Sequence[Connection]) -> None:
         self.segments: dict[int, memoryview] = {}
         self.cancelled: set[int] = set()
         self._sock = sock
-        self._threads: list[ConnectionThread] = []  # those that were started
+        self._threads: list[ConnectionThread] = []  # threads that were started; none of them ends before the process
+        # Threads that were not started yet. Reversed, since pop() takes the last one, and number 0 is to start first.
         self._unused = [ConnectionThread(number, each, self) for number, each in enumerate(connections)][::-1]
-        # The lock guards _idle and _waiting, so that a part never waits while a thread is idle.
+        # Guards _idle and _waiting together: otherwise a part could be put aside just when a thread becomes idle, and
+        # would wait though nothing keeps it.
         self._lock = threading.Lock()
-        # Last in, first out: the connection used last has a wide congestion window and warm buffers. A connection that
-        # is not needed stays unused.
+        # Last in, first out: the connection that was used last has the widest TCP congestion window and warm buffers.
+        # It also keeps connections that are not needed unused.
         self._idle: list[ConnectionThread] = []
-        self._waiting: collections.deque[Fetch] = collections.deque()
+        self._waiting: collections.deque[Fetch] = collections.deque()  # parts for which no thread is idle
 
     def run(self, parent_pidfd: int) -> None:
         """Serve the coordinator until it closes its end of the socket or its process is gone.
 
         Args:
-            parent_pidfd: Descriptor of the coordinator's process, readable once that is gone.
+            parent_pidfd: Descriptor of the coordinator's process, readable once that process is gone.
         """
+        # The pidfd is watched besides the socket: another process may have inherited the coordinator's end of the
+        # socket by a fork, and would keep it open after the coordinator has died.
         poll = select.poll()
         poll.register(self._sock, select.POLLIN)
         poll.register(parent_pidfd, select.POLLIN)
@@ -170,7 +177,11 @@ class Worker:
             self._abort_stalled()
 
     def next_fetch(self, thread: ConnectionThread) -> Fetch | None:
-        """Take the part that waits longest, for a thread that has received its own; None: the thread is idle now."""
+        """Return the part that has waited longest, for a thread that has received its part.
+
+        Returns:
+            The part; None if none waits: the thread counts as idle then.
+        """
         with self._lock:
             if self._waiting:
                 return self._waiting.popleft()
@@ -178,17 +189,20 @@ class Worker:
             return None
 
     def send(self, message: object) -> None:
-        """Send a message to the coordinator. Threads need no lock for it: each message is one packet."""
+        """Send a message to the coordinator. Any thread may call it: each message is one packet, so no lock is needed.
+
+        Ends the process if the coordinator is gone.
+        """
         try:
             self._sock.send(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
         except OSError:
-            os._exit(0)  # the coordinator is gone
+            os._exit(0)  # not sys.exit(), which would end no more than the calling thread
 
     def _handle_message(self) -> bool:
         """Receive a message and act on it; returns False once the coordinator has closed its end."""
         try:
             data, fds, _, _ = socket.recv_fds(self._sock, MAX_MESSAGE_BYTES, 1)
-        except ConnectionResetError:  # closed by the coordinator before it had read all of ours
+        except ConnectionResetError:  # the coordinator closed its end before it had read all our messages
             return False
         if not data:
             return False
@@ -198,7 +212,8 @@ class Worker:
         elif isinstance(message, MapSegment):
             self._map(message, fds[0])
         elif isinstance(message, UnmapSegment):
-            # The last reference: no part is received into it, so no thread holds a view, and this unmaps it.
+            # No part is received into the segment, so no thread holds a view of it: this drops the last reference, and
+            # that unmaps the memory.
             self.segments.pop(message.segment, None)
         elif isinstance(message, Cancel):
             self._cancel(message.part)
@@ -208,10 +223,11 @@ class Worker:
 
     def _map(self, message: MapSegment, fd: int) -> None:
         try:
-            # Not populated: that would keep the other threads from running, and map what other workers use.
+            # Pages are not mapped ahead (MAP_POPULATE): that would stop all threads of the worker for the time, and
+            # would also map the pages that only other workers receive into.
             self.segments[message.segment] = memoryview(mmap.mmap(fd, message.size))
         finally:
-            os.close(fd)  # the mapping stays without it
+            os.close(fd)  # the mapping does not need it any more
 
     def _dispatch(self, fetch: Fetch) -> None:
         with self._lock:
@@ -219,7 +235,9 @@ class Worker:
                 thread = self._idle.pop()
             elif self._unused:
                 thread = self._start_thread()
-            else:  # more parts than connections are sent, so that none of these has to wait for its next part
+            else:
+                # The coordinator sends more parts than there are connections, so that a connection that has received
+                # its part finds the next one here at once.
                 self._waiting.append(fetch)
                 return
         thread.fetches.put(fetch)
@@ -231,8 +249,8 @@ class Worker:
         return thread
 
     def _cancel(self, part: int) -> None:
-        # The set first, then the connections; Connection.get does it the other way round. So a part that begins at
-        # this moment is either found here, or finds itself in the set.
+        # First write the set, then read the connections; Connection.get first writes its `part`, then reads the set. So
+        # if the part begins at this moment, either it is found here, or Connection.get finds it in the set.
         self.cancelled.add(part)
         for thread in self._threads:
             if thread.connection.part == part:
@@ -241,37 +259,45 @@ class Worker:
     def _abort_stalled(self) -> None:
         now = time.monotonic()
         for thread in self._threads:
+            # A connection that is still not closed at the next check is aborted again, which does no harm.
             if thread.connection.deadline < now:
                 thread.connection.abort(FailureKind.STALLED)
 
     def _poll_timeout_ms(self) -> float | None:
         with self._lock:
             is_busy = len(self._idle) < len(self._threads)
-        return _DEADLINE_CHECK_INTERVAL_S * 1000 if is_busy else None  # an idle worker does not wake up
+        # Deadlines need a look only while a part is received. An idle worker sleeps until a message comes, and takes no
+        # processor time.
+        return _DEADLINE_CHECK_INTERVAL_S * 1000 if is_busy else None
 
 
 class _ProcessorWaits:
-    """Time for which a thread could have run and waited for a processor. Made, read and closed by that thread."""
+    """Time for which a thread was ready to run, but waited for a processor.
+
+    The coordinator's concurrency limiter learns from it that more connections would not help. Made, read and closed by
+    the thread itself: the file in ``/proc`` is that of the thread which opens it.
+    """
 
     def __init__(self) -> None:
         try:
             self._fd = os.open("/proc/thread-self/schedstat", os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
-            self._fd = -1  # a kernel without these numbers
+            self._fd = -1  # the kernel does not provide these numbers
 
     def total_s(self) -> float:
         """Seconds since the thread began; 0 if the kernel does not count them."""
+        # The file has three numbers: nanoseconds on a processor, nanoseconds of waiting for one, time slices.
         fields = os.pread(self._fd, 96, 0).split() if self._fd >= 0 else []
         return int(fields[1]) / 1e9 if len(fields) > 1 else 0.0
 
     def close(self) -> None:
-        """Give the descriptor back."""
+        """Close the descriptor."""
         if self._fd >= 0:
             os.close(self._fd)
 
 
 def main(fd: int, parent_pid: int, connections: int, connect_timeout_s: float, stall_timeout_s: float) -> None:
-    """Be a worker; does not return.
+    """Run a worker; does not return.
 
     Args:
         fd: Inherited end of the socket to the coordinator.
@@ -280,11 +306,11 @@ def main(fd: int, parent_pid: int, connections: int, connect_timeout_s: float, s
         connect_timeout_s: Longest wait for each step of connecting.
         stall_timeout_s: Longest wait for a response, and for each 256 KiB of a body.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C, and ends its workers
     parent_pidfd = os.pidfd_open(parent_pid)
-    # After pidfd_open: if the parent died before, the id could belong to another process by now.
+    # Checked after pidfd_open: if the parent had died before, the id could belong to another process by now.
     if os.getppid() != parent_pid:
         os._exit(0)
     sock = socket.socket(fileno=fd)
     Worker(sock, [Connection(connect_timeout_s, stall_timeout_s) for _ in range(connections)]).run(parent_pidfd)
-    os._exit(0)  # other threads may be in the middle of a receive; nothing of theirs is worth waiting for
+    os._exit(0)  # not sys.exit(): other threads may be blocked in a receive, and must not delay the end

@@ -1,7 +1,8 @@
 """Messages between the coordinator and a worker: named tuples, each pickled into one packet of their private socket.
 
-Used at both ends, which are the same code of the same user, so unpickling is safe here; nothing that comes from a
-network is ever unpickled. The module must stay cheap to import: it is part of a worker's start.
+Used by the coordinator and by :mod:`~mpreader.pool.worker.main`. Both ends are the same code, run by the same user, so
+unpickling a message is safe; nothing that comes from a network is ever unpickled. The module must not import anything
+that is slow to import, since it is part of a worker's start.
 
 A *part* is one ranged GET. The coordinator gives each part a number of its own, which is never used again.
 """
@@ -27,31 +28,35 @@ __all__ = [
     "UnmapSegment",
 ]
 
-# Longest message, larger than any Fetch with a presigned URL. What is longer would be cut off without an error.
+# Buffer size of each receive, larger than any Fetch with a presigned URL. The rest of a longer packet would be dropped
+# by the kernel without an error.
 MAX_MESSAGE_BYTES = 64 * 1024
 
 
 class FailureKind(enum.IntEnum):
-    """Reason for which a GET brought no bytes, or not all; decides whether and when the part is requested again."""
+    """Reason why a GET brought no bytes, or not all of them.
+
+    The coordinator decides by it whether and when the part is requested again.
+    """
 
     UNREACHABLE = 1  # no connection: refused, unknown host, TLS
     BROKEN = 2  # the connection ended, or was reset, before the last byte
-    STALLED = 3  # too few bytes in too long a time
-    BUSY = 4  # the service asks to come back later (500, 503, 429, …)
+    STALLED = 3  # too few bytes arrived within the stall timeout
+    BUSY = 4  # the service is overloaded, or failed for the moment (500, 503, 429, …)
     MALFORMED = 5  # a response that does not fit the request
     EXPIRED = 6  # the signature or the session token is too old
-    DENIED = 7
-    MISSING = 8
+    DENIED = 7  # the credentials are wrong, or may not read the object
+    MISSING = 8  # there is no such object
     CHANGED = 9  # another version of the object than the expected one
     REFUSED = 10  # any other response, which will be the same the next time; also a bug in the worker
-    CANCELLED = 11
+    CANCELLED = 11  # by a Cancel message
 
 
 # -- to the worker
 
 
 class MapSegment(NamedTuple):
-    """Map the shared memory whose file descriptor comes with this message.
+    """Request to map the shared memory whose file descriptor comes with this message.
 
     Attributes:
         segment: Number by which later messages name it.
@@ -63,17 +68,17 @@ class MapSegment(NamedTuple):
 
 
 class UnmapSegment(NamedTuple):
-    """Forget a segment; sent only when no part is being received into it."""
+    """Request to unmap a segment; sent only when no part is being received into it."""
 
     segment: int
 
 
 class Fetch(NamedTuple):
-    """Receive bytes [start, end) of an object into a segment.
+    """Request to receive bytes [start, end) of an object into a segment.
 
     Attributes:
         part: Number of the part.
-        route: Way to the object's bytes.
+        route: Server, proxy and presigned target by which the object is requested.
         etag: ETag that the response must have; empty: any.
         object_size: Size in bytes that the response must state.
         start: First byte of the object.
@@ -93,13 +98,13 @@ class Fetch(NamedTuple):
 
 
 class Cancel(NamedTuple):
-    """Stop receiving a part; it is still answered with Failed or Fetched."""
+    """Request to stop receiving a part. The worker still sends one Failed or Fetched for the part's Fetch."""
 
     part: int
 
 
 class Ping(NamedTuple):
-    """Say that you are alive."""
+    """Request for a Pong. A worker that sends nothing for ``PoolConfig.worker_timeout_s`` is killed and replaced."""
 
 
 # -- to the coordinator
@@ -114,12 +119,15 @@ class Pong(NamedTuple):
 
 
 class Fetched(NamedTuple):
-    """All bytes of a part are in its segment. Times are of the monotonic clock, which all processes share.
+    """All bytes of a part are in its segment.
+
+    Points of time are of the monotonic clock, which all processes of a host share.
 
     Attributes:
         part: Number of the part.
-        seconds: Time that it took.
-        processor_wait_s: Part of ``seconds`` in which the receiving thread could have run, but waited for a processor.
+        seconds: Time from ``started_s`` until the last byte was received.
+        processor_wait_s: Time, out of ``seconds``, in which the receiving thread was ready to run, but waited for a
+            processor. The coordinator opens no further connections where it is long.
         connection: Number of the connection within the worker.
         started_s: Time at which the worker began with the part.
         first_byte_s: Time at which the response began.
@@ -142,7 +150,7 @@ class Failed(NamedTuple):
         received: Number of bytes, from the start of the part, that are in the segment and are right.
         detail: Reason for people; holds no secret.
         retry_after_s: Seconds that the server asks to wait, 0 where it does not.
-        seconds: As for :class:`Fetched`, like the others.
+        seconds: Time from ``started_s`` until the failure.
         connection: Number of the connection within the worker.
         started_s: Time at which the worker began with the part.
         first_byte_s: Time at which the response began; 0 if there was none.

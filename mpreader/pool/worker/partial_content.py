@@ -1,8 +1,8 @@
-"""Check of a response to a ranged GET: names the first thing in which it differs from the request.
+"""Check of the response to a ranged GET: compares its head with the request, and names the first difference.
 
-Used by a worker's GET (:mod:`~mpreader.pool.worker.failure`) and by the readers that read in the caller's process
-(:mod:`mpreader.s3.stream`), which read the headers with different HTTP clients and raise different errors. Pure: no
-sockets, no exceptions. A body must not be used before the response to it has passed this check.
+Used by a worker's GET (:mod:`~mpreader.pool.worker.failure`) and by the streams in the caller's process
+(:mod:`mpreader.s3.stream`). Both have their own HTTP client and raise their own errors, so the check is a pure
+function: it uses no sockets and raises nothing. A body must not be used before the head of its response has passed.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from typing import NamedTuple
 
 __all__ = ["ContentRange", "Mismatch", "PartialContent", "find_mismatch", "parse_content_range"]
 
-# Of a bounded length: converting a number of thousands of digits is slow, and an error since Python 3.11.
+# The number of digits is bounded, because a server is not trusted: int() of thousands of digits is slow, and raises
+# ValueError since Python 3.11.
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)")
-# aws-chunked tells how the object was uploaded; S3 repeats it, and sends the plain bytes.
+# With aws-chunked the client that uploaded the object described its upload. S3 stores that word and repeats it in
+# every response, but the body is the object's plain bytes.
 _PLAIN_ENCODINGS = ("", "identity", "aws-chunked")
 
 
@@ -25,13 +27,19 @@ class Mismatch(enum.Enum):
     STATUS = 1  # not 206; with 200 the whole object would follow
     RANGE = 2  # other bytes than those requested, or no statement of which bytes
     VERSION = 3  # another ETag than the expected one, or none
-    OBJECT_SIZE = 4
+    OBJECT_SIZE = 4  # another size than that of the expected version
     ENCODING = 5  # the body is compressed: its bytes are not the object's
     LENGTH = 6  # the body is shorter or longer than the range
 
 
 class ContentRange(NamedTuple):
-    """Parsed ``Content-Range``: bytes [start, end) of an object; its size is None where the server says ``*``."""
+    """Parsed ``Content-Range`` header.
+
+    Attributes:
+        start: First byte of the object in the body.
+        end: One past the last byte; the header itself names the last byte.
+        object_size: Bytes of the whole object; None where the server sends ``*``.
+    """
 
     start: int
     end: int
@@ -39,7 +47,7 @@ class ContentRange(NamedTuple):
 
 
 class PartialContent(NamedTuple):
-    """Headers of a response that say what its body will be.
+    """Status and headers of a response by which its body is accepted or refused.
 
     Attributes:
         status: Status code.
@@ -71,27 +79,30 @@ def find_mismatch(
     """Compare a response with the GET of bytes [start, end) of one version of an object.
 
     Args:
-        response: What the response's head says.
+        response: Status and headers of the response.
         start: First byte requested.
         end: One past the last byte requested.
         etag: ETag of the expected version; empty: any.
         object_size: Size of the expected version in bytes; None: any.
 
     Returns:
-        The first difference, None if the body can be received. The version is compared before the size: of an
-        overwritten object both differ, while another size under the right ETag is a server's mistake.
+        The first difference, None if the body can be received.
     """
     if response.status != 206:
         return Mismatch.STATUS
+    # The range comes first: it shows whether the body belongs to this request at all.
     named = parse_content_range(response.content_range)
     if named is None or (named.start, named.end) != (start, end):
         return Mismatch.RANGE
+    # Before the size: when an object is overwritten, ETag and size differ, and the error must name the new version.
+    # A different size with the right ETag is a server's mistake.
     if etag and response.etag != etag:
         return Mismatch.VERSION
     if object_size is not None and named.object_size not in (object_size, None):
         return Mismatch.OBJECT_SIZE
     if response.encoding not in _PLAIN_ENCODINGS:
         return Mismatch.ENCODING
+    # None: a chunked body has no Content-Length; whoever receives it counts its bytes.
     if response.length not in (end - start, None):
         return Mismatch.LENGTH
     return None

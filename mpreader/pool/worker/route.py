@@ -1,7 +1,8 @@
-"""Routes: the way to the bytes of an object, with the proxy on it and the certificates to trust.
+"""Routes: server, request target, proxy and certificate authorities by which the bytes of an object are requested.
 
-Made by the sources in the main process, sent to the workers inside of Fetch messages, and used there to open
-connections and to write requests. Named tuples, not dataclasses: a worker starts faster without :mod:`dataclasses`.
+Made by :mod:`mpreader.sources` in the main process, sent to the workers inside of Fetch messages, and used there to
+open connections and to write requests. A route must hold no credentials but those signed into its target or headers.
+Routes are named tuples, not dataclasses: a worker starts faster without importing :mod:`dataclasses`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ __all__ = ["Proxy", "Route"]
 
 
 class Proxy(NamedTuple):
-    """An HTTP proxy on the way: plain requests name the whole URL, TLS goes through a CONNECT tunnel.
+    """HTTP proxy between a worker and a server: plain requests name the whole URL, TLS goes through a CONNECT tunnel.
 
     Attributes:
         host: Proxy's name or address, without brackets or port.
@@ -25,11 +26,12 @@ class Proxy(NamedTuple):
     headers: tuple[tuple[str, str], ...] = ()
 
     def __repr__(self) -> str:
+        # The repr of a named tuple would show the password in logs and tracebacks.
         return f"Proxy({self.host}:{self.port})"
 
 
 class Route(NamedTuple):
-    """Address of an object's bytes, as a worker needs it. A secret: whoever has it can read the object.
+    """Address of an object for a worker. A secret: whoever knows it can read the object until its signature expires.
 
     Attributes:
         tls: True for https.
@@ -38,7 +40,8 @@ class Route(NamedTuple):
         target: Request target: path and query, percent-encoded, presigned where it must be.
         headers: Further headers that every request must carry, ``Host`` included; not Range and If-Match.
         proxy: Proxy to go through, or None.
-        ca_file: PEM file, or directory, of the certificate authorities to trust; None: the system's.
+        ca_file: PEM file, or directory, of the certificate authorities to trust; None: the system's. Only used if
+            ``tls`` is True.
     """
 
     tls: bool
@@ -50,4 +53,5 @@ class Route(NamedTuple):
     ca_file: str | None = None
 
     def __repr__(self) -> str:
+        # The repr of a named tuple would show the presigned target.
         return f"Route({self.host}:{self.port})"

@@ -1,7 +1,7 @@
 """Opening of a socket to a server: address lookup, TCP, the tunnel through a proxy, TLS.
 
-Used by :mod:`~mpreader.pool.worker.connection`, which keeps the socket. Nothing here is shared between threads but the
-TLS contexts, and those are only ever added to.
+Used by :mod:`~mpreader.pool.worker.connection`, which owns the socket then. It must not send a request to the server
+itself, and keeps no state but the TLS contexts, which all threads of a worker share.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["host_and_port", "open_socket"]
 
-# Making a context parses every certificate authority of the system, which takes 20 ms. By the route's ca_file.
+# TLS contexts by the route's ca_file. They are kept because making one parses every certificate authority of the
+# system, which takes 20 ms. No lock: entries are only added, and two threads that make the same context do no harm.
 _tls_contexts: Final[dict[str | None, ssl.SSLContext]] = {}
 
 
@@ -27,7 +28,7 @@ def open_socket(route: Route, connect_timeout_s: float, io_timeout_s: float) -> 
     """Connect to a route's server.
 
     Args:
-        route: Server, proxy, and whom to trust.
+        route: Server, proxy and certificate authorities.
         connect_timeout_s: Longest wait for each step of connecting.
         io_timeout_s: Longest time that a later receive or send may block.
 
@@ -37,7 +38,7 @@ def open_socket(route: Route, connect_timeout_s: float, io_timeout_s: float) -> 
     Raises:
         OSError: No connection; ``ssl`` errors are among these.
         MalformedResponse: The proxy does not speak HTTP/1.1.
-        ValueError: The host's name, or a header for the proxy, is none that can be sent.
+        ValueError: The host's name, or a header for the proxy, can't be sent.
     """
     host, port = (route.host, route.port) if route.proxy is None else (route.proxy.host, route.proxy.port)
     sock = _connect(host, port, connect_timeout_s)
@@ -48,21 +49,21 @@ def open_socket(route: Route, connect_timeout_s: float, io_timeout_s: float) -> 
             sock = _tls_context(route.ca_file).wrap_socket(sock, server_hostname=route.host)
         _block_in_kernel(sock, io_timeout_s)
     except BaseException:
-        sock.close()
+        sock.close()  # it has no other owner yet
         raise
     return sock
 
 
 def host_and_port(route: Route) -> str:
-    """Server of a route as it stands in a URL: an IPv6 address in brackets, then the port."""
+    """Write the server of a route as in a URL: an IPv6 address in brackets, then the port."""
     host = f"[{route.host}]" if ":" in route.host else route.host
     return f"{host}:{route.port}"
 
 
 def _connect(host: str, port: int, timeout_s: float) -> socket.socket:
     addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    # Shuffled, since S3 has several addresses: the connections of all workers spread over them. Not by the random
-    # module, which would add 1 ms to a worker's start.
+    # Shuffled, so that the connections of all workers spread over the several addresses of S3. Sorting by random keys
+    # does it without the random module, which would add 1 ms to a worker's start.
     addresses.sort(key=lambda _: os.urandom(4))
     last_error: OSError = OSError(f"no address for {host}")
     for family, kind, protocol, _, address in addresses:
@@ -70,6 +71,7 @@ def _connect(host: str, port: int, timeout_s: float) -> socket.socket:
         try:
             sock.settimeout(timeout_s)
             sock.connect(address)
+            # A request must not wait until the server has acknowledged earlier packets.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         except OSError as error:
             sock.close()
@@ -80,7 +82,8 @@ def _connect(host: str, port: int, timeout_s: float) -> socket.socket:
 
 
 def _request_tunnel(sock: socket.socket, route: Route, proxy: Proxy) -> None:
-    # Bytes that come early would be lost with this HttpSocket. There are none: in TLS the client speaks first.
+    # This HttpSocket is dropped afterwards, with all bytes in its buffer. There are none: in TLS the client sends the
+    # first message, so nothing can follow the proxy's response before that.
     http = HttpSocket(sock)
     http.send_request("CONNECT", host_and_port(route), [("Host", host_and_port(route)), *proxy.headers])
     response = http.read_response()
@@ -96,6 +99,7 @@ def _tls_context(ca_file: str | None) -> ssl.SSLContext:
         if ca_file is None:
             context = ssl.create_default_context()
         else:
+            # Verifies certificate and host name, like the default context, but trusts nothing except ca_file.
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
             if os.path.isdir(ca_file):
                 context.load_verify_locations(capath=ca_file)
@@ -108,10 +112,10 @@ def _tls_context(ca_file: str | None) -> ssl.SSLContext:
 def _block_in_kernel(sock: socket.socket, timeout_s: float) -> None:
     """Make the kernel end a receive or send that blocks too long.
 
-    Not Python's own timeout: with it, every receive would first ask the kernel in another system call if there is
-    anything. The timeout is the last resort, for the case that nobody watches a connection's deadline.
+    Python's own timeout is not used, since it adds a system call (poll) before every receive. This timeout is the last
+    resort, for the case that the watch on a connection's deadline fails.
     """
-    timeval = struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1e6))
+    timeval = struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1e6))  # struct timeval: seconds, microseconds
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
-    sock.settimeout(None)
+    sock.settimeout(None)  # ends the timeout of connecting: from here on the socket blocks

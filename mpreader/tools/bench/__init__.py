@@ -1,1 +1,4 @@
-"""Measurements of the commands ``bench`` and ``load``: settings, whole loads, and the memory that they take."""
+"""Measurements of the commands ``bench`` and ``load``: of pool settings, of whole loads, and of the memory they take.
+
+The demo uses the measurement of memory, too.
+"""

@@ -1,4 +1,8 @@
-"""Chart of a sweep: a panel for each setting that was swept, a bar for each of its values."""
+"""Chart of a sweep: a panel for each setting that was swept, a bar for each of its values.
+
+It imports matplotlib, which is optional, and is therefore imported by ``mpreader bench --chart`` only. It measures
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +20,11 @@ from mpreader.tools.bench.sweep import AXES, AxisResults, Sweep, median_rate
 
 __all__ = ["draw_sweep", "save_chart"]
 
-_BAR_IN: Final = 0.8
-_LEAST_BARS: Final = 9
+_BAR_IN: Final = 0.8  # sizes are in inches, as matplotlib's
+_LEAST_BARS: Final = 9  # a narrower figure has no room for the headline
 _HEIGHT_IN: Final = 4.2
 _DPI: Final = 150
-_LONGEST_SOURCE: Final = 80
+_LONGEST_SOURCE: Final = 80  # characters; of a longer name the middle is left out
 _CHOSEN: Final = "#1f6fb2"
 _OTHER: Final = "#b8c2cc"
 _DEFAULTS: Final = "#e08214"
@@ -42,8 +46,13 @@ def save_chart(sweep: Sweep, file: str | os.PathLike[str]) -> None:
 
 
 def draw_sweep(sweep: Sweep) -> Figure:
-    """Draw a sweep: medians as bars, least and most as whiskers, recommended values in a colour, defaults as a line."""
+    """Draw a sweep.
+
+    A bar is the median rate of a value, its whiskers reach from the lowest to the highest rate. Recommended values have
+    a colour of their own, and a dashed line is the rate of the defaults.
+    """
     counts = [len(axis_results.results) for axis_results in sweep.axes.values()]
+    # Each panel needs the width of its bars, and about one more for its margins.
     width_in = _BAR_IN * max(_LEAST_BARS, sum(counts) + len(counts))
     figure = Figure(figsize=(width_in, _HEIGHT_IN), layout="constrained", facecolor="white")
     panels: Sequence[Any] = figure.subplots(1, len(counts), sharey=True, squeeze=False, width_ratios=counts)[0]
@@ -63,9 +72,11 @@ def draw_sweep(sweep: Sweep) -> Figure:
 def _draw_bars(panel: Any, shown: AxisResults, chosen: Sequence[bool]) -> None:
     rates = [[each.gb_per_s for each in measurements] for measurements in shown.results.values()]
     medians = [median_rate(measurements) for measurements in shown.results.values()]
-    for is_chosen, color, label in ((True, _CHOSEN, "recommended"), (False, _OTHER, "other values")):
-        places = [place for place, that in enumerate(chosen) if that is is_chosen]
+    # Two calls, even if one of them draws nothing: the legend takes its entries from the first panel.
+    for group, color, label in ((True, _CHOSEN, "recommended"), (False, _OTHER, "other values")):
+        places = [place for place, is_chosen in enumerate(chosen) if is_chosen is group]
         panel.bar(places, [medians[place] for place in places], width=0.62, color=color, label=label)
+    # matplotlib takes the whiskers as distances from the bar's end, those below it first.
     panel.errorbar(
         range(len(medians)),
         medians,
@@ -81,7 +92,7 @@ def _draw_bars(panel: Any, shown: AxisResults, chosen: Sequence[bool]) -> None:
     )
     for place, (median, values) in enumerate(zip(medians, rates, strict=True)):
         style: dict[str, Any] = {"xytext": (0, 3), "textcoords": "offset points", "ha": "center", "color": _TEXT}
-        style["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # or lines would run through it
+        style["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # else the lines would cross the number
         panel.annotate(f"{median:.3g}", (place, max(values)), fontsize=8, **style)
 
 
@@ -102,11 +113,13 @@ def _headline(sweep: Sweep) -> str:
     source, best = sweep.source, sweep.recommended
     if len(source) > _LONGEST_SOURCE:
         source = f"{source[: _LONGEST_SOURCE // 2]}…{source[-_LONGEST_SOURCE // 2 :]}"
+    # Rates of the final round: those of different rounds are not compared.
     rate, usual = (median_rate(sweep.final_round[settings]) for settings in (best, sweep.defaults))
     return f"{source}\nrecommended: {', '.join(_words(best).values())}: {rate:.3g} GB/s; the defaults then: {usual:.3g}"
 
 
 def _title(axis: str, settings: Settings) -> str:
+    """Title of a panel: its axis, and below it the values that the other axes had in all of its bars."""
     others = _words(settings)
     return f"{_TITLES[axis]}\n{', '.join(others[other] for other in AXES if other != axis)}"
 

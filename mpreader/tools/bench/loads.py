@@ -1,6 +1,7 @@
-"""Timed loads of a checkpoint into memory: they show what a host and its connection to S3 can do.
+"""Timed loads of a checkpoint into memory: they show how fast a host and its connection to S3 can load it.
 
-``mpreader load`` runs them. Nothing of the checkpoint but ``.metadata`` is unpickled.
+``mpreader load`` runs them and prints the results. They unpickle nothing of the checkpoint but ``.metadata``, which is
+read through an allowlist.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ class TimedLoad:
         retries: GETs that were made again.
         network_wait_s: Seconds during which the load waited for bytes.
         consumer_wait_s: Seconds during which nothing was received, since memory was full of bytes not taken yet.
-        extra_memory_bytes: Most memory that this process and its workers took then, beyond what this process had
-            before the first load, targets included; shared memory is counted once.
+        extra_memory_bytes: Most memory that this process and its workers took during the load, beyond what they had
+            before the first load; the targets were there by then. Shared memory is counted once.
     """
 
     starts_workers: bool
@@ -57,7 +58,7 @@ class TimedLoad:
 
 
 def time_loads(uri: str, options: LoadOptions, repeat: int = 1) -> Iterator[TimedLoad]:
-    """Load a checkpoint into the same targets again and again.
+    """Load a checkpoint into the same targets ``repeat`` times.
 
     The targets are allocated, and touched, before the clock starts.
 
@@ -72,7 +73,7 @@ def time_loads(uri: str, options: LoadOptions, repeat: int = 1) -> Iterator[Time
     Raises:
         MpreaderError: As for :func:`mpreader.dcp.load_checkpoint`.
     """
-    # Planned with a reader that starts no processes: starting them is part of the first load.
+    # A reader that starts no processes reads .metadata for the targets: the first timed load shall start them.
     plain = S3ReaderConstructor.sequential()
     with S3StorageReader(
         options.region, uri, options.s3client_config, plain, allowed_globals=options.allowed_globals
@@ -80,7 +81,7 @@ def time_loads(uri: str, options: LoadOptions, repeat: int = 1) -> Iterator[Time
         planned = empty_state(read_metadata(reader), options.match)
         check_memory(planned, reader, options.pool_config)
     state = allocate(planned)
-    touch_memory(state)
+    touch_memory(state)  # else the first load would pay for the page faults of its targets
     with options.open_reader(uri) as reader:
         memory_before = tree_memory_bytes(os.getpid())
         for number in range(repeat):
@@ -88,13 +89,14 @@ def time_loads(uri: str, options: LoadOptions, repeat: int = 1) -> Iterator[Time
 
 
 def _timed(reader: S3StorageReader, state: dict[str, Any], memory_before: int, *, starts_workers: bool) -> TimedLoad:
+    # TreeMemory counts from its own start: what an earlier load has left in the pool is added below.
     added_before = tree_memory_bytes(os.getpid()) - memory_before
     with TreeMemory() as memory:
         started = time.perf_counter()
-        reader.reset()
+        reader.reset()  # as torch's load() does first: it starts the time and the counts of this load
         read_into(reader, reader.read_metadata(), state, _drop)
         seconds = time.perf_counter() - started
-    # A short load may fall between two samples of the sampler.
+    # A load shorter than the sampler's interval has no sample; the pool still holds its memory now.
     added = tree_memory_bytes(os.getpid()) - memory_before
     stats = reader.stats
     return TimedLoad(
@@ -112,4 +114,4 @@ def _timed(reader: S3StorageReader, state: dict[str, Any], memory_before: int, *
 
 
 def _drop(fqn: str, stored: object) -> None:
-    """Drop an item that is no tensor: it was received and checked, and unpickling it might run foreign code."""
+    """Drop an item that is not a tensor: it was received and checked, but unpickling it could run foreign code."""

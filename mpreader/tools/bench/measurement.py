@@ -1,7 +1,8 @@
-"""Measurements of pool settings: a source is read with them, its bytes are dropped at once, and the time is taken.
+"""Measurements of pool settings: a source is read with given settings, its bytes are dropped at once, and it is timed.
 
-The clock starts when the workers are up and connected, since a sweep compares settings, not how fast processes start.
-:mod:`mpreader.tools.bench.sweep` decides which settings are measured.
+This module is responsible for one measurement; :mod:`mpreader.tools.bench.sweep` decides which settings are measured,
+and how often. The clock starts when the workers are up and connected, since settings are compared, not the start of
+processes.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from mpreader.tools.bench.objects import SourceObject, passes
 
 __all__ = ["Benchmark", "Measurement", "Settings"]
 
-_WARM_UP_BYTES: Final = 64 * KiB
+_WARM_UP_BYTES: Final = 64 * KiB  # for each connection
 _WARM_UP_TIMEOUT_S: Final = 20.0
 
 
@@ -85,7 +86,7 @@ class Benchmark:
     Args:
         objects: The objects that are read.
         nbytes: Bytes of each measurement.
-        share_s: Seconds that a measurement is meant to take at most.
+        share_s: Seconds that one measurement should take at most: its share of the time for all repetitions.
         s3client_config: Settings of the S3 client.
 
     Attributes:
@@ -101,7 +102,11 @@ class Benchmark:
         self._s3client_config = s3client_config
 
     def calibrate(self, settings: Settings, on_bytes: Callable[[int], object]) -> None:
-        """Lower ``nbytes`` to as much as these settings read in the time for one measurement.
+        """Lower ``nbytes`` to the number of bytes that these settings read in the time for one measurement.
+
+        Args:
+            settings: Settings of the pool, the defaults of the host usually.
+            on_bytes: Is called with the number of bytes of each piece that was read.
 
         Raises:
             PoolTimeout: Not one part was received.
@@ -113,14 +118,16 @@ class Benchmark:
             )
 
     def measure(self, settings: Settings, on_bytes: Callable[[int], object]) -> Measurement:
-        """Measure once; a measurement is cut off after twice its time.
+        """Measure once; a measurement is cut off after twice its share of the time.
 
         Args:
             settings: Settings of the pool.
-            on_bytes: Is called with the bytes of each piece; in all with ``nbytes``, also if it was cut off.
+            on_bytes: Is called with the number of bytes of each piece that was read. The numbers add up to ``nbytes``,
+                also if the measurement was cut off.
         """
+        # Twice: nbytes was calibrated with the defaults, and slower settings need more time for them.
         measurement = self._timed(settings, 2 * self._share_s, on_bytes)
-        on_bytes(self.nbytes - measurement.nbytes)
+        on_bytes(self.nbytes - measurement.nbytes)  # a progress bar for all measurements must come to its end
         return measurement
 
     def _timed(self, settings: Settings, limit_s: float, on_bytes: Callable[[int], object]) -> Measurement:
@@ -128,6 +135,7 @@ class Benchmark:
         memory_before, others = tree_memory_bytes(os.getpid()), set(process_tree(os.getpid()))
         with RangeFetcher(self._s3client_config, PoolConfig(**asdict(settings))) as fetcher:
             _warm_up(fetcher, self._objects[0], settings)
+            # After the warm-up, so that all workers are there, and none of its requests is counted.
             pids, stats = set(process_tree(os.getpid())) - others, fetcher.stats
             cpu_s, started = _cpu_seconds(pids), time.monotonic()
             nbytes = self._read(fetcher, started + limit_s, on_bytes)
@@ -140,7 +148,7 @@ class Benchmark:
         return Measurement(nbytes, seconds, cpu_s, requests, retries, max(0, memory))
 
     def _read(self, fetcher: RangeFetcher, deadline: float, on_bytes: Callable[[int], object]) -> int:
-        """Read until all bytes are there or the deadline is over; returns how many there were."""
+        """Read until all bytes have come or the deadline is over; returns the number of bytes that have come."""
         taken = 0
         for ranges in passes(self._objects, self.nbytes, fetcher.part_size):
             left_s = deadline - time.monotonic()
@@ -151,7 +159,7 @@ class Benchmark:
                 for _, _, view in stream:
                     taken += len(view)
                     on_bytes(len(view))
-                    del view  # or it would keep its memory while the next one is waited for
+                    del view  # else its slot would stay occupied while the next view is waited for
             except PoolTimeout:
                 if time.monotonic() < deadline:
                     raise  # the time of a part was over, not that of the measurement
@@ -160,6 +168,7 @@ class Benchmark:
 
 def _warm_up(fetcher: RangeFetcher, item: SourceObject, settings: Settings) -> None:
     """Read a little for each connection, until every worker has received something."""
+    # Ranges spread evenly over the object: two for each worker, or one for each connection if that is more.
     stride = max(2, item.nbytes // max(2 * settings.workers, settings.connections))
     width = min(_WARM_UP_BYTES, stride // 2)  # ranges that touch would be fetched as one
     ranges = [(start, start + width) for start in range(0, item.nbytes - width + 1, stride)]
@@ -168,7 +177,8 @@ def _warm_up(fetcher: RangeFetcher, item: SourceObject, settings: Settings) -> N
         for _ in fetcher.stream(item.source, ranges, order="completion", max_gap_size=0):
             pass
         answered = sum(worker.requests > 0 for worker in fetcher.stats.workers)
-        # A small object has fewer ranges than there are workers; and some workers may never get one.
+        # A small object has fewer ranges than there are workers. The deadline is for workers that never get a range:
+        # the pool gives parts to the connections that are warm already.
         if answered >= min(settings.workers, len(ranges)) or time.monotonic() > deadline:
             return
 
@@ -176,5 +186,6 @@ def _warm_up(fetcher: RangeFetcher, item: SourceObject, settings: Settings) -> N
 def _cpu_seconds(pids: Iterable[int]) -> float:
     """Processor time so far, of this process and of these."""
     stats = [stat_fields(pid) for pid in pids]
+    # User and system time in clock ticks. Those of this process are finer from process_time().
     ticks = sum(int(fields[11]) + int(fields[12]) for fields in stats if fields)
     return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")

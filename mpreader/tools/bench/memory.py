@@ -2,7 +2,8 @@
 
 The samples are the kernel's counters (``Rss*`` of ``/proc/<pid>/status``), which cost the tree nothing; proportional
 set sizes would be exact, but take seconds of a large process's time. ``python -m mpreader.tools.bench.memory`` is the
-sampler: a process of its own, since a thread would compete for the interpreter's lock with what it measures.
+sampler: a process of its own, since a thread would compete for the interpreter's lock with what it measures. The demo,
+``mpreader load``, ``mpreader bench`` and ``scripts/bench`` use this module; it knows nothing of pools or loads.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class TreeMemory:
     def __enter__(self) -> Self:
         command = [sys.executable, "-m", "mpreader.tools.bench.memory", str(os.getpid()), *map(str, self._excluded)]
         self._sampler = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # noqa: S603
-        # It is ready once it has the number from which all others count: nothing may be allocated before.
+        # The sampler says "ready" when it has taken the value that all samples are compared with: what the block
+        # allocates must come after that.
         if self._sampler.stdout is None or self._sampler.stdout.readline() != "ready\n":
             raise RuntimeError("the memory sampler did not start")
         return self
@@ -75,6 +77,7 @@ def process_tree(root: int, excluded: Container[int] = ()) -> Iterator[int]:
     for entry in os.listdir("/proc"):
         fields = stat_fields(int(entry)) if entry.isdigit() else []
         if fields:
+            # The second field is the parent: /proc leads from a child to its parent only.
             children.setdefault(int(fields[1]), []).append(int(entry))
     todo = [root]
     while todo:

@@ -1,4 +1,8 @@
-"""Source objects: the objects that a benchmark reads, and the ranges that it asks for."""
+"""Source objects: the objects that a benchmark reads, and the ranges that it asks for.
+
+The sweep chooses them here once, and every measurement reads the same ones. The module asks for names and sizes, and
+reads no bytes.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +34,12 @@ class SourceObject:
 
 
 def find_objects(source: str, nbytes: int, s3client_config: S3ClientConfig) -> list[SourceObject]:
-    """Find the object, or the largest ones below the prefix: as many as have ``nbytes`` together, if there are so many.
+    """Find the object, or the largest objects below the prefix, until they have ``nbytes`` bytes together.
+
+    Args:
+        source: ``s3://bucket/key``, ``s3://bucket/prefix`` or an http(s) URL.
+        nbytes: Bytes that are wanted; all objects together may have less.
+        s3client_config: Settings of the S3 client.
 
     Raises:
         PlanError: There are objects, but all are empty.
@@ -43,6 +52,7 @@ def find_objects(source: str, nbytes: int, s3client_config: S3ClientConfig) -> l
     largest = sorted((item for item in found if item.nbytes), key=lambda item: item.nbytes, reverse=True)
     if not largest:
         raise PlanError(f"{without_secrets(source)} is empty: there is nothing to measure with")
+    # For each object the bytes of those before it: it is taken as long as they are too few.
     before = itertools.accumulate((item.nbytes for item in largest), initial=0)
     return [item for item, others in zip(largest, before, strict=False) if others < nbytes]
 
@@ -56,7 +66,8 @@ def passes(objects: Sequence[SourceObject], nbytes: int, part_size: int) -> Iter
     """Cut ``nbytes`` bytes of the objects into ranges of at most ``part_size``.
 
     Yields:
-        ``(start, end)`` by source, ends exclusive: one pass over the objects; more than one where they have less.
+        One pass over the objects: ``(start, end)`` by source, ends exclusive. There are several passes where the
+        objects have less than ``nbytes``.
     """
     left = nbytes
     while left:
@@ -70,6 +81,7 @@ def passes(objects: Sequence[SourceObject], nbytes: int, part_size: int) -> Iter
 
 
 def _find_on_s3(source: str, s3client_config: S3ClientConfig) -> list[SourceObject]:
+    # Imported here: boto3 is slow to import, and http(s) URLs don't need it.
     from mpreader.readers.client import S3Client
     from mpreader.s3 import parse_s3_uri
 
@@ -77,6 +89,7 @@ def _find_on_s3(source: str, s3client_config: S3ClientConfig) -> list[SourceObje
     client = S3Client(s3client_config=s3client_config)
     try:
         missing = ObjectMissing(f"{source}: there are no objects below it", bucket=bucket, key=key)
+        # A URI may name an object or a prefix, and only S3 knows which: the object is tried first.
         if key and not key.endswith("/"):
             try:
                 return [SourceObject(source, client.head_object(bucket, key).size)]

@@ -1,9 +1,9 @@
 """Sweep: measures pool settings on this host and source, and recommends the leanest of the fast ones.
 
-Settings are swept one after the other (``AXES``), each with the values that were found to be enough of those before.
-Settings that are compared are measured in one *round*: all of them once, then all of them again, so that whatever else
-the host and the service have to do hits all alike. The defaults take part in every round, and the final round compares
-the winners of the others.
+The fields of ``AXES`` are swept one after the other; while one is swept, the others keep their best values so far.
+Settings that are compared are measured in one *round*: all of them once, then all of them again, so that other work of
+the host and the service slows all of them alike. The defaults take part in every round, and the final round compares
+the winners of the others. ``mpreader bench`` runs a sweep and prints it; this module prints nothing.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = [
     "sweep",
 ]
 
-AXES: Final = ("workers", "connections_per_worker", "part_size")
+AXES: Final = ("workers", "connections_per_worker", "part_size")  # fields of Settings, in the order of the sweep
 TOLERANCE: Final = 0.03  # rates that differ by less count as equal
 FINAL_ROUND: Final = "final round"
 DEFAULT_NBYTES: Final = 1024 * MiB
@@ -74,7 +74,7 @@ class Sweep:
         wanted_nbytes: Bytes that were asked for; more than ``nbytes`` where they would have taken too long.
         source_nbytes: Bytes of the objects that were read; where they are less than ``nbytes``, they were read again.
         objects: Number of these objects.
-        defaults: Settings of a pool for which nothing else is said.
+        defaults: Settings of a pool that is made without arguments, environment variables included.
         rounds: Results by the name of the round; the recommended settings are in the last one.
         axes: Results by axis, for each of ``AXES`` that was swept.
     """
@@ -156,6 +156,7 @@ def sweep(
     s3client_config = s3client_config or S3ClientConfig()
     defaults = default_settings(s3client_config)
     values = _checked({**host_grid(defaults), **(grid or {})}, s3client_config)
+    # The time for a setting is shared by its repetitions.
     found = find_objects(source, nbytes or DEFAULT_NBYTES, s3client_config)
     source_nbytes = sum(item.nbytes for item in found)
     wanted = nbytes or min(source_nbytes, DEFAULT_NBYTES)
@@ -165,6 +166,7 @@ def sweep(
 
     def measure(name: str, settings: Sequence[Settings]) -> Results:
         with progress_bar(benchmark.nbytes * len(settings) * repeat, name, show=progress, leave=False) as bar:
+            # Not one setting's repetitions in a row: a slow minute of the service would hit that setting alone.
             repetitions = [[benchmark.measure(each, bar.advance) for each in settings] for _ in range(repeat)]
         return dict(zip(settings, zip(*repetitions, strict=True), strict=True))
 
@@ -184,12 +186,12 @@ def search(
 
     Args:
         grid: Values for each of ``AXES``, none of them empty.
-        defaults: They are measured together with others, each time.
-        measure: Measures settings in one round, of this name.
+        defaults: Settings that are measured in every round, together with the others.
+        measure: Is called with the name of a round and its settings; returns their results.
         full: Measure every combination.
 
     Returns:
-        The results by round, and those by axis for each that was swept.
+        The results by the name of the round, and the results by axis, for each axis that was swept.
     """
     rounds: dict[str, Results] = {}
 
@@ -198,12 +200,14 @@ def search(
         rounds[name] = measure(name, list(dict.fromkeys([*settings, defaults])))
         return rounds[name]
 
+    # The sweep starts from the values nearest to the defaults. An axis with one value has nothing to compare, but one
+    # axis must be swept, or nothing would be measured.
     base = Settings(*(_nearest(grid[axis], getattr(defaults, axis)) for axis in AXES))
     swept = [axis for axis in AXES if len(grid[axis]) > 1] or [AXES[0]]
     if full:
         product = [Settings(*values) for values in itertools.product(*(grid[axis] for axis in AXES))]
         found = run("all settings", product)
-        base = recommend({each: found[each] for each in product})
+        base = recommend({each: found[each] for each in product})  # the defaults may lie outside of the grid
         return rounds, {axis: _axis_results(_along(axis, base, grid), found, defaults) for axis in swept}
     axes: dict[str, AxisResults] = {}
     winners = []
@@ -227,7 +231,7 @@ def _axis_results(settings: Sequence[Settings], found: Results, defaults: Settin
 
 
 def _nearest(values: Sequence[int], wanted: int) -> int:
-    # By ratio: values are powers of two, or like them.
+    # By ratio, not by difference: the values grow as powers of two do.
     return min(values, key=lambda value: abs(math.log(value / wanted)))
 
 
@@ -235,7 +239,7 @@ def _nearest(values: Sequence[int], wanted: int) -> int:
 
 
 def default_settings(s3client_config: S3ClientConfig) -> Settings:
-    """Settings of a pool for which nothing is said but in the environment."""
+    """Settings of a pool that is made without arguments: from the environment variables, else from the host."""
     sizes = size_pool(PoolConfig(), s3client_config, Host.now())
     return Settings(sizes.workers, sizes.connections_per_worker, sizes.part_bytes)
 
@@ -252,13 +256,13 @@ def host_grid(defaults: Settings) -> dict[str, Sequence[int]]:
 
 
 def _checked(grid: Grid, s3client_config: S3ClientConfig) -> dict[str, list[int]]:
-    """The values in order, each once; parts as small as a pool with little memory makes them."""
+    """The values in order, each once; part sizes as a pool on this host would really use them."""
     unknown, empty = [axis for axis in grid if axis not in AXES], [axis for axis in AXES if not grid[axis]]
     if unknown or empty:
         raise ConfigError(f"a grid has values for {', '.join(AXES)}; wrong: {', '.join(unknown or empty)}")
-    configs = {axis: [PoolConfig(**{axis: value}) for value in grid[axis]] for axis in AXES}  # checks them
+    configs = {axis: [PoolConfig(**{axis: value}) for value in grid[axis]] for axis in AXES}  # raises for wrong values
     host = Host.now()
-    # Two sizes that memory cuts down to the same one would be measured as two, and be the same.
+    # Where memory is short, a pool uses smaller parts than it is told: two sizes may be the same, measured twice.
     parts = {size_pool(config, s3client_config, host).part_bytes for config in configs["part_size"]}
     return {**{axis: sorted(set(grid[axis])) for axis in AXES}, "part_size": sorted(parts)}
 

@@ -1,6 +1,8 @@
 """Checks of the access to S3: names, proxies, clocks, regions, credentials, permissions.
 
-Everything that may keep one waiting is asked at the same time, in threads of its own, and given up after a few seconds.
+:mod:`mpreader.s3.account` asks the questions; this module judges the answers. Each question that may take long has a
+thread of its own, all are asked at the same time, and those without an answer after a few seconds are given up.
+:func:`mpreader.tools.doctor.examine.examine` is the caller.
 """
 
 from __future__ import annotations
@@ -27,11 +29,12 @@ __all__ = ["examine_access"]
 Found = TypeVar("Found")
 
 _LIMIT_S: Final = 5.0
-_SOON: Final = timedelta(minutes=15)
+_SOON: Final = timedelta(minutes=15)  # credentials that end sooner may end within a load
+# S3 refuses requests at 15 minutes. A clock that is off by this much gets there, and is worth mending before it does.
 _SKEW_WARN: Final = timedelta(minutes=1)
 _SKEW_FAIL: Final = timedelta(minutes=5)
 _SET_CLOCK: Final = "sudo chronyc makestep; to keep it right: sudo timedatectl set-ntp true"
-# botocore's names of the places where it found credentials, in words.
+# In words, by botocore's names of the places where it finds credentials.
 _SOURCES: Final = {
     "env": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY of the environment",
     "shared-credentials-file": "the credentials file",
@@ -44,13 +47,14 @@ _SOURCES: Final = {
     "login": "aws login",
     "custom-process": "the profile's credential_process",
 }
+# Remedies for credentials that have expired, by the same names. All others come from a file.
 _RENEWALS: Final = {
     "env": "unset AWS_CREDENTIAL_EXPIRATION; export AWS_ACCESS_KEY_ID=… AWS_SECRET_ACCESS_KEY=… AWS_SESSION_TOKEN=…",
     "sso": "aws sso login",
     "login": "aws login",
     "custom-process": "see what the profile's credential_process prints: aws configure export-credentials",
 }
-# By the cause of a NoResponse.
+# Remedies by the cause of a NoResponse.
 _CONNECTION_REMEDIES: Final = {
     "tls": "export AWS_CA_BUNDLE=/path/to/the/authorities.pem, that of the endpoint's or the proxy's certificate",
     "proxy": "correct HTTP_PROXY and HTTPS_PROXY, or go past the proxy: export NO_PROXY={host}",
@@ -84,17 +88,18 @@ def examine_access(source: str | None, config: S3ClientConfig, limit_s: float = 
     identity = _begin(account.identify)
     readable = _begin(lambda: _read(account, response, identity, prefix, config)) if bucket else None
     asked: list[Future[Any]] = [addresses, response, identity, *([] if readable is None else [readable])]
-    # Threads that have no answer by then are left to themselves: daemons, which end with the command.
+    # Threads that have no answer by then go on; they are daemons, and so do not keep the command from ending.
     wait(asked, max(0.0, deadline - time.monotonic()))
     yield from _proxy_and_name(account, host, addresses, limit_s)
     yield from _service(account, response, config)
     yield _credentials(identity, config)
+    # Where the bucket was not asked for, a finding above says why; a second one would only repeat it.
     if readable is not None and not isinstance(_failure(readable), _NotAskedError):
         yield _bucket(account, f"s3://{bucket}/{prefix}", readable)
 
 
 class _NotAskedError(Exception):
-    """The bucket was not asked for, since another finding tells why that would fail."""
+    """The bucket was not asked for: the service or the credentials failed, which has a finding of its own."""
 
 
 def _addresses(host: str) -> list[str]:
@@ -102,7 +107,8 @@ def _addresses(host: str) -> list[str]:
 
 
 def _begin(work: Callable[[], Found]) -> Future[Found]:
-    """Start ``work`` in a thread that the program need not wait for: name and metadata services may take very long."""
+    """Start ``work`` in a daemon thread, since a look-up of a name or of credentials may take minutes."""
+    # Not a ThreadPoolExecutor: the interpreter waits for its threads when it ends.
     future: Future[Found] = Future()
 
     def run() -> None:
@@ -119,13 +125,14 @@ def _read(
     account: Account, response: Future[ServiceResponse], identity: Future[Identity], prefix: str, config: S3ClientConfig
 ) -> Readable:
     """Ask for the bucket, once it is known that the service responds and that there are credentials."""
-    # Both futures are waited for here, in a thread of its own; this one is given up with the others.
+    # This waits for both futures, without a limit: it runs in a thread that is given up as the others are.
     if response.exception() or not (config.unsigned or (identity.exception() is None and identity.result().source)):
         raise _NotAskedError
     return account.read(prefix)
 
 
 def _failure(future: Future[Found]) -> BaseException | None:
+    """Error that a question ended in, ``TimeoutError`` if it has no answer yet; None if it has one. Does not wait."""
     return future.exception() if future.done() else TimeoutError("no answer in time")
 
 
@@ -160,6 +167,7 @@ def _service(account: Account, response: Future[ServiceResponse], config: S3Clie
         remedy = _CONNECTION_REMEDIES[cause].format(url=account.url, host=urlsplit(account.url).hostname)
         yield Finding("endpoint", "fail", account.url, f"it can't be asked: {failure}", remedy)
         return
+    # A refusal (403, 404) is an answer, too: the request was sent without a signature.
     found = response.result()
     value = f"{account.url} answers within {found.seconds * 1000:.0f} ms"
     if found.status >= 500:
@@ -215,6 +223,7 @@ def _found_credentials(found: Identity, now: datetime) -> Finding:
     if found.source != "env":
         value += f", profile {found.profile}"
     renewal = _RENEWALS.get(found.source, f"write new ones into the file: aws configure --profile {found.profile}")
+    # The order of the checks is that of their gravity: there is one finding for the credentials.
     if found.lacks_token:
         problem = "they are temporary ones, which are good for nothing without their session token"
         return Finding("credentials", "fail", value, problem, "export AWS_SESSION_TOKEN=…, or: aws_session_token = …")
@@ -225,6 +234,7 @@ def _found_credentials(found: Identity, now: datetime) -> Finding:
         if found.expires - now < _SOON and not found.is_renewed:
             return Finding("credentials", "warn", value, "they expire soon, and nothing renews them", renewal)
         value += ", then renewed" if found.is_renewed else ""
+    # A frequent mistake: keys in the environment take precedence over AWS_PROFILE without a word.
     if found.source == "env" and found.profile != "default":
         problem = f"the keys of the environment are used, not the profile {found.profile} of AWS_PROFILE"
         remedy = "unset AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN, or: unset AWS_PROFILE"
@@ -239,6 +249,7 @@ def _bucket(account: Account, source: str, readable: Future[Readable]) -> Findin
         return Finding("bucket", "fail", source, account.clean(str(failure)), _bucket_remedy(source, failure))
     found = readable.result()
     if found.key is None:
+        # An empty bucket may be meant; an empty prefix is mostly a mistyped one.
         if not parse_s3_uri(source)[1]:
             return Finding("bucket", "ok", f"{source} is empty, and may be listed")
         folder = source.rstrip("/").rpartition("/")[0]
@@ -253,7 +264,7 @@ def _bucket(account: Account, source: str, readable: Future[Readable]) -> Findin
 
 
 def _bucket_remedy(source: str, failure: BaseException) -> str:
-    # By the code of S3 first: one class of errors stands for several causes.
+    # S3's code is looked at first, since one class of mpreader's errors stands for several of them.
     code = code_of(failure)
     if code == "RequestTimeTooSkewed":
         return _SET_CLOCK
@@ -267,6 +278,7 @@ def _bucket_remedy(source: str, failure: BaseException) -> str:
 
 
 def _allow(source: str, action: str, *, is_bucket: bool) -> str:
+    # Listing is a right to the bucket, reading one to its objects.
     bucket, prefix = parse_s3_uri(source)
     resource = f"arn:aws:s3:::{bucket}" if is_bucket else f"arn:aws:s3:::{bucket}/{prefix}*"
     return f'allow it in the IAM or bucket policy: "Action": "{action}", "Resource": "{resource}"'

@@ -1,4 +1,7 @@
-"""Examination of the doctor: all checks, those of the host first, then those of the access to S3."""
+"""Examination of the doctor: all checks, those of the host first, then those of the access to S3.
+
+``mpreader doctor`` calls :func:`examine` and prints the findings. The checks are in the modules beside this one.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +32,7 @@ def examine(
         ConfigError: ``source`` is no ``s3://`` URI.
     """
     if sys.platform != "linux":
+        # The other checks read /proc and /dev/shm, and would fail.
         return [Finding("system", "fail", sys.platform, "mpreader runs on Linux only", "docker run -it python:3.12")]
     s3client_config = s3client_config or S3ClientConfig()
     findings = examine_host(HostFacts.now(), s3client_config, pool_config or PoolConfig())

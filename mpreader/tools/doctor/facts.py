@@ -1,4 +1,7 @@
-"""Host facts: everything about a host that the doctor judges without the network, gathered at one time."""
+"""Host facts: everything about a host that the doctor judges without the network, gathered at one time.
+
+:mod:`mpreader.tools.doctor.host` judges them. Nothing is judged here, so that a test can pass facts that it makes up.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +28,11 @@ class HostFacts:
     Attributes:
         all_cores: Cores of the host, whoever may use them.
         memory_bytes: Memory of the host.
-        host: The share of it that this process may use; the sizes of a pool are derived from it.
+        host: Cores and memory that this process may use; the sizes of a pool are derived from them.
         cgroup: Limits of the process's control groups.
         shm_bytes: Size of ``/dev/shm``; 0 if there is none.
         open_files: Descriptors that are open now.
-        files: Descriptors that the process may have open, and the number to which it may raise that.
+        files: Soft and hard limit of open descriptors: the process may raise the soft one up to the hard one.
         versions: Versions of packages by name; None: not installed.
         environment: The environment variables.
     """
@@ -49,7 +52,7 @@ class HostFacts:
         """Gather the facts."""
         shm_bytes = 0
         with contextlib.suppress(OSError):
-            status = os.statvfs("/dev/shm")  # noqa: S108  # asked about, not written to
+            status = os.statvfs("/dev/shm")  # noqa: S108  # only its size is read
             shm_bytes = status.f_blocks * status.f_frsize
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         return cls(

@@ -1,4 +1,7 @@
-"""Finding: the result of one check of the doctor, with the remedy if something is wrong."""
+"""Finding: the result of one check of the doctor, with the remedy if something is wrong.
+
+The checks make findings; ``mpreader doctor`` prints them, as lines or as JSON under the names of their fields.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ class Finding:
         status: ``"ok"``; ``"warn"``: it works, but worse than it could; ``"fail"``: it does not.
         value: The state that was found.
         problem: The fault; None if there is none.
-        remedy: The command, or the setting, that mends it; None if there is no fault.
+        remedy: A command or a setting that removes the fault; None if there is no fault.
     """
 
     name: str

@@ -1,7 +1,7 @@
 """Checks of a host's set-up: packages, settings, certificates, cores, memory, shared memory, descriptors.
 
-They need no network; the checks that do are in :mod:`mpreader.tools.doctor.access`. The facts come from
-:mod:`mpreader.tools.doctor.facts`, so that a test can judge a host that it makes up.
+They need no network; the checks that do are in :mod:`mpreader.tools.doctor.access`. They judge the facts that
+:mod:`mpreader.tools.doctor.facts` gathers, and look up nothing themselves but certificate files and pool settings.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from mpreader.version import __version__
 __all__ = ["examine_host", "files_needed"]
 
 _GiB: Final = 1024 * MiB
-_UNLIMITED: Final = 1 << 60
+_UNLIMITED: Final = 1 << 60  # bytes or descriptors; an integer, so that sizes can be computed with it
 _PACKAGES: Final = {
     "torch": "checkpoints can't be loaded without it; ranges can be fetched",
     "isal": "CRC-32 is some eight times slower without it",
 }
-# Descriptors besides a pool's own: boto3's connections, and those that an interpreter opens in passing.
-_CLIENT_FILES: Final = 32
-_SPARE_FILES: Final = 16
+# Descriptors besides those of the pool.
+_CLIENT_FILES: Final = 32  # connections of boto3
+_SPARE_FILES: Final = 16  # files that an interpreter opens for a moment, such as the modules that it imports
 _KNOWN_VARIABLES: Final = [*(f"MPREADER_{name.upper()}" for name in POOL_SETTINGS), "MPREADER_PROGRESS"]
 _CA_VARIABLES: Final = ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
 
@@ -49,19 +49,22 @@ def examine_host(facts: HostFacts, s3client_config: S3ClientConfig, pool_config:
     yield from _packages(facts.versions)
     yield from _variables(facts.environment)
     yield from _certificates(facts.environment)
-    # The pool that would be made if memory were no limit: memory is judged by what this one needs.
+    # The pool that would be made if memory were unlimited: the free memory is compared with what this pool needs.
     roomy = replace(facts.host, free_memory=_UNLIMITED, free_shm=_UNLIMITED)
     try:
         wanted = size_pool(pool_config, s3client_config, roomy)
         asked_for = (pool_config.value("max_memory") or 0) * facts.host.sharers
     except ConfigError as error:
+        # The error is of one setting, maybe an argument's; the remedy names all variables that are wrong.
         wrong = " ".join(f"MPREADER_{name.upper()}" for name in POOL_SETTINGS if _is_wrong(name))
         remedy = f"correct it, or: unset {wrong}"
         yield Finding("pool", "fail", "a setting is wrong", str(error), remedy)
         return
+    # All ranks of this host run a pool like this one, and share its memory.
     yield _cores(facts)
     window = wanted.window_bytes * facts.host.sharers
-    # A pool takes at most half of the free memory and 80 % of /dev/shm: there must be that much more than the window.
+    # A pool takes at most half of the free memory and 80 % of /dev/shm (mpreader.pool.sizing), so this much must be
+    # free for the window to fit. max_memory, if it was set, is taken as it is.
     yield _memory(facts, max(2 * window, asked_for), asked_for)
     yield _shared_memory(facts, max(window * 10 // 8, asked_for), asked_for)
     try:
@@ -104,6 +107,7 @@ def _is_wrong(setting: str) -> bool:
 
 def _certificates(environment: Mapping[str, str]) -> Iterator[Finding]:
     given = {name: environment[name] for name in _CA_VARIABLES if environment.get(name)}
+    # All that are set are checked: boto3 and the http(s) sources each follow others of them.
     for name, path in given.items():
         problem = _try_certificates(path)
         if problem is not None:
@@ -113,7 +117,7 @@ def _certificates(environment: Mapping[str, str]) -> Iterator[Finding]:
             yield Finding("certificates", "ok", f"those of {name}={path}")
     if not given:
         yield Finding("certificates", "ok", "the usual ones")
-    if environment.get("AWS_CA_BUNDLE") == "":
+    if environment.get("AWS_CA_BUNDLE") == "":  # set, but empty
         yield Finding(
             "certificates", "warn", "AWS_CA_BUNDLE=", "newer boto3 refuses an empty one", "unset AWS_CA_BUNDLE"
         )
@@ -157,8 +161,19 @@ def _shared_memory(facts: HostFacts, wanted: int, asked_for: int) -> Finding:
     return _shortage("shared memory", value, facts, wanted, asked_for, free * 8 // 10, remedy)
 
 
-# A load works with less memory than it wants, but not with less than the user asks for.
 def _shortage(name: str, value: str, facts: HostFacts, wanted: int, asked_for: int, spare: int, remedy: str) -> Finding:
+    """Finding for memory of which less is free than ``wanted``.
+
+    Args:
+        name: Subject of the check.
+        value: The state that was found.
+        facts: Facts of the host.
+        wanted: Bytes that must be free, for all ranks of the host.
+        asked_for: Those of them that ``max_memory`` asks for; 0 if it is not set.
+        spare: Bytes that all ranks together may take of what is free.
+        remedy: Command that makes more memory free.
+    """
+    # A pool works with less memory than it wants, but fails with less than the user asked for.
     if asked_for == wanted:
         problem = f"{_size(asked_for)} are asked for (max_memory): a load that needs them fails"
         remedy = f"export MPREADER_MAX_MEMORY={max(1, spare // facts.host.sharers // MiB)}MiB; or: {remedy}"
@@ -184,7 +199,7 @@ def _files(facts: HostFacts, sizes: PoolSizes) -> Finding:
     value = f"{'any number' if soft == _UNLIMITED else soft} allowed, {needed} needed"
     if soft >= needed:
         return Finding("descriptors", "ok", value)
-    # Half as many again, since the program has files of its own; rounded up to a power of two.
+    # The remedy allows half as many again, for files of the program, rounded up to a power of two.
     ask = 1 << (needed * 3 // 2).bit_length()
     if hard >= needed:
         remedy = f"ulimit -n {min(ask, hard)}"

@@ -1,1 +1,1 @@
-"""Downloads of the command ``fetch``: an object, or ranges of it, into a file or a pipe."""
+"""Downloads of the command ``fetch``: an object, or ranges of it, into a file or a pipe, resumed and verified."""

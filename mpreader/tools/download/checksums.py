@@ -1,4 +1,7 @@
-"""Checksums of a stream of bytes, several in one pass."""
+"""Checksums of a stream of bytes, several in one pass, by the names of S3's algorithms.
+
+A download computes two at most: the one that is reported, and the one that S3 has stored.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import Any, Final
 __all__ = ["COMPUTABLE", "Digests"]
 
 COMPUTABLE: Final = ("sha256", "sha1", "crc32", "md5")
-"""Algorithms of the standard library that S3 stores checksums of, too; the best one first."""
+"""Algorithms that both S3 and the standard library know, in the order of preference."""
 
 
 class Digests:

@@ -1,7 +1,9 @@
 """Downloads of an object, or of ranges of it, into a file or a stream: in bounded memory, resumed, verified.
 
-A file grows as ``FILE.part``, beside it ``FILE.part.json``, which says of what it is a part. It is renamed to ``FILE``
-when it is whole, on the disk, and right.
+:mod:`~mpreader.tools.download.plan` decides which bytes are fetched, :mod:`~mpreader.tools.download.part_file` keeps
+them until the file is whole, and this module fetches, writes and compares them. A file grows as ``FILE.part``; beside
+it ``FILE.part.json`` names the object, its version and the ranges. It is renamed to ``FILE`` when it is whole, on the
+disk, and verified. ``mpreader fetch`` calls :func:`download` and :func:`copy_to`, and shows progress and result.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ class Downloaded:
         bytes: Size of the file, or bytes written to the stream.
         resumed_from: Bytes that an earlier call had left, and that were not fetched again.
         seconds: Time that this call took.
-        checksum: Of all the bytes, such as ``"sha256:9f86d0…"``; None if none was wanted.
+        checksum: Checksum of all the bytes, such as ``"sha256:9f86d0…"``; None if none was wanted.
         verified_against: The checksum that the bytes were compared with, in words; None if there was none.
         why_unverified: Reason, in words, for which there was none; None if they were verified.
         started_over: Reason, in words, for which an earlier call's part was dropped; None if none was.
@@ -62,7 +64,7 @@ def download(
 ) -> Downloaded:
     """Write an object, or ranges of it one behind the other, to a file, and verify it.
 
-    The file is there once all of it is right; until then ``FILE.part`` grows. If that was left by an earlier call for
+    The file appears once all of it is verified; until then ``FILE.part`` grows. If that was left by an earlier call for
     the same ranges of the same version of the object, only the rest is fetched.
 
     Args:
@@ -95,7 +97,7 @@ def download(
         try:
             _verify(plan, digests)
         except ChecksumMismatch:
-            part.discard()  # or the next call would go on from wrong bytes
+            part.discard()  # else the next call would keep the wrong bytes, and only fetch the rest
             raise
         part.finish()
     return _result(plan, digests, kept, started, part.started_over)
@@ -128,10 +130,10 @@ def copy_to(
     started = time.monotonic()
     plan = DownloadPlan.of(fetcher, source, ranges, checksum)
     digests = plan.digests()
-    # Not file.write: Python's stdout has no buffer under PYTHONUNBUFFERED, and may take less at one time.
+    # Not file.write alone: under PYTHONUNBUFFERED stdout is a raw file, whose write() may take a part of the bytes.
     _receive(fetcher, plan, partial(write_all, file), digests, 0, on_progress)
     file.flush()
-    _verify(plan, digests)
+    _verify(plan, digests)  # a stream can't be taken back: the error comes after the bytes
     return _result(plan, digests, 0, started, None)
 
 
@@ -165,16 +167,17 @@ def _receive(
     done, nbytes = kept, plan.nbytes
     on_progress(done, nbytes)
     pieces = list(plan.pieces(kept, fetcher.part_size))
-    if not pieces:
+    if not pieces:  # an earlier call has fetched all, but could not finish the file
         return
+    # In the order of the file, since it grows at its end, and without gaps, which would be fetched in vain.
     with fetcher.stream(plan.source, pieces, order="input", max_gap_size=0) as stream:
         for _, view in stream:
             write(view)
             digests.update(view)
             done += len(view)
             on_progress(done, nbytes)
-            del view  # or it would keep its memory while the next one is waited for
-    # A stream is of one version, but it finds out by itself of which: that it was the plan's is known only now.
+            del view  # else its slot would stay occupied while the next view is waited for
+    # All bytes of a stream are of one version: the one that the stream finds, which may be newer than the plan's.
     if fetcher.stat(plan.source) != plan.version:
         raise ObjectChanged(
             f"{plan.target.uri}: the object was overwritten while it was read; start again",

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["PartFile", "write_all"]
 
 _READ_BYTES: Final = 1 * MiB
-# Some network file systems have no locks: a download to them is worth more than the protection against a second one.
+# Some network file systems have no locks. A download there goes on without one, unprotected against a second writer.
 _HAS_NO_LOCKS: Final = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK})
 
 _log = logging.getLogger(__name__)
@@ -37,10 +37,11 @@ class PartFile:
     """``FILE.part``, locked, with the bytes that an earlier call for the same download left in it. A context manager.
 
     ``FILE.part.json`` beside it holds the identity of the download. Both stay when the block ends in an error, so that
-    another call can go on, unless nothing was written; :meth:`finish` and :meth:`discard` take them away.
+    another call can go on, unless nothing was written. :meth:`finish` renames the part, :meth:`discard` removes it, and
+    both remove the identity.
 
     Args:
-        path: FILE; where it is a link, the file behind it is meant.
+        path: FILE; of a symbolic link the file that it leads to.
         identity: Facts that must be the same for a call to go on: ``source``, ``etag``, ``size`` and ``ranges``.
         resume: Keep the bytes that are there, if they are of this download. False: drop them.
 
@@ -54,15 +55,16 @@ class PartFile:
     def __init__(self, path: str | os.PathLike[str], identity: dict[str, Any], *, resume: bool = True) -> None:
         self._final, self._path, self._state = _paths(path)
         self.started_over: str | None = None
-        # Opened without truncating: an earlier call's bytes are in it, or it is another process's.
+        # Opened without truncating: it may hold the bytes of an earlier call, or belong to another process.
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
         self._file = open(os.open(self._path, flags, 0o666), "r+b", buffering=0)  # noqa: SIM115  # closed by __exit__
         try:
-            self._lock()  # before its size is looked at, which another writer may change
+            self._lock()  # before the size is read, which another writer could still change
             left = os.fstat(self._file.fileno()).st_size
             self.started_over = self._why_useless(left, identity) if resume and left else None
             if not resume or not left or self.started_over is not None:
-                # Truncated first: bytes must never stand beside the identity of another download.
+                # Truncated before the identity is written: after a crash between the two, an empty part is of another
+                # download, which is harmless; old bytes beside a new identity would be taken for the new object's.
                 self._file.truncate(0)
                 self._state.write_text(json.dumps(identity, indent=2) + "\n")
         except BaseException:
@@ -96,7 +98,7 @@ class PartFile:
         """Hand the bytes that are there already to ``use``, piece by piece; returns how many they are."""
         kept = 0
         while chunk := self._file.read(_READ_BYTES):
-            use(chunk)  # the checksum of the file is of these bytes, too
+            use(chunk)  # the checksum is that of the whole file, and so of these bytes, too
             kept += len(chunk)
         if kept:
             _log.info("%s has %d bytes already", self._path, kept)
@@ -108,13 +110,17 @@ class PartFile:
             write_all(self._file, data)
 
     def finish(self) -> None:
-        """Bring the file to the disk, and give it its name."""
+        """Bring the file to the disk, and give it its final name.
+
+        Raises:
+            OSError: One of the two failed; the part is still there.
+        """
         with errors_naming(self._path):
             rename_whole(self._file, self._path, self._final)
         self._state.unlink(missing_ok=True)
 
     def discard(self) -> None:
-        """Remove the part, and the file beside it."""
+        """Remove the part and its identity."""
         self._path.unlink(missing_ok=True)
         self._state.unlink(missing_ok=True)
 
@@ -123,14 +129,16 @@ class PartFile:
 
     def __exit__(self, *_: object) -> None:
         with self._file:  # closes it, and with it the lock
-            # A part without bytes is of no use to anybody. After finish() the open file has another name.
+            # An empty part would only litter the folder. After finish() the open file has its final name, and one
+            # that is called FILE.part now would be another process's.
             if not os.fstat(self._file.fileno()).st_size and self._is_there():
                 self.discard()
 
     def _lock(self) -> None:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Its former owner may have renamed it meanwhile: then it is the finished file.
+            # Between our open() and the lock, its former owner may have renamed it: then it is the finished file,
+            # which must not be written to.
             is_ours = self._is_there()
         except OSError as error:
             is_ours = error.errno in _HAS_NO_LOCKS
@@ -179,7 +187,7 @@ def write_all(file: BinaryIO | FileIO, data: memoryview) -> None:
 
 
 def _paths(path: str | os.PathLike[str]) -> tuple[Path, Path, Path]:
-    """The file, its part, and the file that says of what that is a part."""
-    # Of a link the file behind it is replaced, as if it were written to.
+    """Paths of the file, of its part, and of the identity of the part."""
+    # A rename would replace a symbolic link itself. The file that it leads to is replaced, as if it were written to.
     final = Path(os.path.realpath(path))
     return final, Path(f"{final}.part"), Path(f"{final}.part.json")

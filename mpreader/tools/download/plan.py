@@ -6,7 +6,7 @@ version and, of a whole object on S3, for its stored checksum; it fetches no byt
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -44,14 +44,15 @@ class Target(NamedTuple):
             ConfigError: It is neither ``s3://bucket/key`` nor an http(s) URL.
         """
         if source.startswith("s3://"):
-            from mpreader.s3 import parse_s3_uri
+            from mpreader.s3 import parse_s3_uri  # imports boto3, which is slow and not needed for a URL
 
             bucket, key = parse_s3_uri(source)
             if not key:
                 raise ConfigError(f"{source!r} names a bucket, not an object in it; write s3://bucket/key")
             return cls(bucket, key, source)
         if "://" not in source:
-            shown = source.partition("?")[0].rpartition("@")[2]  # it may have been meant as a URL with secrets
+            # Without query and user, which hold the secrets if it was meant as a URL and the scheme was forgotten.
+            shown = source.partition("?")[0].rpartition("@")[2]
             raise ConfigError(f"not a source: {shown!r}; write s3://bucket/key or https://host/path")
         from mpreader.sources.http import HttpSource
 
@@ -113,13 +114,12 @@ class DownloadPlan:
         """
         if checksum not in CHECKSUMS:
             raise ConfigError(f"checksum must be one of {', '.join(CHECKSUMS)}, got {checksum!r}")
-        asked = None if ranges is None else list(ranges)
         target = Target.of(source)
         version = fetcher.stat(source)
-        wanted = [ItemRange(0, version.size)] if asked is None else _resolve(target, asked, version.size)
+        wanted = [ItemRange(0, version.size)] if ranges is None else _resolve(target, ranges, version.size)
         algorithm = None if checksum == "none" else checksum
         stored, why = None, "it was not asked for"
-        if algorithm is not None and asked is not None:
+        if algorithm is not None and ranges is not None:
             why = "only ranges were fetched, and checksums are those of whole objects"
         elif algorithm is not None:
             stored, why = _find_stored(fetcher, source, target, version, algorithm)
@@ -147,17 +147,18 @@ class DownloadPlan:
     def pieces(self, skip: int, most_bytes: int) -> Iterator[tuple[int, int]]:
         """Cut the ranges, all but their first ``skip`` bytes, into ``(start, end)`` of at most ``most_bytes``."""
         for item_range in self.ranges:
+            # The bytes to skip may cover whole ranges, and the beginning of the one after them.
             start = item_range.start + min(skip, item_range.size)
             skip -= start - item_range.start
             for piece_start in range(start, item_range.end, most_bytes):
                 yield piece_start, min(piece_start + most_bytes, item_range.end)
 
 
-def _resolve(target: Target, ranges: Sequence[RangeOfObject], size: int) -> list[ItemRange]:
+def _resolve(target: Target, ranges: Iterable[RangeOfObject], size: int) -> list[ItemRange]:
     resolved = []
     for start, end in ranges:
         first = max(size + start, 0) if start < 0 else start
-        last = size if end is None else end
+        last = size if end is None else end  # exclusive
         if not first <= last <= size:
             text = f"{start}-{'' if end is None else end}"
             raise PlanError(f"{target.uri}: the range {text} lies outside of its {size} bytes")
@@ -168,10 +169,15 @@ def _resolve(target: Target, ranges: Sequence[RangeOfObject], size: int) -> list
 def _find_stored(
     fetcher: RangeFetcher, source: str, target: Target, version: ObjectVersion, algorithm: str
 ) -> tuple[StoredChecksum | None, str]:
-    """A checksum that S3 has stored of this version, the wanted algorithm's if possible; else the reason why not."""
+    """Find a checksum that S3 has stored of this version, of the wanted algorithm if possible.
+
+    Returns:
+        The checksum and "", or None and the reason, in words, why there is none.
+    """
     if not source.startswith("s3://"):
         return None, "an http server stores no checksum"
     stored = fetcher.client().checksums(target.bucket, target.key)
+    # The checksums were asked for after the version, and may be those of a newer one.
     if stored.etag != version.etag:
         return None, "the object was overwritten meanwhile"
     for name in (algorithm, *COMPUTABLE):

@@ -254,7 +254,7 @@ def loading(server: FaultServer, workers_of: WorkersOf) -> Iterator[subprocess.P
 def test_ctrl_c_is_a_keyboard_interrupt_at_once(loading: subprocess.Popen[str], workers_of: WorkersOf) -> None:
     os.killpg(loading.pid, signal.SIGINT)
     _, err = loading.communicate(timeout=30)
-    assert loading.returncode == -signal.SIGINT
+    assert loading.returncode == -signal.SIGINT, err
     assert err.count("Traceback") == 1, err
     assert err.rstrip().endswith("KeyboardInterrupt")
     assert workers_of(loading.pid) == []

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mpreader.config import KiB, MiB
-from mpreader.errors import ArenaExhausted, PlanError, PoolClosed, TransportError
-from mpreader.pool.pool import Pool
+from mpreader.config import KiB, MiB, PoolConfig
+from mpreader.errors import ArenaExhausted, PlanError, PoolClosed, PoolError, TransportError
+from mpreader.pool.pool import Pool, release_shared_pool, shared_pool
 from mpreader.pool.requests import SlotRead
 from mpreader.pool.source import ObjectVersion
 from mpreader.pool.transfer import Transfer
@@ -450,3 +450,75 @@ def test_pool_in_a_reference_cycle_is_collected(cut_object: CutObject) -> None:
     del pool, holder
     gc.collect()
     assert coordinator.is_ended
+
+
+# -- pools that are shared, end, or fail to start
+
+
+def test_shared_pool_that_is_used_again_is_not_suspended(source: Any, cut_object: CutObject, data: bytes) -> None:
+    pool = shared_pool(PoolConfig(workers=1, connections_per_worker=2, max_memory=MiB))
+    transfer = pool.read([source], cut_object(PART, 2))
+    transfer.take(0)
+    pool.suspend_if_unused()  # as the user before would, who has just counted itself out
+    check(transfer.slot_reads[1], transfer.take(1), data)
+    transfer.close()
+    release_shared_pool(pool)
+    assert not pool.is_running
+
+
+def test_pool_with_an_endless_idle_time_works(make_pool: MakePool, source: Any, cut_object: CutObject) -> None:
+    pool = make_pool(idle_timeout_s=1e9)
+    for _ in range(2):
+        transfer = pool.read([source], cut_object(PART, 1))
+        assert len(transfer.take(0)) == PART
+        transfer.close()
+    assert pool.is_running
+
+
+def test_pool_that_ends_tells_everybody_whatever_other_threads_say_meanwhile(
+    make_pool: MakePool, source: Any, cut_object: CutObject, server: FaultServer
+) -> None:
+    server.inject(Fault(FaultKind.STALL, seconds=3600))
+    pool = make_pool()
+    transfer = pool.read([source], cut_object(PART, 1))
+    coordinator = pool.coordinator
+    assert coordinator is not None
+    is_over = threading.Event()
+
+    def talk() -> None:
+        while not is_over.is_set():
+            transfer.discard(1, 1000)
+
+    def take() -> None:
+        with pytest.raises(PoolClosed):
+            transfer.take(0)
+
+    talkers = [threading.Thread(target=talk) for _ in range(2)]
+    for talker in talkers:
+        talker.start()
+    taker = threading.Thread(target=take)
+    taker.start()
+    wait_until(lambda: transfer._pending)
+    pool.close()
+    taker.join(30)
+    is_over.set()
+    for talker in talkers:
+        talker.join(30)
+    assert not taker.is_alive()
+    assert coordinator.workers.pids == []
+
+
+def test_pool_that_fails_to_start_again_counts_nothing_twice(
+    make_pool: MakePool, source: Any, cut_object: CutObject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = make_pool(idle_timeout_s=0.1)
+    transfer = pool.read([source], cut_object(PART, 3))
+    for index in range(3):
+        transfer.take(index)
+    transfer.close()
+    wait_until(lambda: not pool.is_running)
+    monkeypatch.setattr("multiprocessing.spawn.get_executable", lambda: "/there/is/no/interpreter")
+    for _ in range(3):
+        with pytest.raises(PoolError, match="can't start a worker"):
+            pool.start()
+    assert pool.stats().bytes == 3 * PART

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.serialization import config as serialization_config
 
-from mpreader.dcp.record import BufferItem, RecordCorrupted, decode_layout, read_payload_crc
+from mpreader.dcp.record import BufferItem, RecordCorrupted, _known_fronts, decode_layout, read_payload_crc
 from mpreader.dcp.tensor import copy_into, load_whole
 
 
@@ -109,6 +109,18 @@ def test_layout_without_saved_checksums_has_none() -> None:
     assert torch.equal(load_like_reader(BufferItem(record)), torch.arange(5))
     # A record that only torch.load understands is not refused for it either.
     assert torch.equal(load_whole(BufferItem(record)), torch.arange(5))
+
+
+def test_layouts_of_records_with_long_fronts_are_not_kept() -> None:
+    before = dict(_known_fronts)
+    usual = serialization_config.save.storage_alignment
+    serialization_config.save.storage_alignment = 16 * 1024
+    try:
+        record = record_of(torch.arange(7))
+    finally:
+        serialization_config.save.storage_alignment = usual
+    assert decode_layout(BufferItem(record)) is not None
+    assert _known_fronts == before, "a hostile checkpoint could fill the memory of the process with them"
 
 
 def test_layout_of_a_known_head_still_notices_a_flip_in_it() -> None:

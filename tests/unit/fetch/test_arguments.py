@@ -6,6 +6,7 @@ import math
 import time
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from mpreader import ConfigError, PlanError
 from mpreader.config import MiB
 from mpreader.fetch.arguments import FetchOptions, needs_size, to_item_ranges
+from mpreader.ranges import ItemRange
 
 DATA = bytes(range(40))
 
@@ -32,6 +34,12 @@ def test_ranges_mean_what_slices_mean_or_are_refused(start: int | None, end: int
         [item_range] = to_item_ranges([item], size)
         assert (item_range.start, item_range.end) == (first, stop)
         assert DATA[item_range.start : item_range.end] == DATA[start:end]
+
+
+def test_numpy_integers_are_whole_numbers_too() -> None:
+    ranges: Any = [(np.int64(-8), None), (np.int32(2), np.int64(-1))]
+    assert needs_size(ranges)
+    assert to_item_ranges(ranges, 100) == [ItemRange(92, 100), ItemRange(2, 99)]
 
 
 def test_only_ranges_from_the_end_need_the_size() -> None:

@@ -20,7 +20,7 @@ def simulate(limiter: ConcurrencyLimiter, seconds: float, processor_wait_s: floa
     for number in range(rounds):
         now = 1.0 + number * 0.001
         limiter.limit(*SERVER, now)
-        limiter.note(*SERVER, seconds, processor_wait_s, now)
+        limiter.observe(*SERVER, seconds, processor_wait_s, now)
     return limiter.limit(*SERVER, 2.0 + rounds)
 
 

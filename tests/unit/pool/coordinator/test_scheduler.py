@@ -253,6 +253,23 @@ def test_scheduler_waits_for_views_only_so_long_however_often_it_is_asked(make_b
     assert len(held) == PART
 
 
+def test_scheduler_memory_that_was_short_for_one_who_has_gone_fails_nobody_else(
+    make_bench: Callable[[int], Bench],
+) -> None:
+    bench = make_bench(1)
+    transfer = bench.open(2)
+    bench.receive(bench.send())
+    held = [transfer.take(0)]
+    gone = transfer.begin_take((1,))
+    bench.send(now=10.0)
+    transfer.cancel(gone)
+    bench.send(now=10.0 + LEASE_TIMEOUT_S)
+    held.clear()
+    take = transfer.begin_take((1,))
+    bench.receive(bench.send(now=20.0))
+    assert len(transfer.result(take)[1]) == PART
+
+
 def test_scheduler_begins_to_wait_for_views_anew_once_memory_has_come(make_bench: Callable[[int], Bench]) -> None:
     bench = make_bench(1)
     transfer = bench.open(3)
@@ -296,6 +313,30 @@ def test_scheduler_slot_of_a_dropped_part_comes_back_only_when_its_worker_is_don
     assert bench.send() == [], "a worker may still write into that slot"
     bench.scheduler.failed(Failed(part.number, FailureKind.CANCELLED, 0, "cancelled"), 0.0)
     assert len(bench.send()) == 1
+
+
+def test_scheduler_slot_of_a_dropped_part_that_waits_for_its_next_attempt_comes_back_at_once(
+    make_bench: Callable[[int], Bench],
+) -> None:
+    bench = make_bench(1)
+    dropped = bench.open(1)
+    [part] = bench.send()
+    bench.scheduler.failed(Failed(part.number, FailureKind.BUSY, 0, "HTTP 503", retry_after_s=60.0), 0.0)
+    dropped.close()
+    transfer = bench.open(1)
+    assert reads_of(bench.send(now=1.0)) == [(transfer.read, 0)]
+    assert bench.send(now=100.0) == [], "the part of the closed read was tried again"
+
+
+def test_scheduler_demand_goes_before_what_was_started_already(make_bench: Callable[[int], Bench]) -> None:
+    bench = make_bench(6)
+    ahead, urgent = bench.open(1, parts=4), bench.open(2)
+    first = bench.scheduler.next_part(0.0)
+    assert first is not None
+    assert reads_of([first]) == [(ahead.read, 0)]
+    urgent.begin_take((1,))
+    bench.read_inbox()
+    assert reads_of(bench.send())[:2] == [(urgent.read, 1), (ahead.read, 0)]
 
 
 def test_scheduler_slot_that_arrives_after_the_close_comes_back(make_bench: Callable[[int], Bench]) -> None:
