@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 import os
 import secrets
@@ -28,14 +27,6 @@ def _process_wide_singletons() -> None:
         from s3torchconnectorclient._mountpoint_s3_client import MountpointS3Client
 
         MountpointS3Client(region="us-east-1", unsigned=True)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _collections_stay_short() -> Iterator[None]:
-    """Let collections pass over what imports and earlier modules have left, which takes up to 0.4 s each time."""
-    gc.freeze()
-    yield
-    gc.collect()
 
 
 @pytest.fixture(autouse=True)

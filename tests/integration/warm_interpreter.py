@@ -24,7 +24,7 @@ __all__ = ["WarmInterpreter"]
 
 _TIMEOUT_S = 150
 _PROGRAM = """
-import gc, importlib, json, os, runpy, socket, sys, warnings
+import atexit, gc, importlib, json, os, runpy, socket, sys, warnings
 import boto3, matplotlib.pyplot, torch.distributed.checkpoint, mpreader.cli.main, mpreader.dcp
 
 channel = socket.socket(fileno=int(sys.argv[1]))
@@ -35,7 +35,6 @@ while True:
     request = json.loads(message)
     for name in request["preload"]:
         importlib.import_module(name)
-    gc.freeze()  # the fork's collector would touch, and so copy, all that was imported: a second at its end
     pid = os.fork()
     if not pid:
         break
@@ -44,6 +43,7 @@ while True:
     channel.send(b"%d" % os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 
 channel.close()
+atexit.register(gc.freeze)  # at the very end, where the last collection would copy, page by page, all that was imported
 for number, stream in enumerate(streams, 1):
     os.dup2(stream, number)
     os.close(stream)

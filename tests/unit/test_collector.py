@@ -9,13 +9,6 @@ import pytest
 from mpreader.collector import collector_paused, spare_new_objects
 
 
-@pytest.fixture(autouse=True)
-def _nothing_is_frozen() -> Iterator[None]:
-    gc.unfreeze()
-    yield
-    gc.freeze()
-
-
 def test_collector_is_paused_and_goes_on_after_an_error_too() -> None:
     was_enabled = []
 
