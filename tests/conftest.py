@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import secrets
 from collections.abc import Iterator
 
+import botocore.session
 import pytest
 
 from mpreader.testing import S3Server
@@ -27,6 +29,8 @@ def _process_wide_singletons() -> None:
         from s3torchconnectorclient._mountpoint_s3_client import MountpointS3Client
 
         MountpointS3Client(region="us-east-1", unsigned=True)
+    # Each new session of botocore reads its descriptions of S3 again: 0.06 s, hundreds of times.
+    pytest.MonkeyPatch().setattr("botocore.session.create_loader", functools.cache(botocore.session.create_loader))
 
 
 @pytest.fixture(autouse=True)

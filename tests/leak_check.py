@@ -31,9 +31,9 @@ from typing import Any, NamedTuple
 import pytest
 
 _PR_SET_CHILD_SUBREAPER = 36
-# What goes away by itself does so soon; a collection takes a fifth of a second, with all that the tests have imported.
+# What goes away by itself does so soon. A full collection takes half a second, with all that the tests have imported;
+# one of what is young, as the garbage of a test mostly is, takes no time.
 _SOON_S = 0.05
-_COLLECT_INTERVAL_S = 0.25
 _PROC = Path("/proc")
 _SHM = Path("/dev/shm")
 
@@ -63,13 +63,13 @@ def _nothing_is_left(pytestconfig: pytest.Config, caplog: pytest.LogCaptureFixtu
     if pool is not None:
         pool.close_shared_pools()
     started = time.monotonic()
-    collect_at = started + _SOON_S
+    collect_at, generation = started + _SOON_S, 1
     while left := _held() - before | {f"shared memory {name}" for name in _ours(shared_memory_names() - names)}:
         if time.monotonic() > started + float(pytestconfig.getini("leak_grace_s")):
             pytest.fail("left behind: " + ", ".join(sorted(left)), pytrace=False)
         if time.monotonic() > collect_at:
-            gc.collect()  # a client dropped in a reference cycle keeps its sockets until then
-            collect_at = time.monotonic() + _COLLECT_INTERVAL_S
+            gc.collect(generation)  # a client dropped in a reference cycle keeps its sockets until then
+            collect_at, generation = time.monotonic() + _SOON_S, 2
         threading.Event().wait(0.005)
 
 
