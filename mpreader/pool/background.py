@@ -41,7 +41,7 @@ class BackgroundThreads:
         self._max_threads = max_threads
         self._calls: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._threads = 0
-        self._unfinished = 0  # calls that were submitted and have not returned
+        self._unfinished = 0  # calls that were submitted and are not over
         self._lock = threading.Lock()  # guards _unfinished, which the background threads count down
 
     def submit(self, call: Callable[[], Result], on_outcome: Callable[[Result | Exception], object]) -> None:
@@ -58,7 +58,7 @@ class BackgroundThreads:
             # A daemon: a server that never answers must not keep the interpreter from exiting.
             threading.Thread(target=self._work, name=self._name, daemon=True).start()
             self._threads += 1
-        self._calls.put(lambda: on_outcome(_outcome_of(call)))
+        self._calls.put(lambda: self._make(call, on_outcome))
 
     def close(self) -> None:
         """Drop the calls that have not begun, and let the threads end; does not wait for calls that have begun."""
@@ -69,10 +69,16 @@ class BackgroundThreads:
             self._calls.put(None)
         self._threads = 0
 
+    def _make(self, call: Callable[[], Result], on_outcome: Callable[[Result | Exception], object]) -> None:
+        outcome = _outcome_of(call)
+        with self._lock:
+            # Before the outcome is told: the owner may answer it with the next call, which this thread can make.
+            self._unfinished -= 1
+        on_outcome(outcome)
+
     def _work(self) -> None:
         while self._make_next_call():
-            with self._lock:
-                self._unfinished -= 1
+            pass
 
     def _make_next_call(self) -> bool:
         # A method of its own: a loop's variables would keep the last call, and what it refers to, while it waits.

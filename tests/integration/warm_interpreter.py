@@ -24,8 +24,8 @@ __all__ = ["WarmInterpreter"]
 
 _TIMEOUT_S = 150
 _PROGRAM = """
-import importlib, json, os, runpy, socket, sys, warnings
-import torch.distributed.checkpoint, mpreader.cli.main, mpreader.dcp
+import gc, importlib, json, os, runpy, socket, sys, warnings
+import boto3, matplotlib.pyplot, torch.distributed.checkpoint, mpreader.cli.main, mpreader.dcp
 
 channel = socket.socket(fileno=int(sys.argv[1]))
 while True:
@@ -35,6 +35,7 @@ while True:
     request = json.loads(message)
     for name in request["preload"]:
         importlib.import_module(name)
+    gc.freeze()  # the fork's collector would touch, and so copy, all that was imported: a second at its end
     pid = os.fork()
     if not pid:
         break

@@ -76,10 +76,19 @@ def test_background_makes_no_more_calls_at_one_time_than_it_may(threads: Backgro
 
 def test_background_starts_a_thread_only_when_none_is_idle(threads: BackgroundThreads) -> None:
     outcomes: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    for number in range(5):
-        threads.submit(partial(int, number), outcomes.put)
-        assert outcomes.get(timeout=_WAIT_S) == number
-        _await_idle(threads)
+    submitted = threading.Semaphore(0)
+
+    def tell(outcome: object) -> None:
+        outcomes.put(outcome)
+        assert submitted.acquire(timeout=_WAIT_S)  # the owner is quicker than the end of this thread's call
+
+    threads.submit(lambda: 0, tell)
+    for number in range(1, 5):
+        assert outcomes.get(timeout=_WAIT_S) == number - 1
+        threads.submit(partial(int, number), tell)
+        submitted.release()
+    assert outcomes.get(timeout=_WAIT_S) == 4
+    submitted.release()
     assert len(_alive()) == 1
 
 
