@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import random
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -362,19 +361,6 @@ def test_slot_read_whose_parts_do_not_fit_is_refused(make_pool: MakePool, source
     for parts in ((), (Part(0, 11),), (Part(0, 5, slot_offset=6),), (Part(3, 3),), (Part(0, 5, slot_offset=-1),)):
         with pytest.raises(PlanError):
             pool.read([source], [SlotRead(0, 10, parts)])
-
-
-@pytest.mark.row("Ctrl-C")
-def test_read_that_is_interrupted_as_it_begins_is_closed(
-    make_pool: MakePool, cut_object: CutObject, source: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pool = make_pool()
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "numpy", None)  # its import, which may take long, fails
-        with pytest.raises(ImportError):
-            pool.read([source], cut_object(PART, 4))
-    assert pool._caller is not None
-    assert not pool._caller._transfers, "it would go on to the end, and hold its memory"
 
 
 def test_source_that_can_not_be_opened_fails_only_its_own_reading(
