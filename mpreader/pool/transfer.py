@@ -259,17 +259,18 @@ class Transfer:
     def arrived(self, message: SlotArrived) -> None:
         """Keep a slot that has arrived, or hand it over to whoever waits for it."""
         with self._lock:
+            taker = next((take for take in self._pending if message.slot_read in take.wanted), None)
+            # Looked at last: a garbage collection just before may have closed this transfer.
             if self._broken is not None:
                 self._tell(GiveBack(message.lease))
                 return
+            if taker is None:
+                self._arrived[message.slot_read] = message
+            else:
+                self._tell(SlotTaken(message.lease))
+                self._finish(taker, message)
+                self._demand_for_others(message.slot_read)
             self.tally.over_read += self.slot_reads[message.slot_read].over_read
-            for take in self._pending:
-                if message.slot_read in take.wanted:
-                    self._tell(SlotTaken(message.lease))
-                    self._finish(take, message)
-                    self._demand_for_others(message.slot_read)
-                    return
-            self._arrived[message.slot_read] = message
 
     def failed(self, message: SlotFailed) -> None:
         """Hand the error of a slot read over to all who wait for it; if nobody does, keep it for the next one."""
