@@ -28,7 +28,14 @@ def _process_wide_singletons() -> None:
         from s3torchconnectorclient._mountpoint_s3_client import MountpointS3Client
 
         MountpointS3Client(region="us-east-1", unsigned=True)
-    gc.freeze()  # the leak check's collections then pass over what the imports have made: 0.1 s of each
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _collections_stay_short() -> Iterator[None]:
+    """Let collections pass over what imports and earlier modules have left, which takes up to 0.4 s each time."""
+    gc.freeze()
+    yield
+    gc.collect()
 
 
 @pytest.fixture(autouse=True)

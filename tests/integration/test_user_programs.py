@@ -19,6 +19,7 @@ from mpreader.dcp import S3StorageWriter
 
 if TYPE_CHECKING:
     from tests.integration.conftest import WorkersOf
+    from tests.integration.warm_interpreter import WarmInterpreter
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 
@@ -87,7 +88,9 @@ def test_script_without_main_guard_loads_whatever_lies_in_the_working_folder(
 
 @pytest.mark.parametrize("start_method", ["fork", "spawn"])
 @pytest.mark.row("no __main__ guard, stdin, daemonic process", "fork of the program after use", within_s=60)
-def test_dataloader_worker_loads(checkpoint: str, tmp_path: Path, start_method: str) -> None:
+def test_dataloader_worker_loads(
+    checkpoint: str, tmp_path: Path, warm_interpreter: WarmInterpreter, start_method: str
+) -> None:
     module = tmp_path / "dataset.py"
     module.write_text(
         LOAD
@@ -103,7 +106,8 @@ if __name__ == "__main__":
     print([bool(item) for item in loader], load({checkpoint!r}))
 """
     )
-    assert run([sys.executable, str(module)]) == "[True] True\n"
+    done = warm_interpreter.run(module)
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", "[True] True\n")
 
 
 @pytest.mark.row("parent killed")

@@ -8,13 +8,16 @@ import re
 import signal
 import subprocess
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from mpreader.cli import demo
 from mpreader.cli.main import main
 from mpreader.tools.demo import DemoLoad
+
+if TYPE_CHECKING:
+    from tests.integration.warm_interpreter import WarmInterpreter
 
 # What a user's own settings would break, if they were heeded; background jobs of a shell are born without SIGINT.
 ENVIRONMENT = {"AWS_PROFILE": "not-to-be-used", "http_proxy": "http://127.0.0.1:1"}
@@ -26,9 +29,9 @@ main()
 """
 
 
-def start(*arguments: str, warnings: str = "error") -> subprocess.Popen[str]:
+def start(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-W", warnings, "-c", PROGRAM, "demo", *arguments],
+        [sys.executable, "-c", PROGRAM, "demo", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -37,11 +40,15 @@ def start(*arguments: str, warnings: str = "error") -> subprocess.Popen[str]:
     )
 
 
-def test_demo_shows_each_step_a_table_and_that_all_is_right() -> None:
-    with start("--size-mb", "5", "--workers", "1", "--max-memory", "4MiB", "--every-reader") as process:
-        out, err = process.communicate(timeout=120)
-    assert (process.returncode, err) == (0, "")
-    lines = out.splitlines()
+def test_demo_shows_each_step_a_table_and_that_all_is_right(
+    warm_interpreter: WarmInterpreter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    options = ("--size-mb", "5", "--workers", "1", "--max-memory", "4MiB", "--every-reader")
+    done = warm_interpreter.run("mpreader", "demo", *options, module="mpreader", is_strict=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
     assert lines[0] == "Starting an embedded S3 server …"
     assert lines.count("Loading it with mpreader …") == 1
     rows = [line for line in lines if line.endswith("  same")]
@@ -55,9 +62,8 @@ def test_demo_shows_each_step_a_table_and_that_all_is_right() -> None:
 
 
 def test_ctrl_c_in_a_demo_takes_its_server_along() -> None:
-    # While it loads: the threads in which torch writes go on for a while, and print errors. Warnings are ignored, for
-    # boto3 may be interrupted between opening a socket and keeping it.
-    with start("--size-mb", "100", warnings="ignore") as process:
+    # While it loads: the threads in which torch writes go on for a while, and print errors.
+    with start("--size-mb", "50") as process:
         assert process.stdout is not None
         while not process.stdout.readline().startswith("Loading"):
             pass
