@@ -109,6 +109,7 @@ class Transfer:
         self._pending: list[PendingTake] = []
         self._taken_bytes = 0
         self._broken: MpreaderError | None = None
+        self._is_closed = False
         # Reentrant, since a garbage collection within it may close a transfer that was dropped. Not a Condition: that
         # enters its lock in Python code, and a Ctrl-C that strikes there would leave it locked for ever.
         self._lock = threading.RLock()
@@ -231,14 +232,17 @@ class Transfer:
         if os.getpid() != self._pid:
             return
         with self._lock:
-            if self._broken is not None:  # closed already, or ended: then the caller has forgotten it, too
+            if self._is_closed:
                 return
+            # A Ctrl-C may end this anywhere. A second call then does all of it once more, and does no harm by it: the
+            # coordinator ignores what it has heard before.
             for arrived in self._arrived.values():
                 if isinstance(arrived, SlotArrived):
                     self._tell(GiveBack(arrived.lease))
             self._tell(CloseRead(self.read))
-            self._fail(PoolClosed("this read was closed"))
-        self._on_close(self)
+            self._fail(self._broken or PoolClosed("this read was closed"))
+            self._on_close(self)
+            self._is_closed = True
 
     @property
     def nbytes(self) -> int:
@@ -310,7 +314,9 @@ class Transfer:
                 self._pending.append(take)
                 self._tell(Demand(self.read, take.first))
                 return
-            take._outcome = outcome = self._arrived.pop(index)
+            # Not pop(): a Ctrl-C that strikes as a call returns would lose what was popped.
+            take._outcome = outcome = self._arrived[index]
+            del self._arrived[index]
             if isinstance(outcome, SlotArrived):
                 # At once, and not with the view: a recall must never have to wait for a consumer.
                 self._tell(SlotTaken(outcome.lease))

@@ -243,6 +243,7 @@ def test_slot_that_arrives_while_a_collection_closes_its_read_is_given_back(
 
     class Collected(list[PendingTake]):
         def __iter__(self) -> Iterator[PendingTake]:
+            dropped._pending = []
             dropped.close()  # as the finalizer of its stream does; whatever is allocated may collect garbage
             return super().__iter__()
 
@@ -250,6 +251,24 @@ def test_slot_that_arrives_while_a_collection_closes_its_read_is_given_back(
     bench.receive(bench.send())
     other.begin_take((0,))
     assert reads_of(bench.send()) == [(other.read, 0)]
+
+
+def test_close_that_is_interrupted_can_be_called_again(make_bench: Callable[[int], Bench]) -> None:
+    bench = make_bench(2)
+    closed, other = bench.open(2), bench.open(2)
+    bench.receive(bench.send())
+    on_close = closed._on_close
+
+    def interrupted(transfer: Transfer) -> None:
+        closed._on_close = on_close
+        raise KeyboardInterrupt
+
+    closed._on_close = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        closed.close()
+    closed.close()
+    assert list(bench.caller._transfers) == [other.read.number]
+    assert reads_of(bench.send()) == [(other.read, 1)]
 
 
 @pytest.mark.parametrize("grows", [False, True])
