@@ -168,7 +168,8 @@ class PoolConfig:
 
     Args:
         workers: Worker processes. Default: the cores of this process's share of the host, 8 at most.
-        connections_per_worker: Connections that each worker keeps open. Default 16, fewer where memory is short.
+        connections_per_worker: Connections that each worker keeps open. Default 16, or as many as
+            ``S3ClientConfig.throughput_target_gbps`` needs.
         max_memory: Bytes of shared memory that the pool may reserve at one time. Default: what the host can spare
             (half of the free memory under the cgroup's limit, 80 % of free ``/dev/shm``), divided by
             ``LOCAL_WORLD_SIZE``. What is read ahead is far less than that; see ``mpreader.pool.sizing``.

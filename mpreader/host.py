@@ -178,4 +178,4 @@ def _available_memory() -> int:
 def _local_world_size() -> int:
     # Set by torchrun. A value that is not a number is ignored, like one that is not set.
     text = os.environ.get("LOCAL_WORLD_SIZE", "")
-    return max(1, int(text)) if text.isdigit() else 1
+    return max(1, int(text)) if text.isascii() and text.isdigit() else 1

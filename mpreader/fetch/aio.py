@@ -193,11 +193,16 @@ async def _take_first(
             left_s = deadline - time.monotonic()
             # With a progress bar, wake up now and then to redraw it; without one, only for bytes or the deadline.
             wait_s = min(left_s, ON_WAIT_INTERVAL_S) if progress.is_shown else left_s
+            # Not asyncio.wait_for: before Python 3.12 it loses a cancellation that comes together with the bytes.
+            timer = None if wait_s == math.inf else loop.call_later(max(0.0, wait_s), done.set)
             try:
-                await asyncio.wait_for(done.wait(), None if wait_s == math.inf else max(0.0, wait_s))
-            except asyncio.TimeoutError:  # before Python 3.11 it is not the built-in TimeoutError
-                if time.monotonic() >= deadline:
-                    raise transfer.timeout_error(wanted) from None
+                await done.wait()
+            finally:
+                if timer is not None:
+                    timer.cancel()
+            done.clear()  # before the loop looks at the take again: whoever ends that sets the event afterwards
+            if not take.is_done and time.monotonic() >= deadline:
+                raise transfer.timeout_error(wanted)
             progress.advance_to(transfer.received_bytes)
         return transfer.result(take)
     except BaseException:  # CancelledError included: a take that no task waits for would keep the slot it is given

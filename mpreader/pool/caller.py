@@ -3,8 +3,9 @@
 It numbers the reads, sorts the coordinator's messages to their transfers, maps the shared memory and watches the
 leases. It is the *mailbox* that the coordinator posts to. Used by the pool only; it never starts or ends a coordinator.
 
-Threads: ``open`` is called by any thread, ``post`` and ``collect`` by the coordinator's. There is no lock: every step
-on a dictionary is one operation, and what follows is decided under the lock of the transfer.
+Threads: ``open`` is called by any thread, ``post`` and ``collect`` by the coordinator's, ``_view_of`` and ``_forget``
+by a transfer under its lock. There is no lock here: every step on a dictionary is one operation, and what follows is
+decided under the lock of the transfer.
 """
 
 from __future__ import annotations

@@ -125,12 +125,18 @@ class Pool:
             PoolClosed: The pool was closed.
             PoolError: Workers can't be started.
         """
-        with self._lock:
-            while True:
-                coordinator, caller = self._running()
-                transfer, message = caller.open(sources, slot_reads, grows=grows)
-                if coordinator.try_tell(message):
-                    return transfer
+        transfer: Transfer | None = None
+        try:
+            with self._lock:
+                while True:
+                    coordinator, caller = self._running()
+                    transfer, message = caller.open(sources, slot_reads, grows=grows)
+                    if coordinator.try_tell(message):
+                        return transfer
+        except BaseException:  # a Ctrl-C, perhaps after the coordinator was told: nobody else could close it
+            if transfer is not None:
+                transfer.close()
+            raise
 
     def suspend_if_unused(self) -> None:
         """End workers and downloads of a shared pool, unless somebody uses it again; the next use starts again."""

@@ -19,14 +19,20 @@ to another process as it is.
                  ◄─────────────────────────────────────────────── Recall(lease): give it back, if nobody has taken it
     Discard(read, [start, stop)): nobody will take these ──────►
     CloseRead(read) ───────────────────────────────────────────►
-                 ◄─────────────────────────────────────────────── SlotFailed(read, slot read, error), Ended(error)
+                 ◄─────────────────────────────────────────────── SlotFailed(read, slot read, error)
+                 ◄─────────────────────────────────────────────── UnmapSegment(segment): no slot of it is in use
                  ◄─────────────────────────────────────────────── RequestEnded, RequestRepeated, HeldUp: for statistics
+                 ◄─────────────────────────────────────────────── Ended(error): the last message, of all reads
 
-Each direction keeps its order. Two rules follow from that, and hold the memory together:
+A ``read`` is a ReadId; a ``slot read`` is an index among those of the read, and a ``source`` one among its sources.
+Leases and segments are numbered by the coordinator. Each direction keeps its order. These rules hold the memory
+together:
 
 * A slot that was sent in ``SlotArrived`` is leased to the caller until the caller's ``GiveBack``, whatever else either
   side says meanwhile. A caller that can't use it (the read is closed, say) gives it back at once.
-* A ``Recall`` is answered by exactly one of ``GiveBack`` and ``SlotTaken``; the latter may have been sent before.
+* ``SlotTaken`` is said as soon as a slot is handed to a consumer, asked or not. A ``Recall`` of a slot that was handed
+  over is not answered; one of any other is answered by its ``GiveBack``. So the coordinator waits for one of the two.
+* After ``Ended`` neither side says anything. Views that consumers hold stay valid: they keep the mapping.
 """
 
 from __future__ import annotations
@@ -164,7 +170,7 @@ class CloseRead(NamedTuple):
     read: ReadId
 
 
-# -- to a caller (besides MapSegment and UnmapSegment of mpreader.pool.worker.messages)
+# -- to a caller (besides MapSegment and UnmapSegment, which the workers are sent, too: mpreader.pool.worker.messages)
 
 
 class SegmentMemory(Protocol):

@@ -50,13 +50,16 @@ class PendingTake:
         wanted: Indices of the slot reads, at least one; the first of them is the one that is demanded.
     """
 
-    __slots__ = ("_on_done", "_outcome", "_started_s", "wanted")
+    __slots__ = ("_is_pending", "_on_done", "_outcome", "_started_s", "wanted")
 
     def __init__(self, wanted: Collection[int], on_done: Callable[[], object] | None) -> None:
         self.wanted = wanted
         self._on_done = on_done
         self._started_s = math.inf  # time since which it is pending
         self._outcome: SlotArrived | MpreaderError | None = None
+        # Locked while the take is pending: a thread that waits for the take waits for this lock.
+        self._is_pending = threading.Lock()
+        self._is_pending.acquire()
 
     @property
     def first(self) -> int:
@@ -106,8 +109,10 @@ class Transfer:
         self._pending: list[PendingTake] = []
         self._taken_bytes = 0
         self._broken: MpreaderError | None = None
-        # Its lock is reentrant, and must be: a garbage collection within it may close a transfer that was dropped.
-        self._condition = threading.Condition()
+        self._is_closed = False
+        # Reentrant, since a garbage collection within it may close a transfer that was dropped. Not a Condition: that
+        # enters its lock in Python code, and a Ctrl-C that strikes there would leave it locked for ever.
+        self._lock = threading.RLock()
         self._pid = os.getpid()
 
     def __repr__(self) -> str:
@@ -178,7 +183,7 @@ class Transfer:
         Raises:
             MpreaderError: It can't be had.
         """
-        with self._condition:
+        with self._lock:
             if self._broken is not None:  # perhaps after the take was done: then its memory may be gone
                 raise _copy_of(self._broken)
             outcome = take._outcome
@@ -194,7 +199,7 @@ class Transfer:
 
     def cancel(self, take: PendingTake) -> None:
         """End a take that nobody waits for any more. Harmless after :meth:`result`."""
-        with self._condition:
+        with self._lock:
             self._remove(take)
             outcome, take._outcome = take._outcome, None
             if isinstance(outcome, SlotArrived):
@@ -214,7 +219,7 @@ class Transfer:
         """Say that the slot reads [start, stop) won't be taken any more. Those that a thread waits for now stay."""
         if os.getpid() != self._pid:  # a forked child: a thread that is not here may have held the lock
             return
-        with self._condition:
+        with self._lock:
             for awaited in sorted({take.first for take in self._pending if start <= take.first < stop}):
                 if start < awaited:
                     self._tell(Discard(self.read, start, awaited))
@@ -226,15 +231,18 @@ class Transfer:
         """Stop downloads and give back what was not taken. Views that were taken stay valid. Idempotent."""
         if os.getpid() != self._pid:
             return
-        with self._condition:
-            if self._broken is not None:  # closed already, or ended: then the caller has forgotten it, too
+        with self._lock:
+            if self._is_closed:
                 return
+            # A Ctrl-C may end this anywhere. A second call then does all of it once more, and does no harm by it: the
+            # coordinator ignores what it has heard before.
             for arrived in self._arrived.values():
                 if isinstance(arrived, SlotArrived):
                     self._tell(GiveBack(arrived.lease))
             self._tell(CloseRead(self.read))
-            self._fail(PoolClosed("this read was closed"))
-        self._on_close(self)
+            self._fail(self._broken or PoolClosed("this read was closed"))
+            self._on_close(self)
+            self._is_closed = True
 
     @property
     def nbytes(self) -> int:
@@ -254,22 +262,23 @@ class Transfer:
 
     def arrived(self, message: SlotArrived) -> None:
         """Keep a slot that has arrived, or hand it over to whoever waits for it."""
-        with self._condition:
+        with self._lock:
+            taker = next((take for take in self._pending if message.slot_read in take.wanted), None)
+            # Looked at last: a garbage collection just before may have closed this transfer.
             if self._broken is not None:
                 self._tell(GiveBack(message.lease))
                 return
+            if taker is None:
+                self._arrived[message.slot_read] = message
+            else:
+                self._tell(SlotTaken(message.lease))
+                self._finish(taker, message)
+                self._demand_for_others(message.slot_read)
             self.tally.over_read += self.slot_reads[message.slot_read].over_read
-            for take in self._pending:
-                if message.slot_read in take.wanted:
-                    self._tell(SlotTaken(message.lease))
-                    self._finish(take, message)
-                    self._demand_for_others(message.slot_read)
-                    return
-            self._arrived[message.slot_read] = message
 
     def failed(self, message: SlotFailed) -> None:
         """Hand the error of a slot read over to all who wait for it; if nobody does, keep it for the next one."""
-        with self._condition:
+        with self._lock:
             waiting = [take for take in self._pending if message.slot_read in take.wanted]
             for take in waiting:
                 self._finish(take, message.error)
@@ -279,7 +288,7 @@ class Transfer:
 
     def recall(self, message: Recall) -> None:
         """Give a slot back that nobody has taken; if somebody has, SlotTaken was told already and is the answer."""
-        with self._condition:
+        with self._lock:
             arrived = self._arrived.get(message.slot_read)
             if isinstance(arrived, SlotArrived) and arrived.lease == message.lease:
                 # Not `del`: a garbage collection that closes this transfer may have been in between.
@@ -288,14 +297,14 @@ class Transfer:
 
     def fail(self, error: MpreaderError) -> None:
         """Let every take that is pending, and every later one, raise ``error``. The first error is kept."""
-        with self._condition:
+        with self._lock:
             if self._broken is None:
                 self._fail(error)
 
     def _begin(self, take: PendingTake) -> None:
         if os.getpid() != self._pid:
             raise PoolClosed("this read was begun before a fork; begin a new one in the child process")
-        with self._condition:
+        with self._lock:
             if self._broken is not None:
                 take._outcome = self._broken
                 return
@@ -305,18 +314,18 @@ class Transfer:
                 self._pending.append(take)
                 self._tell(Demand(self.read, take.first))
                 return
-            take._outcome = outcome = self._arrived.pop(index)
+            # Not pop(): a Ctrl-C that strikes as a call returns would lose what was popped.
+            take._outcome = outcome = self._arrived[index]
+            del self._arrived[index]
             if isinstance(outcome, SlotArrived):
                 # At once, and not with the view: a recall must never have to wait for a consumer.
                 self._tell(SlotTaken(outcome.lease))
 
     def _wait(self, take: PendingTake, until: float) -> None:
         """Wait until the take is done, or the time is up."""
-        with self._condition:
-            while take._outcome is None:
-                left_s = until - time.monotonic()
-                if left_s <= 0 or not self._condition.wait(None if left_s == math.inf else left_s):
-                    return
+        timeout_s = -1.0 if until == math.inf else max(0.0, until - time.monotonic())
+        if take._is_pending.acquire(timeout=min(timeout_s, threading.TIMEOUT_MAX)):
+            take._is_pending.release()  # for whoever else may look
 
     def _arrived_of(self, wanted: Collection[int]) -> int | None:
         # A loop over the smaller of the two: the other one may have thousands.
@@ -328,7 +337,7 @@ class Transfer:
     def _finish(self, take: PendingTake, outcome: SlotArrived | MpreaderError) -> None:
         self._remove(take)
         take._outcome = outcome
-        self._condition.notify_all()
+        take._is_pending.release()
         if take._on_done is not None:
             take._on_done()
 

@@ -43,7 +43,10 @@ _REGION_REQUESTS: Final = ("HeadBucket", "CreateSession")
 # The shared sessions by process, settings and environment. A dict keeps the order of insertion: the session used last
 # comes last.
 _shared: dict[tuple[object, ...], Session] = {}
-_shared_lock = threading.Lock()  # guards _shared, and Session.users of all sessions
+# Guards _shared, and Session.users of all sessions. Reentrant: a garbage collection within it may drop a client, which
+# releases its session.
+_shared_lock = threading.RLock()
+_watches_forks = False
 
 
 def shared_session(config: S3ClientConfig) -> Session:
@@ -53,6 +56,7 @@ def shared_session(config: S3ClientConfig) -> Session:
     call ``release`` once.
     """
     key = (os.getpid(), config, _environment_fingerprint())
+    _watch_forks()
     with _shared_lock:
         session = _shared.pop(key, None)
         # botocore looks for credentials only once in the life of its session. If it found none then, there may be some
@@ -65,6 +69,19 @@ def shared_session(config: S3ClientConfig) -> Session:
             del _shared[next(iter(_shared))]
         session.users += 1
         return session
+
+
+def _watch_forks() -> None:
+    # With the first session, not on import: whoever only imports this pays nothing at its forks.
+    global _watches_forks
+    if not _watches_forks:
+        _watches_forks = True
+        os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def _after_fork_in_child() -> None:
+    global _shared_lock
+    _shared_lock = threading.RLock()  # a thread that is not here may have held the old one
 
 
 class Session:

@@ -17,7 +17,7 @@ import urllib3
 from botocore.exceptions import BotoCoreError
 
 from mpreader.config import MiB
-from mpreader.errors import MpreaderError, ObjectChanged, PlanError, ShortRead
+from mpreader.errors import MpreaderError, ObjectChanged, PlanError, ShortRead, TransportError
 from mpreader.pool.worker.partial_content import Mismatch, PartialContent, find_mismatch, parse_content_range
 from mpreader.s3.objects import HasSize
 from mpreader.s3.requester import Requester
@@ -69,7 +69,10 @@ class PinnedObject:
         if self._info is None:
             info = self._client.head_object(self._bucket, self._key)
             if self._etag and info.etag != self._etag:
-                raise self._other_version(info.etag)
+                error = self._other_version(info.etag)
+                if isinstance(error, _Broken):  # which only a stream knows to repeat
+                    raise TransportError(f"{self._uri()}: {error}", bucket=self._bucket, key=self._key, attempts=1)
+                raise error
             self._etag, self._info = info.etag, info
         return self._info
 

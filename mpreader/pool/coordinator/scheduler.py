@@ -8,7 +8,7 @@ window. A slot read that a consumer waits for, a *demanded* one, is started befo
 memory is full, its way is::
 
     a slot is free ──► start                                  nothing can be recalled:
-    else: recall what is ready, but not taken,                   parts in flight ──► wait, they can be recalled later
+    else: recall what is ready, but not taken,                   parts in flight, and views leave room for it ──► wait
           of other reads first, furthest ahead first             the read may grow ──► go beyond the limit
           ──► wait for the answer, try again                     else wait for views to end: lease_timeout_s, then fail
 
@@ -426,7 +426,9 @@ class Scheduler:
         # While a recall is under way no other is made, or more would come back than is needed.
         if self._recalls or self._recall_furthest(slot_read):
             return None
-        if self._memory.ahead_bytes:  # in flight: it can be recalled when it is ready, or comes back when it has ended
+        is_kept_by_views = self._memory.taken_bytes + slot_read.plan.nbytes > self._memory.arena.max_bytes
+        if self._memory.ahead_bytes and not is_kept_by_views:
+            # In flight: it can be recalled when it is ready, or comes back when it has ended.
             slot_read.waits_for_views_since = None
             return None
         if slot_read.read.grows:

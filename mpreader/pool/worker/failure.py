@@ -130,4 +130,5 @@ def _read_error_document(response: Response) -> tuple[str, str]:
 
 def _retry_after_s(response: Response) -> float:
     text = response.header("retry-after")  # may also be a date, which is ignored
-    return min(float(text), _MAX_RETRY_AFTER_S) if text.isdigit() else 0.0
+    # isascii, since isdigit alone also holds for characters such as "²", which float() refuses.
+    return min(float(text), _MAX_RETRY_AFTER_S) if text.isascii() and text.isdigit() else 0.0

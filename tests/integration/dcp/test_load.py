@@ -381,6 +381,17 @@ def test_checkpoint_of_ranks_that_save_on_their_own(
     caplog.clear()  # torch logs that there is no common .metadata, and with it frames that hold connections
 
 
+def test_ranks_that_save_on_their_own_write_files_of_different_names(bucket: str) -> None:
+    writer = S3StorageWriter("us-east-1", f"s3://{bucket}/own")
+    prefixes = []
+    for rank in range(3):
+        writer.set_up_storage_writer(True, rank=rank, use_collectives=False)
+        # Each rank plans for itself: the global plan that it makes is of its own plan only.
+        [plan] = writer.prepare_global_plan([writer.prepare_local_plan(SavePlan([]))])
+        prefixes.append(plan.storage_data.prefix)
+    assert prefixes == ["__0_", "__1_", "__2_"]
+
+
 @pytest.mark.row("hostile .metadata")
 def test_hostile_metadata_is_refused_before_anything_is_read(checkpoint: str, constructor: Any) -> None:
     data = files_with(checkpoint, ".metadata").popitem()[1]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from mpreader import ObjectChanged, PlanError, S3Client, S3ClientConfig, ShortRead
+from mpreader import ObjectChanged, PlanError, S3Client, S3ClientConfig, ShortRead, TransportError
 from mpreader.s3.stream import PinnedObject
 from mpreader.testing import Fault, FaultKind, FaultServer
 
@@ -116,6 +116,16 @@ def test_stream_does_not_trust_a_server_that_ignores_if_match(client: S3Client, 
     server.inject(Fault(FaultKind.NO_ETAG))
     with pytest.raises(ShortRead, match="no ETag"):
         list(pinned.stream(0, 10))
+
+
+def test_head_that_names_no_etag_after_one_was_seen_is_an_error_of_mpreader(
+    client: S3Client, server: FaultServer
+) -> None:
+    pinned = PinnedObject(client, "bucket", "key")
+    assert b"".join(pinned.stream(0, 10)) == DATA[:10]
+    server.inject(Fault(FaultKind.NO_ETAG, method="HEAD"))
+    with pytest.raises(TransportError, match="no ETag"):
+        pinned.info()
 
 
 def test_stream_sends_its_request_at_once(client: S3Client, server: FaultServer) -> None:

@@ -114,7 +114,7 @@ def test_layout_without_saved_checksums_has_none() -> None:
 def test_layouts_of_records_with_long_fronts_are_not_kept() -> None:
     before = dict(_known_fronts)
     usual = serialization_config.save.storage_alignment
-    serialization_config.save.storage_alignment = 16 * 1024
+    serialization_config.save.storage_alignment = 4096
     try:
         record = record_of(torch.arange(7))
     finally:

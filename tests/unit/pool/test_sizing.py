@@ -73,8 +73,9 @@ def test_sizing_target_throughput_decides_the_connections() -> None:
 def test_host_divides_itself_by_local_world_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert Host.now().sharers == 8
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "rubbish")
-    assert Host.now().sharers == 1
+    for wrong in ("rubbish", "-2", "\u00b2"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", wrong)
+        assert Host.now().sharers == 1
 
 
 def test_host_is_measured() -> None:

@@ -28,7 +28,7 @@ from mpreader.pool.requests import (
     SourceResolved,
 )
 from mpreader.pool.source import ObjectVersion
-from mpreader.pool.transfer import Transfer
+from mpreader.pool.transfer import PendingTake, Transfer
 from mpreader.pool.worker.messages import Failed, FailureKind, MapSegment
 from mpreader.pool.worker.route import Route
 from mpreader.ranges import Part
@@ -233,6 +233,68 @@ def test_scheduler_take_that_is_cancelled_gives_the_slot_to_others(make_bench: C
     other.begin_take((0,))
     waiting.cancel(take)
     assert reads_of(bench.send()) == [(other.read, 0)]
+
+
+def test_slot_that_arrives_while_a_collection_closes_its_read_is_given_back(
+    make_bench: Callable[[int], Bench],
+) -> None:
+    bench = make_bench(1)
+    dropped, other = bench.open(1), bench.open(1)
+
+    class Collected(list[PendingTake]):
+        def __iter__(self) -> Iterator[PendingTake]:
+            dropped._pending = []
+            dropped.close()  # as the finalizer of its stream does; whatever is allocated may collect garbage
+            return super().__iter__()
+
+    dropped._pending = Collected()
+    bench.receive(bench.send())
+    other.begin_take((0,))
+    assert reads_of(bench.send()) == [(other.read, 0)]
+
+
+def test_close_that_is_interrupted_can_be_called_again(make_bench: Callable[[int], Bench]) -> None:
+    bench = make_bench(2)
+    closed, other = bench.open(2), bench.open(2)
+    bench.receive(bench.send())
+    on_close = closed._on_close
+
+    def interrupted(transfer: Transfer) -> None:
+        closed._on_close = on_close
+        raise KeyboardInterrupt
+
+    closed._on_close = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        closed.close()
+    closed.close()
+    assert list(bench.caller._transfers) == [other.read.number]
+    assert reads_of(bench.send()) == [(other.read, 1)]
+
+
+@pytest.mark.parametrize("grows", [False, True])
+def test_scheduler_does_not_wait_for_downloads_of_others_where_views_alone_take_too_much(
+    make_bench: Callable[[int], Bench], grows: bool
+) -> None:
+    bench = make_bench(4)
+    holder = bench.open(1)
+    held = holder.begin_take((0,))
+    bench.receive(bench.send())
+    _, view = holder.result(held)
+    other = bench.open(10)
+    in_flight = bench.send()
+    assert reads_of(in_flight) == [(other.read, 0), (other.read, 1), (other.read, 2)]
+    large = bench.open(1, parts=4, grows=grows)
+    take = large.begin_take((0,))
+    started = bench.send()
+    if grows:
+        assert reads_of(started) == [(large.read, 0)] * 4
+        return
+    assert started == []
+    assert not take.is_done, "the view may end"
+    bench.send(LEASE_TIMEOUT_S)
+    with pytest.raises(ArenaExhausted):
+        large.result(take)
+    del view
 
 
 def test_scheduler_waits_for_views_only_so_long_however_often_it_is_asked(make_bench: Callable[[int], Bench]) -> None:
