@@ -83,7 +83,11 @@ class RangeStream(Generic[Made]):
 
     def __del__(self) -> None:
         if hasattr(self, "_reader"):  # missing if __init__ has failed
-            self.close()
+            try:
+                self.close()
+            except BaseException:  # a Ctrl-C: here it is only printed, and nobody would call close again
+                self.close()
+                raise
 
 
 class _PieceReader:

@@ -95,9 +95,10 @@ class Caller:
         read = ReadId(self.number, next(self._numbers))
         names: tuple[SourceName, ...] = tuple(map(_name_of, sources))
         transfer = Transfer(read, names, slot_reads, self._tell, self._view_of, self._forget)
+        message = OpenRead(read, names, tuple(slot_reads), grows)
         self._sources[read.number] = sources
-        self._transfers[read.number] = transfer
-        return transfer, OpenRead(read, names, tuple(slot_reads), grows)
+        self._transfers[read.number] = transfer  # last: only a transfer that the pool gets is closed
+        return transfer, message
 
     @property
     def waited_s(self) -> float:

@@ -235,12 +235,13 @@ class Transfer:
             if self._is_closed:
                 return
             # A Ctrl-C may end this anywhere. A second call then does all of it once more, and does no harm by it: the
-            # coordinator ignores what it has heard before.
+            # coordinator ignores what it has heard before. First, since nobody may take what is given back:
+            self._broken = self._broken or PoolClosed("this read was closed")
             for arrived in self._arrived.values():
                 if isinstance(arrived, SlotArrived):
                     self._tell(GiveBack(arrived.lease))
             self._tell(CloseRead(self.read))
-            self._fail(self._broken or PoolClosed("this read was closed"))
+            self._fail(self._broken)
             self._on_close(self)
             self._is_closed = True
 
@@ -335,11 +336,12 @@ class Transfer:
     # -- under the lock
 
     def _finish(self, take: PendingTake, outcome: SlotArrived | MpreaderError) -> None:
-        self._remove(take)
-        take._outcome = outcome
-        take._is_pending.release()
+        if take._outcome is None:
+            take._outcome = outcome
+            take._is_pending.release()
         if take._on_done is not None:
             take._on_done()
+        self._remove(take)  # last, so that a close that is called again finds it
 
     def _remove(self, take: PendingTake) -> None:
         if take in self._pending:

@@ -84,14 +84,14 @@ class ReadAhead:
         self._readers = 0  # readers that are open
         self._is_retired = not slot_reads
         self.max_bytes = pool.sizes.max_bytes
-        # It may grow beyond max_memory, because torch.load holds all parts of an item at the same time, however large
-        # the item is.
-        self.transfer: Transfer | None = pool.read(sources, slot_reads, grows=True) if slot_reads else None
         nbytes = sum(slot_read.nbytes for slot_read in slot_reads)
         self._progress = progress_bar(nbytes, "load", show=progress) if slot_reads else Progress()
         # A user of the pool besides the constructor, because readers that are open may outlive the constructor.
         use_shared_pool(pool)
         self._release_pool = weakref.finalize(self, release_shared_pool, pool, keep_warm=True)
+        # Last: whatever fails after it, a Ctrl-C for one, would leave a read that nobody closes. It may grow beyond
+        # max_memory, because torch.load holds all parts of an item at the same time, however large the item is.
+        self.transfer: Transfer | None = pool.read(sources, slot_reads, grows=True) if slot_reads else None
 
     @property
     def is_over(self) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from mpreader.config import KiB
-from mpreader.errors import ArenaExhausted, MpreaderError, ObjectMissing, TransportError
+from mpreader.errors import ArenaExhausted, MpreaderError, ObjectMissing, PoolClosed, TransportError
 from mpreader.pool.caller import Caller
 from mpreader.pool.coordinator.arena import Arena
 from mpreader.pool.coordinator.memory import SlotMemory
@@ -269,6 +269,26 @@ def test_close_that_is_interrupted_can_be_called_again(make_bench: Callable[[int
     closed.close()
     assert list(bench.caller._transfers) == [other.read.number]
     assert reads_of(bench.send()) == [(other.read, 1)]
+
+
+def test_nothing_is_taken_of_what_an_interrupted_close_has_given_back(make_bench: Callable[[int], Bench]) -> None:
+    bench = make_bench(2)
+    transfer = bench.open(2)
+    bench.receive(bench.send())
+    tell = transfer._tell
+
+    def interrupted(message: object) -> None:
+        tell(message)
+        raise KeyboardInterrupt
+
+    transfer._tell = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        transfer.close()
+    transfer._tell = tell
+    take = transfer.begin_take((0,))
+    with pytest.raises(PoolClosed):
+        transfer.result(take)
+    transfer.close()
 
 
 @pytest.mark.parametrize("grows", [False, True])
