@@ -25,6 +25,12 @@ class Serve(Protocol):
 
 
 @pytest.fixture
+def _no_delays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let retries come at once, where it is their number that is tested."""
+    monkeypatch.setattr("random.uniform", lambda *_: 0.0)
+
+
+@pytest.fixture
 def serve() -> Iterator[Serve]:
     """Start fault servers: ``server = serve({"/bucket/key": data}, Fault(FaultKind.RESET, at=(1,)))``."""
     with contextlib.ExitStack() as servers:

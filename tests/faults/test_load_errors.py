@@ -77,6 +77,7 @@ def load_from(server: FaultServer, **settings: Any) -> dict[str, torch.Tensor]:
     ],
     ids=lambda value: f"{value.kind.name} {value.status}" if isinstance(value, Fault) else "",
 )
+@pytest.mark.usefixtures("_no_delays")
 def test_failed_load_says_what_why_how_often_and_what_to_do(
     server: FaultServer, fault: Fault, settings: dict[str, Any], cls: type[MpreaderError], words: str
 ) -> None:

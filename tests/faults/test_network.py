@@ -149,6 +149,7 @@ def test_body_that_breaks_is_resumed_where_it_broke(
     ],
     ids=lambda fault: f"{fault.kind.name} {fault.delta if 'WRONG' in fault.kind.name else fault.status}",
 )
+@pytest.mark.usefixtures("_no_delays")
 def test_fault_that_passes_is_survived(
     make_fetcher: Callable[..., RangeFetcher], server: FaultServer, fault: Fault
 ) -> None:
@@ -224,6 +225,7 @@ def test_random_plan_under_random_faults_is_exact(
         else ""
     ),
 )
+@pytest.mark.usefixtures("_no_delays")
 def test_fault_that_stays_is_one_error_after_few_attempts(
     make_fetcher: Callable[..., RangeFetcher],
     server: FaultServer,
