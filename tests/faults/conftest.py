@@ -1,4 +1,4 @@
-"""What the tests of the fault matrix share."""
+"""Fixtures of the fault matrix: fault servers that are closed again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a person reads when ``dcp.load`` fails: what, of which tensor, why, how often it was tried, what to do."""
+"""Messages of a ``dcp.load`` that fails: what failed, of which tensor, why, after how many attempts, what to do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a server or a network can do to a fetch: exact bytes, or one error that says what to do, in bounded time."""
+"""Faults of servers and networks: a fetch ends in exact bytes or in one error that says what to do."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def proving(fault: Fault, *values: object) -> Any:
 
 
 def starts(server: FaultServer) -> list[int]:
-    """Where the GETs began, in the order in which they came."""
+    """First byte of each GET, in the order in which they came."""
     gets = [request for request in server.requests if request.method == "GET"]
     return [int(re.findall(r"\d+", request.range or "")[0]) for request in gets]
 
