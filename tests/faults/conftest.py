@@ -1,4 +1,4 @@
-"""What the tests of the fault matrix share."""
+"""Fixtures of the fault matrix: fault servers that are closed again."""
 
 from __future__ import annotations
 
@@ -22,6 +22,12 @@ class Serve(Protocol):
         tls: bool = False,
         bytes_per_s: float | None = None,
     ) -> FaultServer: ...
+
+
+@pytest.fixture
+def _no_delays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let retries come at once, where it is their number that is tested."""
+    monkeypatch.setattr("random.uniform", lambda *_: 0.0)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What a person reads when ``dcp.load`` fails: what, of which tensor, why, how often it was tried, what to do."""
+"""Messages of a ``dcp.load`` that fails: what failed, of which tensor, why, after how many attempts, what to do."""
 
 from __future__ import annotations
 
@@ -77,6 +77,7 @@ def load_from(server: FaultServer, **settings: Any) -> dict[str, torch.Tensor]:
     ],
     ids=lambda value: f"{value.kind.name} {value.status}" if isinstance(value, Fault) else "",
 )
+@pytest.mark.usefixtures("_no_delays")
 def test_failed_load_says_what_why_how_often_and_what_to_do(
     server: FaultServer, fault: Fault, settings: dict[str, Any], cls: type[MpreaderError], words: str
 ) -> None:

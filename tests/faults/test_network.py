@@ -1,4 +1,4 @@
-"""What a server or a network can do to a fetch: exact bytes, or one error that says what to do, in bounded time."""
+"""Faults of servers and networks: a fetch ends in exact bytes or in one error that says what to do."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def proving(fault: Fault, *values: object) -> Any:
 
 
 def starts(server: FaultServer) -> list[int]:
-    """Where the GETs began, in the order in which they came."""
+    """First byte of each GET, in the order in which they came."""
     gets = [request for request in server.requests if request.method == "GET"]
     return [int(re.findall(r"\d+", request.range or "")[0]) for request in gets]
 
@@ -149,6 +149,7 @@ def test_body_that_breaks_is_resumed_where_it_broke(
     ],
     ids=lambda fault: f"{fault.kind.name} {fault.delta if 'WRONG' in fault.kind.name else fault.status}",
 )
+@pytest.mark.usefixtures("_no_delays")
 def test_fault_that_passes_is_survived(
     make_fetcher: Callable[..., RangeFetcher], server: FaultServer, fault: Fault
 ) -> None:
@@ -224,6 +225,7 @@ def test_random_plan_under_random_faults_is_exact(
         else ""
     ),
 )
+@pytest.mark.usefixtures("_no_delays")
 def test_fault_that_stays_is_one_error_after_few_attempts(
     make_fetcher: Callable[..., RangeFetcher],
     server: FaultServer,

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.integration.warm_interpreter import WarmInterpreter
 
 
 @pytest.mark.parametrize("module", ["mpreader", "mpreader.readers.kinds", "mpreader.pool.worker.main"])
@@ -14,14 +19,17 @@ def test_module_imports_nothing_heavy(module: str) -> None:
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout == b"\n"
 
 
-def test_metadata_imports_no_module_of_torch() -> None:
-    program = (
+def test_metadata_imports_no_module_of_torch(tmp_path: Path, warm_interpreter: WarmInterpreter) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
         "import io, sys\n"
         "from mpreader.dcp.metadata import MetadataRefused, load_metadata\n"
-        "try: load_metadata(io.BytesIO(b'ctorch\\nonnx\\n.'))\n"
-        "except MetadataRefused: sys.exit('torch.onnx' in sys.modules)\n"
+        "assert 'torch.utils.bundled_inputs' not in sys.modules\n"
+        "try: load_metadata(io.BytesIO(b'ctorch.utils\\nbundled_inputs\\n.'))\n"
+        "except MetadataRefused: sys.exit('torch.utils.bundled_inputs' in sys.modules)\n"
     )
-    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+    done = warm_interpreter.run(program)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_source_of_asks_for_the_client_before_boto3_is_imported_and_for_a_url_imports_it_never() -> None:

@@ -51,7 +51,7 @@ def fetcher(threads: ThreadPoolExecutor) -> Iterator[RangeFetcher]:
 
 
 def at_once(threads: ThreadPoolExecutor, count: int, call: Callable[[int], object]) -> list[Any]:
-    """What ``call(number)`` returns in each of ``count`` threads that begin together."""
+    """Results of ``call(number)`` in each of ``count`` threads that begin together."""
     barrier = threading.Barrier(count)
 
     def begin(number: int) -> object:

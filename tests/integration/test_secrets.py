@@ -58,7 +58,7 @@ def store(data: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
 
 @pytest.fixture
 def unwanted(store: FaultServer, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What must be seen nowhere; signatures are added as they are made."""
+    """Texts that must be seen nowhere; signatures are added as they are made."""
     found = ["sesame", "X-Amz-Signature", "X-Amz-Security-Token"]
     sign = S3Client.presign
 
@@ -189,7 +189,7 @@ def told(error: BaseException) -> list[str]:
 
 
 def locals_of_ours(trace: TracebackType | None) -> list[str]:
-    """What a traceback that shows local variables shows of mpreader's functions."""
+    """Local variables of mpreader's functions, as a traceback with ``capture_locals`` shows them."""
     package = str(Path(mpreader.__file__).parent)
     frames = [frame for frame, _ in traceback.walk_tb(trace) if frame.f_code.co_filename.startswith(package)]
     assert frames

@@ -1,4 +1,4 @@
-"""What mypy tells users: the installed package has its types with it, they are right, and mistakes are found."""
+"""Types as users get them: the installed package has them with it, they are right, and mypy finds mistakes."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def site(tmp_path: Path) -> Path:
 
 
 def expected(program: str, name: str) -> list[tuple[str, int, str]]:
-    """What the comments of a program say: of which line what is told."""
+    """Return what mypy is to say of a program, by its comments: file, line, and type or error."""
     comments = ((number, line.partition("  # ")[2]) for number, line in enumerate(program.splitlines(), 1))
     return [(name, number, comment) for number, comment in comments if comment]
 

@@ -1,13 +1,10 @@
-"""Programs as users write them: no main guard, from stdin, in a DataLoader worker, killed, under torchrun."""
+"""Programs that load as users write them: without a main guard, in a DataLoader worker, under torchrun."""
 
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +15,6 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from mpreader.dcp import S3StorageWriter
 
 if TYPE_CHECKING:
-    from tests.integration.conftest import WorkersOf
     from tests.integration.warm_interpreter import WarmInterpreter
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
@@ -68,11 +64,6 @@ def run(program: list[str], stdin: str | None = None) -> str:
 
 
 @pytest.mark.row("no __main__ guard, stdin, daemonic process")
-def test_program_from_stdin_loads(checkpoint: str) -> None:
-    assert run([sys.executable], LOAD + f"print(load({checkpoint!r}))\n") == "True\n"
-
-
-@pytest.mark.row("no __main__ guard, stdin, daemonic process")
 def test_script_without_main_guard_loads_whatever_lies_in_the_working_folder(
     checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,27 +99,6 @@ if __name__ == "__main__":
     )
     done = warm_interpreter.run(module)
     assert (done.returncode, done.stderr, done.stdout) == (0, "", "[True] True\n")
-
-
-@pytest.mark.row("parent killed")
-def test_killed_parent_leaves_no_worker_and_no_shared_memory(
-    checkpoint: str, tmp_path: Path, workers_of: WorkersOf, new_shared_memory: Callable[[], set[str]]
-) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(LOAD + f"print('loading', flush=True)\nwhile True:\n    assert load({checkpoint!r})\n")
-    process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    with process, process.stdout:
-        assert process.stdout.readline() == "loading\n"
-        deadline = time.monotonic() + 30
-        while len(workers_of(process.pid)) < 2:
-            assert time.monotonic() < deadline, "the workers did not start"
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        died = time.monotonic()
-        while workers_of(process.pid):
-            assert time.monotonic() - died < 30, "workers outlived their parent"
-    assert not new_shared_memory()
 
 
 TORCHRUN = f"""

@@ -85,6 +85,7 @@ def digest(data: bytes) -> str:
 # -- exits
 
 
+@pytest.mark.row("no __main__ guard, stdin, daemonic process")
 @pytest.mark.parametrize("by_stdin", [False, True], ids=["-c", "stdin"])
 def test_program_without_guard_or_close_ends_silently(server: FaultServer, digest: str, by_stdin: bool) -> None:
     assert run("say(digest())", server, by_stdin=by_stdin) == [digest]

@@ -35,7 +35,7 @@ KEYS = [
 
 
 def _fetch(route: Route, start: int, end: int) -> bytes:
-    """What a worker does with a route, by plain http.client."""
+    """Fetch a range by a route, as a worker does, with plain http.client."""
     connection = http.client.HTTPConnection(route.host, route.port, timeout=30)
     try:
         connection.putrequest("GET", route.target, skip_host=True, skip_accept_encoding=True)

@@ -64,7 +64,10 @@ def test_stream_refuses_a_range_past_the_end(client: S3Client, start: int, end: 
     ],
     ids=lambda fault: fault.kind.name,
 )
-def test_stream_survives_a_transient_fault(client: S3Client, server: FaultServer, fault: Fault) -> None:
+def test_stream_survives_a_transient_fault(
+    client: S3Client, server: FaultServer, fault: Fault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda _: None)  # boto3's back-off, and our own
     server.inject(fault)
     assert b"".join(PinnedObject(client, "bucket", "key").stream()) == DATA
     assert any(request.fault is not None for request in server.requests)

@@ -37,7 +37,7 @@ def test_lease_ends_only_with_the_last_thing_made_from_it(memory: mmap.mmap, use
     view, lease = leased_view(memory, 64 * KiB, 64 * KiB, 7, ended.append)
     last = use(view)  # type: ignore[operator]
     del view
-    gc.collect()
+    gc.collect(0)
     assert not ended
     del last
     assert ended == [lease]
@@ -52,7 +52,7 @@ def test_lease_view_shows_its_piece_and_keeps_the_memory_mapped() -> None:
     with pytest.raises(BufferError):
         memory.close()
     del memory
-    gc.collect()
+    gc.collect(0)
     assert bytes(view) == b"stays"
     view[:1] = b"S"  # it may be written to
     assert lease() is not None

@@ -1,4 +1,4 @@
-"""What S3 says of an object's checksums is taken only where it is one of the whole object."""
+"""Checksums that S3 names are taken only where they are of the whole object."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many parts are in flight: enough for a slow server, few for a fast one or a busy host."""
+"""Parts in flight: enough for a slow server, few for a fast one or a busy host."""
 
 from __future__ import annotations
 

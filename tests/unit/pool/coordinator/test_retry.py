@@ -1,4 +1,4 @@
-"""When a GET is made again, and the error when it is not. Which failures pass is proven in faults/test_network.py."""
+"""Retries end, grow apart, and end in an error with all facts. Which failures pass: see faults/test_network.py."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def failed(kind: FailureKind, retry_after_s: float = 0.0) -> Failed:
 
 
 def attempts_of(kind: FailureKind, max_attempts: int) -> int:
-    """How often a GET is made that ends in this failure each time."""
+    """Number of times that a GET is made which ends in this failure each time."""
     attempts = 1
     while delay_before(failed(kind), attempts, max_attempts) is not None:
         attempts += 1
