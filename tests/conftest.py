@@ -9,11 +9,20 @@ import secrets
 from collections.abc import Iterator
 
 import botocore.session
+import hypothesis
 import pytest
 
 from mpreader.testing import S3Server
 
 pytest_plugins = ["tests.leak_check", "tests.fault_matrix"]
+
+# A busy machine is no mistake, and examples may share a server.
+hypothesis.settings.register_profile(
+    "tests",
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
+)
+hypothesis.settings.load_profile("tests")
 
 
 @pytest.fixture(scope="session", autouse=True)

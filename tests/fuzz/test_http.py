@@ -25,7 +25,7 @@ from mpreader.pool.worker.route import Route
 if TYPE_CHECKING:
     from tests.fuzz.conftest import Mutant, Mutants
 
-fuzzed = settings(max_examples=int(os.environ.get("MPREADER_FUZZ_EXAMPLES", "200")), deadline=None)
+fuzzed = settings(max_examples=int(os.environ.get("MPREADER_FUZZ_EXAMPLES", "200")))
 
 DATA: Final = random.Random(1).randbytes(6000)
 ETAG: Final = '"0123456789abcdef"'

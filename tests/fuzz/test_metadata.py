@@ -33,7 +33,7 @@ for _module in subject._CLASSES_BY_MODULE.keys() - {"pathlib._local"}:
 if TYPE_CHECKING:
     from tests.fuzz.conftest import Mutant, Mutants
 
-fuzzed = settings(max_examples=int(os.environ.get("MPREADER_FUZZ_EXAMPLES", "200")), deadline=None)
+fuzzed = settings(max_examples=int(os.environ.get("MPREADER_FUZZ_EXAMPLES", "200")))
 
 # What unpickling a byte of input may make: an empty set is 216 bytes and one opcode.
 MOST_BYTES_PER_BYTE = 1024

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mpreader
@@ -60,7 +60,7 @@ ranges_of_data = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40)
 @given(ranges=ranges_of_data, max_gap_size=st.sampled_from([0, 1, 1000, 1e6, float("inf")]))
 def test_fetch_and_stream_give_the_bytes_of_any_ranges(
     fetcher: RangeFetcher, server: FaultServer, ranges: list[tuple[int, int]], max_gap_size: float

@@ -24,7 +24,7 @@ import fsspec
 import pytest
 from fsspec.callbacks import Callback
 from fsspec.implementations.memory import MemoryFileSystem
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpreader import ConfigError, ObjectChanged, ObjectMissing, PoolConfig, S3ClientConfig
@@ -102,7 +102,7 @@ limit = st.one_of(st.none(), st.integers(-310_000, 310_000), st.integers(-3, 3))
 names = st.sampled_from(["data.bin", "empty", "folder/one.csv"])
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40)
 @given(ranges=st.lists(st.tuples(names, limit, limit), max_size=8), max_gap=st.sampled_from([None, 0, 1000, 1e9]))
 def test_cat_ranges_gives_what_slices_do(
     fs: RangeFileSystem, root: str, ranges: list[tuple[str, int | None, int | None]], max_gap: float | None
@@ -257,7 +257,7 @@ steps = st.lists(
 )
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30)
 @given(steps=steps, block_size=st.sampled_from([100, 4096, 10**6]), cache_type=st.sampled_from(["readahead", "none"]))
 def test_open_file_reads_and_seeks_as_one_in_memory(
     fs: RangeFileSystem,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mpreader import ObjectMissing, S3ClientConfig, ShortRead
@@ -106,7 +106,6 @@ def reader(store: Store) -> SliceReader:
 bounds = st.one_of(st.none(), st.integers(-120, 120))
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(wanted=st.lists(st.tuples(st.sampled_from([*FILES]), st.builds(slice, bounds, bounds)), max_size=8))
 def test_slices_are_those_of_bytes_and_come_by_one_fetch(
     reader: SliceReader, store: Store, wanted: list[tuple[str, slice]]

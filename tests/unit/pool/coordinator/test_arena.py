@@ -35,7 +35,7 @@ def extent(slot: Slot) -> tuple[int, int, int]:
     return slot.segment.number, slot.offset, slot.offset + slot.nbytes
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     steps=st.lists(
         st.one_of(

@@ -55,7 +55,7 @@ def test_response_tells_whether_the_connection_ends(head: str, will_close: bool)
 
 
 @given(data=st.binary(min_size=1, max_size=20_000), cuts=st.lists(st.integers(1, 5_000), min_size=1, max_size=20))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_chunked_body_is_what_was_cut(data: bytes, cuts: list[int]) -> None:
     raw, start = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", 0
     for cut in [*cuts, len(data)]:
@@ -99,7 +99,7 @@ heads = st.sampled_from([b"", b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 206 P\r\nTransf
 
 
 @given(head=heads, rest=st.binary(max_size=300))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_no_bytes_do_anything_but_be_read_or_refused(head: bytes, rest: bytes) -> None:
     with contextlib.suppress(MalformedResponse):
         body_of(head + rest)
