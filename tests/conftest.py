@@ -16,6 +16,9 @@ from mpreader.testing import S3Server
 
 pytest_plugins = ["tests.leak_check", "tests.fault_matrix"]
 
+# Before torch is imported, here and in programs: on busy processors its threads wait for each other in each call.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # A busy machine is no mistake, and examples may share a server.
 hypothesis.settings.register_profile(
     "tests",

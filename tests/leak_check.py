@@ -160,26 +160,34 @@ def _ours(names: set[str]) -> set[str]:
     if not names:
         return set()
     held = _held_by_others()
-    return {name for name in names if str(_SHM / name) not in held and (_SHM / name).exists()}
+    ours = set()
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+            if (_SHM / name).stat().st_ino not in held:
+                ours.add(name)
+    return ours
 
 
-def _held_by_others() -> set[str]:
-    """Files below ``/dev/shm`` that processes other than this one and its descendants have open or mapped."""
+def _held_by_others() -> set[int]:
+    """Inodes of ``/dev/shm`` that processes other than this one and its descendants have open or mapped.
+
+    Names would not do: a semaphore is mapped under a temporary one.
+    """
     processes = {each.pid: each for each in map(_try_read_process, _pids()) if each is not None}
-    held: set[str] = set()
+    held: set[int] = set()
     for process in processes.values():
         if not _descends_from(os.getpid(), process, processes):
-            held.update(_files_of(_PROC / str(process.pid)))
+            held.update(_shared_memory_of(_PROC / str(process.pid)))
     return held
 
 
-def _files_of(process: Path) -> Iterator[str]:
-    """Files that a process has mapped, if they are below ``/dev/shm``, and all that it has open."""
+def _shared_memory_of(process: Path) -> Iterator[int]:
     with contextlib.suppress(OSError):  # ended meanwhile, or another user's
-        yield from re.findall(rf"{_SHM}/[^\n]*", (process / "maps").read_text())
-        for entry in os.listdir(process / "fd"):
+        yield from map(int, re.findall(rf" (\d+) +{_SHM}/", (process / "maps").read_text()))
+        for entry in (process / "fd").iterdir():
             with contextlib.suppress(FileNotFoundError):  # closed meanwhile
-                yield os.readlink(process / "fd" / entry)
+                if os.readlink(entry).startswith(f"{_SHM}/"):
+                    yield entry.stat().st_ino
 
 
 def _pids() -> list[str]:

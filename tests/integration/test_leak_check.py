@@ -13,14 +13,15 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-# Two processes that make and remove shared memory all the time, until the input ends.
+# Two processes that make and remove shared memory and semaphores all the time, until the input ends.
 OTHER_PROGRAM = """
 import multiprocessing, os, select
 from multiprocessing.shared_memory import SharedMemory
 
 def work(until):
-    made = []
+    made, locks = [], []
     while not select.select([until], [], [], 0.001)[0]:
+        locks = [*locks[-3:], multiprocessing.get_context("spawn").Lock()]
         made.append(SharedMemory(create=True, size=4096))
         if len(made) > 3:
             oldest = made.pop(0)

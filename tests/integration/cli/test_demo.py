@@ -8,16 +8,13 @@ import re
 import signal
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
 from mpreader.cli import demo
 from mpreader.cli.main import main
 from mpreader.tools.demo import DemoLoad
-
-if TYPE_CHECKING:
-    from tests.integration.warm_interpreter import WarmInterpreter
 
 # What a user's own settings would break, if they were heeded; background jobs of a shell are born without SIGINT.
 ENVIRONMENT = {"AWS_PROFILE": "not-to-be-used", "http_proxy": "http://127.0.0.1:1"}
@@ -29,9 +26,9 @@ main()
 """
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
+def start(*arguments: str, warnings: str = "ignore") -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, "demo", *arguments],
+        [sys.executable, "-W", warnings, "-c", PROGRAM, "demo", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -40,15 +37,13 @@ def start(*arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def test_demo_shows_each_step_a_table_and_that_all_is_right(
-    warm_interpreter: WarmInterpreter, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
-    options = ("--size-mb", "5", "--workers", "1", "--max-memory", "4MiB", "--every-reader")
-    done = warm_interpreter.run("mpreader", "demo", *options, module="mpreader", is_strict=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    lines = done.stdout.splitlines()
+def test_demo_shows_each_step_a_table_and_that_all_is_right() -> None:
+    with start(
+        "--size-mb", "5", "--workers", "1", "--max-memory", "4MiB", "--every-reader", warnings="error"
+    ) as process:
+        out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (0, "")
+    lines = out.splitlines()
     assert lines[0] == "Starting an embedded S3 server …"
     assert lines.count("Loading it with mpreader …") == 1
     rows = [line for line in lines if line.endswith("  same")]
