@@ -64,7 +64,9 @@ def _nothing_is_left(pytestconfig: pytest.Config, caplog: pytest.LogCaptureFixtu
         pool.close_shared_pools()
     started = time.monotonic()
     collect_at, generation = started + _SOON_S, 1
-    while left := _held() - before | {f"shared memory {name}" for name in _ours(shared_memory_names() - names)}:
+    # Of shared memory only what was there at once, and stayed: another program may make some at any time.
+    new = shared_memory_names() - names
+    while left := _held() - before | {f"shared memory {name}" for name in _ours(new & shared_memory_names())}:
         if time.monotonic() > started + float(pytestconfig.getini("leak_grace_s")):
             pytest.fail("left behind: " + ", ".join(sorted(left)), pytrace=False)
         if time.monotonic() > collect_at:
