@@ -23,7 +23,7 @@ from __future__ import annotations
 import enum
 import io
 import pickle
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from typing import Any, Final
 
@@ -104,9 +104,11 @@ class _Unpickler(pickle.Unpickler):
         if name in _CLASSES_BY_MODULE.get(module, ()):
             return self._factory(_find(module, name))
         if (module, name) == ("builtins", "getattr"):
-            # A new function, not the bound method: BUILD writes to the __dict__ of its object, and that of a bound
-            # method is the one of the function in the class, which all later loads use.
-            return lambda factory, member: self._enum_member(factory, member)
+            # A new function: BUILD writes to the __dict__ of its object. It holds the dictionary only, not the
+            # unpickler, which holds everything that it has handed out: before Python 3.11.4 the garbage collector
+            # doesn't see that, and a circle would keep the metadata of every load for ever.
+            enums = self._enums
+            return lambda factory, member: _enum_member(enums, factory, member)
         dtype = vars(torch).get(name) if module == "torch" else None
         if isinstance(dtype, torch.dtype):
             return dtype  # no factory is needed: a dtype has no attributes that can be set
@@ -153,13 +155,12 @@ class _Unpickler(pickle.Unpickler):
                 self._members.setdefault(id(member), (member, dict(vars(member))))
         return factory
 
-    def _enum_member(self, factory: Any, name: Any) -> enum.Enum:
-        """Do what ``getattr`` would do for an enumeration, and refuse everything else."""
-        if factory not in self._enums:
-            raise MetadataRefused(
-                "the checkpoint's .metadata reads an attribute, which DCP never does; nothing was loaded"
-            )
-        return self._enums[factory][name]
+
+def _enum_member(enums: Mapping[Any, type[enum.Enum]], factory: Any, name: Any) -> enum.Enum:
+    """Do what ``getattr`` would do for an enumeration, and refuse everything else."""
+    if factory not in enums:
+        raise MetadataRefused("the checkpoint's .metadata reads an attribute, which DCP never does; nothing was loaded")
+    return enums[factory][name]
 
 
 def _has_changed(member: enum.Enum, before: dict[str, Any]) -> bool:

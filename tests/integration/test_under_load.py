@@ -106,20 +106,14 @@ warm_up, loads = map(int, sys.argv[1:])
 for number in range(warm_up):
     load(number)
 
-def grown(first):
-    before = held()
-    for number in range(first, first + loads):
-        load(number)
-    deadline = time.monotonic() + 30  # threads that were told to end, and memory that is let go of, need a moment
-    slow = ("threads", "descriptors")
-    while any((after := held())[name] > before[name] for name in slow) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return {name: after[name] - before[name] for name in after}
-
-result = grown(warm_up)
-if result["objects"] >= loads * 10:  # a module that was imported late, perhaps; what leaks does so again
-    result = grown(warm_up + loads)
-print(json.dumps(result))
+before = held()
+for number in range(warm_up, warm_up + loads):
+    load(number)
+deadline = time.monotonic() + 30  # threads that were told to end, and memory that is let go of, need a moment
+slow = ("threads", "descriptors")
+while any((after := held())[name] > before[name] for name in slow) and time.monotonic() < deadline:
+    time.sleep(0.01)
+print(json.dumps({name: after[name] - before[name] for name in after}))
 """
 
 FETCHES = """
