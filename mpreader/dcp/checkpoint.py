@@ -142,7 +142,8 @@ def _safe_item(fqn: str, stored: io.BytesIO) -> Any:
         ItemRefused: The item needs a class that torch does not allow.
     """
     try:
-        return torch.load(stored, map_location="cpu", weights_only=True)
+        with torch.device("cpu"):  # as in _any_item
+            return torch.load(stored, map_location="cpu", weights_only=True)
     except Exception as error:  # torch refuses items by errors of several types
         raise ItemRefused(
             f"{fqn!r} is no tensor, and can't be loaded as plain types{_unsafe_globals(stored)}; nothing of it was "
@@ -166,4 +167,7 @@ def _unsafe_globals(stored: io.BytesIO) -> str:
 
 def _any_item(fqn: str, stored: io.BytesIO) -> Any:  # noqa: ARG001  # LoadItem gives the name to every such function
     """Unpickle an item of any classes; runs code that the checkpoint's author chose."""
-    return torch.load(stored, map_location="cpu", weights_only=False)
+    # torch.load makes some kinds of tensors on the default device, whatever map_location says, and the user may have set
+    # one that holds no bytes, such as "meta".
+    with torch.device("cpu"):
+        return torch.load(stored, map_location="cpu", weights_only=False)

@@ -57,9 +57,16 @@ class ItemLoader:
         planner: Returns the target of each tensor, and takes the bytes of other items.
         transforms: Undoes the extensions of the save, such as compression. None if torch is too old for extensions.
         verify: True checks the CRC-32s that ``torch.save`` wrote.
+
+    Raises:
+        PlanError: A mode of torch is active in which new tensors have no bytes, such as ``FakeTensorMode``.
     """
 
     def __init__(self, planner: LoadPlanner, transforms: Any, *, verify: bool) -> None:
+        # Once for each load rather than for each item, since a load is not left between its items.
+        made = type(torch.empty(0, device="cpu"))
+        if made is not torch.Tensor:
+            raise PlanError(f"a mode of torch makes a {made.__name__} of each tensor: load outside of that mode")
         self._planner = planner
         self._transforms = transforms
         self._verify = verify

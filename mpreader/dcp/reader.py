@@ -172,8 +172,8 @@ class S3StorageReader(FileSystemReader):
 
         Raises:
             ChecksumMismatch: An item's bytes don't match their CRC-32, also when received again.
-            PlanError: A target has another shape than what is to be read into it, or another thread has begun a load on
-                this reader meanwhile.
+            PlanError: A target has another shape than what is to be read into it, a mode such as ``FakeTensorMode`` is
+                active, or another thread has begun a load on this reader meanwhile.
             TransportError: Bytes could not be received.
         """
         path, storage_data = self._own_load()

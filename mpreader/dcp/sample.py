@@ -23,16 +23,6 @@ State = dict[str, dict[str, Any]]
 
 _MB: Final = 1_000_000  # bytes
 _TENSOR_GROUPS: Final = ("model", "odd")
-# Tensors of the layouts, sizes and values that a loader is most likely to get wrong.
-_ODD_TENSORS: Final = {
-    "scalar": torch.tensor(3.5, dtype=torch.float64),
-    "empty": torch.empty(0, 7),
-    "mask": torch.arange(1001) % 3 == 0,
-    "ids": torch.arange(-500, 500),
-    "complex": torch.complex(torch.linspace(0, 1, 99), torch.linspace(1, 0, 99)),
-    "transposed": torch.arange(6000, dtype=torch.float32).reshape(60, 100).t(),
-    "not_a_number": torch.tensor([float("nan"), float("inf"), -0.0]),
-}
 _ITEMS: Final = {"step": 12_000, "lr": 3e-4, "name": "demo", "betas": [0.9, 0.95], "schedule": ("cosine", 100)}
 
 
@@ -54,12 +44,28 @@ def make_state(size_mb: int) -> State:
         for number in range(max(1, size_mb * _MB // layer_bytes))
         for name, shape in layer.items()
     }
-    return {"model": weights, "odd": dict(_ODD_TENSORS), "items": dict(_ITEMS)}
+    with torch.device("cpu"):  # the default device may be one without memory
+        return {"model": weights, "odd": _odd_tensors(), "items": dict(_ITEMS)}
+
+
+def _odd_tensors() -> dict[str, torch.Tensor]:
+    """Returns tensors of the layouts, sizes and values that a loader is most likely to get wrong."""
+    ramp = torch.linspace(0, 1, 99, dtype=torch.float32)
+    return {
+        "scalar": torch.tensor(3.5, dtype=torch.float64),
+        "empty": torch.empty(0, 7, dtype=torch.float32),
+        "mask": torch.arange(1001) % 3 == 0,
+        "ids": torch.arange(-500, 500),
+        "complex": torch.complex(ramp, 1 - ramp),
+        "transposed": torch.arange(6000, dtype=torch.float32).reshape(60, 100).t(),
+        "not_a_number": torch.tensor([float("nan"), float("inf"), -0.0], dtype=torch.float32),
+    }
 
 
 def _random_bits(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     # Any bit pattern may come, also one of a NaN: that is fine, since bits are compared and not numbers.
-    return torch.empty(shape, dtype=torch.int16).random_(-(1 << 15), 1 << 15, generator=generator).view(torch.bfloat16)
+    bits = torch.empty(shape, dtype=torch.int16, device="cpu")
+    return bits.random_(-(1 << 15), 1 << 15, generator=generator).view(torch.bfloat16)
 
 
 def tensor_sizes(state: State) -> list[int]:

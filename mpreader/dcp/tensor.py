@@ -90,7 +90,9 @@ def load_whole(item: ItemBytes, *, verify: bool = True) -> torch.Tensor:
     if verify:
         check_archive(record)
     try:
-        loaded: torch.Tensor = torch.load(record, map_location="cpu", weights_only=True)
+        # torch.load makes some kinds of tensors on the default device, whatever map_location says.
+        with torch.device("cpu"):
+            loaded: torch.Tensor = torch.load(record, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise  # the record isn't damaged, and torch's message says what to do
     except Exception as error:
@@ -154,7 +156,8 @@ class _Payload:
 
     def gather(self, start: int, end: int) -> torch.Tensor:
         """Returns a copy of the bytes ``[start, end)``, aligned for every dtype; the payload itself may not be."""
-        buffer = torch.empty(end - start, dtype=torch.uint8)
+        # The device is named because the user may have set another default one, even "meta", which holds no bytes.
+        buffer = torch.empty(end - start, dtype=torch.uint8, device="cpu")
         _fill(buffer, self.blocks(start, end))
         return buffer
 
