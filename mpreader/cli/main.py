@@ -200,3 +200,7 @@ def _is_json(arguments: list[str]) -> bool:
 def _facts(error: Exception) -> dict[str, Any]:
     """Attributes of an error that a JSON document can hold, such as bucket, key and range."""
     return {name: value for name, value in vars(error).items() if isinstance(value, (str, int, tuple, type(None)))}
+
+
+if __name__ == "__main__":
+    main()

@@ -7,7 +7,6 @@ No result and no error of this module may hold a secret, not even the id of an a
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
@@ -25,7 +24,9 @@ from botocore.utils import get_environ_proxies, parse_timestamp
 
 from mpreader.config import S3ClientConfig
 from mpreader.errors import AccessDenied, ConfigError, PlanError
+from mpreader.s3.credentials import ProviderFailed, find_credentials, freeze
 from mpreader.s3.failure import Target, translated
+from mpreader.s3.redaction import redacted
 from mpreader.s3.session import Session
 
 __all__ = ["Account", "Identity", "NoResponse", "Readable", "ServiceResponse", "code_of"]
@@ -149,7 +150,7 @@ class Account:
         """
         try:
             return self._identify()
-        except (BotoCoreError, ClientError, ValueError) as error:
+        except (BotoCoreError, ProviderFailed, ConfigError) as error:
             raise ConfigError(self.clean(str(error))) from None
 
     def probe(self) -> ServiceResponse:
@@ -200,12 +201,7 @@ class Account:
 
     def clean(self, text: str) -> str:
         """Return ``text`` in one line and without secrets: user names and passwords of URLs, and credentials."""
-        text = re.sub(r"//\S*@", "//", " ".join(text.split()))
-        # urllib3 begins its reasons with the repr of an object, which is of no use to a user.
-        text = re.sub(r"<urllib3\S* object at \w+>: |\w+Connection\([^)]*\): ", "", text)
-        for secret in self._secrets:
-            text = text.replace(secret, "…")
-        return text
+        return redacted(text, self._secrets)
 
     def _identify(self) -> Identity:
         profile = self._session.core.get_config_variable("profile") or "default"
@@ -213,7 +209,7 @@ class Account:
         if "mfa_serial" in settings and "role_arn" in settings:
             # Finding such credentials would make botocore ask for the code on the terminal, and wait.
             raise ConfigError(f"the profile {profile} asks for an MFA code each time, which a job can't give")
-        credentials = self._session.core.get_credentials()
+        credentials = find_credentials(self._session.core)
         if credentials is None:
             return Identity("", profile)
         key, token = self._fetch(credentials)
@@ -229,8 +225,10 @@ class Account:
     def _fetch(self, credentials: Credentials) -> tuple[str, str]:
         """Return the id of the access key and the session token, both "" if the credentials have expired."""
         try:
-            frozen = credentials.get_frozen_credentials()
-        except RuntimeError:  # botocore raises it if the credentials are expired even after they were fetched anew
+            frozen = freeze(credentials)
+        except ProviderFailed as failure:
+            if not failure.has_expired:
+                raise
             return "", ""
         key, token = frozen.access_key or "", frozen.token or ""
         secrets = (frozen.secret_key or "", token, key)
@@ -261,14 +259,14 @@ class Account:
     def _make_client(self, **options: Any) -> Any:
         try:
             return self._session.make_client(self._config.region, Config(**_ONE_QUICK_ATTEMPT, **options))
-        except (BotoCoreError, ConfigError) as error:
+        except (BotoCoreError, ProviderFailed, ConfigError) as error:
             raise ConfigError(self.clean(str(error))) from None  # the cause would show its text, secrets included
 
 
 def code_of(error: BaseException) -> str:
     """Return S3's own code of an error that :class:`Account` raised, such as ``"AccessDenied"``; "" if it has none."""
     refusal = error.__cause__  # botocore's error, from which `translated` has raised this one
-    return str(refusal.response.get("Error", {}).get("Code", "")) if isinstance(refusal, ClientError) else ""
+    return str(refusal.response.get("Error", {}).get("Code") or "") if isinstance(refusal, ClientError) else ""
 
 
 def _noted_expiry(source: str, settings: Mapping[str, object]) -> datetime | None:

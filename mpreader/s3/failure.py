@@ -12,6 +12,7 @@ from typing import Final, NamedTuple
 
 from botocore import exceptions as boto
 from botocore.exceptions import BotoCoreError, ClientError
+from botocore.parsers import ResponseParserError
 
 from mpreader.errors import (
     AccessDenied,
@@ -22,6 +23,8 @@ from mpreader.errors import (
     PlanError,
     TransportError,
 )
+from mpreader.s3.credentials import ProviderFailed
+from mpreader.s3.redaction import redacted
 
 __all__ = ["Target", "translated"]
 
@@ -68,6 +71,7 @@ _NO_REGION: Final = (
     "the service redirects the request, perhaps to another region, but names none: check endpoint_url, and "
     "S3ClientConfig(region=…)"
 )
+_CHECK: Final = "check that endpoint_url is that of an S3 service, and what stands between"
 # botocore follows only redirects to another region. Others come, for example, from a web server that redirects http to
 # https.
 _REDIRECTS: Final = frozenset({301, 302, 307, 308})
@@ -120,6 +124,10 @@ _SETTINGS: Final = (
     boto.ParamValidationError,
     boto.InvalidProxiesConfigError,
     boto.EndpointProviderError,
+    boto.MissingDependencyException,  # signing for access points of several regions needs botocore[crt]
+    boto.UnsupportedS3AccesspointConfigurationError,
+    boto.UnsupportedS3ArnError,
+    boto.UnsupportedS3ConfigurationError,
 )
 
 
@@ -132,18 +140,44 @@ def translated(target: Target) -> Iterator[None]:
         PlanError: The range lies outside of the object.
         TransportError: The service refused, or could not be reached.
     """
+    failure: MpreaderError | None = None
     try:
         yield
+    except (MpreaderError, MemoryError):
+        raise
     except ClientError as error:
         raise _refusal(error, target) from error
     except BotoCoreError as error:
         raise _failure(error, target) from error
-    except RuntimeError as error:
-        # botocore raises a plain RuntimeError if the credentials of the environment, or of a role, have expired. There
-        # is no class to tell it by, only its text.
-        if "credentials" not in str(error):
-            raise
-        raise target.error(AccessDenied, f"{error} {_GIVE_CREDENTIALS}", attempts=0) from error
+    except ProviderFailed as error:
+        failure = _provider_failure(error, target)
+    # botocore and urllib3 let through what they did not expect: a KeyError, a ValueError of a date, a RecursionError.
+    except Exception as error:
+        raise _surprise(error, target) from error
+    if failure is not None:  # raised here, so that nothing leads to the error of the provider
+        raise failure
+
+
+def _provider_failure(error: ProviderFailed, target: Target) -> MpreaderError:
+    if error.is_setting:
+        return ConfigError(f"{target}: {error}")
+    # 0 attempts: without credentials no request was made.
+    return target.error(AccessDenied, f"{error}; {_GIVE_CREDENTIALS}", attempts=0)
+
+
+def _surprise(error: Exception, target: Target) -> MpreaderError:
+    """Make the error for what is neither botocore's nor ours."""
+    text = redacted(str(error))
+    # botocore raises a plain RuntimeError if the credentials of the environment, or of a role, have expired. There is
+    # no class to tell it by, only its text.
+    if isinstance(error, RuntimeError) and "credentials" in text:
+        return target.error(AccessDenied, f"{text} {_GIVE_CREDENTIALS}", attempts=0)
+    said = type(error).__name__
+    # A ResponseParserError repeats the whole response.
+    if text and not isinstance(error, ResponseParserError):
+        said += f": {text}"
+    message = f"boto3 can't make sense of the service's answer ({said}); {_CHECK}"
+    return target.error(TransportError, message, attempts=1)
 
 
 def _refusal(error: ClientError, target: Target) -> MpreaderError:
@@ -151,9 +185,10 @@ def _refusal(error: ClientError, target: Target) -> MpreaderError:
     details = error.response.get("Error", {})
     facts = error.response.get("ResponseMetadata", {})
     status = facts.get("HTTPStatusCode", 0)
-    code = details.get("Code", "")
+    code = details.get("Code") or ""  # None where the service sends an empty one
     # The response to a HEAD has no body, and so no code: botocore puts the status in its place.
-    reason = "" if code == str(status) else f" {code}: {details.get('Message', '')}"
+    # The message may be missing, or be there and empty, for which botocore has None.
+    reason = "" if code == str(status) else f" {code}: {redacted(details.get('Message') or '')}"
     said = f"HTTP {status}{reason}".rstrip(": ")
     if code == "InvalidRange" or status == 416:
         return PlanError(f"{target}: the range {target.range} lies outside of the object ({said})")
@@ -169,11 +204,11 @@ def _failure(error: BotoCoreError, target: Target) -> MpreaderError:
     """Make the error for a request that got no response."""
     if isinstance(error, _SETTINGS):
         # Some of these texts have several lines; the message of an error is one line.
-        return ConfigError(f"{target}: {' '.join(str(error).split())}")
+        return ConfigError(f"{target}: {redacted(str(error))}")
     if isinstance(error, _CREDENTIALS):
         # 0 attempts: without credentials no request was made.
-        return target.error(AccessDenied, f"{error}; {_GIVE_CREDENTIALS}", attempts=0)
+        return target.error(AccessDenied, f"{redacted(str(error))}; {_GIVE_CREDENTIALS}", attempts=0)
     if isinstance(error, (boto.HTTPClientError, boto.ConnectionError)):
         advice = "check endpoint_url, region, proxies and certificates"
-        return target.error(TransportError, f"{error}; {advice}", target.max_attempts)
-    return target.error(TransportError, str(error), attempts=1)
+        return target.error(TransportError, f"{redacted(str(error))}; {advice}", target.max_attempts)
+    return target.error(TransportError, f"{redacted(str(error))}; {_CHECK}", attempts=1)

@@ -17,11 +17,15 @@ import boto3
 import botocore.session
 from botocore import UNSIGNED
 from botocore.config import Config
+from botocore.credentials import Credentials
+from botocore.exceptions import BotoCoreError
 from botocore.httpsession import get_cert_path
 
 from mpreader.collector import collector_paused
 from mpreader.config import S3ClientConfig
 from mpreader.errors import ConfigError
+from mpreader.s3.credentials import ProviderFailed, find_credentials, freeze, watch_providers
+from mpreader.s3.redaction import redacted
 from mpreader.version import __version__
 
 if TYPE_CHECKING:
@@ -105,17 +109,34 @@ class Session:
         self._clients: dict[str | None, BotoClient] = {}  # by region; None: the environment's
         self._bucket_regions: dict[str, str] = {}  # by bucket, as far as responses have shown it
         self._ca_file = ""
+        self._credentials: Credentials | None = None  # None until they are found
         self._lacks_credentials = False
 
     @property
     def core(self) -> botocore.session.Session:
         """The botocore session of all clients: they share its credentials, and renew them once for all."""
         if self._core is None:
-            self._core = botocore.session.Session(profile=self._config.profile)
+            try:
+                core = botocore.session.Session(profile=self._config.profile)
+                watch_providers(core)
+            except BotoCoreError:
+                raise
+            except Exception as error:  # such as a ValueError of a variable that should be a number
+                raise ConfigError(_settings_error(error)) from error
+            self._core = core  # last: a session without the watch must not be used
         return self._core
 
     def client_for(self, bucket: str) -> BotoClient:
-        """Return the client that signs for the bucket's region, or for the settings' region until that is known."""
+        """Return the client that signs for the bucket's region, or for the settings' region until that is known.
+
+        Its credentials are there, and renewed if that was due; without any, botocore's own error says so.
+
+        Raises:
+            ProviderFailed: The credentials could not be found or renewed.
+            ConfigError: As for :meth:`make_client`.
+            BotoCoreError: As for :meth:`make_client`.
+        """
+        self._ready_credentials()
         client = self._client(self._config.region)
         # For requests any client would do, since boto3 follows a redirect to the bucket's region. A presigned URL is
         # always signed for the client's own region, and a worker can't follow a redirect.
@@ -130,8 +151,9 @@ class Session:
             options: Options of botocore in place of those that the settings lead to.
 
         Raises:
-            ConfigError: The endpoint is no URL.
+            ConfigError: The endpoint is no URL, or boto3 can't make sense of a file of the configuration.
             BotoCoreError: The profile, the region or a file of the configuration is wrong.
+            ProviderFailed: The credentials could not be found.
         """
         config = _client_config(self._config)
         # Making a client makes many objects that all stay: garbage collections would find nothing, and take longer than
@@ -146,8 +168,12 @@ class Session:
                     endpoint_url=self._config.endpoint_url,
                     config=config.merge(options) if options is not None else config,
                 )
-            except ValueError as error:  # botocore raises it if the endpoint is not a URL
-                raise ConfigError(f"{error}; check endpoint_url, AWS_ENDPOINT_URL_S3 and AWS_CA_BUNDLE") from error
+            except (BotoCoreError, ProviderFailed, MemoryError):
+                raise
+            # ValueError if the endpoint is not a URL; AttributeError, TypeError and others if a value of the
+            # configuration file is of another kind than botocore takes for granted, as with "s3 = foo".
+            except Exception as error:
+                raise ConfigError(_settings_error(error)) from error
         client.meta.events.register("before-parameter-build.s3", _presign_for_the_region)
         client.meta.events.register_first("choose-signer.s3", _presign_with_version_4)
         for operation in _REGION_REQUESTS:
@@ -160,7 +186,7 @@ class Session:
         client = self._clients.get(self._config.region)
         region = self._bucket_regions.get(bucket) or (client.meta.region_name if client else self._config.region)
         endpoint = client.meta.endpoint_url if client else self._config.endpoint_url
-        return f"region {region or 'unknown'}, endpoint {endpoint or 'unknown'}"
+        return redacted(f"region {region or 'unknown'}, endpoint {endpoint or 'unknown'}")  # a URL may hold a password
 
     def ca_file(self) -> str:
         """Return the file, or directory, of certificate authorities that botocore trusts."""
@@ -204,8 +230,18 @@ class Session:
                     client = self._clients[region] = self._make_shared_client(region)
         return client
 
+    def _ready_credentials(self) -> None:
+        """Find the credentials, once, and renew them where that is due: here, where a failure is known to be theirs."""
+        if self._config.unsigned or self._lacks_credentials:
+            return
+        if self._credentials is None:
+            with self._lock:  # else many threads would ask a role's service at the same time
+                self._credentials = self._credentials or find_credentials(self.core)
+                self._lacks_credentials = self._credentials is None
+        if self._credentials is not None:
+            freeze(self._credentials)
+
     def _make_shared_client(self, region: str | None) -> BotoClient:
-        self._lacks_credentials = not self._config.unsigned and self.core.get_credentials() is None
         client = self.make_client(region)
         client.meta.events.register("after-call.s3", self._note_region)
         return client
@@ -218,6 +254,14 @@ class Session:
         region = context.get("signing", {}).get("region")
         if bucket and region and not bucket.startswith("arn:") and http_response.status_code < 300:
             self._bucket_regions[bucket] = region
+
+
+def _settings_error(error: Exception) -> str:
+    text = redacted(str(error))
+    if isinstance(error, (ValueError, OSError)):
+        return f"{text}; check endpoint_url, AWS_ENDPOINT_URL_S3 and AWS_CA_BUNDLE"
+    file = os.environ.get("AWS_CONFIG_FILE", "~/.aws/config")
+    return f"boto3 can't use its configuration ({type(error).__name__}: {text}); check {file} and the variables AWS_*"
 
 
 def _client_config(config: S3ClientConfig) -> Config:

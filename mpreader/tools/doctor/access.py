@@ -21,6 +21,7 @@ from mpreader.config import S3ClientConfig
 from mpreader.errors import AccessDenied, ConfigError, ObjectMissing
 from mpreader.s3 import parse_s3_uri
 from mpreader.s3.account import Account, Identity, NoResponse, Readable, ServiceResponse, code_of
+from mpreader.s3.credentials import SOURCES
 from mpreader.sources.network import proxy_for
 from mpreader.tools.doctor.finding import Finding
 
@@ -34,19 +35,6 @@ _SOON: Final = timedelta(minutes=15)  # credentials that end sooner may end with
 _SKEW_WARN: Final = timedelta(minutes=1)
 _SKEW_FAIL: Final = timedelta(minutes=5)
 _SET_CLOCK: Final = "sudo chronyc makestep; to keep it right: sudo timedatectl set-ntp true"
-# In words, by botocore's names of the places where it finds credentials.
-_SOURCES: Final = {
-    "env": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY of the environment",
-    "shared-credentials-file": "the credentials file",
-    "config-file": "the configuration file",
-    "iam-role": "the instance's role (IMDS)",
-    "container-role": "the container's role",
-    "assume-role": "an assumed role",
-    "assume-role-with-web-identity": "a role for a web identity",
-    "sso": "AWS SSO",
-    "login": "aws login",
-    "custom-process": "the profile's credential_process",
-}
 # Remedies for credentials that have expired, by the same names. All others come from a file.
 _RENEWALS: Final = {
     "env": "unset AWS_CREDENTIAL_EXPIRATION; export AWS_ACCESS_KEY_ID=… AWS_SECRET_ACCESS_KEY=… AWS_SESSION_TOKEN=…",
@@ -219,7 +207,7 @@ def _credentials(identity: Future[Identity], config: S3ClientConfig) -> Finding:
 
 
 def _found_credentials(found: Identity, now: datetime) -> Finding:
-    value = f"from {_SOURCES.get(found.source, found.source)}"
+    value = f"from {SOURCES.get(found.source, found.source)}"
     if found.source != "env":
         value += f", profile {found.profile}"
     renewal = _RENEWALS.get(found.source, f"write new ones into the file: aws configure --profile {found.profile}")

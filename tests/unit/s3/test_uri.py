@@ -29,3 +29,34 @@ def test_parse_s3_uri_refuses_other_schemes(uri: str) -> None:
 def test_parse_s3_uri_refuses_a_missing_bucket(uri: str) -> None:
     with pytest.raises(ConfigError, match="no bucket"):
         parse_s3_uri(uri)
+
+
+_ACCESS_POINT = "arn:aws:s3:us-east-1:123456789012:accesspoint"
+
+
+@pytest.mark.parametrize(
+    "arn",
+    [
+        f"{_ACCESS_POINT}/my-ap",
+        f"{_ACCESS_POINT}:my-ap",
+        "arn:aws-cn:s3:cn-north-1:123456789012:accesspoint/my-ap",
+        "arn:aws-us-gov:s3:us-gov-west-1:123456789012:accesspoint/my-ap",
+        "arn:aws:s3::123456789012:accesspoint/mfzwi23gnjvgw.mrap",
+        "arn:aws:s3-object-lambda:us-west-2:123456789012:accesspoint/my-lambda",
+        "arn:aws:s3-outposts:us-west-2:123456789012:outpost/op-01234567890123456/accesspoint/my-ap",
+        "arn:aws:s3-outposts:us-west-2:123456789012:outpost:op-01234567890123456:accesspoint:my-ap",
+    ],
+)
+@pytest.mark.parametrize("key", ["", "key", "dir/a key:with%20+#?/", "/leading", "arn:aws:s3"])
+def test_parse_s3_uri_takes_an_access_points_arn_for_the_bucket(arn: str, key: str) -> None:
+    assert parse_s3_uri(f"s3://{arn}/{key}") == (arn, key)
+    assert parse_s3_uri(f"s3://{arn}") == (arn, "")
+
+
+@pytest.mark.parametrize(
+    "arn",
+    ["arn:aws:s3:::bucket/key", f"{_ACCESS_POINT}/", "arn:aws:s3:us-east-1:12:accesspoint/a/key", "arn:", "arn:x/y"],
+)
+def test_parse_s3_uri_refuses_other_arns(arn: str) -> None:
+    with pytest.raises(ConfigError, match=r"none of an access point; write s3://arn:aws:s3:REGION"):
+        parse_s3_uri(f"s3://{arn}")
