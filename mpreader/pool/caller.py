@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mpreader.errors import PlanError
+from mpreader.errors import ObjectChanged, PlanError
 from mpreader.pool.lease import Lease, leased_view
 from mpreader.pool.requests import (
     Ended,
@@ -33,9 +33,10 @@ from mpreader.pool.requests import (
     SlotFailed,
     SlotRead,
     SourceName,
+    VersionLearned,
 )
 from mpreader.pool.resolver import SourceResolver
-from mpreader.pool.source import Source
+from mpreader.pool.source import LearningSource, Source
 from mpreader.pool.transfer import Transfer
 from mpreader.pool.worker.messages import MapSegment, UnmapSegment
 
@@ -69,6 +70,7 @@ class Caller:
             Recall: self._recall,
             SlotFailed: self._slot_failed,
             ResolveSource: self._resolve,
+            VersionLearned: self._version_learned,
             UnmapSegment: self._unmap,
             RequestRepeated: self._request_repeated,
             HeldUp: self._held_up,
@@ -145,6 +147,18 @@ class Caller:
         sources = self._sources.get(message.read.number)
         if sources is not None:
             self._resolver.resolve(message, sources[message.source])
+
+    def _version_learned(self, message: VersionLearned) -> None:
+        transfer = self._transfers.get(message.read.number)
+        sources = self._sources.get(message.read.number)
+        if transfer is None or sources is None:  # closed meanwhile
+            return
+        source = sources[message.source]
+        if isinstance(source, LearningSource):
+            try:
+                source.learn(message.version)
+            except ObjectChanged as error:
+                transfer.fail(error.with_traceback(None))
 
     def _unmap(self, message: UnmapSegment) -> None:
         self._segments.pop(message.segment, None)  # views that are left keep it mapped

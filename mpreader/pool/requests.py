@@ -12,6 +12,7 @@ to another process as it is.
                  ◄─────────────────────────────────────────────── ResolveSource(read, source)
     SourceResolved(read, source, version, route | error) ──────►
                  ◄─────────────────────────────────────────────── MapSegment(segment), with the memory itself
+                 ◄─────────────────────────────────────────────── VersionLearned(read, source, version)
                  ◄─────────────────────────────────────────────── SlotArrived(read, slot read, lease, place)
     Demand(read, slot read): a consumer waits for it ──────────►
     SlotTaken(lease): a consumer has a view of it ─────────────►
@@ -65,6 +66,7 @@ __all__ = [
     "SlotTaken",
     "SourceName",
     "SourceResolved",
+    "VersionLearned",
 ]
 
 
@@ -205,6 +207,14 @@ class SlotArrived(NamedTuple):
     lease: int
     segment: int
     offset: int
+
+
+class VersionLearned(NamedTuple):
+    """Responses have told more of the version of a source than was known of it; comes before the bytes of them."""
+
+    read: ReadId
+    source: int
+    version: ObjectVersion
 
 
 class Recall(NamedTuple):

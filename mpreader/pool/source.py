@@ -7,23 +7,12 @@ The pool knows this protocol only; :mod:`mpreader.sources` has the classes.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Protocol, runtime_checkable
 
 from mpreader.pool.worker.route import Route
+from mpreader.pool.worker.version import ObjectVersion
 
-__all__ = ["ObjectVersion", "Source"]
-
-
-class ObjectVersion(NamedTuple):
-    """The one version of an object that a load reads.
-
-    Attributes:
-        size: Bytes of the whole object.
-        etag: ETag as the server wrote it, quotes included; "" where the server gives none.
-    """
-
-    size: int
-    etag: str
+__all__ = ["LearningSource", "ObjectVersion", "Source"]
 
 
 class Source(Protocol):
@@ -61,4 +50,16 @@ class Source(Protocol):
 
         Raises:
             TransportError: There are no credentials, or they could not be renewed.
+        """
+
+
+@runtime_checkable
+class LearningSource(Protocol):
+    """A source that outlives one read, and whose reads must all be of one version."""
+
+    def learn(self, version: ObjectVersion) -> None:
+        """Take over the validators that a read has found; called from a thread of the pool.
+
+        Raises:
+            ObjectChanged: Another read has found another version.
         """

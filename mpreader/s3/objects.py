@@ -6,10 +6,13 @@ Made by :class:`mpreader.s3.client.BaseS3Client` for its callers. Makes no reque
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from email.utils import formatdate
 from typing import Any, Protocol
 
-__all__ = ["HasSize", "ListObjectsPage", "ObjectInfo"]
+from mpreader.pool.worker.version import ObjectVersion, Validators, validators_of
+
+__all__ = ["HasSize", "ListObjectsPage", "ObjectInfo", "validators_of_info"]
 
 
 class HasSize(Protocol):
@@ -33,6 +36,8 @@ class ObjectInfo:
         etag: ETag as S3 wrote it, quotes included; "" where the service gives none.
         last_modified: Seconds since the epoch; 0 where the service does not state it.
         storage_class: S3's name of it, such as ``"STANDARD"``.
+        validators: All validators that the service has sent, the ETag among them.
+        encoding: ``Content-Encoding`` of the object; "" where it has none, and in a listing.
     """
 
     key: str
@@ -40,6 +45,14 @@ class ObjectInfo:
     etag: str
     last_modified: int
     storage_class: str
+    # Not compared: an object's facts are the same, whether a HEAD or a listing has stated them.
+    validators: Validators = field(default=(), compare=False, repr=False)
+    encoding: str = field(default="", compare=False, repr=False)
+
+    @property
+    def version(self) -> ObjectVersion:
+        """Size and validators, by which this version is told from others."""
+        return ObjectVersion.of(self.size, validators_of_info(self), self.encoding)
 
     @classmethod
     def of_head(cls, key: str, response: Mapping[str, Any]) -> ObjectInfo:
@@ -55,8 +68,27 @@ class ObjectInfo:
     def _of(cls, key: str, size: int, response: Mapping[str, Any]) -> ObjectInfo:
         modified = response.get("LastModified")  # some S3-compatible services leave it out
         modified_s = int(modified.timestamp()) if modified is not None else 0
-        # A HEAD names the storage class only where it is not the standard one.
-        return cls(key, size, response.get("ETag", ""), modified_s, response.get("StorageClass", "STANDARD"))
+        headers: Mapping[str, str] = response.get("ResponseMetadata", {}).get("HTTPHeaders", {})  # none in a listing
+        return cls(
+            key,
+            size,
+            response.get("ETag", ""),
+            modified_s,
+            response.get("StorageClass", "STANDARD"),  # a HEAD names it only where it is not the standard one
+            validators_of(headers),
+            headers.get("content-encoding", ""),
+        )
+
+
+def validators_of_info(info: HasSize) -> Validators:
+    """Validators that facts of an object have; they may be those of another library, which has an ETag and a time."""
+    validators = dict(getattr(info, "validators", ()))
+    etag, modified = getattr(info, "etag", None), getattr(info, "last_modified", None)
+    if etag:
+        validators["etag"] = etag
+    elif isinstance(modified, int) and modified > 0:  # of a listing, say, which has no headers
+        validators.setdefault("last-modified", formatdate(modified, usegmt=True))
+    return tuple(sorted(validators.items()))
 
 
 @dataclass(frozen=True, slots=True)

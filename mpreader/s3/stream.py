@@ -14,12 +14,13 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 import urllib3
-from botocore.exceptions import BotoCoreError
+from botocore.exceptions import BotoCoreError, ClientError
 
 from mpreader.config import MiB
 from mpreader.errors import MpreaderError, ObjectChanged, PlanError, ShortRead, TransportError
-from mpreader.pool.worker.partial_content import Mismatch, PartialContent, find_mismatch, parse_content_range
-from mpreader.s3.objects import HasSize
+from mpreader.pool.worker.partial_content import Mismatch, PartialContent, find_mismatch
+from mpreader.pool.worker.version import Difference, Validators, find_difference, is_strong, merged, validators_of
+from mpreader.s3.objects import HasSize, validators_of_info
 from mpreader.s3.requester import Requester
 
 __all__ = ["PinnedObject"]
@@ -27,6 +28,12 @@ __all__ = ["PinnedObject"]
 _CHUNK_BYTES: Final = 1 * MiB  # most bytes of one receive, and so the memory that a stream takes
 _FIRST_PAUSE_S: Final = 0.05
 _LONGEST_PAUSE_S: Final = 5.0
+# Statuses with which services refuse If-Match itself: they don't know it (400, 501), or can't compare the ETag that
+# they have sent themselves (412), since it is a weak one, or since a proxy has changed it.
+_REFUSES_IF_MATCH: Final = (400, 412, 501)
+# Endpoint and bucket of each service that refuses If-Match though the object is the right one.
+_refusing: Final[set[tuple[str | None, str]]] = set()
+_MOST_REFUSING: Final = 256
 
 
 class _Broken(Exception):
@@ -44,8 +51,8 @@ class PinnedObject:
         client: Client that makes the requests.
         bucket: The object's bucket.
         key: The object's key.
-        object_info: Facts of the object, if they are known already. If they have an ``etag``, only that version is
-            read.
+        object_info: Facts of the object, if they are known already. If they have an ``etag``, or a time of
+            modification, only that version is read.
     """
 
     def __init__(self, client: Requester, bucket: str, key: str, object_info: HasSize | None = None) -> None:
@@ -53,11 +60,15 @@ class PinnedObject:
         self._bucket = bucket
         self._key = key
         self._info = object_info
-        # "" until the version is decided. getattr, since object_info need not have more than a size.
-        self._etag: str = getattr(object_info, "etag", None) or ""
+        # What responses have said of the version so far; empty until it is decided.
+        self._validators: Validators = () if object_info is None else validators_of_info(object_info)
 
     def __repr__(self) -> str:
         return f"<PinnedObject s3://{self._bucket}/{self._key} {self._etag}>"
+
+    @property
+    def _etag(self) -> str:
+        return dict(self._validators).get("etag", "")
 
     def info(self) -> HasSize:
         """Return the object's size and version; makes one HEAD request, the first time.
@@ -68,12 +79,14 @@ class PinnedObject:
         """
         if self._info is None:
             info = self._client.head_object(self._bucket, self._key)
-            if self._etag and info.etag != self._etag:
-                error = self._other_version(info.etag)
+            found = validators_of_info(info)
+            difference = find_difference(self._validators, found)
+            if difference is not None:
+                error = self._other_version(difference)
                 if isinstance(error, _Broken):  # which only a stream knows to repeat
                     raise TransportError(f"{self._uri()}: {error}", bucket=self._bucket, key=self._key, attempts=1)
                 raise error
-            self._etag, self._info = info.etag, info
+            self._validators, self._info = merged(self._validators, found), info
         return self._info
 
     def stream(self, start: int | None = None, end: int | None = None) -> Iterator[bytes]:
@@ -130,8 +143,22 @@ class PinnedObject:
         Returns:
             The body, which the caller must close, and the end as a number, which the response has stated.
         """
+        endpoint = (self._client.s3client_config.endpoint_url, self._bucket)
+        if not is_strong(self._etag) or endpoint in _refusing:
+            return self._accepted(position, end)
+        try:
+            return self._accepted(position, end, IfMatch=self._etag)
+        except TransportError as error:
+            if _status_of(error) not in _REFUSES_IF_MATCH:
+                raise
+        # If the object was overwritten, this raises an error that names the new version.
+        accepted = self._accepted(position, end)
+        if len(_refusing) < _MOST_REFUSING:
+            _refusing.add(endpoint)
+        return accepted
+
+    def _accepted(self, position: int, end: int | None, **if_match: str) -> tuple[Any, int]:
         last = "" if end is None else end - 1  # a Range header names the last byte, not the one past it
-        if_match = {"IfMatch": self._etag} if self._etag else {}
         response = self._client.call(
             "get_object",
             self._bucket,
@@ -148,37 +175,55 @@ class PinnedObject:
 
     def _check(self, response: dict[str, Any], position: int, end: int | None) -> int:
         """Accept a response only if its body will be the requested bytes of the one version; returns their end."""
-        # Without Content-Encoding: the body is handed out as it is stored, so an object that was stored compressed is
-        # read like any other.
+        metadata = response["ResponseMetadata"]
+        headers: dict[str, str] = metadata["HTTPHeaders"]
         said = PartialContent(
-            response["ResponseMetadata"]["HTTPStatusCode"],
+            metadata["HTTPStatusCode"],
             response.get("ContentRange", ""),
-            response.get("ETag", ""),
             response.get("ContentLength"),
+            validators_of(headers),
+            headers.get("content-encoding", ""),
         )
-        named = parse_content_range(said.content_range)
-        if named is None or named.object_size is None:
-            raise _Broken("the server sends the whole object in place of a range")
-        # S3 sends fewer bytes for a range that ends past the object, and that would look like a wrong response.
-        if end is not None and end > named.object_size:
-            raise PlanError(f"the range {(position, end)} ends past the {named.object_size} bytes of {self._uri()}")
-        end = named.object_size if end is None else end
         size = None if self._info is None else self._info.size
-        mismatch = find_mismatch(said, start=position, end=end, etag=self._etag, object_size=size)
-        if mismatch is Mismatch.VERSION:
-            raise self._other_version(said.etag)
-        if mismatch is Mismatch.OBJECT_SIZE:
-            raise self._changed(f"it has {named.object_size} bytes now, not {size}")
+        # A response with the whole object may leave out its length where the body comes in chunks.
+        stated = size if said.status == 200 and said.length is None else said.object_size
+        if stated is None:
+            raise _Broken("the server does not state the object's size")
+        # S3 sends fewer bytes for a range that ends past the object, and that would look like a wrong response.
+        if end is not None and end > stated:
+            raise PlanError(f"the range {(position, end)} ends past the {stated} bytes of {self._uri()}")
+        end = stated if end is None else end
+        mismatch = find_mismatch(
+            said,
+            start=position,
+            end=end,
+            object_size=size,
+            validators=self._validators,
+            encoding=getattr(self._info, "encoding", ""),
+        )
         if mismatch is not None:
-            raise _Broken(f"asked for bytes {position}-{end - 1}, the answer is for {said.content_range!r}")
-        self._etag = said.etag  # the first response decides which version is read
+            raise self._refused(mismatch, said, position, end)
+        self._validators = merged(self._validators, said.validators)  # the first response decides which version is read
         return end
 
-    def _other_version(self, etag: str) -> Exception:
-        # A response without an ETag does not show that the object has changed; the next one may have the ETag.
-        if not etag:
-            return _Broken("the answer names no ETag")
-        return self._changed(f"its ETag is {etag} now, not {self._etag}")
+    def _refused(self, mismatch: Mismatch, said: PartialContent, position: int, end: int) -> Exception:
+        """Make the error for a response that does not fit the request."""
+        difference = find_difference(self._validators, said.validators)
+        if mismatch is Mismatch.VERSION and difference is not None:
+            return self._other_version(difference, (position, end))
+        if mismatch is Mismatch.OBJECT_SIZE and self._info is not None:
+            return self._changed(f"it has {said.object_size} bytes now, not {self._info.size}", (position, end))
+        if mismatch is Mismatch.STATUS:
+            return _Broken("the server sends the whole object in place of a range")
+        if mismatch is Mismatch.ENCODING:
+            return _Broken(f"the server compresses the answer ({said.encoding[:40]})")
+        return _Broken(f"asked for bytes {position}-{end - 1}, the answer is for {said.content_range!r}")
+
+    def _other_version(self, difference: Difference, range: tuple[int, int] | None = None) -> Exception:
+        # A response without an ETag, say, does not show that the object has changed; the next one may have it.
+        if not difference.is_change:
+            return _Broken(f"the answer names no {difference.header}")
+        return self._changed(str(difference), range)
 
     def _pause_or_give_up(self, error: BaseException, failures: int, range: tuple[int, int | None]) -> None:
         """Sleep before the next attempt, longer after each failure; raise the error after the last one."""
@@ -195,9 +240,17 @@ class PinnedObject:
         longest = min(_FIRST_PAUSE_S * 2**failures, _LONGEST_PAUSE_S)
         time.sleep(random.uniform(0, longest))  # noqa: S311 - jitter, not a secret
 
-    def _changed(self, difference: str) -> ObjectChanged:
+    def _changed(self, difference: str, range: tuple[int, int] | None) -> ObjectChanged:
         message = f"{self._uri()} was overwritten while it was read: {difference}; read it again with a new reader"
-        return ObjectChanged(message, bucket=self._bucket, key=self._key, attempts=1)
+        return ObjectChanged(message, bucket=self._bucket, key=self._key, range=range, attempts=1)
 
     def _uri(self) -> str:
         return f"s3://{self._bucket}/{self._key}"
+
+
+def _status_of(error: TransportError) -> int:
+    """Status of the service's refusal that an error was raised from; 0 if it was none."""
+    refusal = error.__cause__
+    if not isinstance(refusal, ClientError):
+        return 0
+    return int(refusal.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))

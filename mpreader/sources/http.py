@@ -17,7 +17,9 @@ from urllib3.util import Retry, Timeout, parse_url
 
 from mpreader.errors import AccessDenied, ConfigError, ObjectMissing, TransportError
 from mpreader.pool.source import ObjectVersion
+from mpreader.pool.worker.partial_content import is_compressed
 from mpreader.pool.worker.route import Route
+from mpreader.pool.worker.version import validators_of
 from mpreader.sources.network import PORTS, Headers, basic_authorization, ca_file, proxy_for, route_to, tls_context
 
 __all__ = ["HttpSource"]
@@ -112,15 +114,35 @@ class HttpSource:
     def _resolve(self) -> tuple[_Url, ObjectVersion]:
         """Return the URL at which the redirects end, and the version of the object there."""
         target, status, headers = self._follow("HEAD", self._url, {})
-        if status == 200 and "Content-Length" in headers:
-            return target, ObjectVersion(self._size(headers["Content-Length"], headers), _etag(headers))
+        length = headers.get("Content-Length") if status == 200 else None
+        if length is not None and not is_compressed(headers.get("Content-Encoding", "")):
+            return target, self._version(length, headers)
         if status in _TRY_GET_AFTER:
             target, status, headers = self._follow("GET", self._url, {"Range": "bytes=0-0"})
-        # 416 is the response for an empty object, which has no first byte; its Content-Range has the size, too.
-        if status not in (206, 416):
+        return target, self._version_of_get(status, headers, length)
+
+    def _version_of_get(self, status: int, headers: Mapping[str, str], length: str | None) -> ObjectVersion:
+        """Return the version that the response to a GET of the first byte states.
+
+        Args:
+            status: Status of the response.
+            headers: Its headers.
+            length: Size that a HEAD has stated of an object with a Content-Encoding. It is that of the stored bytes, or
+                that of what the server makes of them for each answer: the range is always one of stored bytes.
+        """
+        if status == 200:
+            # All of an object of one byte, or of an empty one, which has no first byte; else it knows no ranges.
+            total = headers.get("Content-Length", "")
+            is_right = total in ("0", "1")
+        else:
+            # 416 is the response for an empty object, too.
+            total = headers.get("Content-Range", "").rpartition("/")[2] or (length or "" if status == 416 else "")
+            is_right = status in (206, 416)
+        if is_compressed(headers.get("Content-Encoding", "")) and (not is_right or length not in (total, None)):
+            raise self._error(TransportError, "the server compresses it; ranges of that can't be read")
+        if not is_right:
             raise self._refusal(status)
-        _, _, total = headers.get("Content-Range", "").rpartition("/")
-        return target, ObjectVersion(self._size(total, headers), _etag(headers))
+        return self._version(total, headers)
 
     def _follow(self, method: str, url: _Url, headers: dict[str, str]) -> tuple[_Url, int, Mapping[str, str]]:
         """Make a request and follow its redirects.
@@ -170,10 +192,12 @@ class HttpSource:
             raise self._error(TransportError, f"no answer from {url.authority}: {_without_urls(reason)}") from None
         return response.status, response.headers
 
+    def _version(self, size: str, headers: Mapping[str, str]) -> ObjectVersion:
+        encoding = headers.get("Content-Encoding", "")
+        return ObjectVersion.of(self._size(size, headers), validators_of(headers), encoding)
+
     def _size(self, text: str, headers: Mapping[str, str]) -> int:
         """Return the size that ``text``, a header's value, states; raises if the object can't be read by ranges."""
-        if headers.get("Content-Encoding", "identity") != "identity":
-            raise self._error(TransportError, "the server compresses it; ranges of that can't be read")
         if headers.get("Accept-Ranges") == "none":
             raise self._error(TransportError, "the server serves no ranges of it")
         # isascii, since isdigit alone also holds for characters such as "²", which int() refuses.
@@ -266,12 +290,6 @@ def _manager(url: _Url) -> urllib3.PoolManager:
         return urllib3.PoolManager(ssl_context=context)
     host = f"[{proxy.host}]" if ":" in proxy.host else proxy.host
     return urllib3.ProxyManager(f"http://{host}:{proxy.port}", proxy_headers=dict(proxy.headers), ssl_context=context)
-
-
-def _etag(headers: Mapping[str, str]) -> str:
-    etag = headers.get("ETag", "")
-    # A server must not accept a weak ETag in If-Match, so it can't be used: the object counts as one without an ETag.
-    return "" if etag.startswith("W/") else etag
 
 
 def _without_urls(text: object) -> str:

@@ -59,8 +59,7 @@ class S3Source:
             AccessDenied: There are no credentials, or they don't allow it.
             TransportError: The service could not be reached, or failed.
         """
-        info = self._client.head_object(self._bucket, self._key)
-        return ObjectVersion(info.size, info.etag)
+        return self._client.head_object(self._bucket, self._key).version
 
     def route(self) -> Route:
         """Make a newly signed route, through the environment's proxy if it names one. Makes no request to S3.

@@ -14,10 +14,11 @@ from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from typing import Final
 
-from mpreader.errors import PoolClosed, PoolTimeout
+from mpreader.errors import ObjectChanged, PoolClosed, PoolTimeout
 from mpreader.pool.background import BackgroundThreads
 from mpreader.pool.source import ObjectVersion, Source
 from mpreader.pool.worker.route import Route
+from mpreader.pool.worker.version import find_change
 
 __all__ = ["PinnedSource", "resolve_versions", "try_resolve_versions"]
 
@@ -35,7 +36,7 @@ class PinnedSource:
         version: The only version of the object that may be read.
 
     Attributes:
-        version: The known version.
+        version: The known version, with the validators that reads have found since.
         bucket: Bucket of ``source``.
         key: Key of ``source``.
         uri: URI of ``source``.
@@ -53,6 +54,17 @@ class PinnedSource:
     def open(self) -> ObjectVersion:
         """Return the known version."""
         return self.version
+
+    def learn(self, version: ObjectVersion) -> None:
+        """Take over the validators that a read has found; see :class:`mpreader.pool.source.LearningSource`."""
+        change = find_change(self.version.validators, version.validators)
+        if change is not None:
+            raise ObjectChanged(
+                f"{self.uri}: the object was overwritten while it was read: {change}; read it again",
+                bucket=self.bucket,
+                key=self.key,
+            )
+        self.version = self.version.learned(version.validators)
 
     def route(self) -> Route:
         """Make a new route; see :meth:`mpreader.pool.source.Source.route`."""

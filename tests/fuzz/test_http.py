@@ -21,6 +21,7 @@ from mpreader.pool.worker.failure import GetFailed
 from mpreader.pool.worker.http import MAX_HEAD_BYTES, HttpSocket, MalformedResponse
 from mpreader.pool.worker.messages import Fetch
 from mpreader.pool.worker.route import Route
+from mpreader.pool.worker.version import ObjectVersion
 
 if TYPE_CHECKING:
     from tests.fuzz.conftest import Mutant, Mutants
@@ -153,7 +154,7 @@ def get(server: Server, raw: bytes, cuts: Sequence[int], etag: str = ETAG, repea
     server.pieces = Pieces(raw, tuple(cuts)).all() * repeats
     slot = bytearray(GUARD + bytes(LENGTH) + GUARD)
     route = Route(False, "127.0.0.1", server.port, "/b/k", (("Host", "h"),))
-    fetch = Fetch(7, route, etag, len(DATA), START, START + LENGTH, 0, 0)
+    fetch = Fetch(7, route, ObjectVersion(len(DATA), etag), START, START + LENGTH, 0, 0)
     connection = Connection(connect_timeout_s=5.0, stall_timeout_s=5.0)
     failed: GetFailed | None = None
     try:

@@ -30,6 +30,7 @@ from mpreader.config import KiB, MiB
 from mpreader.dcp import S3StorageReader
 from mpreader.pool.requests import SlotRead
 from mpreader.pool.worker.messages import Fetch
+from mpreader.pool.worker.version import ObjectVersion
 from mpreader.ranges import Part
 from mpreader.s3 import PresignedUrl
 from mpreader.sources.http import HttpSource
@@ -149,7 +150,7 @@ def test_load_shows_no_secret_in_reprs(store: FaultServer, unwanted: list[str]) 
         ]
         for opened in readers:
             assert opened.read(10)
-        fetch = Fetch(1, route, "", 10, 0, 10, 0, 0)
+        fetch = Fetch(1, route, ObjectVersion(10, ""), 0, 10, 0, 0)
         http = HttpSource("http://me:sesame@127.0.0.1:1/key?X-Amz-Signature=sesame")
         things = (
             reader,

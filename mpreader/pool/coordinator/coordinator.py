@@ -338,7 +338,7 @@ class Coordinator:
         if isinstance(result, Failed):
             self._scheduler.failed(result, now)
             return
-        self._scheduler.fetched(result.part)
+        self._scheduler.fetched(result.part, result.found)
         if part is not None and not part.received:  # otherwise this was only the rest of it
             self._limiter.observe(*_server_and_size(part), result.seconds, result.processor_wait_s, now)
 
@@ -373,8 +373,7 @@ class Coordinator:
         fetch = Fetch(
             part=part.number,
             route=source.route,
-            etag=source.version.etag,
-            object_size=source.version.size,
+            version=source.version,
             start=part.range.start + part.received,
             end=part.range.end,
             segment=slot.segment.number,

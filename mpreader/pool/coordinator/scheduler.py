@@ -53,9 +53,11 @@ from mpreader.pool.requests import (
     SlotFailed,
     SlotTaken,
     SourceResolved,
+    VersionLearned,
 )
 from mpreader.pool.stats import PoolStats, Tally
 from mpreader.pool.worker.messages import Failed, FailureKind
+from mpreader.pool.worker.version import Validators, find_change
 
 __all__ = ["Scheduler", "SchedulerLimits"]
 
@@ -229,10 +231,11 @@ class Scheduler:
             read = part.slot_read.read
             read.post(RequestEnded(read.id, worker, nbytes, seconds))
 
-    def fetched(self, number: int) -> None:
-        """End a part all of whose bytes are there, unless it has ended before."""
+    def fetched(self, number: int, found: Validators = ()) -> None:
+        """End a part all of whose bytes are there, unless it has ended before; ``found``: see ``Fetched``."""
         part = self._parts.get(number)
         if part is not None:
+            self._learn_version(part, found)
             self._end_part(part)
 
     def failed(self, failure: Failed, now: float) -> None:
@@ -243,6 +246,7 @@ class Scheduler:
         part.received += failure.received
         part.attempts = 1 if failure.received else part.attempts + 1
         part.last_failure = failure.detail
+        self._learn_version(part, failure.found)
         if part.slot_read.status is not SlotStatus.FILLING or not part.left_bytes:
             self._end_part(part)  # in the second case all is there: what failed came after the last byte
         elif failure.kind is FailureKind.EXPIRED and not part.is_resigned:
@@ -491,6 +495,28 @@ class Scheduler:
         if now - source.route_made > _ROUTE_AGE_S:
             source.route_made = now
             self._ask_for_route(slot_read.read, source)
+
+    # -- versions
+
+    def _learn_version(self, part: PartState, found: Validators) -> None:
+        """Take over what a response has said of the version beyond what was known, for all parts that follow.
+
+        The first response decides. Parts that were in flight with it did not know: what theirs have said is compared
+        here, and a slot read that holds bytes of another version fails.
+        """
+        slot_read, source = part.slot_read, part.slot_read.source
+        if not found or source.version is None or slot_read.status is not SlotStatus.FILLING:
+            return
+        change = find_change(source.version.validators, found)
+        if change is not None:
+            failure = Failed(part.number, FailureKind.CHANGED, 0, str(change))
+            attempts = max(part.attempts, 1)
+            self._fail_slot_read(slot_read, retry.error_after(failure, source.name, part.byte_range, attempts))
+            return
+        version = source.version.learned(found)
+        if version != source.version:
+            source.version = version
+            slot_read.read.post(VersionLearned(slot_read.read.id, source.number, version))
 
     # -- ends of parts and slot reads
 

@@ -2,8 +2,9 @@
 
 Used by the connection threads of :mod:`~mpreader.pool.worker.main`. This is the only place where errors of sockets, TLS
 and HTTP become a ``GetFailed``. A socket is opened by :mod:`~mpreader.pool.worker.transport`, a response is checked by
-:mod:`~mpreader.pool.worker.failure`. It must not retry, which is the coordinator's decision, except in the one case of
-a kept connection that is drawn here. The steps of a GET, and the kinds of failure that each step may end in:
+:mod:`~mpreader.pool.worker.failure`. It must not retry, which is the coordinator's decision, except in the two
+cases that are drawn here, a kept connection and a refused If-Match. The steps of a GET, and the kinds of failure that
+each step may end in:
 
     idle: ``part`` is None, ``deadline`` is infinite; a socket may be kept open
       │ get()
@@ -17,7 +18,8 @@ a kept connection that is drawn here. The steps of a GET, and the kinds of failu
     send the request, read the head of the response ─ BROKEN; on a kept socket: connect, and request once more, since
       │                                               the server may have closed the idle connection at this moment
       ▼
-    check status, range, version and length ───────── BUSY, EXPIRED, DENIED, MISSING, CHANGED, MALFORMED, REFUSED
+    check status, range, version and length ───────── BUSY, EXPIRED, DENIED, MISSING, CHANGED, MALFORMED, REFUSED; where
+      │                                               that may be for If-Match only: request once more without it
       ▼
     receive the body, and count its bytes ─────────── BROKEN, MALFORMED; the bytes received so far are reported
       │
@@ -38,11 +40,12 @@ import socket
 import time
 from typing import TYPE_CHECKING, Final
 
-from mpreader.pool.worker.failure import GetFailed, check_response
+from mpreader.pool.worker.failure import GetFailed, check_response, is_condition_refused
 from mpreader.pool.worker.http import HttpSocket, MalformedResponse, Response
 from mpreader.pool.worker.messages import FailureKind, Fetch
 from mpreader.pool.worker.route import Route
 from mpreader.pool.worker.transport import host_and_port, open_socket
+from mpreader.pool.worker.version import Validators, is_strong
 
 if TYPE_CHECKING:
     from collections.abc import Container
@@ -52,6 +55,10 @@ __all__ = ["Connection"]
 # The deadline is moved whenever this many bytes have arrived, so a connection must bring at least this much in each
 # stall timeout. A smaller value would cost more looks at the clock.
 CHUNK_BYTES: Final = 256 * 1024
+# Servers, by origin, that refuse If-Match though the object is the right one. All threads of a worker share it without
+# a lock: entries are only added, and one that is missing costs no more than another request.
+_refuse_if_match: Final[set[object]] = set()
+_MOST_ORIGINS: Final = 256
 
 
 class Connection:
@@ -71,12 +78,14 @@ class Connection:
             infinite while idle. It is only recorded here: the main thread compares it with the clock, and calls
             ``abort``.
         first_byte_s: Time at which the response to the last GET began, by the same clock; 0 if there was none.
+        found: Validators of the response to the last GET, if it was accepted, that the expected version does not have.
     """
 
     def __init__(self, connect_timeout_s: float, stall_timeout_s: float) -> None:
         self.part: int | None = None
         self.deadline = float("inf")
         self.first_byte_s = 0.0
+        self.found: Validators = ()
         self._connect_timeout_s = connect_timeout_s
         self._stall_timeout_s = stall_timeout_s
         self._http: HttpSocket | None = None
@@ -116,6 +125,7 @@ class Connection:
         """
         self._abort_reason = None
         self.first_byte_s = 0.0
+        self.found = ()
         self._extend_deadline()
         self.part = fetch.part
         try:
@@ -147,20 +157,35 @@ class Connection:
             raise
 
     def _get(self, fetch: Fetch, into: memoryview) -> None:
+        is_conditional = is_strong(fetch.version.etag) and _origin(fetch.route) not in _refuse_if_match
+        try:
+            response = self._accepted(fetch, is_conditional)
+        except GetFailed as failure:
+            if not is_conditional or not is_condition_refused(failure):
+                raise
+            self.close()
+            # If the object was overwritten, this raises an error that names the new version.
+            response = self._accepted(fetch, is_conditional=False)
+            if len(_refuse_if_match) < _MOST_ORIGINS:
+                _refuse_if_match.add(_origin(fetch.route))
+        self._receive(response, into)
+        if response.will_close:
+            self.close()
+
+    def _accepted(self, fetch: Fetch, is_conditional: bool) -> Response:
+        """Request a part, and accept the head of the response or raise GetFailed."""
         is_reused = self._is_reusable(fetch.route)
         try:
-            response = self._request(fetch, is_reused)
+            response = self._request(fetch, is_reused, is_conditional)
         except GetFailed as failure:
             # On a new connection, and after abort(), it is a real failure. A kept connection may have been closed by
             # the server while the request was on its way, which is no fault: nothing of the response has arrived.
             if not is_reused or failure.kind is not FailureKind.BROKEN or self._abort_reason is not None:
                 raise
-            response = self._request(fetch, is_reused=False)
+            response = self._request(fetch, is_reused=False, is_conditional=is_conditional)
         self.first_byte_s = time.monotonic()
-        check_response(response, fetch)
-        self._receive(response, into)
-        if response.will_close:
-            self.close()
+        self.found = check_response(response, fetch)
+        return response
 
     def _is_reusable(self, route: Route) -> bool:
         if self._http is None or self._http.has_unread_bytes or self._origin != _origin(route):
@@ -171,7 +196,7 @@ class Connection:
         poll.register(self._http.sock, select.POLLIN)
         return not poll.poll(0)
 
-    def _request(self, fetch: Fetch, is_reused: bool) -> Response:
+    def _request(self, fetch: Fetch, is_reused: bool, is_conditional: bool) -> Response:
         if not is_reused:
             self.close()
             self._http = self._connect(fetch.route)
@@ -184,7 +209,7 @@ class Connection:
             raise GetFailed(FailureKind.BROKEN, "aborted")
         try:
             self._extend_deadline()
-            http.send_request("GET", _target(fetch.route), _headers(fetch))
+            http.send_request("GET", _target(fetch.route), _headers(fetch, is_conditional))
             return http.read_response()
         except (OSError, MalformedResponse) as error:
             raise GetFailed(FailureKind.BROKEN, f"no answer: {_text_of(error)}") from None
@@ -210,9 +235,9 @@ class Connection:
                 if received >= next_check:
                     self._extend_deadline()
                     next_check = received + CHUNK_BYTES
-            # The length of a chunked body is known only at its end. The end must be read in any case: left in the
-            # socket, it would be taken for the start of the next response.
-            if response.is_chunked and response.read(1):
+            # The length of a body that does not state it is known only at its end. The end of a chunked one must be
+            # read in any case: left in the socket, it would be taken for the start of the next response.
+            if response.length is None and response.read(1):
                 raise GetFailed(FailureKind.MALFORMED, "more bytes than asked for")
         except (OSError, MalformedResponse) as error:
             detail = f"the body broke after {received} of {wanted} bytes: {_text_of(error)}"
@@ -243,11 +268,11 @@ def _target(route: Route) -> str:
     return f"http://{host_and_port(route)}{route.target}"
 
 
-def _headers(fetch: Fetch) -> list[tuple[str, str]]:
+def _headers(fetch: Fetch, is_conditional: bool) -> list[tuple[str, str]]:
     # Range names the last byte, not the one past it. Accept-Encoding: of a compressed body no byte range would fit.
     headers = [*fetch.route.headers, ("Range", f"bytes={fetch.start}-{fetch.end - 1}"), ("Accept-Encoding", "identity")]
-    if fetch.etag:
-        headers.append(("If-Match", fetch.etag))
+    if is_conditional:
+        headers.append(("If-Match", fetch.version.etag))
     if fetch.route.proxy is not None and not fetch.route.tls:  # with TLS the proxy got them with CONNECT
         headers.extend(fetch.route.proxy.headers)
     return headers

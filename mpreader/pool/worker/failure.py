@@ -12,8 +12,9 @@ from typing import Final
 from mpreader.pool.worker.http import MalformedResponse, Response
 from mpreader.pool.worker.messages import FailureKind, Fetch
 from mpreader.pool.worker.partial_content import Mismatch, PartialContent, find_mismatch
+from mpreader.pool.worker.version import Validators, find_difference, validators_of
 
-__all__ = ["GetFailed", "check_response"]
+__all__ = ["GetFailed", "check_response", "is_condition_refused"]
 
 _MAX_ERROR_BODY_BYTES: Final = 16 * 1024  # a server is not trusted to send a short one
 _MAX_RETRY_AFTER_S: Final = 60.0  # a server may name hours; a part must not be put off for that long
@@ -43,20 +44,27 @@ class GetFailed(Exception):
         detail: Description for people, without secrets.
         received: Number of bytes at the start of the part that were received, and are right.
         retry_after_s: Seconds that the server asks to wait, 0 where it does not.
+        status: Status with which the server refuses the request; 0 if it does not refuse it.
     """
 
-    def __init__(self, kind: FailureKind, detail: str, received: int = 0, retry_after_s: float = 0.0) -> None:
+    def __init__(
+        self, kind: FailureKind, detail: str, received: int = 0, retry_after_s: float = 0.0, status: int = 0
+    ) -> None:
         super().__init__(detail)
         self.kind = kind
         self.detail = detail
         self.received = received
         self.retry_after_s = retry_after_s
+        self.status = status
 
 
-def check_response(response: Response, fetch: Fetch) -> None:
+def check_response(response: Response, fetch: Fetch) -> Validators:
     """Accept the response to a GET only if its body will be exactly the requested bytes of the expected version.
 
     Called before any byte of the body is received, so that no byte of a wrong body gets into the slot.
+
+    Returns:
+        Validators of the response that the expected version does not have.
 
     Raises:
         GetFailed: The response is refused. The connection must be closed, since its body is left unread.
@@ -64,32 +72,54 @@ def check_response(response: Response, fetch: Fetch) -> None:
     said = PartialContent(
         response.status,
         response.header("content-range"),
-        response.header("etag"),
         response.length,
+        validators_of(response.headers),
         response.header("content-encoding"),
     )
-    mismatch = find_mismatch(said, start=fetch.start, end=fetch.end, etag=fetch.etag, object_size=fetch.object_size)
+    expected = fetch.version
+    mismatch = find_mismatch(
+        said,
+        start=fetch.start,
+        end=fetch.end,
+        object_size=expected.size,
+        validators=expected.validators,
+        encoding=expected.encoding,
+    )
     if mismatch is Mismatch.STATUS:
         raise _refusal(response)
     if mismatch is not None:
         raise GetFailed(*_describe(mismatch, said, fetch))
+    known = dict(expected.validators)
+    return tuple(validator for validator in said.validators if validator[0] not in known)
+
+
+def is_condition_refused(failure: GetFailed) -> bool:
+    """True if a request may have been refused only because of its If-Match.
+
+    Some servers know no If-Match (400, 501), or can't compare the ETag that they have sent themselves (412): a weak
+    one, or one that a proxy has changed.
+    """
+    # The kind is that of other reasons too: a status of 400 may stand for an expired token.
+    kinds = {412: FailureKind.CHANGED, 400: FailureKind.REFUSED, 501: FailureKind.REFUSED}
+    return kinds.get(failure.status) is failure.kind
 
 
 def _describe(mismatch: Mismatch, said: PartialContent, fetch: Fetch) -> tuple[FailureKind, str]:
     """Name the kind of failure, and describe it."""
     if mismatch is Mismatch.VERSION:
-        # A response without an ETag does not show that the object has changed. It counts as malformed, which is tried
-        # again: the next response may have the ETag.
-        kind = FailureKind.CHANGED if said.etag else FailureKind.MALFORMED
-        return kind, f"the answer is for ETag {said.etag or '(none)'}, not {fetch.etag}"
+        # A response without an ETag, say, does not show that the object has changed. It counts as malformed, which is
+        # tried again: the next response may have the ETag.
+        difference = find_difference(fetch.version.validators, said.validators)
+        kind = FailureKind.CHANGED if difference is not None and difference.is_change else FailureKind.MALFORMED
+        return kind, str(difference)
     if mismatch is Mismatch.OBJECT_SIZE:
-        # If an ETag was expected, it was right (it is compared first): the server states a wrong size of the same
-        # object. Without an ETag, another size is the only sign of another version.
-        kind = FailureKind.MALFORMED if fetch.etag else FailureKind.CHANGED
-        object_size = said.content_range.rpartition("/")[2]
-        return kind, f"the object has {object_size} bytes now, not {fetch.object_size}"
+        # Validators that were expected were right (they are compared first): the server states a wrong size of the same
+        # object. Without validators, another size is the only sign of another version.
+        kind = FailureKind.MALFORMED if fetch.version.validators else FailureKind.CHANGED
+        return kind, f"the object has {said.object_size} bytes now, not {fetch.version.size}"
     if mismatch is Mismatch.ENCODING:
-        return FailureKind.MALFORMED, "the answer is compressed, its bytes are not the object's"
+        detail = f"the server compresses the answer ({said.encoding[:40]}): its bytes are not the object's"
+        return FailureKind.MALFORMED, detail
     if mismatch is Mismatch.LENGTH:
         detail = f"Content-Length {said.length}, not the {fetch.end - fetch.start} bytes asked for"
         return FailureKind.MALFORMED, detail
@@ -104,7 +134,7 @@ def _refusal(response: Response) -> GetFailed:
     detail = f"HTTP {status}" + (f" {code}" if code else "") + (f" ({text})" if text else "")
     if status == 200:
         detail += ": the server sends the whole object in place of a range"
-    return GetFailed(_kind_of(status, code, text), detail, retry_after_s=_retry_after_s(response))
+    return GetFailed(_kind_of(status, code, text), detail, retry_after_s=_retry_after_s(response), status=status)
 
 
 def _kind_of(status: int, code: str, text: str) -> FailureKind:

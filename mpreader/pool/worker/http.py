@@ -150,6 +150,7 @@ class Response:
         length: Bytes of the body by ``Content-Length``; None if there is no such header, or the body is chunked.
         is_chunked: True if the body comes in chunks, each of which begins with its size.
         will_close: True if the server ends the connection after this response.
+        headers: Values by name in lower case; where a header is repeated, all values, joined by commas.
     """
 
     def __init__(self, http: HttpSocket, head: str) -> None:
@@ -159,7 +160,7 @@ class Response:
             raise MalformedResponse(f"not HTTP/1.1: {status_line[:80]!r}")
         self.status = int(match[2])
         self._http = http
-        self._headers = _parse_headers(lines)
+        self.headers = _parse_headers(lines)
         self.is_chunked = self._parse_is_chunked()
         # Where a head has both, the chunks decide where the body ends (RFC 9112, section 6.3).
         self.length = None if self.is_chunked else self._parse_content_length()
@@ -181,7 +182,7 @@ class Response:
             name: Name in lower case.
             default: Value to return if the response has no such header.
         """
-        return self._headers.get(name, default)
+        return self.headers.get(name, default)
 
     def receive_into(self, into: memoryview) -> int:
         """Receive up to ``len(into)`` bytes of the body.

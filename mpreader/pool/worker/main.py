@@ -109,7 +109,15 @@ class ConnectionThread(threading.Thread):
             # used for a second part.
             self._worker.cancelled.discard(fetch.part)
         seconds, waited_s = time.monotonic() - started_s, waits.total_s() - waited_s
-        return Fetched(fetch.part, seconds, waited_s, self.number, started_s, self.connection.first_byte_s)
+        return Fetched(
+            fetch.part,
+            seconds,
+            waited_s,
+            self.number,
+            started_s,
+            self.connection.first_byte_s,
+            self.connection.found,
+        )
 
     def _failed(self, fetch: Fetch, failure: GetFailed, started_s: float) -> Failed:
         return Failed(
@@ -122,6 +130,7 @@ class ConnectionThread(threading.Thread):
             connection=self.number,
             started_s=started_s,
             first_byte_s=self.connection.first_byte_s,
+            found=self.connection.found,
         )
 
 

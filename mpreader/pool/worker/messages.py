@@ -13,6 +13,7 @@ import enum
 from typing import NamedTuple
 
 from mpreader.pool.worker.route import Route
+from mpreader.pool.worker.version import ObjectVersion, Validators
 
 __all__ = [
     "MAX_MESSAGE_BYTES",
@@ -79,8 +80,7 @@ class Fetch(NamedTuple):
     Attributes:
         part: Number of the part.
         route: Server, proxy and presigned target by which the object is requested.
-        etag: ETag that the response must have; empty: any.
-        object_size: Size in bytes that the response must state.
+        version: Version that the response must be of; without validators: any of this size.
         start: First byte of the object.
         end: One past the last byte of the object.
         segment: Number of a mapped segment.
@@ -89,8 +89,7 @@ class Fetch(NamedTuple):
 
     part: int
     route: Route
-    etag: str
-    object_size: int
+    version: ObjectVersion
     start: int
     end: int
     segment: int
@@ -131,6 +130,7 @@ class Fetched(NamedTuple):
         connection: Number of the connection within the worker.
         started_s: Time at which the worker began with the part.
         first_byte_s: Time at which the response began.
+        found: Validators of the response that the expected version does not have.
     """
 
     part: int
@@ -139,6 +139,7 @@ class Fetched(NamedTuple):
     connection: int = 0
     started_s: float = 0.0
     first_byte_s: float = 0.0
+    found: Validators = ()
 
 
 class Failed(NamedTuple):
@@ -154,6 +155,7 @@ class Failed(NamedTuple):
         connection: Number of the connection within the worker.
         started_s: Time at which the worker began with the part.
         first_byte_s: Time at which the response began; 0 if there was none.
+        found: Validators of the response, if it was accepted, that the expected version does not have.
     """
 
     part: int
@@ -165,3 +167,4 @@ class Failed(NamedTuple):
     connection: int = 0
     started_s: float = 0.0
     first_byte_s: float = 0.0
+    found: Validators = ()

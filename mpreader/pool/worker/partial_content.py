@@ -3,32 +3,39 @@
 Used by a worker's GET (:mod:`~mpreader.pool.worker.failure`) and by the streams in the caller's process
 (:mod:`mpreader.s3.stream`). Both have their own HTTP client and raise their own errors, so the check is a pure
 function: it uses no sockets and raises nothing. A body must not be used before the head of its response has passed.
+
+A response is accepted with status 206, or with 200 where the whole object was asked for: some servers answer that
+without a Content-Range. The Content-Encoding of a stored object is the object's own affair, and its bytes are handed
+out as they are stored. A body that a server compresses on the way is told by its length: it is not that of the range,
+or is not stated, or the object seems to have another size.
 """
 
 from __future__ import annotations
 
 import enum
 import re
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
-__all__ = ["ContentRange", "Mismatch", "PartialContent", "find_mismatch", "parse_content_range"]
+from mpreader.pool.worker.version import Validators, find_difference
+
+__all__ = ["ContentRange", "Mismatch", "PartialContent", "find_mismatch", "is_compressed", "parse_content_range"]
 
 # The number of digits is bounded, because a server is not trusted: int() of thousands of digits is slow, and raises
 # ValueError since Python 3.11.
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)")
-# With aws-chunked the client that uploaded the object described its upload. S3 stores that word and repeats it in
-# every response, but the body is the object's plain bytes.
-_PLAIN_ENCODINGS = ("", "identity", "aws-chunked")
+# Codings by which servers compress a body on the way. Others, such as aws-chunked and utf-8, are words that somebody
+# has stored with an object.
+_COMPRESSIONS: Final = frozenset({"gzip", "x-gzip", "deflate", "compress", "x-compress", "br", "zstd", "dcb", "dcz"})
 
 
 class Mismatch(enum.Enum):
     """Difference between a ranged GET and the response to it."""
 
-    STATUS = 1  # not 206; with 200 the whole object would follow
+    STATUS = 1  # neither 206 nor a 200 that is right; with other 200s the whole object would follow
     RANGE = 2  # other bytes than those requested, or no statement of which bytes
-    VERSION = 3  # another ETag than the expected one, or none
+    VERSION = 3  # another version than the expected one, or no statement of which one
     OBJECT_SIZE = 4  # another size than that of the expected version
-    ENCODING = 5  # the body is compressed: its bytes are not the object's
+    ENCODING = 5  # the server compresses the body: its bytes are not the object's
     LENGTH = 6  # the body is shorter or longer than the range
 
 
@@ -52,16 +59,24 @@ class PartialContent(NamedTuple):
     Attributes:
         status: Status code.
         content_range: ``Content-Range`` as it came; empty if there was none.
-        etag: ``ETag`` with its quotes; empty if there was none.
         length: ``Content-Length``; None if there was none.
-        encoding: ``Content-Encoding``; empty if there was none, or if the caller takes the body as it is stored.
+        validators: Validators that it has.
+        encoding: ``Content-Encoding``; empty if there was none.
     """
 
     status: int
     content_range: str
-    etag: str
     length: int | None
+    validators: Validators = ()
     encoding: str = ""
+
+    @property
+    def object_size(self) -> int | None:
+        """Bytes of the whole object, as the response states it; None if it does not."""
+        if self.status == 200:  # the body is the whole object
+            return self.length
+        named = parse_content_range(self.content_range)
+        return None if named is None else named.object_size
 
 
 def parse_content_range(text: str) -> ContentRange | None:
@@ -73,8 +88,19 @@ def parse_content_range(text: str) -> ContentRange | None:
     return ContentRange(int(first), int(last) + 1, None if size == "*" else int(size))
 
 
+def is_compressed(encoding: str) -> bool:
+    """True if a ``Content-Encoding`` names a coding by which servers compress."""
+    return any(coding.strip().lower() in _COMPRESSIONS for coding in encoding.split(","))
+
+
 def find_mismatch(
-    response: PartialContent, *, start: int, end: int, etag: str, object_size: int | None
+    response: PartialContent,
+    *,
+    start: int,
+    end: int,
+    object_size: int | None,
+    validators: Validators = (),
+    encoding: str = "",
 ) -> Mismatch | None:
     """Compare a response with the GET of bytes [start, end) of one version of an object.
 
@@ -82,27 +108,42 @@ def find_mismatch(
         response: Status and headers of the response.
         start: First byte requested.
         end: One past the last byte requested.
-        etag: ETag of the expected version; empty: any.
         object_size: Size of the expected version in bytes; None: any.
+        validators: Validators of the expected version; empty: any version.
+        encoding: ``Content-Encoding`` with which the expected version is known to be stored.
 
     Returns:
         The first difference, None if the body can be received.
     """
-    if response.status != 206:
-        return Mismatch.STATUS
     # The range comes first: it shows whether the body belongs to this request at all.
-    named = parse_content_range(response.content_range)
-    if named is None or (named.start, named.end) != (start, end):
-        return Mismatch.RANGE
+    mismatch = _range_mismatch(response, start, end, object_size)
+    if mismatch is not None:
+        return mismatch
     # Before the size: when an object is overwritten, ETag and size differ, and the error must name the new version.
     # A different size with the right ETag is a server's mistake.
-    if etag and response.etag != etag:
+    if find_difference(validators, response.validators) is not None:
         return Mismatch.VERSION
-    if object_size is not None and named.object_size not in (object_size, None):
-        return Mismatch.OBJECT_SIZE
-    if response.encoding not in _PLAIN_ENCODINGS:
+    stated = response.object_size
+    is_exact = stated is not None and object_size in (stated, None) and response.length == end - start
+    if not is_exact and is_compressed(response.encoding) and response.encoding != encoding:
         return Mismatch.ENCODING
+    if object_size is not None and stated not in (object_size, None):
+        return Mismatch.OBJECT_SIZE
     # None: a chunked body has no Content-Length; whoever receives it counts its bytes.
     if response.length not in (end - start, None):
         return Mismatch.LENGTH
+    return None
+
+
+def _range_mismatch(response: PartialContent, start: int, end: int, object_size: int | None) -> Mismatch | None:
+    named = parse_content_range(response.content_range)
+    if response.status == 200:
+        if (start, end) != (0, response.length if object_size is None else object_size):
+            return Mismatch.STATUS
+        if named is None:
+            return None  # whoever states a range all the same must state the right one
+    elif response.status != 206:
+        return Mismatch.STATUS
+    if named is None or (named.start, named.end) != (start, end):
+        return Mismatch.RANGE
     return None

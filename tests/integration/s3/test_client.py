@@ -62,7 +62,7 @@ def test_client_round_trips_any_key(bucket: str, key: str) -> None:
     assert client.get_object(bucket, key).read() == data
 
     source = S3Source(client, bucket, key)
-    assert source.open() == (1000, info.etag)
+    assert source.open()[:2] == (1000, info.etag)
     assert _fetch(source.route(), 10, 500) == data[10:500]
 
     client.copy_object(bucket, key, bucket, key + "copy")

@@ -110,7 +110,7 @@ def client(server: _Server, aws_environment: None) -> Iterator[S3Client]:
 @pytest.mark.row("403, 404, wrong region")
 def test_source_follows_the_bucket_and_signs_routes_for_its_region(client: S3Client, server: _Server, key: str) -> None:
     source = S3Source(client, "bucket", key)
-    assert source.open() == (len(_DATA), '"etag"')
+    assert source.open()[:2] == (len(_DATA), '"etag"')
     assert server.seen[0] == ("HEAD", "us-east-1")
 
     route = source.route()

@@ -13,6 +13,7 @@ import pytest
 
 from mpreader import AccessDenied, ObjectMissing, S3Client, TransportError
 from mpreader.pool.worker.route import Route
+from mpreader.pool.worker.version import ObjectVersion
 from mpreader.sources.http import HttpSource
 from mpreader.sources.s3 import S3Source
 from mpreader.testing import Fault, FaultKind, FaultServer
@@ -149,7 +150,7 @@ def test_source_opens_a_url_that_is_presigned_for_get(bucket: str) -> None:
             writer.write(data)
         route = S3Source(client, bucket, key).route()
         source = HttpSource(f"http://{dict(route.headers)['Host']}{route.target}")
-        assert source.open() == (len(data), client.head_object(bucket, key).etag)
+        assert source.open()[:2] == (len(data), client.head_object(bucket, key).etag)
         assert source.route().target == route.target
     client.close()
 
@@ -164,13 +165,59 @@ def test_source_asks_by_get_where_head_is_refused(start: Start, status: int, siz
         content_range = f"bytes 0-0/{size}" if size else "bytes */0"
         return 206 if size else 416, {"Content-Range": content_range, "ETag": '"tag"'}, DATA[:1] if size else b""
 
-    assert HttpSource(_url(start(answer), "/key")).open() == (size, '"tag"')
+    assert HttpSource(_url(start(answer), "/key")).open() == ObjectVersion(size, '"tag"')
 
 
-def test_source_without_strong_etag_has_none(start: Start) -> None:
-    for etag in ("", 'W/"weak"'):
-        server = start(lambda request, etag=etag: (200, {"ETag": etag}, DATA))  # type: ignore[misc]
-        assert HttpSource(_url(server, "/key")).open() == (len(DATA), "")
+@pytest.mark.parametrize("etag", ["", 'W/"weak"', '"strong"'])
+def test_source_tells_every_validator_of_the_server(start: Start, etag: str) -> None:
+    server = start(lambda request: (200, {"ETag": etag, "X-Goog-Generation": "7"}, DATA))
+    assert HttpSource(_url(server, "/key")).open() == ObjectVersion(len(DATA), etag, (("x-goog-generation", "7"),))
+
+
+@pytest.mark.parametrize("size", [0, 1])
+def test_source_of_a_byte_may_be_answered_with_all_of_it(start: Start, size: int) -> None:
+    def answer(request: BaseHTTPRequestHandler) -> Answer:
+        return (405, {}, b"") if request.command == "HEAD" else (200, {"ETag": '"tag"'}, b"x" * size)
+
+    assert HttpSource(_url(start(answer), "/key")).open() == ObjectVersion(size, '"tag"')
+
+
+GZIP = {"Content-Encoding": "gzip"}
+
+
+@pytest.mark.parametrize(
+    ("head", "get", "expected"),
+    [
+        # Stored so: the range is one of as many bytes as HEAD has stated.
+        ((200, GZIP, DATA), (206, {**GZIP, "Content-Range": f"bytes 0-0/{len(DATA)}"}, DATA[:1]), "gzip"),
+        ((200, GZIP, b""), (416, {"Content-Range": "bytes */0"}, b""), ""),
+        ((200, GZIP, b""), (416, {}, b""), ""),
+        ((200, GZIP, b"x"), (200, GZIP, b"x"), "gzip"),
+        # Compressed for HEAD only: the range is one of the plain bytes, which can be read.
+        ((200, GZIP, b"x" * 40), (206, {"Content-Range": f"bytes 0-0/{len(DATA)}"}, DATA[:1]), ""),
+    ],
+)
+def test_source_with_an_encoding_is_read_as_it_is_stored(
+    start: Start, head: Answer, get: Answer, expected: str
+) -> None:
+    server = start(lambda request: head if request.command == "HEAD" else get)
+    version = HttpSource(_url(server, "/key")).open()
+    size = int(get[1].get("Content-Range", f"/{len(get[2])}").rpartition("/")[2])
+    assert (version.size, version.encoding) == (size, expected)
+
+
+@pytest.mark.parametrize(
+    "get",
+    [
+        (206, {**GZIP, "Content-Range": f"bytes 0-0/{len(DATA)}"}, DATA[:1]),
+        (200, GZIP, b"x" * 40),
+        (200, {**GZIP, "Content-Length": "", "Connection": "close"}, b"x" * 40),
+    ],
+)
+def test_source_that_compresses_whatever_is_asked_says_so(start: Start, get: Answer) -> None:
+    server = start(lambda request: (200, GZIP, b"x" * 40) if request.command == "HEAD" else get)
+    with pytest.raises(TransportError, match="compresses"):
+        HttpSource(_url(server, "/key")).open()
 
 
 def test_source_sends_the_password_to_its_own_server_only(start: Start) -> None:

@@ -16,6 +16,7 @@ from mpreader.pool.worker.failure import GetFailed
 from mpreader.pool.worker.messages import FailureKind, Fetch
 from mpreader.pool.worker.route import Route
 from mpreader.pool.worker.transport import open_socket
+from mpreader.pool.worker.version import ObjectVersion
 from mpreader.testing import Fault, FaultKind, FaultServer
 
 DATA = os.urandom(2_000_000)
@@ -38,7 +39,7 @@ def connection() -> Iterator[Connection]:
 def fetch_from(port: int, start: int, end: int, *, host: str = "127.0.0.1", etag: str = ETAG, **route: object) -> Fetch:
     headers = (("Host", f"{host}:{port}"),)
     to = Route(bool(route.get("tls")), host, port, "/b/k", headers, ca_file=route.get("ca_file"))  # type: ignore[arg-type]
-    return Fetch(7, to, etag, len(DATA), start, end, 0, 0)
+    return Fetch(7, to, ObjectVersion(len(DATA), etag), start, end, 0, 0)
 
 
 def get(connection: Connection, server: FaultServer, start: int = 100_000, end: int = 1_100_000) -> bytes:

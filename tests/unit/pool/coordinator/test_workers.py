@@ -10,6 +10,7 @@ import pytest
 from mpreader.pool.coordinator.workers import WorkerHandle, WorkerLimits, WorkerSupervisor
 from mpreader.pool.worker.messages import Fetch, Fetched, MapSegment, Ping, Pong, Ready, UnmapSegment
 from mpreader.pool.worker.route import Route
+from mpreader.pool.worker.version import ObjectVersion
 
 TIMEOUT_S = 8.0
 
@@ -46,7 +47,7 @@ class Segment:
 
 
 def fetch(part: int) -> Fetch:
-    return Fetch(part, Route(False, "host", 80, "/key"), "", 100, 0, 100, 0, 0)
+    return Fetch(part, Route(False, "host", 80, "/key"), ObjectVersion(100, ""), 0, 100, 0, 0)
 
 
 class Bench:

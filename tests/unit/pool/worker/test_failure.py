@@ -10,8 +10,9 @@ from mpreader.pool.worker.failure import GetFailed, check_response
 from mpreader.pool.worker.http import HttpSocket
 from mpreader.pool.worker.messages import FailureKind, Fetch
 from mpreader.pool.worker.route import Route
+from mpreader.pool.worker.version import ObjectVersion
 
-FETCH = Fetch(1, Route(False, "host", 80, "/key"), "", 100, 0, 100, 0, 0)
+FETCH = Fetch(1, Route(False, "host", 80, "/key"), ObjectVersion(100, ""), 0, 100, 0, 0)
 
 
 def refusal(head: str, body: str = "") -> GetFailed:

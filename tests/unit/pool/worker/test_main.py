@@ -33,6 +33,7 @@ from mpreader.pool.worker.messages import (
     UnmapSegment,
 )
 from mpreader.pool.worker.route import Route
+from mpreader.pool.worker.version import ObjectVersion
 
 DATA: Final = os.urandom(4096)
 ETAG: Final = '"1"'
@@ -142,7 +143,7 @@ class Bench:
         route = Route(False, "server", 80, "/key", (("Host", "server"),))
         for part in parts:
             start = part * PART_BYTES
-            self.send(Fetch(part, route, ETAG, len(DATA), start, start + PART_BYTES, segment, start))
+            self.send(Fetch(part, route, ObjectVersion(len(DATA), ETAG), start, start + PART_BYTES, segment, start))
 
     def receive(self) -> Any:
         """The worker's next message."""
