@@ -34,6 +34,12 @@ class FaultKind(Enum):
     STATUS = "an S3 error: status, with S3's XML body"
     NO_ETAG = "the response has no ETag"
     OTHER_ETAG = "the response has the ETag of another version, and If-Match is ignored"
+    WEAK_ETAG = "the response has the right ETag as a weak one, which no If-Match fits (412)"
+    OTHER_MODIFIED = "the response has the Last-Modified of another version, and no ETag; If-Match is ignored"
+    NO_VALIDATORS = "the response has nothing that tells versions apart: no ETag, no Last-Modified"
+    NO_IF_MATCH = "a request with If-Match is refused with status, whatever it says; others are answered well"
+    COMPRESSED = "the body is compressed on the way (gzip, in chunks), though Accept-Encoding does not allow it"
+    OVERWRITTEN = "the object is replaced by the one that was staged, just before the response"
     FLIPPED_BIT = "one bit of the body is wrong: of the byte covering, else of byte after_bytes of the body"
 
 
@@ -54,7 +60,7 @@ class Fault:
         after_bytes: Bytes of the body that are sent unchanged before the fault.
         seconds: Duration of STALL and DELAY; time between two bytes of TRICKLE.
         delta: Bytes by which WRONG_LENGTH, WRONG_RANGE, WRONG_TOTAL and EXTRA_BYTES are wrong.
-        status: HTTP status of STATUS.
+        status: HTTP status of STATUS and NO_IF_MATCH.
         code: S3's error code of STATUS, such as ``"ExpiredToken"``; "": the usual one of the status.
 
     Raises:

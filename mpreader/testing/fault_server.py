@@ -85,6 +85,8 @@ class FaultServer:
         bytes_per_s: float | None = None,
     ) -> None:
         self._objects = {path: StoredObject.of(content) for path, content in objects.items()}
+        self._versions = dict.fromkeys(objects, 0)  # number of the newest version of each object
+        self._staged: dict[str, StoredObject] = {}
         self._schedule = Schedule(faults)
         self._certificate = LoopbackCertificate() if tls else None
         self._bytes_per_s = bytes_per_s
@@ -123,10 +125,21 @@ class FaultServer:
         """The environment variables that point boto3, and all that is built on it, here."""
         return aws_environment(self.endpoint_url, self.ca_file)
 
-    def put(self, path: str, content: Content) -> None:
-        """Make or overwrite an object; responses under way go on with the old one."""
+    def put(self, path: str, content: Content, headers: Mapping[str, str] | None = None) -> None:
+        """Make or overwrite an object; responses under way go on with the old one.
+
+        Args:
+            path: Its path.
+            content: Its bytes.
+            headers: Headers of all responses about it, such as ``{"Content-Encoding": "gzip"}``. ETag and Last-Modified
+                take the place of the usual ones: ``{"ETag": 'W/"1"'}``; "" leaves one out.
+        """
         # One assignment, without a lock: a request finds either the old object or the new one.
-        self._objects[path] = StoredObject.of(content)
+        self._objects[path] = self._next_version(path, content, headers)
+
+    def stage(self, path: str, content: Content, headers: Mapping[str, str] | None = None) -> None:
+        """Keep an object ready, by which a fault of the kind OVERWRITTEN will replace the one at ``path``."""
+        self._staged[path] = self._next_version(path, content, headers)
 
     def inject(self, *faults: Fault) -> None:
         """Follow this schedule from now on, counting from 1 again; without arguments: inject no faults."""
@@ -175,6 +188,10 @@ class FaultServer:
         state = "not running" if self._listener is None else self.endpoint_url
         return f"<FaultServer {state}, {len(self._objects)} objects, {len(self._requests)} requests>"
 
+    def _next_version(self, path: str, content: Content, headers: Mapping[str, str] | None) -> StoredObject:
+        number = self._versions[path] = self._versions.get(path, -1) + 1
+        return StoredObject.of(content, headers, number)
+
     def _accept(self, listener: socket.socket, context: ssl.SSLContext | None) -> None:
         for number in itertools.count(1):
             try:
@@ -206,6 +223,8 @@ class FaultServer:
         """Answer one request; False if the connection must be closed then."""
         stored = self._objects.get(request.path)
         fault = self._schedule.strike(lambda candidate: _matches(candidate, request, stored))
+        if fault is not None and fault.kind is FaultKind.OVERWRITTEN:
+            stored = self._objects[request.path] = self._staged[request.path]
         response = respond(request, stored, fault)
         entry = FaultedRequest(
             request.method, request.path, request.headers.get("range"), request.headers, number, response.status, fault

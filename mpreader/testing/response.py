@@ -7,11 +7,13 @@ that tests can check them without a server.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import mmap
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from email.utils import formatdate
 from pathlib import Path
 from typing import BinaryIO, Final
 from urllib.parse import unquote
@@ -23,7 +25,21 @@ __all__ = ["Content", "Request", "Response", "StoredObject", "byte_range", "read
 Content = bytes | bytearray | memoryview | Path
 
 _MAX_HEAD_BYTES: Final = 64 * 1024
+_FIRST_MODIFIED_S: Final = 1767225600  # 1 January 2026: Last-Modified of the first version of an object
 _REASONS: Final = {200: "OK", 206: "Partial Content"}
+# The header that a server with this fault does not understand.
+_IGNORED: Final = {
+    FaultKind.WHOLE_OBJECT: "range",
+    FaultKind.OTHER_ETAG: "if-match",
+    FaultKind.OTHER_MODIFIED: "if-match",
+}
+# Headers with which a fault says another thing of the version; "": it leaves the header out.
+_WRONG_VERSIONS: Final = {
+    FaultKind.NO_ETAG: {"ETag": ""},
+    FaultKind.NO_VALIDATORS: {"ETag": "", "Last-Modified": ""},
+    FaultKind.OTHER_ETAG: {"ETag": '"another-version"'},
+    FaultKind.OTHER_MODIFIED: {"ETag": "", "Last-Modified": formatdate(_FIRST_MODIFIED_S - 1, usegmt=True)},
+}
 _ERRORS: Final = {
     403: ("AccessDenied", "Access Denied"),
     404: ("NoSuchKey", "The specified key does not exist."),
@@ -41,21 +57,32 @@ class StoredObject:
 
     Attributes:
         data: Its bytes.
-        etag: Its ETag, in quotes.
+        etag: Its ETag; empty: it has none.
+        headers: Further headers of all responses about it, its Last-Modified among them.
     """
 
     data: memoryview
     etag: str
+    headers: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, content: Content) -> StoredObject:
-        """Serve ``content`` without copying it; a path names a file that must stay as it is."""
+    def of(cls, content: Content, headers: Mapping[str, str] | None = None, version: int = 0) -> StoredObject:
+        """Serve ``content`` without copying it; a path names a file that must stay as it is.
+
+        Args:
+            content: The bytes.
+            headers: Headers to add, or to send in place of the usual ETag and Last-Modified; "": don't send it.
+            version: Number of the version, from 0. Each has a Last-Modified of its own.
+        """
         # Mapped, not read: scripts/bench serves checkpoints of gigabytes where nginx is missing.
         if isinstance(content, Path):
             with content.open("rb") as file:
                 content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         data = memoryview(content).cast("B").toreadonly()
-        return cls(data, f'"{hashlib.md5(data, usedforsecurity=False).hexdigest()}"')
+        digest = hashlib.md5(data, usedforsecurity=False).hexdigest()
+        usual = {"ETag": f'"{digest}"', "Last-Modified": formatdate(_FIRST_MODIFIED_S + version, usegmt=True)}
+        sent = {name: value for name, value in {**usual, **(headers or {})}.items() if value}
+        return cls(data, sent.pop("ETag", ""), sent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,10 +161,14 @@ def respond(request: Request, stored: StoredObject | None, fault: Fault | None) 
         return _error(request, 405)
     if stored is None:
         return _error(request, 404)
-    # These two faults are made by ignoring a header: a server that knows no ranges sends the whole object, and one that
+    if fault is not None and kind is FaultKind.NO_IF_MATCH and "if-match" in request.headers:
+        return _error(request, fault.status, fault.code)
+    # These faults are made by ignoring a header: a server that knows no ranges sends the whole object, and one that
     # compares no ETags sends another version.
-    ignored = {FaultKind.WHOLE_OBJECT: "range", FaultKind.OTHER_ETAG: "if-match"}.get(kind) if kind else None
+    ignored = _IGNORED.get(kind) if kind else None
     headers = {name: value for name, value in request.headers.items() if name != ignored}
+    if kind is FaultKind.WEAK_ETAG:
+        stored = replace(stored, etag=f"W/{stored.etag.removeprefix('W/')}")
     response = _right_response(replace(request, headers=headers), stored)
     # An error that is right, such as 416, stays as it is: the faults are about bodies of the object.
     return response if fault is None or response.status >= 300 else _wrong_response(response, request, stored, fault)
@@ -160,7 +191,9 @@ def byte_range(header: str | None, size: int) -> range | None:
 
 
 def _right_response(request: Request, stored: StoredObject) -> Response:
-    if request.headers.get("if-match", stored.etag) not in (stored.etag, "*"):
+    # Compared strongly, as RFC 9110 says: a weak ETag never fits.
+    condition = request.headers.get("if-match", "*")
+    if condition != "*" and (condition != stored.etag or condition.startswith("W/")):
         return _error(request, 412)
     size = len(stored.data)
     asked = byte_range(request.headers.get("range"), size)
@@ -170,10 +203,11 @@ def _right_response(request: Request, stored: StoredObject) -> Response:
     headers = {
         "Content-Type": "binary/octet-stream",
         "Content-Length": str(end - start),
-        "ETag": stored.etag,
         "Accept-Ranges": "bytes",
-        "Last-Modified": "Thu, 01 Jan 2026 00:00:00 GMT",
+        **stored.headers,
     }
+    if stored.etag:
+        headers["ETag"] = stored.etag
     if asked is not None:
         headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
     body = stored.data[start:end] if request.method == "GET" else memoryview(b"")
@@ -205,10 +239,13 @@ def _wrong_response(response: Response, request: Request, stored: StoredObject, 
             headers["Content-Range"] = f"bytes {start}-{end - 1}/{size + fault.delta}"
         case FaultKind.EXTRA_BYTES:
             body = memoryview(bytes(body) + b"\xff" * fault.delta)
-        case FaultKind.NO_ETAG:
-            del headers["ETag"]
-        case FaultKind.OTHER_ETAG:
-            headers["ETag"] = '"another-version"'
+        case kind if kind in _WRONG_VERSIONS:
+            headers.update(_WRONG_VERSIONS[kind])
+            headers = {name: value for name, value in headers.items() if value}
+        case FaultKind.COMPRESSED:
+            del headers["Content-Length"]
+            headers.update({"Content-Encoding": "gzip", "Transfer-Encoding": "chunked"})
+            body = memoryview(_chunks(gzip.compress(body)) if request.method == "GET" else b"")
         case FaultKind.FLIPPED_BIT if body:
             flipped = bytearray(body)
             # covering is a position in the object, after_bytes one in the body.
@@ -216,3 +253,8 @@ def _wrong_response(response: Response, request: Request, stored: StoredObject, 
             flipped[min(position, len(flipped) - 1)] ^= 1
             body = memoryview(flipped)
     return Response(response.status, headers, body)
+
+
+def _chunks(body: bytes) -> bytes:
+    """Write a body as a single chunk, and the end of the chunks."""
+    return b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)

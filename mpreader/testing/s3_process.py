@@ -129,7 +129,7 @@ class _Handler(WSGIRequestHandler):
             asked = None if key is None else byte_range(self.headers["Range"], key.size)
             if key is None or not asked or self.headers.get("If-Match", key.etag) not in (key.etag, "*"):
                 return False
-            etag = key.etag  # computed from the buffer where moto has none yet, and so under the lock
+            stored = _stored_headers(key)  # under the lock, since moto computes the ETag from the buffer
             key._value_buffer.flush()  # moto writes through a buffer
             file = os.dup(key._value_buffer.fileno())  # stays open when moto closes its own, as when it is overwritten
         # Sent without the lock, by position: moto's threads may move the offset that the two descriptors share.
@@ -137,9 +137,8 @@ class _Handler(WSGIRequestHandler):
             self._begin(HTTPStatus.PARTIAL_CONTENT)
             self.send_header("Content-Range", f"bytes {asked.start}-{asked.stop - 1}/{key.size}")
             self.send_header("Content-Length", str(len(asked)))
-            self.send_header("Content-Type", key.metadata.get("Content-Type", "binary/octet-stream"))
-            self.send_header("ETag", etag)
-            self.send_header("Last-Modified", key.last_modified_RFC1123)
+            for name, value in stored.items():
+                self.send_header(name, value)
             self.send_header("Accept-Ranges", "bytes")
             self.end_headers()
             _send(self.connection, file, asked.start, asked.stop)
@@ -165,6 +164,16 @@ class _Handler(WSGIRequestHandler):
             return None  # moto answers with this error
         plain = isinstance(key, FakeKey) and key.storage_class == "STANDARD" and not key.encryption and not has_policy
         return key if plain else None
+
+
+def _stored_headers(key: FakeKey) -> dict[str, str]:
+    """Headers that S3 sends with every response about an object: what it says of the version, and what was stored."""
+    headers = {"content-type": "binary/octet-stream"}
+    headers.update((name.lower(), str(value)) for name, value in {**key.response_dict, **key.metadata}.items())
+    # The length of the whole object, and what only moto sends.
+    for name in ("content-length", "x-amz-sdk-checksum-algorithm", "x-amz-content-sha256"):
+        headers.pop(name, None)
+    return headers
 
 
 def _send(connection: socket.socket, file: int, start: int, end: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import http.client
 import pickle
@@ -140,6 +141,13 @@ def test_close_on_accept_strikes_connections() -> None:
         (Fault(FaultKind.WHOLE_OBJECT), 200, {"Content-Length": "300000", "Content-Range": None}, DATA),
         (Fault(FaultKind.NO_ETAG), 206, {"ETag": None}, DATA[100:200]),
         (Fault(FaultKind.OTHER_ETAG), 206, {"ETag": '"another-version"'}, DATA[100:200]),
+        (Fault(FaultKind.NO_VALIDATORS), 206, {"ETag": None, "Last-Modified": None}, DATA[100:200]),
+        (
+            Fault(FaultKind.OTHER_MODIFIED),
+            206,
+            {"ETag": None, "Last-Modified": "Wed, 31 Dec 2025 23:59:59 GMT"},
+            DATA[100:200],
+        ),
     ],
     ids=lambda value: value.kind.name if isinstance(value, Fault) else "",
 )
@@ -149,11 +157,54 @@ def test_wrong_answer_is_wrong_only_where_asked(
     with FaultServer({KEY: DATA}) as server, Client(server) as client:
         _, right, _ = client.get()
     with FaultServer({KEY: DATA}, [fault]) as server, Client(server) as client:
-        got_status, got, got_body = client.get(If_Match='"old"' if fault.kind is FaultKind.OTHER_ETAG else ETAG)
+        got_status, got, got_body = client.get(If_Match='"old"' if fault.kind.name.startswith("OTHER") else ETAG)
     assert (got_status, got_body) == (status, body)
     assert {name: got[name] for name in {*right, *got, *changed} if got[name] != right[name]} == {
         name: value for name, value in changed.items() if value != right[name]
     }
+
+
+def test_weak_etag_fits_no_condition() -> None:
+    with FaultServer({KEY: DATA}, [Fault(FaultKind.WEAK_ETAG)]) as server, Client(server) as client:
+        status, headers, body = client.get()
+        assert (status, headers["ETag"], body) == (206, f"W/{ETAG}", DATA[100:200])
+        assert [client.get(If_Match=etag)[0] for etag in (ETAG, f"W/{ETAG}", "*")] == [412, 412, 206]
+        assert client.get(range=None, method="HEAD")[1]["ETag"] == ETAG
+
+
+def test_condition_may_be_refused_with_any_status() -> None:
+    with FaultServer({KEY: DATA}, [Fault(FaultKind.NO_IF_MATCH, status=501)]) as server, Client(server) as client:
+        assert client.get(If_Match=ETAG)[0] == 501
+        assert client.get()[2] == DATA[100:200]
+
+
+def test_compressed_body_is_of_the_range_but_not_its_bytes() -> None:
+    with FaultServer({KEY: DATA}, [Fault(FaultKind.COMPRESSED)]) as server, Client(server) as client:
+        status, headers, body = client.get()
+        assert (status, headers["Content-Encoding"], headers["Content-Length"]) == (206, "gzip", None)
+        assert headers["Content-Range"] == "bytes 100-199/300000"
+        assert gzip.decompress(body) == DATA[100:200]
+
+
+def test_object_is_overwritten_just_before_the_response_that_was_chosen() -> None:
+    with FaultServer({KEY: DATA}, [Fault(FaultKind.OVERWRITTEN, at=(2,))]) as server, Client(server) as client:
+        server.stage(KEY, DATA[::-1], {"ETag": 'W/"2"', "X-Goog-Generation": "7"})
+        answers = [client.get() for _ in range(3)]
+    assert [body for _, _, body in answers] == [DATA[100:200], *[DATA[::-1][100:200]] * 2]
+    (_, first, _), (_, second, _), (_, third, _) = answers
+    assert (first["ETag"], first["X-Goog-Generation"]) == (ETAG, None)
+    assert (
+        (second["ETag"], second["X-Goog-Generation"]) == (third["ETag"], third["X-Goog-Generation"]) == ('W/"2"', "7")
+    )
+    assert first["Last-Modified"] != second["Last-Modified"] == third["Last-Modified"]
+
+
+def test_headers_of_an_object_may_be_chosen() -> None:
+    with FaultServer({}) as server, Client(server) as client:
+        server.put(KEY, DATA, {"ETag": "", "Last-Modified": "", "Content-Encoding": "zstd"})
+        for method in ("GET", "HEAD"):
+            _, headers, _ = client.get(method=method)
+            assert (headers["ETag"], headers["Last-Modified"], headers["Content-Encoding"]) == (None, None, "zstd")
 
 
 def test_too_long_content_length_ends_with_the_connection() -> None:

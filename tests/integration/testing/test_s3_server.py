@@ -77,6 +77,19 @@ def test_ranges_are_the_objects_bytes(client: Any, bucket: str, key: str) -> Non
     assert read(client, bucket, key) == data
 
 
+def test_ranges_have_the_headers_that_were_stored(client: Any, bucket: str) -> None:
+    stored = {"ContentEncoding": "gzip", "ContentType": "text/x", "CacheControl": "no-store", "Metadata": {"a": "b"}}
+    client.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
+    version = client.put_object(Bucket=bucket, Key="key", Body=b"0123456789", **stored)["VersionId"]
+    for arguments in ({}, {"Range": "bytes=2-5"}, {"Range": "bytes=0-9"}):
+        answer = client.get_object(Bucket=bucket, Key="key", **arguments)
+        answer["Body"].close()
+        assert {name: answer[name] for name in stored} == stored
+        assert answer["VersionId"] == version
+        names = [name.lower() for name in answer["ResponseMetadata"]["HTTPHeaders"]]
+        assert len(names) == len(set(names))
+
+
 def test_ranges_follow_an_overwrite(client: Any, bucket: str) -> None:
     first = client.put_object(Bucket=bucket, Key="key", Body=DATA)["ETag"]
     assert read(client, bucket, "key", Range="bytes=5-8", IfMatch=first) == DATA[5:9]
