@@ -35,9 +35,14 @@ class RangeFile(AbstractBufferedFile):  # type: ignore[misc]  # fsspec has no ty
         self._reader = reader
         self._file = reader.at_version(path, version)
         self._details = details  # fsspec reads this attribute, and makes a HEAD request if it is None
-        # fsspec keeps arguments that it does not know, and passes them to _open() when the file is unpickled. The ETag
-        # is passed that way, so that the copy reads this version, too.
-        super().__init__(fs, path, size=version.size, etag=version.etag, **options)
+        super().__init__(fs, path, size=version.size, **options)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # fsspec keeps arguments that it does not know, and passes them to _open() when the file is unpickled. The
+        # version is passed that way, with what reads have found of it since, so that the copy reads this one, too.
+        self.kwargs["version"] = self._file.version
+        reduced: tuple[Any, ...] = super().__reduce__()
+        return reduced
 
     def _fetch_range(self, start: int, end: int) -> bytes:
         # fsspec's cache calls it for the bytes [start, end) that it does not hold. There is one slice, of number 0.

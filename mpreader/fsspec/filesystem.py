@@ -24,9 +24,10 @@ from fsspec.utils import isfilelike, stringify_path, tokenize
 from mpreader.config import PoolConfig, S3ClientConfig, check_type
 from mpreader.fetch.arguments import DEFAULT_FETCH_GAP_SIZE
 from mpreader.fsspec.file import RangeFile
-from mpreader.fsspec.listing import Info, describe, list_below, list_folder
+from mpreader.fsspec.listing import FileInfo, Info, describe, list_below, list_folder, version_of
 from mpreader.fsspec.slices import SliceReader, is_url
 from mpreader.pool.source import ObjectVersion
+from mpreader.pool.worker.version import is_strong
 
 __all__ = ["RangeFile", "RangeFileSystem"]
 
@@ -174,7 +175,7 @@ class RangeFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
             os.makedirs(lpath, exist_ok=True)
             return
         path, size = info["name"], info["size"]
-        file = self._reader.at_version(path, ObjectVersion(size, info["ETag"]))
+        file = self._reader.at_version(path, version_of(info))
         with ExitStack() as stack:
             if outfile is None:
                 os.makedirs(os.path.dirname(os.path.abspath(lpath)), exist_ok=True)
@@ -196,19 +197,21 @@ class RangeFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
         *,
         size: int | None = None,
         etag: str | None = None,
+        version: ObjectVersion | None = None,
         **options: Any,
     ) -> RangeFile:
-        # fsspec calls it for open(), and with a size and an ETag when a file is unpickled: then that version is opened,
-        # without a request.
+        # fsspec calls it for open(), and with a version when a file is unpickled: then that version is opened, without
+        # a request. A size and an ETag name a version, too.
         if set(mode) & set("wax+"):
             self._refuse(path)
         if mode != "rb":
             raise ValueError(f"mode must be 'rb' or 'r', got {mode!r}")
         details = None
-        if size is None or etag is None:
+        if version is None and size is not None and etag is not None:
+            version = ObjectVersion(size, etag)
+        elif version is None:
             details = self._file_info(path)
-            size, etag = details["size"], details["ETag"] if etag is None else etag
-        version = ObjectVersion(size, etag)
+            version = version_of(details) if etag is None else ObjectVersion(details["size"], etag)
         return RangeFile(self, path, self._reader, version, details, mode=mode, block_size=block_size, **options)
 
     # -- names
@@ -228,7 +231,8 @@ class RangeFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
         if not is_url(path):
             return describe(self._reader.client(), path)
         version = self._reader.current(path).version
-        return {"name": path, "size": version.size, "type": "file", "ETag": version.etag, "LastModified": None}
+        facts = {"name": path, "size": version.size, "type": "file", "ETag": version.etag, "LastModified": None}
+        return FileInfo(version, facts)
 
     def exists(self, path: str, **_ignored: object) -> bool:
         """Return True if there is such a file or folder.
@@ -302,8 +306,12 @@ class RangeFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
         return int(self.ukey(path), 16)
 
     def ukey(self, path: str) -> str:
-        """Return a version token of a file as text: it differs whenever the ETag differs."""
-        return str(tokenize(self._file_info(path)["ETag"]))
+        """Return a version token of a file as text: it differs whenever the file was overwritten by another content.
+
+        Where the server gives no strong ETag, it differs with everything that the server says of the version.
+        """
+        version = version_of(self._file_info(path))
+        return str(tokenize(version.etag if is_strong(version.etag) else (version.size, version.validators)))
 
     def modified(self, path: str) -> datetime.datetime:
         """Return the time at which a file was written, in UTC.

@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from mpreader.errors import ConfigError, ObjectMissing
+from mpreader.pool.source import ObjectVersion
 
 if TYPE_CHECKING:
     from mpreader.s3 import BaseS3Client, ObjectInfo
 
-__all__ = ["Info", "describe", "list_below", "list_folder"]
+__all__ = ["FileInfo", "Info", "describe", "list_below", "list_folder", "version_of"]
 
 Info = dict[str, Any]  # description of a file or folder; see describe()
 
@@ -90,6 +91,23 @@ def list_below(client: BaseS3Client, path: str) -> Iterator[Info]:
                 yield _file(bucket, listed)
 
 
+class FileInfo(dict[str, Any]):
+    """Description of a file that also has its version: a HEAD tells more of that than a listing does.
+
+    Attributes:
+        version: The version.
+    """
+
+    def __init__(self, version: ObjectVersion, facts: Info) -> None:
+        super().__init__(facts)
+        self.version = version
+
+
+def version_of(info: Info) -> ObjectVersion:
+    """Version that a file's description tells; by its ETag if it is a copy of the description of :func:`describe`."""
+    return info.version if isinstance(info, FileInfo) else ObjectVersion(info["size"], info["ETag"])
+
+
 def _prefix(path: str) -> tuple[str, str]:
     """Return the bucket of a folder, and the prefix that all keys below the folder have."""
     bucket, _, key = path.partition("/")
@@ -104,7 +122,7 @@ def _folder(path: str) -> Info:
 
 def _file(bucket: str, found: ObjectInfo) -> Info:
     modified_s = found.last_modified
-    return {
+    facts = {
         "name": f"{bucket}/{found.key}",
         "size": found.size,
         "type": "file",
@@ -112,3 +130,4 @@ def _file(bucket: str, found: ObjectInfo) -> Info:
         "LastModified": datetime.datetime.fromtimestamp(modified_s, datetime.timezone.utc) if modified_s else None,
         "StorageClass": found.storage_class,
     }
+    return FileInfo(found.version, facts)
