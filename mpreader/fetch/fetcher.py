@@ -6,6 +6,7 @@ the engine. The same interface for asyncio is in :mod:`mpreader.fetch.aio`. It m
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from mpreader.readers.client import S3Client
+    from mpreader.sources.versions import PinnedSource
 
 __all__ = ["RangeFetcher", "RangeStream", "SharedPoolFetcher", "fetch_ranges"]
 
@@ -172,13 +174,30 @@ class RangeFetcher:
         return self.fetch(source, None, out=out, timeout_s=timeout_s)[0]
 
     def stat(self, source: str, *, timeout_s: float | None = None) -> ObjectVersion:
-        """Ask the server for the size, in bytes, and the ETag of an object, which is "" if the server names none.
+        """Ask the server for the version of an object: its size in bytes, its ETag, and the other validators.
+
+        The ETag is "" if the server names none.
 
         Raises:
             TransportError: The server could not be asked, or refused.
             PoolTimeout: ``timeout_s`` has passed.
         """
         return self._engine.stat(source, FetchOptions(timeout_s=timeout_s))
+
+    def pinned(
+        self, source: str, version: ObjectVersion
+    ) -> contextlib.AbstractContextManager[tuple[str, PinnedSource]]:
+        """Read only one version of an object in all calls within the context.
+
+        Args:
+            source: ``s3://bucket/key`` or an http(s) URL.
+            version: The version, as :meth:`stat` returns it.
+
+        Returns:
+            A context manager, of a name that is given to the methods in place of ``source``, and the pinned source.
+            The ``version`` of that has all that reads have found of the version.
+        """
+        return self._engine.sources.pinned(source, version)
 
     def client(self) -> S3Client:
         """Return the S3 client that the fetcher uses, so that a program needs no second one to list objects."""

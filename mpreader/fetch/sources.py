@@ -6,12 +6,14 @@ objects, nor use a pool.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from mpreader.config import S3ClientConfig
-from mpreader.pool.source import Source
+from mpreader.pool.source import ObjectVersion, Source
 from mpreader.sources.uri import source_of
+from mpreader.sources.versions import PinnedSource
 
 if TYPE_CHECKING:
     from mpreader.readers.client import S3Client
@@ -37,7 +39,7 @@ class Sources:
         on_client_needed: Callable[[], object] = lambda: None,
     ) -> None:
         self._s3client_config = s3client_config
-        self._known = known or {}
+        self._known = dict(known or {})
         self._on_client_needed = on_client_needed
         self._client: S3Client | None = None
 
@@ -61,6 +63,29 @@ class Sources:
         if uri in self._known:
             return self._known[uri]
         return source_of(uri, self._client_of_source, self._s3client_config.max_attempts)
+
+    @contextlib.contextmanager
+    def pinned(self, uri: str, version: ObjectVersion) -> Iterator[tuple[str, PinnedSource]]:
+        """Read only one version of an object while the context is entered.
+
+        Args:
+            uri: URI of the object.
+            version: The version.
+
+        Returns:
+            A name that stands for this version in place of the URI, and the source, which has the version with all that
+            reads find out about it.
+
+        Raises:
+            ConfigError: ``uri`` is not the URI of an object.
+        """
+        source = PinnedSource(self.source(uri), version)
+        name = f"pinned {id(source):x}"  # not the URI: others may read another version at the same time
+        self._known[name] = source
+        try:
+            yield name, source
+        finally:
+            del self._known[name]
 
     def close(self) -> None:
         """Close the connections of the S3 client, which opens new ones when it is used again. Idempotent."""

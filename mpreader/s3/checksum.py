@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from mpreader.pool.worker.version import Validators, validators_of
+
 __all__ = ["StoredChecksums"]
 
 # Fields of boto3's response, with the names of the algorithms that are used here.
@@ -38,10 +40,12 @@ class StoredChecksums:
         by_algorithm: Checksums of the whole object in hexadecimal digits, by ``"sha256"``, ``"sha1"``, ``"crc32"``,
             ``"crc32c"``, ``"crc64nvme"`` and ``"md5"`` (where the ETag is one). For many objects uploaded in parts S3
             stores only a checksum of the parts' checksums; those are left out.
+        validators: All that S3 says of that version, the ETag included.
     """
 
     etag: str
     by_algorithm: Mapping[str, str]
+    validators: Validators = ()
 
     @classmethod
     def of_head(cls, bucket: str, response: Mapping[str, Any]) -> StoredChecksums:
@@ -61,7 +65,7 @@ class StoredChecksums:
         )
         if md5 and not is_encrypted and not bucket.endswith(_DIRECTORY_BUCKET):
             found["md5"] = md5[1]
-        return cls(etag, found)
+        return cls(etag, found, validators_of(response.get("ResponseMetadata", {}).get("HTTPHeaders", {})))
 
 
 def _try_hex(text: str) -> str | None:

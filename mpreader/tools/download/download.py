@@ -18,6 +18,8 @@ from urllib.parse import unquote
 
 from mpreader.errors import ChecksumMismatch, ConfigError, ObjectChanged
 from mpreader.fetch.fetcher import RangeFetcher
+from mpreader.pool.source import ObjectVersion
+from mpreader.pool.worker.version import Validators, find_change
 from mpreader.tools.download.checksums import Digests
 from mpreader.tools.download.part_file import PartFile, write_all
 from mpreader.tools.download.plan import DownloadPlan, RangeOfObject, Target
@@ -93,10 +95,11 @@ def download(
     with PartFile(path, plan.identity(), resume=resume) as part:
         digests = plan.digests()
         kept = part.take_kept(digests.update)
-        _receive(fetcher, plan, part.write, digests, kept, on_progress)
+        version = plan.version.learned(part.validators)
         try:
+            _receive(fetcher, plan, version, part.write, digests, kept, on_progress, part.note)
             _verify(plan, digests)
-        except ChecksumMismatch:
+        except (ChecksumMismatch, ObjectChanged):
             part.discard()  # else the next call would keep the wrong bytes, and only fetch the rest
             raise
         part.finish()
@@ -131,7 +134,7 @@ def copy_to(
     plan = DownloadPlan.of(fetcher, source, ranges, checksum)
     digests = plan.digests()
     # Not file.write alone: under PYTHONUNBUFFERED stdout is a raw file, whose write() may take a part of the bytes.
-    _receive(fetcher, plan, partial(write_all, file), digests, 0, on_progress)
+    _receive(fetcher, plan, plan.version, partial(write_all, file), digests, 0, on_progress)
     file.flush()
     _verify(plan, digests)  # a stream can't be taken back: the error comes after the bytes
     return _result(plan, digests, 0, started, None)
@@ -154,15 +157,21 @@ def name_of(source: str) -> str:
 def _receive(
     fetcher: RangeFetcher,
     plan: DownloadPlan,
+    version: ObjectVersion,
     write: Callable[[memoryview], object],
     digests: Digests,
     kept: int,
     on_progress: OnProgress,
+    on_validators: Callable[[Validators], object] = lambda _: None,
 ) -> None:
-    """Fetch and write all but the first ``kept`` bytes, in order.
+    """Fetch and write all but the first ``kept`` bytes of a version, in order.
+
+    ``on_validators`` is called when the answers have told more of the version than was known, before their bytes are
+    written.
 
     Raises:
-        ObjectChanged: The bytes that arrived are of another version than those that were kept.
+        ObjectChanged: The bytes that arrived are of another version than those that were kept, or the object was
+            overwritten by the time that all had arrived.
     """
     done, nbytes = kept, plan.nbytes
     on_progress(done, nbytes)
@@ -170,15 +179,21 @@ def _receive(
     if not pieces:  # an earlier call has fetched all, but could not finish the file
         return
     # In the order of the file, since it grows at its end, and without gaps, which would be fetched in vain.
-    with fetcher.stream(plan.source, pieces, order="input", max_gap_size=0) as stream:
+    with (
+        fetcher.pinned(plan.source, version) as (name, source),
+        fetcher.stream(name, pieces, order="input", max_gap_size=0) as stream,
+    ):
         for _, view in stream:
+            if source.version != version:
+                version = source.version
+                on_validators(version.validators)
             write(view)
             digests.update(view)
             done += len(view)
             on_progress(done, nbytes)
             del view  # else its slot would stay occupied while the next view is waited for
-    # All bytes of a stream are of one version: the one that the stream finds, which may be newer than the plan's.
-    if fetcher.stat(plan.source) != plan.version:
+    now = fetcher.stat(plan.source)
+    if now.size != version.size or find_change(version.validators, now.validators) is not None:
         raise ObjectChanged(
             f"{plan.target.uri}: the object was overwritten while it was read; start again",
             bucket=plan.target.bucket,

@@ -12,7 +12,7 @@ import fcntl
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final
 from mpreader.config import MiB
 from mpreader.errors import ConfigError
 from mpreader.files import errors_naming, rename_whole
+from mpreader.pool.worker.version import Validators, find_change, find_difference, merged
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -42,11 +43,13 @@ class PartFile:
 
     Args:
         path: FILE; of a symbolic link the file that it leads to.
-        identity: Facts that must be the same for a call to go on: ``source``, ``etag``, ``size`` and ``ranges``.
+        identity: Facts that must be the same for a call to go on: ``source``, ``etag``, ``validators``, ``size`` and
+            ``ranges``.
         resume: Keep the bytes that are there, if they are of this download. False: drop them.
 
     Attributes:
         started_over: Reason, in words, for which the bytes that were there were dropped; None if none were.
+        validators: Validators of the version that the bytes are of, which an earlier call may have learned.
 
     Raises:
         OSError: It can't be written, or another process is writing it.
@@ -55,6 +58,8 @@ class PartFile:
     def __init__(self, path: str | os.PathLike[str], identity: dict[str, Any], *, resume: bool = True) -> None:
         self._final, self._path, self._state = _paths(path)
         self.started_over: str | None = None
+        self._identity = identity
+        self.validators = _validators_in(identity)
         # Opened without truncating: it may hold the bytes of an earlier call, or belong to another process.
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
         self._file = open(os.open(self._path, flags, 0o666), "r+b", buffering=0)  # noqa: SIM115  # closed by __exit__
@@ -66,7 +71,7 @@ class PartFile:
                 # Truncated before the identity is written: after a crash between the two, an empty part is of another
                 # download, which is harmless; old bytes beside a new identity would be taken for the new object's.
                 self._file.truncate(0)
-                self._state.write_text(json.dumps(identity, indent=2) + "\n")
+                self.note(self.validators)
         except BaseException:
             self._file.close()
             raise
@@ -93,6 +98,13 @@ class PartFile:
             return _paths(path)[1].stat().st_size
         except OSError:
             return None
+
+    def note(self, validators: Validators) -> None:
+        """Write the identity of the download, with these validators of the version."""
+        self.validators = validators
+        by_name = dict(validators)
+        identity = {"etag": by_name.pop("etag", ""), "validators": [list(each) for each in by_name.items()]}
+        self._state.write_text(json.dumps({**self._identity, **identity}, indent=2) + "\n")
 
     def take_kept(self, use: Callable[[bytes], object]) -> int:
         """Hand the bytes that are there already to ``use``, piece by piece; returns how many they are."""
@@ -162,14 +174,19 @@ class PartFile:
             return f"{self._state} is missing or damaged"
         if not isinstance(state, dict) or state.get("source") != identity["source"]:
             return f"{self._path} is of another object"
-        if not identity["etag"]:
-            return "the server gives no ETag, so nobody knows whether the object is still the same"
-        if (state.get("etag"), state.get("size")) != (identity["etag"], identity["size"]):
+        known, now = _validators_in(state), self.validators
+        if state.get("size") != identity["size"] or find_change(known, now) is not None:
             return "the object was overwritten since"
         if state.get("ranges") != identity["ranges"]:
             return f"{self._path} is of other ranges"
-        if left > sum(end - start for start, end in identity["ranges"]):
+        whole = sum(end - start for start, end in identity["ranges"])
+        if left > whole:
             return f"{self._path} is larger than it should be"
+        # A server may tell more with its bytes than with a HEAD. Then the first answer shows whether the object is
+        # still the same; if nothing is left to be fetched, there is none.
+        if not known or (left == whole and find_difference(known, now) is not None):
+            return "the server gives no ETag or the like, so nobody knows whether the object is still the same"
+        self.validators = merged(known, now)
         return None
 
 
@@ -184,6 +201,16 @@ def write_all(file: BinaryIO | FileIO, data: memoryview) -> None:
         if written is None:
             raise BlockingIOError(errno.EAGAIN, "it would have to be waited for")
         data = data[written:]
+
+
+def _validators_in(state: Mapping[str, Any]) -> Validators:
+    """Validators in the identity of a download; none where it is damaged, or written by something else."""
+    etag, others = state.get("etag"), state.get("validators")
+    pairs = [("etag", etag), *(others if isinstance(others, list) else ())]
+    found = [(each[0], each[1]) for each in pairs if isinstance(each, (list, tuple)) and len(each) == 2]
+    return tuple(
+        sorted((name, value) for name, value in found if isinstance(name, str) and isinstance(value, str) and value)
+    )
 
 
 def _paths(path: str | os.PathLike[str]) -> tuple[Path, Path, Path]:

@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple
 from mpreader.errors import ConfigError, PlanError
 from mpreader.fetch.fetcher import RangeFetcher
 from mpreader.pool.source import ObjectVersion
+from mpreader.pool.worker.version import find_difference
 from mpreader.ranges import ItemRange
 from mpreader.tools.download.checksums import COMPUTABLE, Digests
 
@@ -135,6 +136,7 @@ class DownloadPlan:
         return {
             "source": self.target.uri,
             "etag": self.version.etag,
+            "validators": [list(validator) for validator in self.version.others],
             "size": self.version.size,
             "ranges": [[item_range.start, item_range.end] for item_range in self.ranges],
         }
@@ -178,7 +180,7 @@ def _find_stored(
         return None, "an http server stores no checksum"
     stored = fetcher.client().checksums(target.bucket, target.key)
     # The checksums were asked for after the version, and may be those of a newer one.
-    if stored.etag != version.etag:
+    if find_difference(version.validators, stored.validators) is not None:
         return None, "the object was overwritten meanwhile"
     for name in (algorithm, *COMPUTABLE):
         if name in stored.by_algorithm:
