@@ -171,8 +171,9 @@ class PoolConfig:
         connections_per_worker: Connections that each worker keeps open. Default 16, or as many as
             ``S3ClientConfig.throughput_target_gbps`` needs.
         max_memory: Bytes of shared memory that the pool may reserve at one time. Default: what the host can spare
-            (half of the free memory under the cgroup's limit, 80 % of free ``/dev/shm``), divided by
-            ``LOCAL_WORLD_SIZE``. What is read ahead is far less than that; see ``mpreader.pool.sizing``.
+            (half of the free memory under the cgroup's limit; where the kernel has no ``memfd_create``, 80 % of free
+            ``/dev/shm`` at most), divided by the ranks that share the host. What is read ahead is far less than that;
+            see ``mpreader.pool.sizing``.
         part_size: Most bytes of one ranged GET (64 KiB to 5 GiB). Default: ``S3ClientConfig.part_size``, less where
             ``max_memory`` is small.
         connect_timeout_s: Seconds to wait for a connection, TLS included. Default 10.

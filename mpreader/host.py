@@ -1,23 +1,30 @@
 """Host facts: cores, memory, shared memory and number of ranks, under the limits of the process's control groups.
 
 Reads them from ``/proc``, ``/sys`` and the environment. It must not decide anything by them:
-:mod:`mpreader.pool.sizing` derives the pool's sizes from them, and the doctor judges them.
+:mod:`mpreader.pool.sizing` derives the pool's sizes from them, and the doctor judges them. A fact that the host refuses
+to tell (``/proc`` is not mounted, a filter refuses the system call) is replaced by what is known, or by a low guess.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-__all__ = ["Cgroup", "Host"]
+from mpreader.ranks import local_ranks
+from mpreader.shared_memory import free_shm, has_memfd
+
+__all__ = ["Cgroup", "Host", "available_memory", "usable_cores"]
 
 # Memory limits from this size on mean that there is none: version 1 of the control groups writes the largest multiple
 # of a page below 2**63 bytes for it.
 _NO_LIMIT: Final = 1 << 60
+# Free memory of a host that tells nothing of its memory: ``max_memory`` can say more.
+_UNTOLD_MEMORY_BYTES: Final = 512 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,32 +77,54 @@ class Host:
     Attributes:
         cores: Cores that the process may run on, by its affinity and its CPU quota, rounded up.
         free_memory: Bytes that may still be allocated, on the host and under the limits of the control groups.
-        free_shm: Free bytes of ``/dev/shm``.
-        sharers: Number of processes that load at the same time on this host, this one included
-            (``LOCAL_WORLD_SIZE``). The other attributes are not divided by it.
+        free_shm: Free bytes of ``/dev/shm``; None if shared memory is bounded by nothing but the free memory, since it
+            is made by ``memfd_create``, or if the kernel does not tell.
+        sharers: Number of processes that load at the same time on this host, this one included; see
+            :mod:`mpreader.ranks`. The other attributes are not divided by it.
     """
 
     cores: int
     free_memory: int
-    free_shm: int
+    free_shm: int | None
     sharers: int = 1
 
     @classmethod
     def now(cls) -> Host:
-        """Measure the host as it is now.
-
-        Raises:
-            OSError: There is no ``/dev/shm``.
-        """
-        status = os.statvfs("/dev/shm")  # noqa: S108  # no file is made there
-        cgroup = Cgroup.of(Path("/"))
-        cores, free = len(os.sched_getaffinity(0)), _available_memory()
+        """Measure the host as it is now; never fails."""
+        quota, cores = Cgroup.of(Path("/")).cores, usable_cores()
         return cls(
-            cores=cores if cgroup.cores is None else min(cores, max(1, math.ceil(cgroup.cores))),
-            free_memory=free if cgroup.free_memory is None else min(free, cgroup.free_memory),
-            free_shm=status.f_bavail * status.f_frsize,
-            sharers=_local_world_size(),
+            cores=cores if quota is None else min(cores, max(1, math.ceil(quota))),
+            free_memory=available_memory() or _UNTOLD_MEMORY_BYTES,
+            free_shm=None if has_memfd() else free_shm(),
+            sharers=local_ranks().number,
         )
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may run on, without regard to a CPU quota."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except OSError:  # a filter refuses the call
+        return os.cpu_count() or 1
+
+
+def available_memory() -> int | None:
+    """Return the bytes that may be allocated now, on the host and under the process's control groups.
+
+    Returns:
+        The bytes; None if the host does not tell.
+    """
+    known = [_free_memory_of_host()]
+    for folder, is_v2 in _own_memory_groups(os.getpid()):
+        with contextlib.suppress(OSError, ValueError):  # a group without a limit
+            known.append(_memory_limit(folder, is_v2=is_v2)[1])
+    return min((free for free in known if free is not None), default=None)
+
+
+@functools.lru_cache(maxsize=1)
+def _own_memory_groups(_pid: int) -> list[tuple[Path, bool]]:
+    # Kept: to find them takes longer than to ask them, and the arena asks for each segment.
+    return _groups(Path("/"), "memory")
 
 
 def _groups(root: Path, controller: str) -> list[tuple[Path, bool]]:
@@ -150,32 +179,32 @@ def _memory_limit(folder: Path, *, is_v2: bool) -> tuple[int, int]:
         ValueError: The group has no limit: the file contains "max", or a number larger than any memory.
     """
     limit_file, used_file, cache = (
-        ("memory.max", "memory.current", "inactive_file")
+        ("memory.max", "memory.current", ("inactive_file", "active_file"))
         if is_v2
-        else ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
     )
     limit = int((folder / limit_file).read_text())
     if limit >= _NO_LIMIT:
         raise ValueError("no limit")
-    # The usage includes page cache, whose inactive part the kernel drops before it refuses an allocation: that part
-    # counts as free. A host that has read much would seem to be full otherwise.
+    # The usage includes page cache, which the kernel drops before it refuses an allocation: it counts as free. A host
+    # that has read much would seem to be full otherwise. (Shared memory is not part of these numbers.)
     used = int((folder / used_file).read_text())
     for line in (folder / "memory.stat").read_text().splitlines():
-        if line.startswith(cache + " "):
-            used -= int(line.split()[1])
+        name, _, number = line.partition(" ")
+        if name in cache:
+            used -= int(number)
     return limit, max(0, limit - used)
 
 
-def _available_memory() -> int:
-    """Return the bytes that may be allocated on the host without swapping."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    # Kernels before 3.14 have no such line. Without page cache this is less than what could be allocated.
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _local_world_size() -> int:
-    # Set by torchrun. A value that is not a number is ignored, like one that is not set.
-    text = os.environ.get("LOCAL_WORLD_SIZE", "")
-    return max(1, int(text)) if text.isascii() and text.isdigit() else 1
+def _free_memory_of_host() -> int | None:
+    """Return the bytes that may be allocated on the host without swapping; None if it does not tell."""
+    with contextlib.suppress(OSError, ValueError), open("/proc/meminfo", "rb") as file:
+        for line in file:
+            if line.startswith(b"MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    # Kernels before 3.14 have no such line, and in a sandbox there may be no /proc. Without page cache this is less
+    # than what could be allocated.
+    with contextlib.suppress(OSError, ValueError):
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return free if free > 0 else None
+    return None

@@ -78,13 +78,16 @@ def size_pool(config: PoolConfig, s3client_config: S3ClientConfig, host: Host) -
 
 
 def _spare_bytes(host: Host) -> int:
-    spare = min(host.free_memory // 2, host.free_shm * 8 // 10) // host.sharers
-    least = 4 * MIN_PART_BYTES
-    if spare < least:
+    spare, shm = host.free_memory // 2, ""
+    remedy = "End what takes the memory, or"
+    if host.free_shm is not None:
+        spare, shm = min(spare, host.free_shm * 8 // 10), f", {host.free_shm} in /dev/shm"
+        remedy = "Mount or enlarge that (docker run --shm-size=1g), or"
+    spare //= host.sharers
+    if spare < 4 * MIN_PART_BYTES:
         raise ConfigError(
-            f"too little memory for shared memory: {host.free_memory} bytes are free under the memory limit, "
-            f"{host.free_shm} in /dev/shm, for {host.sharers} processes. Enlarge it (docker run --shm-size=1g) or set "
-            "PoolConfig.max_memory (MPREADER_MAX_MEMORY)"
+            f"too little memory for shared memory: {host.free_memory} bytes are free under the memory limit{shm}, for "
+            f"{host.sharers} processes. {remedy} set PoolConfig.max_memory (MPREADER_MAX_MEMORY)"
         )
     return spare
 

@@ -329,7 +329,9 @@ def _file_versions() -> Iterator[tuple[str, int, int]]:
     Any change of a file changes one of these, and the file need not be read.
     """
     for name, usual in (("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials"), ("AWS_CONFIG_FILE", "~/.aws/config")):
-        path = Path(os.environ.get(name, usual)).expanduser()
+        # Not Path.expanduser(), which raises where HOME is unset and the user has no entry in /etc/passwd. This leaves
+        # the name as it is then, as botocore does, and there is no such file.
+        path = Path(os.path.expanduser(os.environ.get(name, usual)))
         try:
             status = path.stat()
         except OSError:

@@ -14,6 +14,8 @@ import threading
 import warnings
 from typing import TYPE_CHECKING, Any, Final
 
+from mpreader.ranks import global_rank
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -117,7 +119,7 @@ def _is_shown(show: bool | None) -> bool:
     if show:
         return True
     # One bar for a job, not one for each of its ranks, whose lines would overwrite each other.
-    return os.environ.get("RANK", "0") == "0" and (_is_notebook() or _is_terminal())
+    return global_rank() == 0 and (_is_notebook() or _is_terminal())
 
 
 def _is_terminal() -> bool:

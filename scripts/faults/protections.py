@@ -169,8 +169,8 @@ PROTECTIONS = (
         "worker killed, or out of memory",
         "the parts of a dead worker are given to others",
         "mpreader/pool/coordinator/coordinator.py",
-        "            self._scheduler.lost(lost.parts, lost.exitcode, lost.why)\n",
-        "            self._scheduler.lost((), lost.exitcode, lost.why)\n",
+        "        self._scheduler.lost(lost.parts, lost.exitcode, lost.why)\n",
+        "        self._scheduler.lost((), lost.exitcode, lost.why)\n",
         f"{WORKERS}::test_killed_worker_is_replaced_and_its_parts_are_read_again[one]",
     ),
     Protection(
@@ -201,25 +201,29 @@ PROTECTIONS = (
         "parent killed",
         "a worker ends with its parent",
         "mpreader/pool/worker/main.py",
+        "        while os.getppid() == parent_pid:\n"
+        "            ready = [fd for fd, _ in poll.poll(self._poll_timeout_ms() or longest_ms)]\n"
         "            if parent_pidfd in ready:\n                return\n"
         "            if ready and not self._handle_message():\n                return\n",
+        "        while True:\n"
+        "            ready = [fd for fd, _ in poll.poll(self._poll_timeout_ms() or longest_ms)]\n"
         "            if self._sock.fileno() in ready:\n                self._handle_message()\n",
         "tests/integration/pool/test_lifecycle.py::test_killed_parent_takes_its_workers_along",
     ),
     Protection(
         "parent killed",
         "shared memory has no name",
-        "mpreader/pool/coordinator/arena.py",
-        "            memory.close()\n            memory.unlink()\n",
-        "            memory.close()\n",
-        "tests/unit/pool/coordinator/test_arena.py::test_arena_gives_the_warmest_slot_first",
+        "mpreader/shared_memory.py",
+        "    os.unlink(path)\n",
+        "",
+        "tests/unit/test_shared_memory.py::test_shared_memory_has_no_name_whatever_it_is_made_of[a file]",
     ),
     Protection(
         "small or full /dev/shm",
         "shared memory is reserved before it is used",
-        "mpreader/pool/coordinator/arena.py",
-        "os.posix_fallocate(self.fd, 0, size)",
-        "pass",
+        "mpreader/shared_memory.py",
+        "        os.posix_fallocate(fd, start, end - start)\n",
+        "        pass\n",
         "tests/faults/test_shared_memory.py::test_read_with_less_shared_memory_than_allowed_ends[in place]",
     ),
     Protection(

@@ -4,24 +4,24 @@ Touching fresh pages costs more than receiving the bytes. So the smallest hole t
 ones the one that was freed last: its pages are warm, perhaps still in the processor's cache. The arena knows nothing of
 reads, leases and callers: :mod:`mpreader.pool.coordinator.memory` keeps these accounts.
 
-Segments are ``multiprocessing.shared_memory``, reserved in full when they are made (a full ``/dev/shm`` is an error
-then, never a SIGBUS later) and unlinked at once, so that no crash leaves anything behind.
+Segments are shared memory without a name, so that no crash leaves anything behind (:mod:`mpreader.shared_memory`). They
+are reserved in full when they are made, and only out of memory that is free: a full host is an error then, never a
+SIGBUS later, or the end of a process by the kernel's hand.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import mmap
 import os
-import sys
-from multiprocessing import resource_tracker
-from multiprocessing.shared_memory import SharedMemory
-from typing import Any, Final
+import resource
+from typing import Final
 
 from mpreader.errors import ArenaClosed, ArenaError
+from mpreader.host import available_memory
 from mpreader.pool.sizing import GRAIN_BYTES
+from mpreader.shared_memory import REFUSED, fill, free_shm, has_memfd, open_shared_memory, reserve
 
 __all__ = ["Arena", "Segment", "Slot"]
 
@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 
 _MAX_SEGMENT_BYTES: Final = 1024 * 1024 * 1024
 _PAGE_BYTES: Final = mmap.PAGESIZE
+# Memory that a segment leaves to the program, a quarter of what is free at most. Without it the kernel would kill the
+# program for its next few pages.
+_SPARE_BYTES: Final = 64 * 1024 * 1024
 
 
 class Segment:
@@ -50,28 +53,17 @@ class Segment:
                 :meth:`Slot.reserve`: a gigabyte takes a quarter of a second.
 
         Raises:
-            OSError: There is no room (ENOSPC), or no descriptor.
+            OSError: There is no room (ENOSPC, ENOMEM), no descriptor, or no shared memory to be had.
         """
         self.number = number
         self.size = size
-        # Without a name nothing can be left behind; before Python 3.13 it is tracked all the same until the unlink.
-        untracked: dict[str, Any] = {"track": False} if sys.version_info >= (3, 13) else {}
-        if not untracked:
-            resource_tracker.ensure_running()  # if it failed to start after the memory was made, that would stay
-        _require_descriptors(3)  # of the memory, of our own opening of it, and of what the tracker needs
-        memory = SharedMemory(create=True, size=size, **untracked)
+        self.fd = open_shared_memory(size)
         try:
-            self.fd = os.open(f"/dev/shm/{memory.name}", os.O_RDWR | os.O_CLOEXEC)  # noqa: S108  # where shm_open puts it
-        finally:
-            memory.close()
-            memory.unlink()
-        try:
-            if is_reserved:
-                # SharedMemory's ftruncate promises nothing: on a full /dev/shm, touching a page would be a SIGBUS.
-                os.posix_fallocate(self.fd, 0, size)
-            elif _free_shm() < size:
+            if size > _free_bytes():
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            # Not SharedMemory's own mapping: that one must be closed by hand, and fails while views exist.
+            # Its size alone promises nothing: where memory is full, touching a page would be a SIGBUS.
+            if not reserve(self.fd, 0, size if is_reserved else min(size, _PAGE_BYTES)):
+                fill(self.fd, size)  # all of it, since it can't be reserved piece by piece
             self.map = mmap.mmap(self.fd, size)
         except BaseException:
             os.close(self.fd)
@@ -116,7 +108,7 @@ class Slot:
         if not self.is_alone:
             return  # its segment was reserved as a whole
         try:
-            os.posix_fallocate(self.segment.fd, start, end - start)
+            reserve(self.segment.fd, start, end)  # refused: the segment was filled as a whole
         except OSError as error:
             raise _shortage(end - start, error) from error
 
@@ -258,6 +250,7 @@ class Arena:
     def _add_shared_segment(self, least: int, *, beyond_limit: bool) -> bool:
         # Larger ones as the arena grows: each costs a descriptor, of which a process has perhaps 1024.
         wanted = max(self._segment_bytes, min(self.reserved_bytes // 8, _MAX_SEGMENT_BYTES))
+        wanted = min(wanted, _largest_file_bytes())
         room = self.max_bytes - self.reserved_bytes
         # Whole blocks where there is room for one: the rest of a segment would be of little use.
         grain = self._block_bytes if room >= self._block_bytes else GRAIN_BYTES
@@ -286,7 +279,7 @@ class Arena:
         if not self.segments:
             raise _shortage(size, error) from error
         # One large slot that does not fit says nothing of small ones: what the host still has may be used for these.
-        spare_bytes = _free_shm() if is_for_one_slot and error.errno == errno.ENOSPC else 0
+        spare_bytes = _free_bytes() if is_for_one_slot and error.errno == errno.ENOSPC else 0
         self.max_bytes = min(self.max_bytes, self.reserved_bytes + spare_bytes)
         log.warning("shared memory is short (%s): going on with %d bytes", error.strerror, self.max_bytes)
 
@@ -310,25 +303,44 @@ class Arena:
 
 
 def _shortage(size: int, error: OSError) -> ArenaError:
-    return ArenaError(
-        f"can't reserve {size} bytes of shared memory: {error.strerror}; /dev/shm has {_free_shm()} bytes free. "
-        "Enlarge it (docker run --shm-size=1g) or lower PoolConfig.max_memory (MPREADER_MAX_MEMORY)"
-    )
+    return ArenaError(f"can't reserve {size} bytes of shared memory: {error.strerror}{_advice(error)}")
 
 
-def _require_descriptors(count: int) -> None:
-    # SharedMemory that runs out of them half-way makes the resource tracker print a traceback of its own.
-    with contextlib.ExitStack() as spare:
-        for _ in range(count):
-            spare.callback(os.close, os.open(os.devnull, os.O_RDONLY))
+def _advice(error: OSError) -> str:
+    """What an error of shared memory means, and what helps against it."""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return "; raise the limit of open files (ulimit -n)"
+    if error.errno == errno.EFBIG:
+        limit = _largest_file_bytes()
+        return f": the limit of file sizes (ulimit -f) is {limit} bytes; raise it (ulimit -f unlimited)"
+    free = _free_bytes()
+    shrink = "lower PoolConfig.max_memory (MPREADER_MAX_MEMORY)"
+    if has_memfd():
+        return f"; {free} bytes of memory are free. Free some, or {shrink}"
+    without = " (memfd_create is refused, so /dev/shm is needed)"
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return f": there is no /dev/shm{without}; mount it: mount -t tmpfs -o mode=1777 tmpfs /dev/shm"
+    if error.errno == errno.EROFS:
+        return f": /dev/shm is read-only{without}; mount -o remount,rw /dev/shm"
+    if error.errno in REFUSED:
+        return f": /dev/shm may not be written to{without}; chmod 1777 /dev/shm"
+    return f"; /dev/shm has {free} bytes free{without}. Enlarge it (docker run --shm-size=1g) or {shrink}"
+
+
+def _free_bytes() -> int:
+    """Bytes that a segment may have."""
+    memory = available_memory()
+    known = [] if memory is None else [memory - min(_SPARE_BYTES, memory // 4)]
+    if not has_memfd() and (shm := free_shm()) is not None:
+        known.append(shm)
+    return min(known, default=1 << 60)
+
+
+def _largest_file_bytes() -> int:
+    """Limit of file sizes, which shared memory obeys, too."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    return 1 << 60 if limit == resource.RLIM_INFINITY else limit
 
 
 def _round_up(nbytes: int, grain: int) -> int:
     return -(-nbytes // grain) * grain
-
-
-def _free_shm() -> int:
-    with contextlib.suppress(OSError):
-        status = os.statvfs("/dev/shm")  # noqa: S108  # asked about, not written to
-        return status.f_bavail * status.f_frsize
-    return 0

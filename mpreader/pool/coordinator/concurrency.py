@@ -18,9 +18,10 @@ Before the first part has arrived, the limit is doubled step by step, as long as
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from typing import Final
+
+from mpreader.host import usable_cores
 
 __all__ = ["ConcurrencyLimiter", "is_host_busy"]
 
@@ -130,4 +131,4 @@ def is_host_busy() -> bool:
     except (OSError, ValueError, IndexError):  # a sandbox without these numbers
         return False
     # The thread that asks is one of them.
-    return runnable > len(os.sched_getaffinity(0))
+    return runnable > usable_cores()

@@ -52,6 +52,7 @@ from mpreader.pool.requests import (
 from mpreader.pool.sizing import PoolSizes
 from mpreader.pool.stats import PoolStats
 from mpreader.pool.worker.messages import Cancel, Failed, Fetch, Fetched, MapSegment, UnmapSegment
+from mpreader.shared_memory import REFUSED
 
 __all__ = ["Coordinator", "Mailbox", "Timeouts"]
 
@@ -62,6 +63,7 @@ log = logging.getLogger(__name__)
 _DEADLINE_TICK_S: Final = 0.25
 _LIMITER_TICK_S: Final = 0.015
 _LEASE_TICK_S: Final = 0.01
+_END_TICK_S: Final = 0.01  # where the kernel does not tell the end of a worker
 _LONGEST_WAIT_S: Final = 3600.0  # `select` refuses to wait for years
 _STOP_TIMEOUT_S: Final = 5.0
 
@@ -119,7 +121,7 @@ class Coordinator:
         self._is_waiting = False  # set before the inbox is looked into, so that no message is overlooked
         self._busy_until = self._next_watch = time.monotonic()
         try:
-            self._selector = selectors.DefaultSelector()
+            self._selector = _make_selector()
             self._wakeup = Wakeup()
         except OSError as error:
             raise PoolError(f"can't start: {error}; if it is a limit (ulimit -n), raise it") from error
@@ -285,10 +287,14 @@ class Coordinator:
                 self._wakeup.clear()
             else:
                 self._handle_worker_event(*key.data)
+        for worker in self.workers.take_ended():
+            self._handle_worker_event(worker, has_ended=True)
 
     def _select_timeout_s(self) -> float:
         """Longest time to wait for a message: until something is due that no message will tell."""
         scheduler = self._scheduler
+        if self.workers.awaits_end:
+            return _END_TICK_S
         if scheduler.has_views and scheduler.waits_for_views:  # the end of a view wakes nobody
             return _LEASE_TICK_S
         if scheduler.is_idle:
@@ -322,8 +328,11 @@ class Coordinator:
         for result in self.workers.receive(worker, now):
             self._handle_result(worker.process.number, result, now)
         if has_ended:
-            lost = self.workers.replace(worker)
-            self._scheduler.lost(lost.parts, lost.exitcode, lost.why)
+            self._replace(worker)
+
+    def _replace(self, worker: WorkerHandle) -> None:
+        lost = self.workers.replace(worker)
+        self._scheduler.lost(lost.parts, lost.exitcode, lost.why)
 
     def _handle_result(self, worker: int, result: Fetched | Failed, now: float) -> None:
         part = self._scheduler.find(result.part)
@@ -402,6 +411,15 @@ class Coordinator:
     def _cancel_unwanted(self) -> None:
         for part in self._scheduler.take_cancelled():
             self.workers.send_to_holder(part, Cancel(part))
+
+
+def _make_selector() -> selectors.BaseSelector:
+    try:
+        return selectors.DefaultSelector()
+    except OSError as error:
+        if error.errno not in REFUSED:
+            raise
+    return selectors.PollSelector()
 
 
 def _server_and_size(part: PartState) -> tuple[str, int, int]:

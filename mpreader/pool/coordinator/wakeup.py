@@ -1,6 +1,7 @@
 """Wake-up: lets other threads end the coordinator's wait.
 
-It is an eventfd rather than a condition, so that the coordinator waits for it and for its workers in one ``select``.
+It is a pipe rather than a condition, so that the coordinator waits for it and for its workers in one ``select``; and
+rather than an eventfd, which some sandboxes refuse.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import os
 import threading
 
 __all__ = ["Wakeup"]
+
+_MOST_BYTES = 65536  # a pipe's; more are not in it
 
 
 class Wakeup:
@@ -23,7 +26,7 @@ class Wakeup:
     """
 
     def __init__(self) -> None:
-        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.fd, self._writable_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         # It keeps `set` from writing to a descriptor that `close` has just given away. Reentrant, since a garbage
         # collection inside `set` may close a transfer that was dropped, which calls `set`.
         self._lock = threading.RLock()
@@ -32,19 +35,20 @@ class Wakeup:
         """Set the event; does nothing after ``close``."""
         with self._lock:
             if self.fd >= 0:
-                with contextlib.suppress(BlockingIOError):
-                    os.eventfd_write(self.fd, 1)
+                with contextlib.suppress(BlockingIOError):  # it is full, so it is set
+                    os.write(self._writable_fd, b"\0")
 
     def clear(self) -> None:
         """Reset the event; harmless if it is not set."""
         with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self.fd)
+            os.read(self.fd, _MOST_BYTES)
 
     def close(self) -> None:
-        """Give back the descriptor. Idempotent."""
+        """Give back the descriptors. Idempotent."""
         with self._lock:
             if self.fd >= 0:
                 os.close(self.fd)
+                os.close(self._writable_fd)
                 self.fd = -1
 
     def abandon(self) -> None:

@@ -2,9 +2,12 @@
 
 It decides which worker gets a part, never which part is next. Used by the coordinator, in its thread.
 
-A worker that has died is an event: its pidfd becomes readable. A worker that is stuck gives no event, so it is sent a
-Ping now and then, and killed when it has said nothing for too long. Its parts go to others only when the process is
-known to be gone, so that it can never wake up and write into a slot that was used again.
+A worker that has died is an event: its pidfd becomes readable, or, where the kernel has none, its socket ends, and it
+is polled from then on. A worker that is stuck gives no event, so it is sent a Ping now and then, and killed when it has
+said nothing for too long. Its parts go to others only when the process is known to be gone, so that it can never wake
+up and write into a slot that was used again.
+
+While it is not proved that the interpreter is one (:mod:`mpreader.pool.coordinator.interpreter`), there is one worker.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from typing import Final, NamedTuple
 
 from mpreader.errors import WorkerCrashed
 from mpreader.pool.coordinator.arena import Segment
+from mpreader.pool.coordinator.interpreter import InterpreterChoice
 from mpreader.pool.coordinator.process import WorkerProcess
 from mpreader.pool.worker.messages import Failed, Fetch, Fetched, MapSegment, Ping, Ready, UnmapSegment
 
@@ -64,6 +68,7 @@ class WorkerHandle:
         is_ready: True once it has said so.
         is_ending: True once it has closed its socket, or was killed: it gets nothing more.
         is_unresponsive: True if it was killed because it had said nothing for too long.
+        fault: Reason why it can't be used, though it has said that it is ready; None if there is none.
         mapped: Numbers of the segments that it has. It gets each when it first needs it: hundreds at once would not fit
             into its socket while it starts.
         last_heard: Time of its last message, or from which on one is expected, by the monotonic clock.
@@ -76,6 +81,7 @@ class WorkerHandle:
         self.is_ready = False
         self.is_ending = False
         self.is_unresponsive = False
+        self.fault: str | None = None
         self.last_heard = now
         self.mapped: set[int] = set()
         self.asked_since: float | None = None
@@ -96,19 +102,21 @@ class WorkerSupervisor:
         self._limits = limits
         self._selector = selector
         self._workers: list[WorkerHandle] = []
+        self._interpreters = InterpreterChoice()
         self._deaths = 0  # since a part was last received
         self.restarts = 0
         # A few parts wait at each worker, so that a connection has the next one at once.
         self._max_parts = limits.connections_per_worker + max(1, limits.connections_per_worker // 4)
 
     def start(self) -> None:
-        """Start all workers, without waiting for them.
+        """Start all workers, without waiting for them; the first one only, while the interpreter is not proved.
 
         Raises:
             PoolError: The operating system refused.
         """
-        for number in range(self._limits.workers):
-            self._start_worker(number)
+        self._start_worker(0)
+        if self._interpreters.is_proved:
+            self._start_others()
 
     @property
     def pids(self) -> list[int]:
@@ -159,12 +167,23 @@ class WorkerSupervisor:
                     self._note(worker, message)
                     results.append(message)
                 elif isinstance(message, Ready):
-                    worker.is_ready = True
+                    self._note_ready(worker, message)
         except EOFError:
             with contextlib.suppress(KeyError, ValueError):  # its pidfd tells when it has ended, perhaps it just did
                 self._selector.unregister(worker.process.sock)
             worker.is_ending = True
+            if worker.process.pidfd < 0 or not self._interpreters.is_proved:
+                worker.process.kill_group()  # else it could live on unseen, if what was started is no worker
         return results
+
+    @property
+    def awaits_end(self) -> bool:
+        """True while the end of a worker must be asked for, since no event tells of it."""
+        return any(worker.is_ending for worker in self._workers if worker.process.pidfd < 0)
+
+    def take_ended(self) -> list[WorkerHandle]:
+        """Workers whose process has ended, of those that have no pidfd; each is to be replaced."""
+        return [worker for worker in self._workers if worker.process.pidfd < 0 and worker.process.has_ended()]
 
     def replace(self, worker: WorkerHandle) -> Lost:
         """Reap a worker whose process has ended, and start another in its place.
@@ -179,8 +198,13 @@ class WorkerSupervisor:
         self._unregister(worker)
         stderr = worker.process.stderr()
         exitcode = worker.process.reap()
-        why = _describe_end(exitcode, worker.is_unresponsive, self._response_timeout_s(worker))
+        why = worker.fault or _describe_end(exitcode, worker.is_unresponsive, self._response_timeout_s(worker))
         log.warning("worker process %d ended: %s%s", worker.process.pid, why, f": {stderr}" if stderr else "")
+        if not self._interpreters.is_proved:
+            # Of a traceback the last line tells what was wrong; all of it is in the log.
+            self._interpreters.refuse(f"{why}: {stderr.splitlines()[-1]}" if stderr else why, exitcode)
+            self._start_worker(worker.process.number)
+            return Lost((), exitcode, why)
         self._deaths += 1
         if self._deaths > _MAX_DEATHS_PER_WORKER * self._limits.workers:
             what = "keep dying" if worker.is_ready else "can't start"
@@ -226,7 +250,10 @@ class WorkerSupervisor:
 
     def _response_timeout_s(self, worker: WorkerHandle) -> float:
         timeout_s = self._limits.worker_timeout_s
-        return timeout_s if worker.is_ready else max(_LEAST_START_TIMEOUT_S, 4 * timeout_s)
+        if worker.is_ready:
+            return timeout_s
+        # What may be no worker at all is not waited for so long.
+        return max(_LEAST_START_TIMEOUT_S, 4 * timeout_s) if self._interpreters.is_proved else _LEAST_START_TIMEOUT_S
 
     def _can_take(self, worker: WorkerHandle) -> bool:
         # Not before it is ready: a part must not be blamed for workers that can't even start.
@@ -234,11 +261,31 @@ class WorkerSupervisor:
 
     def _start_worker(self, number: int) -> None:
         limits = self._limits
-        process = WorkerProcess(number, limits.connections_per_worker, limits.connect_timeout_s, limits.stall_timeout_s)
+        process = WorkerProcess(
+            number,
+            limits.connections_per_worker,
+            limits.connect_timeout_s,
+            limits.stall_timeout_s,
+            self._interpreters.current,
+        )
         worker = WorkerHandle(process, time.monotonic())
         self._workers.append(worker)
         self._selector.register(process.sock, selectors.EVENT_READ, (worker, False))
-        self._selector.register(process.pidfd, selectors.EVENT_READ, (worker, True))
+        if process.pidfd >= 0:
+            self._selector.register(process.pidfd, selectors.EVENT_READ, (worker, True))
+
+    def _start_others(self) -> None:
+        for number in range(1, self._limits.workers):
+            self._start_worker(number)
+
+    def _note_ready(self, worker: WorkerHandle, message: Ready) -> None:
+        if not self._interpreters.is_proved:
+            worker.fault = self._interpreters.fault_of(message, worker.process.pid)
+            if worker.fault is not None:
+                self._kill(worker)
+                return
+            self._start_others()
+        worker.is_ready = True
 
     def _map(self, worker: WorkerHandle, segment: Segment) -> bool:
         """Send a segment to a worker that does not have it; False if the worker does not take it."""
@@ -255,10 +302,13 @@ class WorkerSupervisor:
 
     def _kill(self, worker: WorkerHandle) -> None:
         worker.is_ending = True
-        worker.process.kill()
+        if self._interpreters.is_proved:
+            worker.process.kill()
+        else:
+            worker.process.kill_group()
 
     def _unregister(self, worker: WorkerHandle) -> None:
-        for fd in (worker.process.sock, worker.process.pidfd):
+        for fd in (worker.process.sock, worker.process.pidfd):  # a ValueError: there is no pidfd
             with contextlib.suppress(KeyError, ValueError):
                 self._selector.unregister(fd)
 
@@ -267,7 +317,7 @@ def _end_process(process: WorkerProcess, deadline: float) -> None:
     try:
         process.reap(max(0.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
-        process.kill()
+        process.kill_group()
         process.reap()
 
 

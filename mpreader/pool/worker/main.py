@@ -53,6 +53,7 @@ from mpreader.pool.worker.messages import (
     Pong,
     Ready,
     UnmapSegment,
+    python_name,
 )
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _DEADLINE_CHECK_INTERVAL_S = 0.25  # a stalled connection is ended at most this long after its deadline
+_PARENT_CHECK_INTERVAL_S = 0.5  # where the kernel has no pidfd: the worker ends at most this long after the coordinator
 
 
 class ConnectionThread(threading.Thread):
@@ -165,20 +167,26 @@ class Worker:
         self._idle: list[ConnectionThread] = []
         self._waiting: collections.deque[Fetch] = collections.deque()  # parts for which no thread is idle
 
-    def run(self, parent_pidfd: int) -> None:
+    def run(self, parent_pid: int, parent_pidfd: int) -> None:
         """Serve the coordinator until it closes its end of the socket or its process is gone.
 
         Args:
-            parent_pidfd: Descriptor of the coordinator's process, readable once that process is gone.
+            parent_pid: Process id of the coordinator.
+            parent_pidfd: Descriptor of that process, readable once it is gone; -1 if the kernel refuses one.
         """
-        # The pidfd is watched besides the socket: another process may have inherited the coordinator's end of the
-        # socket by a fork, and would keep it open after the coordinator has died.
+        # The process is watched besides the socket: another one may have inherited the coordinator's end of the socket
+        # by a fork, and would keep it open after the coordinator has died.
         poll = select.poll()
         poll.register(self._sock, select.POLLIN)
-        poll.register(parent_pidfd, select.POLLIN)
-        self.send(Ready())
-        while True:
-            ready = [fd for fd, _ in poll.poll(self._poll_timeout_ms())]
+        if parent_pidfd >= 0:
+            poll.register(parent_pidfd, select.POLLIN)
+        longest_ms = None if parent_pidfd >= 0 else _PARENT_CHECK_INTERVAL_S * 1000
+        self.send(Ready(os.getpid(), python_name()))
+        # Checked after pidfd_open: if the parent had died before, the id could belong to another process by now. It is
+        # another one, too, where a script has started this interpreter as a child of its own; the coordinator knows
+        # that by the process id, and can't use such a worker.
+        while os.getppid() == parent_pid:
+            ready = [fd for fd, _ in poll.poll(self._poll_timeout_ms() or longest_ms)]
             if parent_pidfd in ready:
                 return
             if ready and not self._handle_message():
@@ -316,10 +324,17 @@ def main(fd: int, parent_pid: int, connections: int, connect_timeout_s: float, s
         stall_timeout_s: Longest wait for a response, and for each 256 KiB of a body.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C, and ends its workers
-    parent_pidfd = os.pidfd_open(parent_pid)
-    # Checked after pidfd_open: if the parent had died before, the id could belong to another process by now.
-    if os.getppid() != parent_pid:
-        os._exit(0)
     sock = socket.socket(fileno=fd)
-    Worker(sock, [Connection(connect_timeout_s, stall_timeout_s) for _ in range(connections)]).run(parent_pidfd)
+    worker = Worker(sock, [Connection(connect_timeout_s, stall_timeout_s) for _ in range(connections)])
+    worker.run(parent_pid, _try_pidfd_open(parent_pid))
     os._exit(0)  # not sys.exit(): other threads may be blocked in a receive, and must not delay the end
+
+
+def _try_pidfd_open(pid: int) -> int:
+    """Return a descriptor that is readable once a process is gone; -1 if the kernel refuses."""
+    try:
+        return os.pidfd_open(pid)
+    except AttributeError:  # an interpreter that was built for old kernels
+        return -1
+    except OSError:  # gVisor, old kernels, filters of containers; or the process is gone already
+        return -1

@@ -10,6 +10,7 @@ A *part* is one ranged GET. The coordinator gives each part a number of its own,
 from __future__ import annotations
 
 import enum
+import sys
 from typing import NamedTuple
 
 from mpreader.pool.worker.route import Route
@@ -27,6 +28,7 @@ __all__ = [
     "Pong",
     "Ready",
     "UnmapSegment",
+    "python_name",
 ]
 
 # Buffer size of each receive, larger than any Fetch with a presigned URL. The rest of a longer packet would be dropped
@@ -109,8 +111,21 @@ class Ping(NamedTuple):
 # -- to the coordinator
 
 
+def python_name() -> str:
+    """Return kind and version of the running interpreter, such as ``"cpython 3.11"``."""
+    return f"{sys.implementation.name} {sys.version_info[0]}.{sys.version_info[1]}"
+
+
 class Ready(NamedTuple):
-    """The worker has started."""
+    """The worker has started. Proves to the coordinator that what it has started is a worker.
+
+    Attributes:
+        pid: Process id of the worker.
+        python: Kind and version of its interpreter; see :func:`python_name`.
+    """
+
+    pid: int = 0
+    python: str = ""
 
 
 class Pong(NamedTuple):

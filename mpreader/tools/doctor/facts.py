@@ -35,6 +35,7 @@ class HostFacts:
         files: Soft and hard limit of open descriptors: the process may raise the soft one up to the hard one.
         versions: Versions of packages by name; None: not installed.
         environment: The environment variables.
+        file_bytes: Limit of file sizes, which shared memory obeys, too; None: no limit.
     """
 
     all_cores: int
@@ -46,6 +47,7 @@ class HostFacts:
     files: tuple[int, int]
     versions: Mapping[str, str | None]
     environment: Mapping[str, str]
+    file_bytes: int | None = None
 
     @classmethod
     def now(cls) -> HostFacts:
@@ -54,19 +56,25 @@ class HostFacts:
         with contextlib.suppress(OSError):
             status = os.statvfs("/dev/shm")  # noqa: S108  # only its size is read
             shm_bytes = status.f_blocks * status.f_frsize
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        host, limit = Host.now(), resource.getrlimit(resource.RLIMIT_FSIZE)[0]
         return cls(
             all_cores=os.cpu_count() or 1,
-            memory_bytes=memory,
-            # Host.now() needs a /dev/shm; that there is none is a finding, not an error.
-            host=Host.now() if shm_bytes else Host(len(os.sched_getaffinity(0)), memory, 0),
+            memory_bytes=max(host.free_memory, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")),
+            host=host,
             cgroup=Cgroup.of(Path("/")),
             shm_bytes=shm_bytes,
-            open_files=len(os.listdir("/proc/self/fd")) - 1,  # listing the folder opens it
+            open_files=_open_files(),
             files=resource.getrlimit(resource.RLIMIT_NOFILE),
             versions={name: _version(name) for name in _PACKAGES},
             environment=os.environ,
+            file_bytes=None if limit == resource.RLIM_INFINITY else limit,
         )
+
+
+def _open_files() -> int:
+    with contextlib.suppress(OSError):  # no /proc
+        return len(os.listdir("/proc/self/fd")) - 1  # listing the folder opens it
+    return 0
 
 
 def _version(package: str) -> str | None:

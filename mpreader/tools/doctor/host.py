@@ -19,6 +19,7 @@ from typing import Final
 from mpreader.config import POOL_SETTINGS, MiB, PoolConfig, S3ClientConfig
 from mpreader.errors import ConfigError
 from mpreader.pool.sizing import PoolSizes, size_pool
+from mpreader.ranks import local_ranks
 from mpreader.tools.doctor.facts import HostFacts
 from mpreader.tools.doctor.finding import Finding
 from mpreader.version import __version__
@@ -66,7 +67,7 @@ def examine_host(facts: HostFacts, s3client_config: S3ClientConfig, pool_config:
     # A pool takes at most half of the free memory and 80 % of /dev/shm (mpreader.pool.sizing), so this much must be
     # free for the window to fit. max_memory, if it was set, is taken as it is.
     yield _memory(facts, max(2 * window, asked_for), asked_for)
-    yield _shared_memory(facts, max(window * 10 // 8, asked_for), asked_for)
+    yield _shared_memory(facts, max(window * 10 // 8, asked_for), asked_for, wanted.block_bytes)
     try:
         sizes = size_pool(pool_config, s3client_config, facts.host)
     except ConfigError as error:
@@ -126,7 +127,8 @@ def _certificates(environment: Mapping[str, str]) -> Iterator[Finding]:
 def _cores(facts: HostFacts) -> Finding:
     cores, quota, sharers = facts.host.cores, facts.cgroup.cores, facts.host.sharers
     value = f"{cores} of {facts.all_cores} usable, CPU quota " + ("none" if quota is None else f"{quota:g}")
-    value += f", shared by {sharers} ranks" if sharers > 1 else ""
+    if sharers > 1:
+        value += f", shared by {sharers} ranks (by {local_ranks(facts.environment).source or 'the launcher'})"
     if cores < 2 <= facts.all_cores:  # where the host has only one, there is no remedy
         problem = "receiving and decoding take turns on one core"
         free = f"taskset -c 0-{facts.all_cores - 1} python …"
@@ -148,13 +150,20 @@ def _memory(facts: HostFacts, wanted: int, asked_for: int) -> Finding:
     return Finding("memory", "ok", value)
 
 
-def _shared_memory(facts: HostFacts, wanted: int, asked_for: int) -> Finding:
+def _shared_memory(facts: HostFacts, wanted: int, asked_for: int, segment_bytes: int) -> Finding:
     free, size = facts.host.free_shm, facts.shm_bytes
+    if facts.file_bytes is not None and facts.file_bytes < segment_bytes:
+        problem = f"it obeys the limit of file sizes, and a piece of it takes {_size(segment_bytes)}"
+        limited = f"files of {facts.file_bytes} bytes at most"
+        return Finding("shared memory", "fail", limited, problem, "ulimit -f unlimited")
+    if free is None:
+        return Finding("shared memory", "ok", "bounded by the free memory, not by /dev/shm")
     value = f"{_size(free)} free of {_size(size)} in /dev/shm"
     larger = f"docker run --shm-size={_gib(wanted)}g …, or: sudo mount -o remount,size={_gib(wanted)}g /dev/shm"
     if not size:
         remedy = "sudo mkdir -p /dev/shm && sudo mount -t tmpfs -o mode=1777 tmpfs /dev/shm"
-        return Finding("shared memory", "fail", "no /dev/shm", "there is nothing to receive into", remedy)
+        problem = "there is nothing to receive into: memfd_create is refused, too"
+        return Finding("shared memory", "fail", "no /dev/shm", problem, remedy)
     if free >= wanted:
         return Finding("shared memory", "ok", value)
     remedy = f"remove what is stale: ls -lS /dev/shm; or: {larger}" if size >= wanted else larger

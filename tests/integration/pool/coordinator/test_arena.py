@@ -11,15 +11,16 @@ from pathlib import Path
 import pytest
 
 from mpreader.config import MiB
+from tests.refusal import refusing
 
 
 def in_small_shm(size: str, program: str) -> str:
-    """Run a program where ``/dev/shm`` is a private one of ``size``."""
+    """Run a program where ``/dev/shm`` is a private one of ``size``, and is needed: there is no memfd_create."""
     if os.geteuid() != 0 or subprocess.run(["unshare", "-m", "true"], check=False, capture_output=True).returncode:
         pytest.skip("needs the right to mount (root) for a /dev/shm of its own")
     shell = f'mount -t tmpfs -o size={size} tmpfs /dev/shm && exec "$0" -c "$1"'
     result = subprocess.run(
-        ["unshare", "-m", "sh", "-c", shell, sys.executable, textwrap.dedent(program)],
+        ["unshare", "-m", *refusing(["memfd_create"]), "sh", "-c", shell, sys.executable, textwrap.dedent(program)],
         capture_output=True,
         text=True,
         timeout=60,

@@ -14,7 +14,7 @@ import pytest
 
 from mpreader import PoolError
 from mpreader.pool.coordinator.process import WorkerProcess
-from mpreader.pool.worker.messages import Ping, Pong, Ready
+from mpreader.pool.worker.messages import Ping, Pong, Ready, python_name
 
 _TIMEOUT_S = 30
 
@@ -64,7 +64,7 @@ def receive(worker: WorkerProcess) -> object:
 
 def test_worker_says_that_it_is_ready_and_answers(start: Start) -> None:
     worker = start()
-    assert receive(worker) == Ready()
+    assert receive(worker) == Ready(worker.pid, python_name())
     assert worker.try_receive() is None
     assert worker.send(Ping())
     assert receive(worker) == Pong()
@@ -77,7 +77,7 @@ def test_worker_is_in_a_session_of_its_own(start: Start) -> None:
 
 def test_worker_that_is_killed_is_gone_when_its_pidfd_says_so(start: Start) -> None:
     worker = start()
-    assert receive(worker) == Ready()
+    assert receive(worker) == Ready(worker.pid, python_name())
     worker.kill()
     wait_for(worker.pidfd)
     with pytest.raises(EOFError):
@@ -91,12 +91,12 @@ def test_reap_waits_no_longer_than_it_is_told_to(start: Start) -> None:
     worker = start()
     with pytest.raises(subprocess.TimeoutExpired):
         worker.reap(0.05)
-    assert receive(worker) == Ready(), "it goes on"
+    assert receive(worker) == Ready(worker.pid, python_name()), "it goes on"
 
 
 def test_worker_that_is_stuck_blocks_nobody(start: Start) -> None:
     worker = start()
-    assert receive(worker) == Ready()
+    assert receive(worker) == Ready(worker.pid, python_name())
     os.kill(worker.pid, signal.SIGSTOP)
     sent = 0
     while worker.send(Ping()):

@@ -31,6 +31,7 @@ from mpreader.pool.worker.messages import (
     Pong,
     Ready,
     UnmapSegment,
+    python_name,
 )
 from mpreader.pool.worker.route import Route
 from mpreader.pool.worker.version import ObjectVersion
@@ -110,9 +111,9 @@ class Bench:
         self._memory = os.memfd_create(MEMORY)
         os.ftruncate(self._memory, len(DATA))
         self._worker = Worker(self._worker_sock, [Connection(PATIENCE_S, stall_timeout_s) for _ in range(connections)])
-        self.main_thread = threading.Thread(target=self._worker.run, args=(self._parent_end,), daemon=True)
+        self.main_thread = threading.Thread(target=self._worker.run, args=(os.getppid(), self._parent_end), daemon=True)
         self.main_thread.start()
-        assert self.receive() == Ready()
+        assert self.receive() == Ready(os.getpid(), python_name())
         socket.send_fds(self._sock, [pickle.dumps(MapSegment(SEGMENT, len(DATA)))], [self._memory])
 
     def open_socket(self, *_: object) -> socket.socket:

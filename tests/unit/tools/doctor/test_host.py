@@ -41,7 +41,7 @@ def _no_settings_of_the_developer(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
-def host(**facts: int) -> dict[str, Host]:
+def host(**facts: Any) -> dict[str, Host]:
     return {"host": dataclasses.replace(HEALTHY.host, **facts)}
 
 
@@ -84,6 +84,7 @@ def test_a_healthy_host_has_nothing_wrong() -> None:
         ),
         (host(free_shm=100 * MiB), "shared memory", "warn", "wants", "ls -lS /dev/shm"),
         ({"shm_bytes": 0, **host(free_shm=0)}, "shared memory", "fail", "nothing", "mount -t tmpfs"),
+        ({"file_bytes": MiB, **host(free_shm=None)}, "shared memory", "fail", "file sizes", "ulimit -f unlimited"),
         (host(free_shm=100_000), "pool", "fail", "too little memory", "above"),
         ({"files": (50, 65536)}, "descriptors", "fail", "want of descriptors", "ulimit -n 512"),
         ({"files": (50, 50)}, "descriptors", "fail", "want of descriptors", "docker run --ulimit nofile=512"),
@@ -121,10 +122,22 @@ def test_ranks_of_a_host_share_it() -> None:
     check(of_host(None, **host(sharers=8, free_shm=2 * GiB))["shared memory"], "warn", "wants 3,200 MiB", "ls -lS")
 
 
+def test_shared_memory_that_needs_no_dev_shm_is_bounded_by_nothing_else() -> None:
+    findings = of_host(None, shm_bytes=0, **host(free_shm=None))
+    check(findings["shared memory"], "ok", "", "")
+    check(findings["pool"], "ok", "", "")
+
+
+def test_the_launcher_that_tells_of_other_ranks_is_named() -> None:
+    environment = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_STEP_TASKS_PER_NODE": "8"}
+    findings = of_host(None, environment=environment, **host(sharers=8))
+    assert findings["cores"].value.endswith("shared by 8 ranks (by SLURM_STEP_TASKS_PER_NODE)")
+
+
 def test_this_host_is_measured() -> None:
     facts = HostFacts.now()
     assert 1 <= facts.host.cores <= facts.all_cores
-    assert 0 < facts.host.free_shm <= facts.shm_bytes
+    assert facts.host.free_shm is None or 0 < facts.host.free_shm <= facts.shm_bytes
     assert facts.host.free_memory <= facts.memory_bytes
     assert facts.files == resource.getrlimit(resource.RLIMIT_NOFILE)
     assert facts.open_files == len(os.listdir("/proc/self/fd")) - 1
