@@ -11,16 +11,17 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from mpreader.errors import ConfigError
 
-__all__ = ["KiB", "MiB", "POOL_SETTINGS", "PoolConfig", "S3ClientConfig", "Setting", "check_type"]
+__all__ = ["KiB", "MiB", "POOL_SETTINGS", "PoolConfig", "S3ClientConfig", "SIGNINGS", "Setting", "check_type"]
 
 KiB: Final = 1024
 MiB: Final = 1024 * 1024
 GiB: Final = 1024 * MiB
 
+SIGNINGS: Final = ("auto", "query", "headers")  # values of ``S3ClientConfig.signing``
 MIN_PART_BYTES: Final = 64 * KiB  # least ``PoolConfig.part_size``
 _UNITS: Final = {"": 1, "K": KiB, "M": MiB, "G": GiB}
 
@@ -99,6 +100,8 @@ class S3ClientConfig:
         force_path_style: Put the bucket into the URL's path, not into the host name.
         max_attempts: Largest number of requests that are made for the same bytes.
         requester_pays: Agree to pay for the requests, as requester-pays buckets demand.
+        signing: Place of the workers' signatures: ``"query"`` of presigned URLs, ``"headers"``, or ``"auto"``: the
+            query, and headers for buckets that are found to refuse it.
         throughput_target_gbps: Open only the connections needed for this many gigabits per second, at the
             90 MB/s that S3 gives a connection. None: as many as ``PoolConfig.connections_per_worker`` says.
 
@@ -115,6 +118,7 @@ class S3ClientConfig:
     max_attempts: int = 10
     requester_pays: bool = False
     throughput_target_gbps: float | None = None
+    signing: Literal["auto", "query", "headers"] = "auto"
 
     def __post_init__(self) -> None:
         for name in ("region", "endpoint_url", "profile"):
@@ -122,6 +126,7 @@ class S3ClientConfig:
             _require(value is None or (isinstance(value, str) and value != ""), f"{name} must be text, got {value!r}")
         for name in ("unsigned", "force_path_style", "requester_pays"):
             _require(isinstance(getattr(self, name), bool), f"{name} must be True or False")
+        _require(self.signing in SIGNINGS, f"signing must be one of {', '.join(SIGNINGS)}, got {self.signing!r}")
         _require_int("part_size", self.part_size, 5 * MiB)
         _require(self.part_size <= 5 * GiB, f"part_size must be at most 5 GiB, got {self.part_size}")
         _require_int("max_attempts", self.max_attempts, 1)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import click
 
-from mpreader.config import PoolConfig, S3ClientConfig, format_bytes, parse_bytes
+from mpreader.config import SIGNINGS, PoolConfig, S3ClientConfig, format_bytes, parse_bytes
 from mpreader.pool.sizing import CONNECTIONS_PER_WORKER
 
 __all__ = ["BYTES", "json_option", "pool_options", "progress_option", "s3_options", "timeline_option"]
@@ -57,10 +57,17 @@ def s3_options(command: Command) -> Command:
     @click.option("--unsigned", is_flag=True, help="Send no credentials: for public buckets.")
     @click.option("--force-path-style", is_flag=True, help="Put the bucket into the path, not into the host name.")
     @click.option("--requester-pays", is_flag=True, help="Accept to pay for the requests.")
+    @click.option(
+        "--signing",
+        type=click.Choice(SIGNINGS),
+        default=S3ClientConfig.signing,
+        show_default=True,
+        help="Where signatures go: some services take them in headers only.",
+    )
     @functools.wraps(command)
     def with_config(**arguments: Any) -> Any:
         # Made here, before the command runs, so that a wrong value is an error before any work is done.
-        names = ("region", "endpoint_url", "profile", "unsigned", "force_path_style", "requester_pays")
+        names = ("region", "endpoint_url", "profile", "unsigned", "force_path_style", "requester_pays", "signing")
         config = S3ClientConfig(**{name: arguments.pop(name) for name in names})
         return command(s3client_config=config, **arguments)
 

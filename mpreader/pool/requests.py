@@ -42,7 +42,7 @@ import mmap
 from typing import NamedTuple, Protocol
 
 from mpreader.errors import MpreaderError
-from mpreader.pool.source import ObjectVersion
+from mpreader.pool.source import ObjectVersion, Refusal
 from mpreader.pool.worker.route import Route
 from mpreader.ranges import Part
 
@@ -129,7 +129,8 @@ class OpenRead(NamedTuple):
 class SourceResolved(NamedTuple):
     """The answer to a ResolveSource: version and route of a source, or why they can't be had.
 
-    ``version`` is None where only a new route was asked for.
+    ``version`` is None where only a new route was asked for; ``route`` and ``error`` both are where a route of another
+    kind was asked for, and there is none.
     """
 
     read: ReadId
@@ -192,11 +193,15 @@ class SegmentMemory(Protocol):
 
 
 class ResolveSource(NamedTuple):
-    """Find out the route, and with ``needs_version`` also the version, of a source; answered by SourceResolved."""
+    """Find out the route, and with ``needs_version`` also the version, of a source; answered by SourceResolved.
+
+    With ``refusal`` a route of another kind is wanted, since the server refused the last one.
+    """
 
     read: ReadId
     source: int
     needs_version: bool
+    refusal: Refusal | None = None
 
 
 class SlotArrived(NamedTuple):

@@ -11,12 +11,12 @@ from collections.abc import Callable
 from mpreader.errors import MpreaderError, TransportError
 from mpreader.pool.background import BackgroundThreads
 from mpreader.pool.requests import ResolveSource, SourceResolved
-from mpreader.pool.source import ObjectVersion, Source
+from mpreader.pool.source import ObjectVersion, Reroutable, Source
 from mpreader.pool.worker.route import Route
 
 __all__ = ["SourceResolver"]
 
-_Outcome = tuple[ObjectVersion | None, Route]
+_Outcome = tuple[ObjectVersion | None, Route | None]
 
 
 class SourceResolver:
@@ -34,6 +34,8 @@ class SourceResolver:
         """Begin to find out the route of a source, and its version if that is needed."""
 
         def ask() -> _Outcome:
+            if question.refusal is not None:
+                return None, source.other_route(question.refusal) if isinstance(source, Reroutable) else None
             return source.open() if question.needs_version else None, source.route()
 
         self._threads.submit(ask, lambda outcome: self._tell(_answer(question, source, outcome)))
@@ -44,7 +46,7 @@ class SourceResolver:
 
 
 def _answer(question: ResolveSource, source: Source, outcome: _Outcome | Exception) -> SourceResolved:
-    read, number, _ = question
+    read, number = question.read, question.source
     if isinstance(outcome, MpreaderError):
         return SourceResolved(read, number, None, None, outcome)
     if isinstance(outcome, Exception):  # whatever a library raises must reach the consumer

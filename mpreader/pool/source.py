@@ -7,12 +7,25 @@ The pool knows this protocol only; :mod:`mpreader.sources` has the classes.
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
+from mpreader.pool.worker.messages import FailureKind
 from mpreader.pool.worker.route import Route
 from mpreader.pool.worker.version import ObjectVersion
 
-__all__ = ["LearningSource", "ObjectVersion", "Source"]
+__all__ = ["LearningSource", "ObjectVersion", "Refusal", "Reroutable", "Source"]
+
+
+class Refusal(NamedTuple):
+    """A GET of a worker that the server refused, though the object is there: its version was found out before.
+
+    Attributes:
+        kind: DENIED, REDIRECTED, or REFUSED for another reason.
+        detail: The server's answer, for people; holds no secret.
+    """
+
+    kind: FailureKind
+    detail: str
 
 
 class Source(Protocol):
@@ -62,4 +75,19 @@ class LearningSource(Protocol):
 
         Raises:
             ObjectChanged: Another read has found another version.
+        """
+
+
+@runtime_checkable
+class Reroutable(Protocol):
+    """A source that may know routes of several kinds, such as signatures in the query and in headers."""
+
+    def other_route(self, refusal: Refusal) -> Route | None:
+        """Make a route of another kind than the one that was refused; asked for once per read and kind of refusal.
+
+        Returns:
+            The route; None: there is no other one, and the refusal stands.
+
+        Raises:
+            TransportError: There is no other way; the error says why, with the server's reason.
         """

@@ -7,8 +7,9 @@ No result and no error of this module may hold a secret, not even the id of an a
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from email.utils import parsedate_to_datetime
 from typing import Any, Final, Literal
@@ -28,6 +29,7 @@ from mpreader.s3.credentials import ProviderFailed, find_credentials, freeze
 from mpreader.s3.failure import Target, translated
 from mpreader.s3.redaction import redacted
 from mpreader.s3.session import Session
+from mpreader.s3.signing import HeaderSigner
 
 __all__ = ["Account", "Identity", "NoResponse", "Readable", "ServiceResponse", "code_of"]
 
@@ -90,10 +92,13 @@ class Readable:
     Attributes:
         is_listed: True if the bucket may be listed.
         key: Key of an object that was read; None if no key begins with the prefix.
+        refusals: Answers to the requests that the workers would make for that object, by the place of their signature,
+            ``"query"`` or ``"headers"``; "" where it passes. Without signatures there is only the first.
     """
 
     is_listed: bool
     key: str | None
+    refusals: Mapping[str, str] = field(default_factory=dict)
 
 
 class NoResponse(Exception):
@@ -129,7 +134,7 @@ class Account:
         self._session = Session(config)
         # Unsigned, because finding the credentials may take long. It is left to identify(), which the doctor runs in a
         # thread.
-        with contextlib.closing(self._make_client(signature_version=UNSIGNED)) as client:
+        with contextlib.closing(self._make_client(config.region, signature_version=UNSIGNED)) as client:
             self.region: str = client.meta.region_name
             self._endpoint = self._url = str(client.meta.endpoint_url)
             if bucket:
@@ -159,17 +164,8 @@ class Account:
         Raises:
             NoResponse: There was no response.
         """
-        # Not by a boto3 client, which would follow a redirect and turn a refusal into an error: here every response
-        # is a result.
-        trusted: Any = self._session.ca_file()  # Any: the type stubs of botocore don't allow a path
-        http = URLLib3Session(verify=trusted, proxies=get_environ_proxies(self._url), timeout=_TIMEOUT_S)
         before = datetime.now(timezone.utc)
-        try:
-            response = http.send(AWSRequest("HEAD", self._url).prepare())
-        except BotoCoreError as error:
-            raise NoResponse(_cause(error), self.clean(_reason(error))) from None
-        finally:
-            http.close()
+        response = self._send("HEAD", self._url, {})
         after = datetime.now(timezone.utc)
         return ServiceResponse(
             status=response.status_code,
@@ -186,18 +182,20 @@ class Account:
             ConfigError: A setting is wrong.
             TransportError: The service refused, or could not be reached.
         """
-        with contextlib.closing(self._make_client()) as client:
+        with contextlib.closing(self._make_client(self._config.region)) as client:
+            client.meta.events.register("after-call.s3", self._session.note_region)
             try:
                 found = self._call(client.list_objects_v2, Prefix=prefix, MaxKeys=20).get("Contents", ())
             except AccessDenied:
                 # Loading needs no right to list: it is no failure yet.
-                return Readable(False, self._read_any(client, prefix))
+                key = self._read_any(client, prefix)
+                return Readable(False, key, self._read_as_workers(client, key))
             if not found:
                 return Readable(True, None)
             # The first object with content, if there is one: no byte of an empty object can be read.
-            key: str = max(found, key=lambda entry: bool(entry["Size"]))["Key"]
+            key = max(found, key=lambda entry: bool(entry.get("Size")))["Key"]
             self._read_byte(client, key)
-            return Readable(True, key)
+            return Readable(True, key, self._read_as_workers(client, key))
 
     def clean(self, text: str) -> str:
         """Return ``text`` in one line and without secrets: user names and passwords of URLs, and credentials."""
@@ -248,6 +246,51 @@ class Account:
         with contextlib.suppress(PlanError):  # the object is empty, which shows that it may be read
             self._call(client.get_object, Key=key, Range="bytes=0-0")["Body"].close()
 
+    def _read_as_workers(self, client: Any, key: str) -> dict[str, str]:
+        """Try the requests that the workers make, without boto3, in each of the ways in which they may be signed."""
+        payer = {"RequestPayer": "requester"} if self._config.requester_pays else {}
+        parameters = {"Bucket": self._bucket, "Key": key, **payer}
+        # boto3 itself may have followed the bucket to another region, but would sign a URL for its own.
+        region = self._session.region_of(self._bucket) or client.meta.region_name
+        with contextlib.closing(self._make_client(region)) as signing, translated(self._target(key)):
+            url = signing.generate_presigned_url("get_object", Params=parameters)
+            headers = {"x-amz-request-payer": "requester"} if payer else {}
+            refusals = {"query": self._refusal(url, headers)}
+            if not self._config.unsigned:
+                signer = HeaderSigner()
+                signer.watch(signing)
+                url, signed = signer.sign(signing, **parameters)
+                refusals["headers"] = self._refusal(url, dict(signed))
+        return refusals
+
+    def _refusal(self, url: str, headers: Mapping[str, str]) -> str:
+        """Make a GET of one byte; returns what the service says against it, "" if it does not."""
+        try:
+            response = self._send("GET", url, {**headers, "Range": "bytes=0-0"})
+        except NoResponse as error:
+            return str(error)
+        if response.status_code in (206, 416):  # the latter of an empty object
+            return ""
+        code, message = (re.search(rf"<{tag}>([^<]+)</{tag}>", response.text or "") for tag in ("Code", "Message"))
+        location = response.headers.get("Location")
+        details = [part[1] for part in (code, message) if part] + ([f"redirected to {location}"] if location else [])
+        return self.clean(": ".join([f"HTTP {response.status_code}", *details]))
+
+    def _send(self, method: str, url: str, headers: Mapping[str, str]) -> Any:
+        """Send a request without boto3, which would follow a redirect and turn a refusal into an error.
+
+        Raises:
+            NoResponse: There was no response.
+        """
+        trusted: Any = self._session.ca_file()  # Any: the type stubs of botocore don't allow a path
+        http = URLLib3Session(verify=trusted, proxies=get_environ_proxies(url), timeout=_TIMEOUT_S)
+        try:
+            return http.send(AWSRequest(method, url, dict(headers)).prepare())
+        except BotoCoreError as error:
+            raise NoResponse(_cause(error), self.clean(_reason(error))) from None
+        finally:
+            http.close()
+
     def _call(self, method: Callable[..., dict[str, Any]], **parameters: Any) -> dict[str, Any]:
         payer = {"RequestPayer": "requester"} if self._config.requester_pays else {}
         with translated(self._target(parameters.get("Key", parameters.get("Prefix", "")))):
@@ -256,9 +299,9 @@ class Account:
     def _target(self, key: str = "") -> Target:
         return Target(self._bucket, key, lambda _: self.clean(f"region {self.region}, endpoint {self._endpoint}"), 1)
 
-    def _make_client(self, **options: Any) -> Any:
+    def _make_client(self, region: str | None, **options: Any) -> Any:
         try:
-            return self._session.make_client(self._config.region, Config(**_ONE_QUICK_ATTEMPT, **options))
+            return self._session.make_client(region, Config(**_ONE_QUICK_ATTEMPT, **options))
         except (BotoCoreError, ProviderFailed, ConfigError) as error:
             raise ConfigError(self.clean(str(error))) from None  # the cause would show its text, secrets included
 

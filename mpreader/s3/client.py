@@ -1,9 +1,9 @@
-"""BaseS3Client: the requests to S3 of the main process, and the presigned URLs for the workers.
+"""BaseS3Client: the requests to S3 of the main process, and the signatures for those of the workers.
 
 Users have :class:`mpreader.readers.client.S3Client`, a subclass that also makes readers; sources use it to find and
 presign objects. A client is cheap to make: the slow parts, boto3's clients, belong to a
 :class:`~mpreader.s3.session.Session` that all clients of equal settings share. No credential may leave this package,
-except inside of a presigned URL.
+except inside of a signature.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from urllib.parse import urlsplit
 from botocore.exceptions import ClientError
 
 from mpreader.config import S3ClientConfig, check_type
+from mpreader.errors import PlanError
 from mpreader.s3.checksum import StoredChecksums
 from mpreader.s3.failure import Target, translated
 from mpreader.s3.objects import ListObjectsPage, ObjectInfo
 from mpreader.s3.session import Session, shared_session
+from mpreader.s3.signing import Headers
 from mpreader.s3.writer import S3Writer
 
 __all__ = ["BaseS3Client", "PresignedUrl"]
@@ -35,16 +37,16 @@ _UNEXPLAINED: Final = frozenset({301, 400, 403, 404})
 
 
 class PresignedUrl(NamedTuple):
-    """URL for GETs of one object. A secret: whoever has it can read the object until it expires.
+    """URL for GETs of one object, signed in its query or in headers. A secret: whoever has it can read the object.
 
     Attributes:
-        url: The URL, percent-encoded; its query holds the signature.
-        headers: Headers that every request must carry, because they are part of the signature.
+        url: The URL, percent-encoded; its query may hold the signature.
+        headers: Headers that every request must carry: the signature, or what is part of it.
         ca_file: PEM file, or directory, of the certificate authorities to trust; None where the URL is not https.
     """
 
     url: str
-    headers: tuple[tuple[str, str], ...]
+    headers: Headers
     ca_file: str | None
 
     @property
@@ -190,6 +192,44 @@ class BaseS3Client:
             url = boto.generate_presigned_url("get_object", Params=parameters, ExpiresIn=_URL_EXPIRY_S)
             headers = (("x-amz-request-payer", "requester"),) if self._config.requester_pays else ()
             return PresignedUrl(url, headers, session.ca_file() if url.startswith("https:") else None)
+
+    def sign_headers(self, bucket: str, key: str) -> PresignedUrl:
+        """Sign GETs of an object in their headers, as boto3 signs its own; valid for 15 minutes where S3's rule holds.
+
+        Makes no request to S3, but for the session of a directory bucket.
+
+        Raises:
+            AccessDenied: There are no credentials.
+        """
+        session = self._session
+        with translated(self._target(bucket, key)):
+            boto = session.client_for(bucket)
+            url, headers = session.header_signer.sign(boto, Bucket=bucket, Key=key, **self._payer())
+            return PresignedUrl(url, headers, session.ca_file() if url.startswith("https:") else None)
+
+    def signs_in_headers(self, bucket: str) -> bool:
+        """Return True if the workers' requests are to be signed by ``sign_headers``, False if by ``presign``."""
+        return not self._config.unsigned and self._session.signs_in_headers(bucket)
+
+    def explain_refusal(self, bucket: str, key: str) -> bool:
+        """Make the GET that workers were refused, by boto3; if it passes, later ones of the workers are made like it.
+
+        Returns:
+            True if it passes, and the workers' requests will now be signed in another way, or for another region.
+
+        Raises:
+            TransportError: It is refused, too; the error has the service's reason.
+        """
+        session = self._session
+        before = session.region_of(bucket)
+        with contextlib.suppress(PlanError):  # the object is empty by now, which shows that it may be read
+            self.call("get_object", bucket, Key=key, Range="bytes=0-0")["Body"].close()
+        if session.region_of(bucket) != before:  # boto3 has followed the bucket to its region
+            return True
+        if self._config.signing != "auto" or session.signs_in_headers(bucket):
+            return False
+        session.remember_headers(bucket)
+        return True
 
     def call(
         self, operation: str, bucket: str, *, range: tuple[int, int] | None = None, **parameters: Any

@@ -26,6 +26,7 @@ from mpreader.config import S3ClientConfig
 from mpreader.errors import ConfigError
 from mpreader.s3.credentials import ProviderFailed, find_credentials, freeze, watch_providers
 from mpreader.s3.redaction import redacted
+from mpreader.s3.signing import HeaderSigner
 from mpreader.version import __version__
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ class Session:
     Attributes:
         pid: Id of the process that made it, and the only one that may use it.
         users: Number of S3 clients that share it; guarded by the lock of all shared sessions.
+        header_signer: Signs requests of the clients of :meth:`client_for` in their headers.
     """
 
     def __init__(self, config: S3ClientConfig) -> None:
@@ -108,6 +110,8 @@ class Session:
         self._boto: boto3.Session | None = None
         self._clients: dict[str | None, BotoClient] = {}  # by region; None: the environment's
         self._bucket_regions: dict[str, str] = {}  # by bucket, as far as responses have shown it
+        self._header_buckets: set[str] = set()  # buckets that were found to refuse presigned URLs
+        self.header_signer = HeaderSigner()
         self._ca_file = ""
         self._credentials: Credentials | None = None  # None until they are found
         self._lacks_credentials = False
@@ -180,6 +184,18 @@ class Session:
             client.meta.events.register_first(f"needs-retry.s3.{operation}", _ask_for_the_region_once)
         return client
 
+    def region_of(self, bucket: str) -> str | None:
+        """Return the region whose signature the bucket has accepted; None until there was one."""
+        return self._bucket_regions.get(bucket)
+
+    def signs_in_headers(self, bucket: str) -> bool:
+        """Return True if requests of the workers for this bucket are signed in their headers, not in their URL."""
+        return self._config.signing == "headers" or bucket in self._header_buckets
+
+    def remember_headers(self, bucket: str) -> None:
+        """Note that a bucket refuses presigned URLs, for all later requests of the workers."""
+        self._header_buckets.add(bucket)
+
     def where(self, bucket: str) -> str:
         """Return region and endpoint of the requests for a bucket, as text for an error's message."""
         # Must not make a client: making one may be what has failed, and this is the text of that error, too.
@@ -243,10 +259,11 @@ class Session:
 
     def _make_shared_client(self, region: str | None) -> BotoClient:
         client = self.make_client(region)
-        client.meta.events.register("after-call.s3", self._note_region)
+        client.meta.events.register("after-call.s3", self.note_region)
+        self.header_signer.watch(client)
         return client
 
-    def _note_region(self, http_response: Any, context: dict[str, Any], **_: object) -> None:
+    def note_region(self, http_response: Any, context: dict[str, Any], **_: object) -> None:
         """Remember the region whose signature a bucket accepted; called by botocore after each response."""
         # botocore has followed a redirect to the bucket's region by then: the context is that of the last request. An
         # ARN of an access point is left out, since it names its region itself.

@@ -6,7 +6,9 @@ makes no requests but the HEAD of ``open``.
 
 from __future__ import annotations
 
-from mpreader.pool.source import ObjectVersion
+from mpreader.errors import AccessDenied, TransportError
+from mpreader.pool.source import ObjectVersion, Refusal
+from mpreader.pool.worker.messages import FailureKind
 from mpreader.pool.worker.route import Route
 from mpreader.s3.client import BaseS3Client
 from mpreader.sources.network import proxy_for, route_to
@@ -30,6 +32,7 @@ class S3Source:
         self._client = client
         self._bucket = bucket
         self._key = key
+        self._in_headers = False  # of the last route: signed in headers, not in the query
 
     @property
     def bucket(self) -> str:
@@ -68,11 +71,37 @@ class S3Source:
             AccessDenied: There are no credentials.
             ConfigError: The proxy is of a kind that the workers can't use.
         """
-        presigned = self._client.presign(self._bucket, self._key)
+        self._in_headers = self._client.signs_in_headers(self._bucket)
+        sign = self._client.sign_headers if self._in_headers else self._client.presign
+        signed = sign(self._bucket, self._key)
         # The proxy depends on scheme and host only, so proxy_for gets no more. The whole URL is a secret, and if
         # proxy_for raised, a traceback that shows local variables would show it.
-        proxy = proxy_for(presigned.origin)
-        return route_to(presigned.url, presigned.headers, proxy, presigned.ca_file)
+        return route_to(signed.url, signed.headers, proxy_for(signed.origin), signed.ca_file)
+
+    def other_route(self, refusal: Refusal) -> Route | None:
+        """Make a route with a signature in headers, or for another region, if boto3's own GET passes with it.
+
+        Returns:
+            The route; None without signatures, of which there is only one kind.
+
+        Raises:
+            AccessDenied: The GET is refused in this way, too, or no other way is left.
+            TransportError: As for :meth:`open`.
+        """
+        config = self._client.s3client_config
+        if config.unsigned:
+            return None
+        # Another source of the bucket may have found out meanwhile.
+        if not self._in_headers and self._client.signs_in_headers(self._bucket):
+            return self.route()
+        if self._client.explain_refusal(self._bucket, self._key):
+            return self.route()
+        advice = "GETs of boto3, which are signed in the same way, pass: look at what stands between, such as a proxy"
+        if config.signing == "query":
+            advice = 'GETs that are signed in headers pass: set S3ClientConfig(signing="auto") or "headers"'
+        kind = AccessDenied if refusal.kind is FailureKind.DENIED else TransportError
+        message = f"{self.uri}: the service refuses GETs of the workers: {refusal.detail}; {advice}"
+        raise kind(message, bucket=self._bucket, key=self._key, attempts=1)
 
     def __repr__(self) -> str:
         return f"<S3Source {self.uri}>"

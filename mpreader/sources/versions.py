@@ -16,7 +16,7 @@ from typing import Final
 
 from mpreader.errors import ObjectChanged, PoolClosed, PoolTimeout
 from mpreader.pool.background import BackgroundThreads
-from mpreader.pool.source import ObjectVersion, Source
+from mpreader.pool.source import ObjectVersion, Refusal, Reroutable, Source
 from mpreader.pool.worker.route import Route
 from mpreader.pool.worker.version import find_change
 
@@ -69,6 +69,10 @@ class PinnedSource:
     def route(self) -> Route:
         """Make a new route; see :meth:`mpreader.pool.source.Source.route`."""
         return self._source.route()
+
+    def other_route(self, refusal: Refusal) -> Route | None:
+        """Make a route of another kind; see :meth:`mpreader.pool.source.Reroutable.other_route`."""
+        return self._source.other_route(refusal) if isinstance(self._source, Reroutable) else None
 
 
 def resolve_versions(sources: Sequence[Source], deadline: float, is_closed: Callable[[], bool]) -> list[PinnedSource]:

@@ -127,7 +127,9 @@ def test_readme_has_each_field_of_s3_client_config_and_its_default() -> None:
     defaults: dict[str, Any] = {field.name: field.default for field in fields(S3ClientConfig)}
     assert list(shown) == list(defaults)
     assert {name: text.replace(" ", "") for name, text in shown.items() if text} == {
-        name: format_bytes(default) for name, default in defaults.items() if default not in (None, False)
+        name: default if isinstance(default, str) else format_bytes(default)
+        for name, default in defaults.items()
+        if default not in (None, False)
     }
 
 

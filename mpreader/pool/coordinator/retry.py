@@ -6,6 +6,7 @@ scheduler begins to count anew when bytes have come, so that a large part over a
 
 from __future__ import annotations
 
+import copy
 import random
 from typing import Final
 
@@ -21,7 +22,7 @@ from mpreader.errors import (
 from mpreader.pool.requests import SourceName
 from mpreader.pool.worker.messages import Failed, FailureKind
 
-__all__ = ["delay_before", "error_after", "timeout_error"]
+__all__ = ["about_range", "delay_before", "error_after", "timeout_error"]
 
 _RETRIED: Final = frozenset(
     {
@@ -65,8 +66,19 @@ def error_after(failure: Failed, source: SourceName, byte_range: tuple[int, int]
     name = f"{source.uri} bytes {byte_range[0]}-{byte_range[1]} (end exclusive)"
     tried = "1 attempt" if attempts == 1 else f"{attempts} attempts"
     cls, what, advice = _WORDING.get(failure.kind, (TransportError, "the read failed", ""))
+    if failure.kind is FailureKind.DENIED and source.uri.startswith("s3://"):
+        advice = "s3:GetObject on this key is needed"
     message = f"{what}: {name}: {failure.detail} ({tried}){'. ' + advice if advice else ''}"
     return cls(message, bucket=source.bucket, key=source.key, range=byte_range, attempts=attempts)
+
+
+def about_range(error: MpreaderError, byte_range: tuple[int, int]) -> MpreaderError:
+    """Returns the error of a source, with the range of a part that fails by it among its facts."""
+    if not isinstance(error, TransportError) or error.range is not None:
+        return error
+    ranged = copy.copy(error)
+    ranged.range, ranged.__cause__ = byte_range, error.__cause__
+    return ranged
 
 
 def timeout_error(source: SourceName, byte_range: tuple[int, int], timeout_s: float, last: str) -> PoolTimeout:
@@ -97,7 +109,7 @@ _WORDING: Final[dict[FailureKind, tuple[type[TransportError], str, str]]] = {
         "credentials expired",
         "Renew them (aws sso login, a fresh session token), or check this host's clock",
     ),
-    FailureKind.DENIED: (AccessDenied, "access denied", "s3:GetObject on this key is needed"),
+    FailureKind.DENIED: (AccessDenied, "access denied", ""),
     FailureKind.MISSING: (ObjectMissing, "the object is gone", "It existed when the load began"),
     FailureKind.CHANGED: (
         ObjectChanged,
@@ -105,5 +117,6 @@ _WORDING: Final[dict[FailureKind, tuple[type[TransportError], str, str]]] = {
         "Load again; don't write to a checkpoint that is being read",
     ),
     FailureKind.REFUSED: (TransportError, "the request was refused", ""),
+    FailureKind.REDIRECTED: (TransportError, "the server redirects the requests of the workers", ""),
     FailureKind.CANCELLED: (TransportError, "the read was cancelled", ""),
 }

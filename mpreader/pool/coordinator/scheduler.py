@@ -55,6 +55,7 @@ from mpreader.pool.requests import (
     SourceResolved,
     VersionLearned,
 )
+from mpreader.pool.source import Refusal
 from mpreader.pool.stats import PoolStats, Tally
 from mpreader.pool.worker.messages import Failed, FailureKind
 from mpreader.pool.worker.version import Validators, find_change
@@ -65,7 +66,10 @@ __all__ = ["Scheduler", "SchedulerLimits"]
 _MAX_CRASHES: Final = 3
 # A part that needs a new route looks for it so often. Renewals are rare, so that nobody keeps lists of who waits.
 _RENEWAL_POLL_S: Final = 0.02
-# A signature dies with the session token that made it, after 5 minutes for directory buckets; making one is cheap.
+# Kinds of failure that may be due to the route: the server lets others read.
+_REFUSALS: Final = frozenset({FailureKind.DENIED, FailureKind.REDIRECTED, FailureKind.REFUSED})
+# A signature in headers is good for 15 minutes, one in a query as long as the session token that made it, which is 5
+# minutes for directory buckets; making one is cheap.
 _ROUTE_AGE_S: Final = 240.0
 
 
@@ -156,7 +160,9 @@ class Scheduler:
             return  # renewed in good time only: the old route may still serve
         source.is_renewing = False
         source.version = message.version or source.version
-        source.route = message.route or source.route
+        if message.route is not None:
+            source.route = message.route
+            source.route_number += 1
         source.route_made = time.monotonic()
         source.error = message.error
 
@@ -253,6 +259,8 @@ class Scheduler:
             part.is_resigned = True
             self._renew(part.slot_read)
             self._delay(part, now)
+        elif failure.kind in _REFUSALS and self._try_reroute(part, failure):
+            self._delay(part, now)
         else:
             self._retry_or_fail(part, failure, now)
 
@@ -293,6 +301,8 @@ class Scheduler:
     def sent(self, part: PartState, now: float) -> None:
         """Note that a worker has a part from ``next_part``."""
         part.requests += 1
+        part.route_number = part.slot_read.source.route_number
+        part.refusal = None
         part.deadline = min(part.deadline, now + self._limits.timeout_s)
 
     def put_back(self, part: PartState) -> None:
@@ -327,10 +337,15 @@ class Scheduler:
         """True if a queued part can be sent; otherwise it was ended or delayed."""
         slot_read, source = part.slot_read, part.slot_read.source
         if source.error is not None:
-            self._fail_slot_read(slot_read, source.error)
+            self._fail_slot_read(slot_read, retry.about_range(source.error, part.byte_range))
         elif source.is_renewing:
             self._delay(part, now + _RENEWAL_POLL_S)
+        elif part.refusal is not None and part.route_number == source.route_number:  # there is no other route
+            error = retry.error_after(part.refusal, source.name, part.byte_range, part.attempts)
+            self._fail_slot_read(slot_read, error)
         else:
+            # A large slot read may have begun long ago.
+            self._renew_if_old(slot_read, now)
             return self._try_reserve(part)
         return False
 
@@ -488,6 +503,23 @@ class Scheduler:
         if not source.is_renewing:
             source.is_renewing = True
             self._ask_for_route(slot_read.read, source)
+
+    def _try_reroute(self, part: PartState, failure: Failed) -> bool:
+        """Get a route of another kind for its source; False if the refusal stands.
+
+        Parts in flight are refused together: the first one asks, the others wait, and all are sent by the new route.
+        """
+        source = part.slot_read.source
+        if not source.is_renewing and part.route_number == source.route_number and failure.kind in source.refusals:
+            return False
+        part.refusal = failure
+        if source.is_renewing or part.route_number != source.route_number:
+            return True
+        source.refusals.add(failure.kind)
+        source.is_renewing = True
+        read = part.slot_read.read
+        read.post(ResolveSource(read.id, source.number, False, Refusal(failure.kind, failure.detail)))
+        return True
 
     def _renew_if_old(self, slot_read: SlotReadState, now: float) -> None:
         """Ask for a new route for its source before the old one expires; the old one serves meanwhile."""

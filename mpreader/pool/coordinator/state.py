@@ -37,6 +37,7 @@ from mpreader.errors import MpreaderError
 from mpreader.pool.coordinator.arena import Slot
 from mpreader.pool.requests import OpenRead, SlotRead, SourceName
 from mpreader.pool.source import ObjectVersion
+from mpreader.pool.worker.messages import Failed, FailureKind
 from mpreader.pool.worker.route import Route
 from mpreader.ranges import Part
 
@@ -90,9 +91,21 @@ class SourceState:
         error: Reason for which it can't be read; None if it can, or if that is not known yet.
         is_renewing: True while parts must wait for a new route, since the old one was refused.
         route_made: Time at which the route came, by the monotonic clock.
+        route_number: Number of routes that have come.
+        refusals: Kinds of refusal for which a route of another kind was asked for.
     """
 
-    __slots__ = ("error", "is_renewing", "name", "number", "route", "route_made", "version")
+    __slots__ = (
+        "error",
+        "is_renewing",
+        "name",
+        "number",
+        "refusals",
+        "route",
+        "route_made",
+        "route_number",
+        "version",
+    )
 
     def __init__(self, number: int, name: SourceName) -> None:
         self.number = number
@@ -102,6 +115,8 @@ class SourceState:
         self.error: MpreaderError | None = None
         self.is_renewing = False
         self.route_made = 0.0
+        self.route_number = 0
+        self.refusals: set[FailureKind] = set()
 
 
 class SlotReadState:
@@ -176,6 +191,8 @@ class PartState:
         attempts: GETs since bytes last came: only those without any progress count against ``max_attempts``.
         crashes: Workers that died while they had it.
         is_resigned: True if a new route was made for it already.
+        route_number: Number of its source's route by which it was last sent.
+        refusal: The server's refusal of that route, while another one is looked for.
         last_failure: Reason of its last failure, for people.
     """
 
@@ -188,7 +205,9 @@ class PartState:
         "number",
         "range",
         "received",
+        "refusal",
         "requests",
+        "route_number",
         "slot_read",
         "status",
     )
@@ -204,6 +223,8 @@ class PartState:
         self.attempts = 0
         self.crashes = 0
         self.is_resigned = False
+        self.route_number = 0
+        self.refusal: Failed | None = None
         self.last_failure = ""
 
     def move(self, status: PartStatus) -> None:

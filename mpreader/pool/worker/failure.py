@@ -23,9 +23,13 @@ _BUSY_STATUSES: Final = frozenset({408, 429, 500, 502, 503, 504})
 _BUSY_CODES: Final = frozenset(
     {"RequestTimeout", "SlowDown", "InternalError", "ServiceUnavailable", "OperationAborted"}
 )
-_EXPIRED_CODES: Final = frozenset({"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"})
+_EXPIRED_CODES: Final = frozenset(
+    {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired", "RequestTimeTooSkewed"}
+)
+_REDIRECTS: Final = (301, 302, 303, 307, 308)
 # All other statuses are REFUSED, and not tried again.
 _KIND_BY_STATUS: Final = {
+    **dict.fromkeys(_REDIRECTS, FailureKind.REDIRECTED),
     200: FailureKind.MALFORMED,  # the whole object in place of a range
     401: FailureKind.DENIED,
     403: FailureKind.DENIED,
@@ -132,6 +136,8 @@ def _refusal(response: Response) -> GetFailed:
     # Below 300 the body is not an error document: with status 200 it is the whole object, which must not be received.
     code, text = ("", "") if status < 300 else _read_error_document(response)
     detail = f"HTTP {status}" + (f" {code}" if code else "") + (f" ({text})" if text else "")
+    if status in _REDIRECTS:
+        detail += f": redirected to {_origin_of(response.header('location'))}"
     if status == 200:
         detail += ": the server sends the whole object in place of a range"
     return GetFailed(_kind_of(status, code, text), detail, retry_after_s=_retry_after_s(response), status=status)
@@ -156,6 +162,14 @@ def _read_error_document(response: Response) -> tuple[str, str]:
         return "", ""  # the status is enough for an error
     code, message = (re.search(rf"<{tag}>([^<]*)</{tag}>", body) for tag in ("Code", "Message"))
     return (code[1][:100] if code else ""), (message[1][:300] if message else "")
+
+
+def _origin_of(location: str) -> str:
+    """Return the server that a redirect leads to; what follows its name in the URL may be a secret."""
+    match = re.match(r"(https?://)(?:[^/?#]*@)?([^/?#@\s]{1,255})", location, re.IGNORECASE)
+    if match is not None:
+        return match[1] + match[2]
+    return "another path there" if location else "nowhere (no Location)"
 
 
 def _retry_after_s(response: Response) -> float:

@@ -53,6 +53,7 @@ class FailureKind(enum.IntEnum):
     CHANGED = 9  # another version of the object than the expected one
     REFUSED = 10  # any other response, which will be the same the next time; also a bug in the worker
     CANCELLED = 11  # by a Cancel message
+    REDIRECTED = 12  # the server names another address, which a worker can't follow
 
 
 # -- to the worker

@@ -83,7 +83,7 @@ def examine_access(source: str | None, config: S3ClientConfig, limit_s: float = 
     yield _credentials(identity, config)
     # Where the bucket was not asked for, a finding above says why; a second one would only repeat it.
     if readable is not None and not isinstance(_failure(readable), _NotAskedError):
-        yield _bucket(account, f"s3://{bucket}/{prefix}", readable)
+        yield _bucket(account, f"s3://{bucket}/{prefix}", readable, config)
 
 
 class _NotAskedError(Exception):
@@ -230,7 +230,7 @@ def _found_credentials(found: Identity, now: datetime) -> Finding:
     return Finding("credentials", "ok", value)
 
 
-def _bucket(account: Account, source: str, readable: Future[Readable]) -> Finding:
+def _bucket(account: Account, source: str, readable: Future[Readable], config: S3ClientConfig) -> Finding:
     failure = _failure(readable)
     if failure is not None:
         # Cleaned, since a service may repeat credentials that it was sent.
@@ -244,11 +244,33 @@ def _bucket(account: Account, source: str, readable: Future[Readable]) -> Findin
         return Finding(
             "bucket", "fail", source, "no object's name begins so", f"see which there are: aws s3 ls {folder}/"
         )
-    value = f"{source} may be read ({found.key})"
+    way = _way_of_workers(found, config)
+    if way is None:
+        return _refused_workers(source, found)
+    value = f"{source} may be read ({found.key}{way})"
     if not found.is_listed:
         problem = "it may not be listed: S3 calls a missing object access denied then, and folders can't be read"
         return Finding("bucket", "warn", value, problem, _allow(source, "s3:ListBucket", is_bucket=True))
     return Finding("bucket", "ok", f"{value} and listed")
+
+
+def _way_of_workers(found: Readable, config: S3ClientConfig) -> str | None:
+    """The signatures by which the workers will read, in words, "" where that needs no mention; None: by none."""
+    passing = [place for place, refusal in found.refusals.items() if not refusal]
+    if config.unsigned or config.signing in passing or (config.signing == "auto" and "query" in passing):
+        return "" if passing else None
+    if config.signing == "auto" and passing:
+        return f", by signatures in headers: presigned URLs are refused with {found.refusals['query']}"
+    return None
+
+
+def _refused_workers(source: str, found: Readable) -> Finding:
+    said = ", ".join(f"{place}: {refusal or 'passes'}" for place, refusal in found.refusals.items())
+    problem = f"boto3 reads it, but the requests of the workers are refused, by the place of their signature: {said}"
+    if "" in found.refusals.values():
+        return Finding("bucket", "fail", source, problem, '--signing auto, or S3ClientConfig(signing="auto")')
+    remedy = "look at what stands between, such as a proxy, and at conditions of the bucket policy"
+    return Finding("bucket", "fail", source, problem, remedy)
 
 
 def _bucket_remedy(source: str, failure: BaseException) -> str:
