@@ -211,8 +211,13 @@ class BaseS3Client:
         """Return True if the workers' requests are to be signed by ``sign_headers``, False if by ``presign``."""
         return not self._config.unsigned and self._session.signs_in_headers(bucket)
 
-    def explain_refusal(self, bucket: str, key: str) -> bool:
+    def explain_refusal(self, bucket: str, key: str, *, in_headers: bool) -> bool:
         """Make the GET that workers were refused, by boto3; if it passes, later ones of the workers are made like it.
+
+        Args:
+            bucket: The object's bucket.
+            key: The object's key.
+            in_headers: True if the refused GET was signed in its headers.
 
         Returns:
             True if it passes, and the workers' requests will now be signed in another way, or for another region.
@@ -226,7 +231,7 @@ class BaseS3Client:
             self.call("get_object", bucket, Key=key, Range="bytes=0-0")["Body"].close()
         if session.region_of(bucket) != before:  # boto3 has followed the bucket to its region
             return True
-        if self._config.signing != "auto" or session.signs_in_headers(bucket):
+        if self._config.signing != "auto" or in_headers:
             return False
         session.remember_headers(bucket)
         return True

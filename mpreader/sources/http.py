@@ -7,6 +7,7 @@ user name or password, since these may be secrets.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping
 from typing import Final, NamedTuple
@@ -16,7 +17,8 @@ import urllib3
 from urllib3.util import Retry, Timeout, parse_url
 
 from mpreader.errors import AccessDenied, ConfigError, ObjectMissing, TransportError
-from mpreader.pool.source import ObjectVersion
+from mpreader.pool.source import ObjectVersion, Refusal
+from mpreader.pool.worker.messages import FailureKind
 from mpreader.pool.worker.partial_content import is_compressed
 from mpreader.pool.worker.route import Route
 from mpreader.pool.worker.version import validators_of
@@ -26,10 +28,11 @@ __all__ = ["HttpSource"]
 
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 _MAX_REDIRECTS: Final = 10
-# Statuses of a HEAD after which a GET is tried: some servers refuse HEAD, or leave out the size (200), and a URL that
-# is presigned for GET allows no other method.
-_TRY_GET_AFTER: Final = frozenset({200, 400, 401, 403, 405, 501})
+_MAX_DIGITS: Final = 18
 _BUSY: Final = (408, 429, 500, 502, 503, 504)  # statuses after which the same request may succeed later
+# Statuses of a HEAD after which no GET is tried. After all others one is: some servers refuse HEAD, or leave out the
+# size (200), and a URL that is presigned for GET allows no other method.
+_NO_GET_AFTER: Final = frozenset({404, 410, *_BUSY})
 _TIMEOUT: Final = Timeout(connect=10, read=60)  # seconds
 _DENIED: Final = (
     "access denied: the URL may have expired, or need a user name and password (https://user:password@host/…)"
@@ -58,6 +61,7 @@ class HttpSource:
     def __init__(self, url: str, max_attempts: int = 10) -> None:
         self._url = _Url.parse(url)
         self._max_attempts = max_attempts
+        self._asks_by_get = False  # once the server has redirected a GET, and not the HEAD before it
         # URL at which open() found the redirects to end, until a route is made of it.
         self._unused_target: _Url | None = None
 
@@ -106,6 +110,23 @@ class HttpSource:
         target, self._unused_target = self._unused_target, None
         if target is None:
             target, _ = self._resolve()
+        return self._route_to(target)
+
+    def other_route(self, refusal: Refusal) -> Route | None:
+        """Make a route to the URL at which the redirects of a GET end, where only GETs are redirected.
+
+        Returns:
+            The route; None if the server refused for another reason than a redirect.
+
+        Raises:
+            TransportError: As for :meth:`open`.
+        """
+        if refusal.kind is not FailureKind.REDIRECTED:
+            return None
+        self._asks_by_get, self._unused_target = True, None
+        return self._route_to(self._resolve()[0])
+
+    def _route_to(self, target: _Url) -> Route:
         return route_to(str(target), target.headers, proxy_for(str(target)), ca_file() if target.is_tls else None)
 
     def __repr__(self) -> str:
@@ -113,11 +134,13 @@ class HttpSource:
 
     def _resolve(self) -> tuple[_Url, ObjectVersion]:
         """Return the URL at which the redirects end, and the version of the object there."""
-        target, status, headers = self._follow("HEAD", self._url, {})
-        length = headers.get("Content-Length") if status == 200 else None
-        if length is not None and not is_compressed(headers.get("Content-Encoding", "")):
-            return target, self._version(length, headers)
-        if status in _TRY_GET_AFTER:
+        length = None
+        if not self._asks_by_get:
+            target, status, headers = self._follow("HEAD", self._url, {})
+            length = headers.get("Content-Length") if status == 200 else None
+            if length is not None and _is_number(length) and not is_compressed(headers.get("Content-Encoding", "")):
+                return target, self._version(length, headers)
+        if self._asks_by_get or status not in _NO_GET_AFTER:
             target, status, headers = self._follow("GET", self._url, {"Range": "bytes=0-0"})
         return target, self._version_of_get(status, headers, length)
 
@@ -153,12 +176,13 @@ class HttpSource:
         for _ in range(_MAX_REDIRECTS):
             status, response_headers = self._request(method, url, headers)
             location = response_headers.get("Location")
-            if status not in _REDIRECTS or location is None:
+            if status not in _REDIRECTS or not location:
                 return url, status, response_headers
             try:
                 url = url.redirected(location)
-            except ConfigError as error:
-                raise self._error(TransportError, f"a redirect can't be followed: {error}") from None
+            except ValueError as error:  # a ConfigError, or one of the standard library about brackets, say
+                reason = error if isinstance(error, ConfigError) else _without_urls(error)
+                raise self._error(TransportError, f"a redirect can't be followed: {reason}") from None
         raise self._error(TransportError, f"more than {_MAX_REDIRECTS} redirects")
 
     def _request(self, method: str, url: _Url, headers: dict[str, str]) -> tuple[int, Mapping[str, str]]:
@@ -186,7 +210,11 @@ class HttpSource:
                     preload_content=False,
                 )
                 response.close()  # unread: the body may be the whole object
-        except (urllib3.exceptions.HTTPError, OSError) as error:
+        except (ConfigError, MemoryError):
+            raise
+        # Beside errors of urllib3 and of the socket it may be a ValueError or a KeyError: of a header that urllib3 did
+        # not expect, or of a host's name that can't be encoded.
+        except Exception as error:  # noqa: BLE001
             reason = getattr(error, "reason", None) or error
             # From None: the text of the cause holds the URL with its query, and a traceback would show it.
             raise self._error(TransportError, f"no answer from {url.authority}: {_without_urls(reason)}") from None
@@ -200,8 +228,7 @@ class HttpSource:
         """Return the size that ``text``, a header's value, states; raises if the object can't be read by ranges."""
         if headers.get("Accept-Ranges") == "none":
             raise self._error(TransportError, "the server serves no ranges of it")
-        # isascii, since isdigit alone also holds for characters such as "²", which int() refuses.
-        if not text.isascii() or not text.isdigit():
+        if not _is_number(text):
             raise self._error(TransportError, "the server does not tell its size")
         return int(text)
 
@@ -210,6 +237,8 @@ class HttpSource:
             return self._error(AccessDenied, f"{_DENIED} (HTTP {status})")
         if status in (404, 410):
             return self._error(ObjectMissing, f"there is nothing at this URL (HTTP {status})")
+        if status in _REDIRECTS:
+            return self._error(TransportError, f"the server redirects, but does not say where to (HTTP {status})")
         if status == 200:
             return self._error(TransportError, "the server serves no ranges of it, only the whole")
         return self._error(TransportError, f"the server answers HTTP {status}")
@@ -262,6 +291,9 @@ class _Url(NamedTuple):
         Args:
             location: Value of the redirect's Location header, relative or absolute.
         """
+        # urllib3 reads headers as Latin-1; many servers send other letters in UTF-8, without percent-encoding them.
+        with contextlib.suppress(UnicodeError):
+            location = location.encode("latin-1").decode()
         url = _Url.parse(urljoin(str(self), location))
         same = (url.scheme, url.authority) == (self.scheme, self.authority)
         return url._replace(headers=self.headers) if same and not url.headers else url
@@ -280,6 +312,12 @@ class _Url(NamedTuple):
     def __repr__(self) -> str:
         # The repr of a named tuple would show the query and the password in tracebacks.
         return f"<_Url {self.scheme}://{self.authority}{self.path}>"
+
+
+def _is_number(text: str) -> bool:
+    """True for a size of bytes. Bounded, since int() of thousands of digits raises a ValueError of its own."""
+    # isascii, since isdigit alone also holds for characters such as "²", which int() refuses.
+    return text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS
 
 
 def _manager(url: _Url) -> urllib3.PoolManager:

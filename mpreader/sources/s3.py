@@ -91,10 +91,11 @@ class S3Source:
         config = self._client.s3client_config
         if config.unsigned:
             return None
-        # Another source of the bucket may have found out meanwhile.
-        if not self._in_headers and self._client.signs_in_headers(self._bucket):
+        in_headers = self._in_headers  # here, since another read of this source may make a route meanwhile
+        # Another source of the bucket may have found out already.
+        if not in_headers and self._client.signs_in_headers(self._bucket):
             return self.route()
-        if self._client.explain_refusal(self._bucket, self._key):
+        if self._client.explain_refusal(self._bucket, self._key, in_headers=in_headers):
             return self.route()
         advice = "GETs of boto3, which are signed in the same way, pass: look at what stands between, such as a proxy"
         if config.signing == "query":

@@ -15,12 +15,12 @@ each step may end in:
     a socket to the same server is open, and nothing was received while it was idle?
       │ no: connect (address, TCP, proxy, TLS) ────── UNREACHABLE
       ▼
-    send the request, read the head of the response ─ BROKEN; on a kept socket: connect, and request once more, since
-      │                                               the server may have closed the idle connection at this moment
+    send the request, read the head of the response ─ MALFORMED; BROKEN, but on a kept socket: connect, and request
+      │                                               once more, since the server may have closed the idle connection
       ▼
-    check status, range, version and length ───────── BUSY, EXPIRED, DENIED, MISSING, CHANGED, MALFORMED, REFUSED; where
-      │                                               that may be for If-Match only: request once more without it
-      ▼
+    check status, range, version and length ───────── BUSY, EXPIRED, DENIED, REDIRECTED, MISSING, CHANGED, MALFORMED,
+      │                                               REFUSED; where that may be for If-Match only: request once more
+      ▼                                               without it
     receive the body, and count its bytes ─────────── BROKEN, MALFORMED; the bytes received so far are reported
       │
       ▼
@@ -41,7 +41,7 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from mpreader.pool.worker.failure import GetFailed, check_response, is_condition_refused
-from mpreader.pool.worker.http import HttpSocket, MalformedResponse, Response
+from mpreader.pool.worker.http import ConnectionEnded, HttpSocket, MalformedResponse, Response
 from mpreader.pool.worker.messages import FailureKind, Fetch
 from mpreader.pool.worker.route import Route
 from mpreader.pool.worker.transport import host_and_port, open_socket
@@ -212,7 +212,7 @@ class Connection:
             http.send_request("GET", _target(fetch.route), _headers(fetch, is_conditional))
             return http.read_response()
         except (OSError, MalformedResponse) as error:
-            raise GetFailed(FailureKind.BROKEN, f"no answer: {_text_of(error)}") from None
+            raise GetFailed(_kind_of(error), f"no answer: {_text_of(error)}") from None
 
     def _connect(self, route: Route) -> HttpSocket:
         try:
@@ -241,7 +241,7 @@ class Connection:
                 raise GetFailed(FailureKind.MALFORMED, "more bytes than asked for")
         except (OSError, MalformedResponse) as error:
             detail = f"the body broke after {received} of {wanted} bytes: {_text_of(error)}"
-            raise GetFailed(FailureKind.BROKEN, detail, received) from None
+            raise GetFailed(_kind_of(error), detail, received) from None
 
     def _extend_deadline(self) -> None:
         self.deadline = time.monotonic() + self._stall_timeout_s
@@ -281,6 +281,12 @@ def _headers(fetch: Fetch, is_conditional: bool) -> list[tuple[str, str]]:
 def _server_name(route: Route) -> str:
     server = f"{route.host}:{route.port}"
     return server if route.proxy is None else f"{server} through proxy {route.proxy.host}:{route.proxy.port}"
+
+
+def _kind_of(error: Exception) -> FailureKind:
+    """Tell a connection that broke, which may go well the next time, from a server that does not speak HTTP."""
+    is_malformed = isinstance(error, MalformedResponse) and not isinstance(error, ConnectionEnded)
+    return FailureKind.MALFORMED if is_malformed else FailureKind.BROKEN
 
 
 def _text_of(error: BaseException) -> str:

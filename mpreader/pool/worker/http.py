@@ -14,7 +14,7 @@ import re
 import socket
 from collections.abc import Callable
 
-__all__ = ["HttpSocket", "MalformedResponse", "Response"]
+__all__ = ["ConnectionEnded", "HttpSocket", "MalformedResponse", "Response"]
 
 # Bounds against a server that sends a head, or a line of a chunked body, without an end.
 MAX_HEAD_BYTES = 64 * 1024
@@ -22,6 +22,15 @@ _MAX_LINE_BYTES = 4096
 # Bytes of one receive into the buffer. Small: the bytes of a body that come with the head are copied out of it once
 # more, while the rest of the body is received straight into shared memory.
 _RECEIVE_BYTES = 4096
+# Most responses with a status of 1xx before the one that counts.
+_MAX_INTERIM_RESPONSES = 32
+# Signs in the beginning of a head that no head has: a line that ends with LF alone, a NUL, another protocol than
+# HTTP/1, and a line without colon. A CR may be the last byte that has come.
+_MALFORMED_HEAD = re.compile(
+    rb"(?<!\r)\n|\r(?!\n|\Z)|\x00|\A(?!HTTP/1\.[01] )(?!(?:H|HT|HTT|HTTP|HTTP/|HTTP/1|HTTP/1\.|HTTP/1\.[01])?\Z)"
+    rb"|\r\n(?!\r)[^\r\n:]*\r\n"
+)
+_MALFORMED_LINE = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)|\x00")
 _STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9]{2})(?: .*)?")
 # At most 15 hexadecimal digits, so that a server can't make us parse a number of any length.
 _CHUNK_SIZE = re.compile(rb"[0-9a-fA-F]{1,15}")
@@ -30,6 +39,10 @@ _CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f]")
 
 class MalformedResponse(Exception):
     """The server sent something that is not an HTTP/1.1 response, or closed the connection before its end."""
+
+
+class ConnectionEnded(MalformedResponse):
+    """The server closed the connection before the end of a response, which may go well the next time."""
 
 
 class HttpSocket:
@@ -87,10 +100,11 @@ class HttpSocket:
             MalformedResponse: The server sent something else, or closed the connection.
             OSError: The connection is broken.
         """
-        while True:
+        for _ in range(_MAX_INTERIM_RESPONSES):
             response = Response(self, self._read_head())
             if response.status >= 200:
                 return response
+        raise MalformedResponse(f"{_MAX_INTERIM_RESPONSES} interim responses, and none that is the last")
 
     def receive_into(self, into: memoryview) -> int:
         """Receive up to ``len(into)`` bytes, buffered ones first.
@@ -115,17 +129,20 @@ class HttpSocket:
             MalformedResponse: The line is too long, or the server has closed the connection.
             OSError: The connection is broken.
         """
-        return self._read_until(b"\r\n", _MAX_LINE_BYTES)
+        return self._read_until(b"\r\n", _MAX_LINE_BYTES, _MALFORMED_LINE)
 
     def close(self) -> None:
         """Close the socket; only its owning thread may call this, never one that wants to end a blocked call."""
         self.sock.close()
 
     def _read_head(self) -> str:
-        return self._read_until(b"\r\n\r\n", MAX_HEAD_BYTES).decode("latin-1")
+        return self._read_until(b"\r\n\r\n", MAX_HEAD_BYTES, _MALFORMED_HEAD).decode("latin-1")
 
-    def _read_until(self, end: bytes, max_bytes: int) -> bytes:
+    def _read_until(self, end: bytes, max_bytes: int, malformed: re.Pattern[bytes]) -> bytes:
         while (count := self._buffer.find(end)) < 0:
+            # At once, not when the connection stalls: the end that is waited for would never come.
+            if malformed.search(self._buffer):
+                raise MalformedResponse(f"not HTTP/1.1: {bytes(self._buffer[:80])!r}")
             self._receive_more(max_bytes)
         found = bytes(self._buffer[:count])
         del self._buffer[: count + len(end)]
@@ -138,7 +155,7 @@ class HttpSocket:
         received = self.sock.recv(_RECEIVE_BYTES)
         if not received:
             when = f"after {len(self._buffer)} bytes of an answer" if self._buffer else "without an answer"
-            raise MalformedResponse(f"the server closed the connection {when}")
+            raise ConnectionEnded(f"the server closed the connection {when}")
         self._buffer += received
 
 
@@ -271,5 +288,7 @@ def _parse_headers(lines: list[str]) -> dict[str, str]:
         if not colon or not name or name != name.strip():
             raise MalformedResponse(f"not a header: {line[:80]!r}")
         name, value = name.lower(), value.strip()
+        if _CONTROL_CHARACTER.search(line.replace("\t", "")):
+            raise MalformedResponse(f"a control character in a header: {line[:80]!r}")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     return headers

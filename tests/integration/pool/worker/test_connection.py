@@ -123,7 +123,7 @@ def test_get_survives_a_server_that_closes_idle_connections(connection: Connecti
         (Fault(FaultKind.STATUS, status=412), FailureKind.CHANGED, "HTTP 412 PreconditionFailed"),
         (Fault(FaultKind.STATUS, status=416), FailureKind.CHANGED, "HTTP 416 InvalidRange"),
         (Fault(FaultKind.STATUS, status=400, code="BadRequest"), FailureKind.REFUSED, "HTTP 400"),
-        (Fault(FaultKind.STATUS, status=301, code="PermanentRedirect"), FailureKind.REFUSED, "HTTP 301"),
+        (Fault(FaultKind.STATUS, status=301, code="PermanentRedirect"), FailureKind.REDIRECTED, "HTTP 301"),
     ],
     ids=lambda value: str(getattr(value, "kind", value)).removeprefix("FaultKind."),
 )

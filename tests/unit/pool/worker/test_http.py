@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import socket
 
 import pytest
@@ -122,3 +123,57 @@ def test_rest_of_a_connection_is_noticed() -> None:
         stream = HttpSocket(ours)
         assert stream.read_response().read(1) == b"a"
         assert stream.has_unread_bytes
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"HTTP/1.1 200 OK\nContent-Length: 2\n\nok",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\n\nok",
+        b"HTTP/1.1 200 OK\r\nA: b\rc\r\n",
+        b"HTTP/1.1 200 OK\r\nA: \0\r\n",
+        b"HTTP/1.1 200 OK\r\nno colon\r\n",
+        b"<html>hello",
+        b"HTTP/2 200\r\n",
+        b"HTTP/1.11",
+        b"ICY 200 OK\r\n",
+        b"\r\n",
+        b"\x16\x03\x01",
+        b"HTTP/1.1 100 Continue\r\n\r\n" * 100,
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\nok",
+    ],
+)
+def test_what_can_not_become_a_response_is_refused_while_the_server_still_waits(raw: bytes) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.settimeout(20)  # which would be a TimeoutError
+        theirs.sendall(raw)
+        with pytest.raises(MalformedResponse):
+            HttpSocket(ours).read_response().read(10)
+
+
+_PLAIN = b'HTTP/1.1 206 Partial Content\r\nETag: "a:\xff"\r\nEmpty:\r\nTab:\ta\tb \r\nContent-Length: 2\r\n\r\nok'
+_CHUNKED = b"HTTP/1.0 200\r\nTransfer-Encoding: chunked\r\n\r\n1;a=b\r\no\r\n1\r\nk\r\n0\r\nT: 1\r\n\r\n"
+
+
+@given(
+    raw=st.sampled_from([_PLAIN, b"HTTP/1.1 100 Continue\r\n\r\n" + _CHUNKED]),
+    cuts=st.lists(st.integers(0, 120), max_size=6),
+)
+def test_response_is_the_same_however_it_is_cut_up(raw: bytes, cuts: list[int]) -> None:
+    edges = sorted({0, *(min(cut, len(raw)) for cut in cuts), len(raw)})
+    pieces = [raw[start:end] for start, end in itertools.pairwise(edges)]
+
+    class Pieces:
+        def recv(self, _: int) -> bytes:
+            return pieces.pop(0) if pieces else b""
+
+        def recv_into(self, into: memoryview) -> int:
+            piece = pieces.pop(0) if pieces else b""
+            into[: len(piece)] = piece[: len(into)]
+            if piece[len(into) :]:
+                pieces.insert(0, piece[len(into) :])
+            return min(len(piece), len(into))
+
+    response = HttpSocket(Pieces()).read_response()  # type: ignore[arg-type]
+    assert response.read(2) == b"ok"
