@@ -41,7 +41,8 @@ _NAME: Final = re.compile(r"(python|pypy)[0-9.]*[a-z]{0,3}(-[a-z0-9]+)?")
 
 _FROZEN_HINT: Final = (
     "The program is frozen (PyInstaller, cx_Freeze, Nuitka, …) and its workers are started from itself: call "
-    'multiprocessing.freeze_support() as the first line under `if __name__ == "__main__":`'
+    'multiprocessing.freeze_support() as the first line under `if __name__ == "__main__":` (where that does nothing on '
+    "Linux, multiprocessing.spawn.freeze_support())"
 )
 
 
@@ -114,12 +115,25 @@ class InterpreterChoice:
             if self.current.is_program
             else f"Name the interpreter: multiprocessing.set_executable('/path/to/{_usual_name()}')"
         )
-        raise WorkerCrashed(
-            f"worker processes can't start; tried {'; '.join(self._refused)}\n{hint}", exitcode=exitcode
-        )
+        error = f"worker processes can't start; tried {'; '.join(self._refused)}\n{hint}"
+        if self.current.is_program:
+            _refused_programs[self.current] = error, exitcode
+        raise WorkerCrashed(error, exitcode=exitcode)
+
+    def require_untried(self) -> None:
+        """Refuse to run a frozen program once more as a whole, after it has not become a worker.
+
+        Raises:
+            WorkerCrashed: The error that it ended in then.
+        """
+        if self.current in _refused_programs:
+            error, exitcode = _refused_programs[self.current]
+            raise WorkerCrashed(error, exitcode=exitcode)
 
 
+# Of this process; a forked child inherits what is known.
 _proved: set[Interpreter] = set()
+_refused_programs: dict[Interpreter, tuple[str, int | None]] = {}
 
 
 def require_no_worker() -> None:

@@ -114,6 +114,7 @@ class WorkerSupervisor:
         Raises:
             PoolError: The operating system refused.
         """
+        self._interpreters.require_untried()
         self._start_worker(0)
         if self._interpreters.is_proved:
             self._start_others()
