@@ -35,7 +35,7 @@ class AsyncRangeFetcher:
     """:class:`~mpreader.RangeFetcher` for asyncio: its methods are awaited, its streams are read by ``async for``.
 
     Arguments and errors are described at :class:`~mpreader.RangeFetcher`. Any number of calls may run at the same
-    time. A call that is cancelled stops its downloads.
+    time. A call that is cancelled stops its downloads. It can be pickled, as a :class:`~mpreader.RangeFetcher` can.
 
     Args:
         s3client_config: As for :class:`~mpreader.RangeFetcher`.

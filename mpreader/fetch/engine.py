@@ -7,6 +7,7 @@ the fetchers: the engine must not wait for bytes. It may wait for the sizes of o
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from mpreader.config import PoolConfig, S3ClientConfig
 from mpreader.errors import ArenaExhausted
@@ -25,6 +26,9 @@ __all__ = ["Engine"]
 
 class Engine:
     """Plans and begins the calls of one fetcher. Thread-safe.
+
+    It is pickled as its settings, and makes a pool and clients of its own where it is unpickled; of a closed one, the
+    copy is closed.
 
     Args:
         s3client_config: Settings of the S3 client and of its sources. None: the defaults.
@@ -55,8 +59,13 @@ class Engine:
         self.pool = (shared_pool if shares_pool else Pool)(pool_config, s3client_config)
         # Importing boto3 and making a client takes 0.2 s: the workers start up in the meantime.
         self.sources = Sources(s3client_config or S3ClientConfig(), known, on_client_needed=self.pool.start)
+        self._configs = s3client_config, pool_config
+        self._known = known
         self._progress = progress
         self._shares_pool = shares_pool
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (*self._configs, self._progress, self._shares_pool, self._known, self.pool.is_closed)
 
     def close(self) -> None:
         """Close the pool and the connections of the S3 client. A shared pool is only released."""
@@ -157,3 +166,18 @@ class Engine:
                 f"{wanted} bytes are asked for at one time, {self.pool.sizes.max_bytes} may be held: use stream() "
                 "with smaller ranges, or raise PoolConfig.max_memory (MPREADER_MAX_MEMORY)"
             )
+
+
+def _rebuild(
+    s3client_config: S3ClientConfig | None,
+    pool_config: PoolConfig | None,
+    progress: bool | None,
+    shares_pool: bool,
+    known: Mapping[str, Source] | None,
+    is_closed: bool,
+) -> Engine:
+    """Make an engine from what was pickled of one."""
+    engine = Engine(s3client_config, pool_config, progress=progress, shares_pool=shares_pool, known=known)
+    if is_closed:
+        engine.close()
+    return engine

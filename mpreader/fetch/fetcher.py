@@ -33,6 +33,9 @@ class RangeFetcher:
     Thread-safe. Workers start at the first fetch. They end with ``close()``, at the end of the ``with`` block, or when
     the program exits. ``mpreader.AsyncRangeFetcher`` offers the same methods for asyncio.
 
+    It survives a fork and pickling, as DataLoader workers need: the copy has the same settings and a pool of its own,
+    which starts at its first fetch. Credentials are looked up there, too. The copy of a closed fetcher is closed.
+
     The arguments of its methods mean the same in all of them:
 
     - ``source``: ``s3://bucket/key`` or an http(s) URL.
