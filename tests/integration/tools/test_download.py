@@ -224,6 +224,62 @@ def test_download_refuses_what_changed_between_stat_and_stream(
     assert not (tmp_path / "copy").exists()
 
 
+# Headers of a version, what HEAD leaves out of them, and those of another version of the same size.
+WEAK = {"ETag": 'W/"1"', "Last-Modified": ""}
+VERSIONS = [
+    pytest.param({}, (), {}, id="strong"),
+    pytest.param(WEAK, (), {**WEAK, "ETag": 'W/"2"'}, id="weak"),
+    pytest.param({"ETag": ""}, (), {"ETag": ""}, id="Last-Modified"),
+    pytest.param({**WEAK, "ETag": "", "X-Goog-Generation": "1"}, (), {"X-Goog-Generation": "2"}, id="generation"),
+    pytest.param({}, (Fault(FaultKind.NO_VALIDATORS, method="HEAD"),), {}, id="only by GET"),
+    pytest.param(WEAK, (Fault(FaultKind.NO_ETAG, method="HEAD"),), {**WEAK, "ETag": 'W/"2"'}, id="weak, only by GET"),
+]
+
+
+@pytest.mark.parametrize(("headers", "faults", "others"), VERSIONS)
+def test_download_resumes_a_version_by_whatever_tells_it(
+    fetcher: RangeFetcher,
+    server: FaultServer,
+    url: str,
+    tmp_path: Path,
+    headers: dict[str, str],
+    faults: tuple[Fault, ...],
+    others: dict[str, str],
+) -> None:
+    path = tmp_path / "copy"
+    server.put("/data.bin", DATA, headers)
+    server.inject(*faults)
+    _leave_part(path, fetcher, url, 3 * PART)
+    done = download(fetcher, url, path)
+    assert (done.resumed_from, done.started_over, path.read_bytes()) == (3 * PART, None, DATA)
+
+    _leave_part(path, fetcher, url, 3 * PART)
+    server.put("/data.bin", DATA[::-1], others)
+    if faults:  # only the bytes show that it is another version: the error is the first that anybody hears of it
+        with pytest.raises(ObjectChanged, match="overwritten"):
+            download(fetcher, url, path)
+    done = download(fetcher, url, path)
+    assert (done.resumed_from, path.read_bytes()) == (0, DATA[::-1])
+    assert done.started_over == (None if faults else "the object was overwritten since")
+
+
+def test_download_starts_over_where_nothing_tells_versions_apart(
+    fetcher: RangeFetcher, server: FaultServer, url: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "copy"
+    server.put("/data.bin", DATA, {"ETag": "", "Last-Modified": ""})
+    _leave_part(path, fetcher, url, PART)
+    done = download(fetcher, url, path)
+    assert done.resumed_from == 0
+    assert "nobody knows" in str(done.started_over)
+    assert path.read_bytes() == DATA
+    # All is there, but a HEAD does not tell of which version, and there is no GET to be made that would.
+    server.put("/data.bin", DATA)
+    server.inject(Fault(FaultKind.NO_VALIDATORS, method="HEAD"))
+    _leave_part(path, fetcher, url, len(DATA))
+    assert "nobody knows" in str(download(fetcher, url, path).started_over)
+
+
 def test_download_of_a_file_that_another_one_writes_is_refused(fetcher: RangeFetcher, url: str, tmp_path: Path) -> None:
     with (tmp_path / "copy.part").open("wb") as other:
         fcntl.flock(other, fcntl.LOCK_EX)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from mpreader.config import KiB
-from mpreader.errors import ArenaExhausted, MpreaderError, ObjectMissing, PoolClosed, TransportError
+from mpreader.errors import ArenaExhausted, MpreaderError, ObjectChanged, ObjectMissing, PoolClosed, TransportError
 from mpreader.pool.caller import Caller
 from mpreader.pool.coordinator.arena import Arena
 from mpreader.pool.coordinator.memory import SlotMemory
@@ -32,6 +32,7 @@ from mpreader.pool.transfer import PendingTake, Transfer
 from mpreader.pool.worker.messages import Failed, FailureKind, MapSegment
 from mpreader.pool.worker.route import Route
 from mpreader.ranges import Part
+from mpreader.sources.versions import PinnedSource
 
 pytestmark = pytest.mark.timeout(20)
 
@@ -512,3 +513,55 @@ def test_route_renewal_that_is_needed_may_not_fail(make_bench: Callable[[int], B
     bench.read_inbox()
     assert source.error is bench.source.error
     assert not bench.inbox, "it was asked for twice"
+
+
+# -- versions
+
+
+ONE, TWO = (("last-modified", "one"),), (("last-modified", "two"),)
+
+
+def test_scheduler_pins_what_the_first_response_says_of_the_version(make_bench: Callable[[int], Bench]) -> None:
+    bench = make_bench(4)
+    transfer = bench.open(4)
+    first, second, third, fourth = bench.send()
+    bench.scheduler.fetched(first.number, ONE)
+    bench.scheduler.fetched(second.number, ONE)
+    assert first.slot_read.source.version == ObjectVersion(100 * PART, '"etag"', ONE)
+    # In flight with the first one, and so not told of what that has found.
+    bench.scheduler.fetched(third.number, TWO)
+    bench.scheduler.failed(Failed(fourth.number, FailureKind.BROKEN, 100, "broke", found=TWO), 0.0)
+    assert [isinstance(transfer._arrived[index], MpreaderError) for index in range(4)] == [False, False, True, True]
+    for index in (2, 3):
+        with pytest.raises(ObjectChanged, match="Last-Modified two, not one") as caught:
+            transfer.take(index)
+        assert caught.value.range == (index * PART, (index + 1) * PART)
+    assert first.slot_read.source.version == ObjectVersion(100 * PART, '"etag"', ONE)
+    assert not bench.scheduler._parts
+
+
+def test_scheduler_takes_nothing_of_what_nobody_wants_for_the_version(make_bench: Callable[[int], Bench]) -> None:
+    bench = make_bench(2)
+    transfer = bench.open(2)
+    first, second = bench.send()
+    transfer.discard(0, 1)
+    bench.read_inbox()
+    bench.scheduler.fetched(first.number, ONE)
+    bench.scheduler.fetched(second.number, TWO)
+    assert second.slot_read.source.version == ObjectVersion(100 * PART, '"etag"', TWO)
+
+
+def test_scheduler_tells_a_pinned_source_what_was_found(make_bench: Callable[[int], Bench]) -> None:
+    bench = make_bench(4)
+    bench.source = pinned = PinnedSource(bench.source, bench.source.open())  # type: ignore[assignment]
+    reads = [bench.open(2), bench.open(2)]
+    found = dict(zip(reads_of(parts := bench.send()), parts, strict=True))
+    bench.scheduler.fetched(found[reads[0].read, 0].number, ONE)
+    assert pinned.version == ObjectVersion(100 * PART, '"etag"', ONE)
+    # The other read was opened before, and has found another version: its bytes can't be mixed with the first one's.
+    bench.scheduler.fetched(found[reads[1].read, 0].number, TWO)
+    for index in (0, 1):
+        with pytest.raises(ObjectChanged, match=r"two, not one|one, not two"):
+            reads[1].take(index)
+    reads[0].take(0)
+    assert pinned.version == ObjectVersion(100 * PART, '"etag"', ONE)
