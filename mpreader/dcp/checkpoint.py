@@ -167,7 +167,7 @@ def _unsafe_globals(stored: io.BytesIO) -> str:
 
 def _any_item(fqn: str, stored: io.BytesIO) -> Any:  # noqa: ARG001  # LoadItem gives the name to every such function
     """Unpickle an item of any classes; runs code that the checkpoint's author chose."""
-    # torch.load makes some kinds of tensors on the default device, whatever map_location says, and the user may have set
-    # one that holds no bytes, such as "meta".
+    # torch.load makes some kinds of tensors on the default device, whatever map_location says, and the user may have
+    # set one that holds no bytes, such as "meta".
     with torch.device("cpu"):
         return torch.load(stored, map_location="cpu", weights_only=False)

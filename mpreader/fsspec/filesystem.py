@@ -9,35 +9,41 @@ buckets are listed by :mod:`mpreader.fsspec.listing`. It must not write to a sto
 
 from __future__ import annotations
 
-import datetime
 import errno
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
-from dataclasses import replace
-from typing import Any, NoReturn
+from dataclasses import fields, replace
+from typing import Any, Final, TypeVar, cast
 
 from fsspec.callbacks import DEFAULT_CALLBACK
-from fsspec.spec import AbstractFileSystem
-from fsspec.utils import isfilelike, stringify_path, tokenize
+from fsspec.utils import isfilelike, stringify_path
 
 from mpreader.config import PoolConfig, S3ClientConfig, check_type
 from mpreader.fetch.arguments import DEFAULT_FETCH_GAP_SIZE
+from mpreader.fsspec.copies import Copy, local_paths, plan_copies
 from mpreader.fsspec.file import RangeFile
-from mpreader.fsspec.listing import FileInfo, Info, describe, list_below, list_folder, version_of
-from mpreader.fsspec.slices import SliceReader, is_url
+from mpreader.fsspec.listing import version_of
+from mpreader.fsspec.names import NamedFileSystem
 from mpreader.pool.source import ObjectVersion
-from mpreader.pool.worker.version import is_strong
 
 __all__ = ["RangeFile", "RangeFileSystem"]
 
+Settings = TypeVar("Settings", PoolConfig, S3ClientConfig)
 
-class RangeFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has no types
+_FILES_AT_ONCE: Final = 8  # copied by get(), where batch_size does not say otherwise: small files wait for their HEADs
+
+
+class RangeFileSystem(NamedFileSystem):
     """A read-only file system of the objects in S3. Thread-safe; works after a fork and survives pickling.
 
     A path is ``bucket/key``, with or without ``mpreader://`` or ``s3://`` in front, or an http(s) URL, which is always
-    a file. Listings and sizes are not cached. An open file reads the version that existed when it was opened. Instances
-    with equal settings share a pool of worker processes, which ends when it is idle.
+    a file. An open file reads the version that existed when it was opened. Instances with equal settings share a pool
+    of worker processes, which ends when it is idle. Bytes are always of the present version: only listings are ever
+    kept, and only if that is asked for.
+
+    The methods with an underscore, such as ``_cat_file``, are asynchronous.
 
     Args:
         s3client_config: Settings of the S3 client. None: the defaults and the usual ``AWS_*`` environment.
@@ -46,30 +52,52 @@ class RangeFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
         endpoint_url: Replaces ``s3client_config.endpoint_url``.
         profile: Replaces ``s3client_config.profile``.
         anon: Replaces ``s3client_config.unsigned``; this is fsspec's name for that setting.
+        asynchronous: True: the caller awaits the asynchronous methods, in an event loop of its own, as zarr does.
+        loop: Event loop on which fsspec's own synchronous functions run the asynchronous methods. None: fsspec's.
+        batch_size: Most files that one call reads or copies at the same time, and most asynchronous calls that run at
+            the same time. None: all that one call reads, 8 copies, 32 calls.
+        use_listings_cache: True keeps the listings of folders: what is listed or described is as it was then. False
+            does not. None: they are kept if one of the next two is given. ``refresh=True`` and ``invalidate_cache``
+            have them asked for again.
+        listings_expiry_time: Seconds for which a kept listing is used. None: for ever.
+        max_paths: Most folders whose listings are kept. None: no bound.
+
+    ``skip_instance_cache=True``, which fsspec itself takes, makes a new instance.
 
     Raises:
         ConfigError: A setting is wrong.
         TypeError: An argument is something else.
     """
 
-    protocol = ("mpreader", "s3", "s3a")
-
     def __init__(
         self,
-        s3client_config: S3ClientConfig | None = None,
-        pool_config: PoolConfig | None = None,
+        s3client_config: S3ClientConfig | Mapping[str, Any] | None = None,
+        pool_config: PoolConfig | Mapping[str, Any] | None = None,
         *,
         region: str | None = None,
         endpoint_url: str | None = None,
         profile: str | None = None,
         anon: bool | None = None,
+        asynchronous: bool = False,
+        loop: Any = None,
+        batch_size: int | None = None,
+        use_listings_cache: bool | None = None,
+        listings_expiry_time: float | None = None,
+        max_paths: int | None = None,
     ) -> None:
-        super().__init__()
-        check_type("s3client_config", s3client_config, S3ClientConfig)
-        check_type("pool_config", pool_config, PoolConfig)
+        config = _settings("s3client_config", s3client_config, S3ClientConfig) or S3ClientConfig()
         given = {"region": region, "endpoint_url": endpoint_url, "profile": profile, "unsigned": anon}
         changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        self._reader = SliceReader(replace(s3client_config or S3ClientConfig(), **changes), pool_config)
+        super().__init__(
+            replace(config, **changes),
+            _settings("pool_config", pool_config, PoolConfig),
+            asynchronous=asynchronous,
+            loop=loop,
+            batch_size=batch_size,
+            use_listings_cache=use_listings_cache,
+            listings_expiry_time=listings_expiry_time,
+            max_paths=max_paths,
+        )
 
     # -- bytes
 
@@ -80,7 +108,8 @@ class RangeFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
         ends: int | Iterable[int | None] | None,
         max_gap: float | None = None,
         on_error: str = "return",
-        **_ignored: object,
+        *,
+        batch_size: int | None = None,
     ) -> list[Any]:
         """Read ranges of files, all at the same time.
 
@@ -93,27 +122,32 @@ class RangeFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
             max_gap: Largest gap, in bytes, between two ranges that are read as one. None: 1 MiB.
             on_error: ``"return"``: the list holds an error in place of bytes that could not be read. ``"raise"``: the
                 first error is raised.
+            batch_size: Most files that are read at the same time. None: the file system's ``batch_size``.
 
         Returns:
             ``bytes`` for each range, in the order of the input.
 
         Raises:
-            ValueError: The number of starts or ends is not that of the paths.
+            ValueError: The number of starts or ends is not that of the paths, or ``on_error`` is something else.
             TypeError: ``paths`` is a single path, or a start or an end is not a whole number.
             MpreaderError: As for :class:`mpreader.RangeFetcher`, if ``on_error`` is ``"raise"``.
         """
         if isinstance(paths, (str, os.PathLike)):  # a text is a sequence, too: each letter would pass for a path
             raise TypeError(f"paths is a list of paths, got {paths!r}")
+        _check_choice("on_error", on_error, "return", "raise")
         slices = map(slice, _for_each(paths, starts), _for_each(paths, ends))
         # Grouped by file, since a file's version is asked for once; the numbers bring the bytes back into their order.
         wanted: dict[str, dict[int, slice]] = {}
         for index, (path, limits) in enumerate(zip(paths, slices, strict=True)):
             wanted.setdefault(self._strip_protocol(path), {})[index] = limits
         read = self._reader.try_read_current if on_error == "return" else self._reader.read_current
-        contents = read(wanted, DEFAULT_FETCH_GAP_SIZE if max_gap is None else max_gap)
+        contents: dict[int, Any] = {}
+        for batch in _batches([*wanted], batch_size or self.batch_size):
+            read_now = {path: wanted[path] for path in batch}
+            contents.update(read(read_now, DEFAULT_FETCH_GAP_SIZE if max_gap is None else max_gap))
         return [contents[index] for index in range(len(paths))]
 
-    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **_ignored: object) -> bytes:
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None) -> bytes:
         """Read bytes [start, end) of a file, which mean the same as in :meth:`cat_ranges`.
 
         Raises:
@@ -122,7 +156,16 @@ class RangeFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
         content: bytes = self.cat_ranges([path], start, end, on_error="raise")[0]
         return content
 
-    def cat(self, path: str | list[str], recursive: bool = False, on_error: str = "raise", **limits: Any) -> Any:
+    def cat(
+        self,
+        path: str | list[str],
+        recursive: bool = False,
+        on_error: str = "raise",
+        *,
+        start: int | None = None,
+        end: int | None = None,
+        batch_size: int | None = None,
+    ) -> Any:
         """Read files, all at the same time.
 
         Args:
@@ -130,7 +173,9 @@ class RangeFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
             recursive: True: read all files below the paths.
             on_error: ``"raise"``: the first error is raised. ``"omit"``: a file that can't be read is left out.
                 ``"return"``: the error is returned in place of the bytes.
-            limits: ``start`` and ``end`` of the bytes to read of each file, as for :meth:`cat_file`.
+            start: First byte to read of each file, as for :meth:`cat_file`.
+            end: One past the last byte to read of each file.
+            batch_size: As for :meth:`cat_ranges`.
 
         Returns:
             The bytes of the file if ``path`` names a single one; otherwise a dict of the bytes of each file by path.
@@ -139,23 +184,74 @@ class RangeFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
             FileNotFoundError: There is no such file.
             MpreaderError: As for :class:`mpreader.RangeFetcher`, if ``on_error`` is ``"raise"``.
         """
+        _check_choice("on_error", on_error, "raise", "omit", "return")
         paths = self.expand_path(path)
         if recursive:
-            paths = sorted({name for root in paths for name in self.find(root)})
-        if isinstance(path, str) and paths == [self._strip_protocol(path)]:
-            return self.cat_file(path, **limits)
+            paths = self._files_at(paths)
+        if isinstance(path, (str, os.PathLike)) and paths == [self._strip_protocol(path)]:
+            return self.cat_file(paths[0], start, end)
         # cat_ranges() has no "omit": it returns the errors, which are left out below.
         on_error_of_ranges = "raise" if on_error == "raise" else "return"
-        contents = self.cat_ranges(paths, limits.get("start"), limits.get("end"), on_error=on_error_of_ranges)
+        contents = self.cat_ranges(paths, start, end, on_error=on_error_of_ranges, batch_size=batch_size)
         return {
             name: content
             for name, content in zip(paths, contents, strict=True)
             if on_error != "omit" or not isinstance(content, Exception)
         }
 
-    def get_file(
-        self, rpath: str, lpath: Any = None, callback: Any = DEFAULT_CALLBACK, outfile: Any = None, **_ignored: object
+    def get(
+        self,
+        rpath: Any,
+        lpath: Any,
+        recursive: bool = False,
+        callback: Any = DEFAULT_CALLBACK,
+        maxdepth: int | None = None,
+        *,
+        batch_size: int | None = None,
     ) -> None:
+        """Copy files to local ones, several at the same time.
+
+        Args:
+            rpath: A path, a path with wildcards, or a list of paths.
+            lpath: Local path, or a list with one for each. A folder, or a path that ends in a slash: copies go into it.
+            recursive: True: copy all that is below folders.
+            callback: Callback of fsspec, which is told of the progress in files.
+            maxdepth: Number of levels of folders to copy. None: all.
+            batch_size: Most files that are copied at the same time. None: the file system's ``batch_size``.
+
+        Raises:
+            FileNotFoundError: There is nothing to copy.
+            FileExistsError: A file that has bytes can't be copied because its local path is taken, by a folder of the
+                same name or by another file. All others were copied.
+            PlanError: A local path would lie outside of ``lpath``.
+            MpreaderError: As for :class:`mpreader.RangeFetcher`.
+            OSError: A local file can't be written.
+        """
+        copies = self._copies(rpath, lpath, recursive=recursive, maxdepth=maxdepth)
+        callback.set_size(len(copies))
+        files, others = plan_copies(copies)
+        workers = batch_size or self.batch_size or _FILES_AT_ONCE
+        with ThreadPoolExecutor(workers if workers > 0 else max(1, len(files)), "mpreader-get") as threads:
+            copying = [threads.submit(self._get_one, copy, callback.branched(*copy)) for copy in files]
+            try:
+                for done in as_completed(copying):
+                    done.result()
+                    callback.relative_update(1)
+            except BaseException:
+                threads.shutdown(wait=False, cancel_futures=True)
+                raise
+        # What is not copied must be a folder, or an empty object that marks one for some programs: nothing is lost.
+        lost = [copy for copy in others if self.info(copy.remote)["size"]]
+        callback.relative_update(len(others))
+        if lost:
+            raise FileExistsError(
+                errno.EEXIST,
+                f"its local path, {lost[0].local}, is that of a folder or of another file, and everything else was "
+                f"copied ({len(lost)} such files): copy it to another place by itself, with get_file()",
+                lost[0].remote,
+            )
+
+    def get_file(self, rpath: str, lpath: Any = None, callback: Any = DEFAULT_CALLBACK, outfile: Any = None) -> None:
         """Copy a file to a local file, in bounded memory. For a folder, make an empty local folder.
 
         Args:
@@ -170,7 +266,7 @@ class RangeFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
         """
         # fsspec accepts an open file as either argument.
         outfile = lpath if outfile is None and isfilelike(lpath) else outfile
-        info = self.info(rpath)
+        info = self.info(rpath, refresh=True)
         if outfile is None and info["type"] == "directory":
             os.makedirs(lpath, exist_ok=True)
             return
@@ -189,16 +285,47 @@ class RangeFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
                 callback.relative_update(len(view))
                 del view  # it would otherwise keep its slot while the next one is waited for
 
+    def _files_at(self, roots: Iterable[str]) -> list[str]:
+        """Return the files at or below paths; raises FileNotFoundError where there is nothing."""
+        files: set[str] = set()
+        for root in roots:
+            below = self.find(root)
+            if not below:
+                self.info(root)  # raises, if it is not an empty folder
+            elif below != [root] and self.isfile(root):  # a file that is also a folder
+                files.add(root)
+            files.update(below)
+        return sorted(files)
+
+    def _copies(self, rpath: Any, lpath: Any, *, recursive: bool, maxdepth: int | None) -> list[Copy]:
+        """Return what :meth:`get` is to copy, folders included."""
+        remote = [*map(stringify_path, rpath)] if isinstance(rpath, (list, tuple)) else stringify_path(rpath)
+        local = [*map(stringify_path, lpath)] if isinstance(lpath, (list, tuple)) else stringify_path(lpath)
+        if isinstance(remote, list) and isinstance(local, list):
+            paths = [self._strip_protocol(path) for path in remote]
+        else:
+            paths = self.expand_path(remote, recursive, maxdepth)
+            # As fsspec does: what a pattern or a bound of the depth leaves of a folder is not made as a folder.
+            if isinstance(remote, str) and (not recursive or maxdepth is not None):
+                paths = [path for path in paths if not self.isdir(path)]
+        return [*map(Copy, paths, local_paths(remote, paths, local))]
+
+    def _get_one(self, copy: Copy, callback: Any) -> None:
+        with callback:
+            self.get_file(copy.remote, copy.local, callback=callback)
+
     def _open(
         self,
         path: str,
         mode: str = "rb",
         block_size: int | None = None,
         *,
+        autocommit: bool = True,
+        cache_type: str = "readahead",
+        cache_options: dict[str, Any] | None = None,
         size: int | None = None,
         etag: str | None = None,
         version: ObjectVersion | None = None,
-        **options: Any,
     ) -> RangeFile:
         # fsspec calls it for open(), and with a version when a file is unpickled: then that version is opened, without
         # a request. A size and an ETag name a version, too.
@@ -212,153 +339,47 @@ class RangeFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
         elif version is None:
             details = self._file_info(path)
             version = version_of(details) if etag is None else ObjectVersion(details["size"], etag)
-        return RangeFile(self, path, self._reader, version, details, mode=mode, block_size=block_size, **options)
-
-    # -- names
-
-    def info(self, path: str, **_ignored: object) -> Info:
-        """Describe a file or folder.
-
-        Returns:
-            ``name``, ``type`` (``"file"`` or ``"directory"``) and ``size`` in bytes; for a file also ``ETag`` and
-            ``LastModified``, in UTC, which is None if the service does not say.
-
-        Raises:
-            FileNotFoundError: There is no such file or folder.
-            MpreaderError: The server refuses, or can't be reached.
-        """
-        path = self._strip_protocol(path)
-        if not is_url(path):
-            return describe(self._reader.client(), path)
-        version = self._reader.current(path).version
-        facts = {"name": path, "size": version.size, "type": "file", "ETag": version.etag, "LastModified": None}
-        return FileInfo(version, facts)
-
-    def exists(self, path: str, **_ignored: object) -> bool:
-        """Return True if there is such a file or folder.
-
-        Raises:
-            MpreaderError: The server refuses to answer, or can't be reached. Then it is not known if there is one.
-        """
-        try:
-            self.info(path)
-        except FileNotFoundError:
-            return False
-        return True
-
-    def ls(self, path: str, detail: bool = True, **_ignored: object) -> list[Any]:
-        """List the files and folders in a folder. For the path of a file, list that file.
-
-        Args:
-            path: The folder, or a bucket.
-            detail: True: return descriptions, as :meth:`info` does. False: return names.
-
-        Raises:
-            FileNotFoundError: There is no such file or folder.
-            ConfigError: ``path`` names no bucket.
-            MpreaderError: The server refuses, or can't be reached.
-        """
-        path = self._strip_protocol(path)
-        infos = [self.info(path)] if is_url(path) else list_folder(self._reader.client(), path)
-        return infos if detail else [info["name"] for info in infos]
-
-    def find(
-        self, path: str, maxdepth: int | None = None, withdirs: bool = False, detail: bool = False, **options: Any
-    ) -> Any:
-        """List the files below a folder, at any depth. For the path of a file, list that file.
-
-        Args:
-            path: The folder, or a bucket.
-            maxdepth: Number of levels of folders to list. None: all levels, which takes the fewest requests.
-            withdirs: True: list folders, too.
-            detail: True: return a dict of descriptions by name, as :meth:`info` gives them. False: return a list of
-                names.
-            options: Further arguments of fsspec's ``find``.
-
-        Raises:
-            ConfigError: ``path`` names no bucket.
-            MpreaderError: The server refuses, or can't be reached.
-        """
-        path = self._strip_protocol(path)
-        if maxdepth is not None and not is_url(path):
-            # fsspec goes down folder by folder, with a request for each. S3 can't limit the depth of a listing.
-            return super().find(path, maxdepth, withdirs, detail, **options)
-        try:
-            found = [] if is_url(path) else [*list_below(self._reader.client(), path)]
-            if not found and "/" in path:  # perhaps the path of a file; a path without a slash is a bucket
-                found = [self.info(path)]
-        except FileNotFoundError:
-            found = []  # fsspec's find() lists nothing for a path that does not exist, and does not raise
-        infos = {info["name"]: info for info in found if withdirs or info["type"] == "file"}
-        return {name: infos[name] for name in sorted(infos)} if detail else sorted(infos)
-
-    def glob(self, path: str, maxdepth: int | None = None, **options: Any) -> Any:
-        """Find files by a pattern, as fsspec does. An http(s) URL is never a pattern, as it may contain a ``?``.
-
-        Raises:
-            MpreaderError: As for :meth:`find`.
-        """
-        url = self._strip_protocol(path)
-        return self.find(url, **options) if is_url(url) else super().glob(path, maxdepth, **options)
-
-    def checksum(self, path: str) -> int:
-        """Return the version token of :meth:`ukey` as a number."""
-        return int(self.ukey(path), 16)
-
-    def ukey(self, path: str) -> str:
-        """Return a version token of a file as text: it differs whenever the file was overwritten by another content.
-
-        Where the server gives no strong ETag, it differs with everything that the server says of the version.
-        """
-        version = version_of(self._file_info(path))
-        return str(tokenize(version.etag if is_strong(version.etag) else (version.size, version.validators)))
-
-    def modified(self, path: str) -> datetime.datetime:
-        """Return the time at which a file was written, in UTC.
-
-        Raises:
-            OSError: It is a folder, or the service does not tell the time.
-        """
-        moment: datetime.datetime | None = self._file_info(path)["LastModified"]
-        if moment is None:
-            raise OSError(errno.ENODATA, "the service does not say when it was written", path)
-        return moment
-
-    created = modified  # S3 replaces objects as a whole, so that a version is created when it is written
+        return RangeFile(
+            self,
+            path,
+            self._reader,
+            version,
+            details,
+            mode=mode,
+            block_size=block_size,
+            autocommit=autocommit,
+            cache_type=cache_type,
+            cache_options=cache_options,
+        )
 
     def close(self) -> None:
         """Close the connections, and stop the workers when their last user is done with them. Idempotent.
 
         The file system can still be used: it then connects and starts workers again.
         """
+        super().close()
         self._reader.close()
 
-    # -- methods that write, all of which are refused
+    def to_dict(self, *, include_password: bool = True) -> dict[str, Any]:  # noqa: ARG002  # there is none
+        """Return the arguments of the file system for ``to_json``; zarr makes asynchronous file systems by it."""
+        options = {name: _plain(value) for name, value in self.storage_options.items() if name != "loop"}
+        cls = type(self)
+        return {
+            "cls": f"{cls.__module__}:{cls.__name__}",
+            "protocol": self.protocol[0],
+            "args": [*map(_plain, self.storage_args)],
+            **options,
+        }
 
-    def _refuse(self, path: Any = None, *_: object, **__: object) -> NoReturn:
-        raise OSError(errno.EROFS, "mpreader's file system only reads", str(path))
+    def __reduce__(self) -> Any:
+        # An event loop is of one process, and can't be pickled.
+        make, (cls, args, options) = super().__reduce__()
+        return make, (cls, args, {name: value for name, value in options.items() if name != "loop"})
 
-    mkdir = makedirs = rmdir = rm = rm_file = _rm = touch = _refuse
-    copy = cp_file = mv = put = put_file = pipe = pipe_file = _refuse
 
-    # -- paths
-
-    @classmethod
-    def _strip_protocol(cls, path: Any) -> Any:
-        # fsspec calls it for every path. It removes mpreader:// and s3://; an http(s) URL remains as it is, also behind
-        # mpreader://.
-        if isinstance(path, list):
-            return [cls._strip_protocol(each) for each in path]
-        path = stringify_path(path)
-        url: str = path.removeprefix(f"{cls.protocol[0]}://")
-        return url if is_url(url) else super()._strip_protocol(path).lstrip("/")
-
-    def _file_info(self, path: str) -> Info:
-        """Describe a file; raises IsADirectoryError for a folder."""
-        info = self.info(path)
-        if info["type"] == "directory":
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
-        return info
+def _check_choice(name: str, value: str, *choices: str) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def _for_each(paths: Sequence[str], limits: int | Iterable[int | None] | None) -> list[int | None]:
@@ -367,3 +388,27 @@ def _for_each(paths: Sequence[str], limits: int | Iterable[int | None] | None) -
     if len(each) != len(paths):
         raise ValueError(f"{len(paths)} paths need as many starts and ends, got {len(each)}")
     return each
+
+
+def _batches(paths: Sequence[str], size: int | None) -> Iterator[Sequence[str]]:
+    """Yield the paths, so many at a time; None, or fsspec's -1: all at once."""
+    size = size if size is not None and size > 0 else max(1, len(paths))
+    return (paths[start : start + size] for start in range(0, len(paths), size))
+
+
+def _settings(name: str, value: Any, kind: type[Settings]) -> Settings | None:
+    """Return settings that are given as an object, or as the dict that :func:`_plain` has made of one."""
+    if isinstance(value, Mapping) and value.get("type") == kind.__name__:
+        return kind(**{field: setting for field, setting in value.items() if field != "type"})
+    check_type(name, value, kind)
+    return cast("Settings | None", value)
+
+
+def _plain(value: Any) -> Any:
+    """Return settings as a dict, which JSON can have, of their type and what is not the default; others as they are."""
+    if not isinstance(value, (PoolConfig, S3ClientConfig)):
+        return value
+    names = [field.name for field in fields(value)]
+    default = type(value)()
+    changed = {name: getattr(value, name) for name in names if getattr(value, name) != getattr(default, name)}
+    return {"type": type(value).__name__, **changed}
