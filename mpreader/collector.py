@@ -9,8 +9,13 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Iterator
+from typing import Final
 
 __all__ = ["collector_paused", "spare_new_objects"]
+
+# Python 3.12 itself freezes some 400 tuples of its built-in types when it starts, which may be released: they are never
+# garbage. A program that freezes does it with all of its objects: more than 5,000 as soon as Python has started.
+_FROZEN_BY_A_PROGRAM: Final = 2_000
 
 
 @contextlib.contextmanager
@@ -39,6 +44,6 @@ def spare_new_objects() -> None:
     """
     # freeze() hides all objects from the collector, unfreeze() puts all hidden ones into the oldest generation. If the
     # program itself has frozen objects, unfreeze() would release those as well, so nothing is done.
-    if not gc.get_freeze_count():
+    if gc.get_freeze_count() < _FROZEN_BY_A_PROGRAM:
         gc.freeze()
         gc.unfreeze()

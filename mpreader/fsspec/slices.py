@@ -9,6 +9,7 @@ A path is ``bucket/key`` or an http(s) URL.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import math
@@ -185,9 +186,21 @@ def is_url(path: str) -> bool:
     return path.startswith(("http://", "https://"))
 
 
+class _Buffer(io.BytesIO):
+    """A buffer that can be collected together with views of it.
+
+    After a failed read both are part of the traceback. If they are collected as a circle, Python closes the buffer
+    first, which a view forbids; from Python 3.13 on that would be reported on stderr.
+    """
+
+    def close(self) -> None:
+        with contextlib.suppress(BufferError):
+            super().close()
+
+
 def _buffer(nbytes: int) -> io.BytesIO:
     """Make a buffer of ``nbytes`` to receive into, whose ``getvalue()`` returns the bytes without a copy."""
-    buffer = io.BytesIO()
+    buffer = _Buffer()
     if nbytes > 0:
         # Writing the last byte allocates the whole buffer at once.
         buffer.seek(nbytes - 1)

@@ -13,7 +13,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.serialization import config as serialization_config
 
 from mpreader.dcp.layout import TensorLayout
 from mpreader.dcp.record import RecordCorrupted, decode_layout
@@ -98,16 +97,29 @@ def tensors() -> list[torch.Tensor]:
     ]
 
 
+def _save_settings() -> Any:
+    """The settings of torch.save; None: this torch has no alignment among them, as torch before 2.7."""
+    try:
+        from torch.utils.serialization import config
+    except ModuleNotFoundError:
+        return None
+    return config.save if hasattr(config.save, "storage_alignment") else None
+
+
 def padded_record(tensor: torch.Tensor) -> bytes:
-    usual = serialization_config.save.storage_alignment
-    serialization_config.save.storage_alignment = 4096
+    save = _save_settings()
+    if save is None:
+        return record_of(tensor)
+    usual, save.storage_alignment = save.storage_alignment, 4096
     try:
         return record_of(tensor)
     finally:
-        serialization_config.save.storage_alignment = usual
+        save.storage_alignment = usual
 
 
 def record_without_checksums(tensor: torch.Tensor) -> bytes:
+    if not hasattr(torch.serialization, "set_crc32_options"):  # before torch 2.6
+        return record_of(tensor)
     torch.serialization.set_crc32_options(False)
     try:
         return record_of(tensor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tracemalloc
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -173,6 +174,24 @@ def test_first_error_in_the_order_of_paths_is_raised_before_anything_is_read(rea
     with pytest.raises(ObjectMissing):
         reader.read_current({path: WANTED[path] for path in reversed(WANTED)}, 0)
     assert store.fetches == []
+
+
+def test_nothing_is_reported_when_the_remains_of_a_failed_read_are_collected(
+    reader: SliceReader, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reported: list[object] = []
+    monkeypatch.setattr("sys.unraisablehook", lambda report: reported.append(report.exc_value))
+    store.breaks.add("s3://bucket/b")
+    try:
+        reader.read_current({"bucket/a": {0: slice(None)}, "bucket/b": {1: slice(None)}}, 0)
+    except ShortRead as error:
+        circle: Any = error  # frames, views of the buffers and the error itself hold each other
+        circle.itself = error
+        del circle
+    else:
+        pytest.fail("the file could be read")
+    gc.collect()
+    assert not reported
 
 
 def test_slices_take_no_more_memory_than_their_bytes(reader: SliceReader, store: Store) -> None:

@@ -161,6 +161,8 @@ def test_wrong_arguments_raise_as_in_s3torchconnector(
         call(kind("bucket", "key", [TheirRange(0, 10)], source.info, source.stream))
 
 
+# Theirs is closed by its finalizer although it was not made, which fails; Python 3.13 and newer report that.
+@pytest.mark.filterwarnings("ignore:.*DCPOptimizedS3Reader:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("kind", [DCPOptimizedS3Reader, TheirReader])
 @pytest.mark.parametrize(
     ("changed", "error"),
