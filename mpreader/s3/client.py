@@ -14,15 +14,14 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, cast
 from urllib.parse import urlsplit
-
-from botocore.exceptions import ClientError
 
 from mpreader.config import S3ClientConfig, check_type
 from mpreader.errors import PlanError
 from mpreader.s3.checksum import StoredChecksums
-from mpreader.s3.failure import Target, translated
+from mpreader.s3.facts import HeadedClient, request_facts
+from mpreader.s3.failure import Target, Unusable, translated
 from mpreader.s3.objects import ListObjectsPage, ObjectInfo
 from mpreader.s3.session import Session, shared_session
 from mpreader.s3.signing import Headers
@@ -32,8 +31,8 @@ __all__ = ["BaseS3Client", "PresignedUrl"]
 
 # Longer than the load of any object takes. If a URL does expire, the pool asks for a new one.
 _URL_EXPIRY_S: Final = 3600
-# Statuses with which a HEAD is refused without a reason, since its response has no body. A GET gets the reason.
-_UNEXPLAINED: Final = frozenset({301, 400, 403, 404})
+# Fields of a listing, one of which every service sends. A page of HTML has none, and is no empty listing.
+_LISTING_FIELDS: Final = frozenset({"Name", "IsTruncated", "KeyCount", "MaxKeys", "Contents", "CommonPrefixes"})
 
 
 class PresignedUrl(NamedTuple):
@@ -102,7 +101,7 @@ class BaseS3Client:
         return self._config
 
     def head_object(self, bucket: str, key: str) -> ObjectInfo:
-        """Request an object's size and version, with one HEAD.
+        """Request an object's size and version, with one HEAD, and with a GET where HEAD is refused or no use.
 
         Raises:
             ObjectMissing: There is no such bucket, or no such key in it.
@@ -110,7 +109,7 @@ class BaseS3Client:
             TransportError: The service could not be reached, or failed.
         """
         with translated(self._target(bucket, key)):
-            return ObjectInfo.of_head(key, self._head(bucket, key))
+            return ObjectInfo.of_head(key, self._facts(bucket, key))
 
     def checksums(self, bucket: str, key: str) -> StoredChecksums:
         """Request the checksums of a whole object that S3 has stored.
@@ -118,7 +117,8 @@ class BaseS3Client:
         Raises:
             TransportError: As for :meth:`head_object`.
         """
-        return StoredChecksums.of_head(bucket, self.call("head_object", bucket, Key=key, ChecksumMode="ENABLED"))
+        with translated(self._target(bucket, key)):
+            return StoredChecksums.of_head(bucket, self._facts(bucket, key, ChecksumMode="ENABLED"))
 
     def list_objects(
         self, bucket: str, prefix: str = "", delimiter: str = "", max_keys: int = 1000
@@ -136,12 +136,20 @@ class BaseS3Client:
             TransportError: As for :meth:`head_object`.
         """
         parameters: dict[str, Any] = {"Prefix": prefix, "Delimiter": delimiter, "MaxKeys": max_keys}
+        seen: set[str] = set()
         while True:
             response = self.call("list_objects_v2", bucket, **parameters)
-            yield ListObjectsPage.of(response)  # a page may be empty without being the last one
+            with translated(self._target(bucket, prefix)):
+                page, token = ListObjectsPage.of(response), response.get("NextContinuationToken")
+                if not _LISTING_FIELDS & response.keys():
+                    raise Unusable("the answer is no listing")
+                if response.get("IsTruncated") and (not token or token in seen):
+                    raise Unusable("the listing goes on, but the service does not tell where")
+            yield page  # may be empty without being the last one
             if not response.get("IsTruncated"):
                 return
-            parameters["ContinuationToken"] = response["NextContinuationToken"]
+            seen.add(str(token))
+            parameters["ContinuationToken"] = token
 
     def put_object(self, bucket: str, key: str, storage_class: str | None = None) -> S3Writer:
         """Open a new object for writing; the object exists once the writer is closed.
@@ -160,7 +168,8 @@ class BaseS3Client:
             TransportError: As for :meth:`head_object`.
         """
         # Checks the source first. Without this an error of the copy would not tell if source or destination is meant.
-        self.head_object(src_bucket, src_key)
+        with translated(self._target(src_bucket, src_key)):
+            facts = self._facts(src_bucket, src_key)
         with translated(self._target(dst_bucket, dst_key)):
             # boto3's managed copy, which copies large objects in parts: one CopyObject request takes 5 GiB at most.
             self._session.client_for(dst_bucket).copy(
@@ -168,7 +177,7 @@ class BaseS3Client:
                 dst_bucket,
                 dst_key,
                 ExtraArgs=self._payer(),
-                SourceClient=self._session.client_for(src_bucket),
+                SourceClient=cast(Any, HeadedClient(self._session.client_for(src_bucket), facts)),
             )
 
     def delete_object(self, bucket: str, key: str) -> None:
@@ -255,6 +264,9 @@ class BaseS3Client:
         with translated(self._target(bucket, parameters.get("Key", ""), range)):
             method = getattr(self._session.client_for(bucket), operation)
             response: dict[str, Any] = method(Bucket=bucket, **parameters, **self._payer())
+            status = response["ResponseMetadata"]["HTTPStatusCode"]
+            if not 200 <= status < 300:  # botocore takes 300 for a success
+                raise Unusable(f"the service answers HTTP {status}")
             return response
 
     def close(self) -> None:
@@ -288,15 +300,6 @@ class BaseS3Client:
     def _payer(self) -> dict[str, str]:
         return {"RequestPayer": "requester"} if self._config.requester_pays else {}
 
-    def _head(self, bucket: str, key: str) -> Any:
-        boto = self._session.client_for(bucket)
-        parameters: dict[str, Any] = {"Bucket": bucket, "Key": key, **self._payer()}
-        try:
-            return boto.head_object(**parameters)
-        except ClientError as error:
-            if error.response["ResponseMetadata"]["HTTPStatusCode"] not in _UNEXPLAINED:
-                raise
-            # A GET of one byte is refused for the same reason, and raises an error that has it. If the GET succeeds all
-            # the same, the error of the HEAD is raised.
-            with contextlib.closing(boto.get_object(**parameters, Range="bytes=0-0")["Body"]):
-                raise
+    def _facts(self, bucket: str, key: str, **of_head: Any) -> dict[str, Any]:
+        parameters = {"Bucket": bucket, "Key": key, **self._payer()}
+        return request_facts(self._session.client_for(bucket), parameters, **of_head)

@@ -7,8 +7,9 @@ it is read is not an error yet, and is left to :mod:`mpreader.s3.stream`, which 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import Final, NamedTuple
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final, NamedTuple
 
 from botocore import exceptions as boto
 from botocore.exceptions import BotoCoreError, ClientError
@@ -26,7 +27,11 @@ from mpreader.errors import (
 from mpreader.s3.credentials import ProviderFailed
 from mpreader.s3.redaction import redacted
 
-__all__ = ["Target", "translated"]
+__all__ = ["Target", "Unusable", "translated"]
+
+
+class Unusable(Exception):
+    """A response that botocore takes for a right one, and that is none; its text says why."""
 
 
 class Target(NamedTuple):
@@ -67,6 +72,7 @@ _DENIED: Final = (
 _WRONG_REGION: Final = (
     "the bucket lies in another region, and could not be followed there: set S3ClientConfig(region=…)"
 )
+_ENDPOINT: Final = "S3ClientConfig(endpoint_url=…), or AWS_ENDPOINT_URL_S3,"
 _NO_REGION: Final = (
     "the service redirects the request, perhaps to another region, but names none: check endpoint_url, and "
     "S3ClientConfig(region=…)"
@@ -74,7 +80,7 @@ _NO_REGION: Final = (
 _CHECK: Final = "check that endpoint_url is that of an S3 service, and what stands between"
 # botocore follows only redirects to another region. Others come, for example, from a web server that redirects http to
 # https.
-_REDIRECTS: Final = frozenset({301, 302, 307, 308})
+_REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 
 # Class and advice by S3's error code.
 _BY_CODE: Final[dict[str, tuple[type[TransportError], str]]] = {
@@ -149,6 +155,8 @@ def translated(target: Target) -> Iterator[None]:
         raise _refusal(error, target) from error
     except BotoCoreError as error:
         raise _failure(error, target) from error
+    except Unusable as error:
+        raise target.error(TransportError, f"{error}; {_CHECK}", attempts=1) from None
     except ProviderFailed as error:
         failure = _provider_failure(error, target)
     # botocore and urllib3 let through what they did not expect: a KeyError, a ValueError of a date, a RecursionError.
@@ -196,8 +204,19 @@ def _refusal(error: ClientError, target: Target) -> MpreaderError:
     kind, advice = _BY_CODE.get(code) or _BY_STATUS.get(status) or (TransportError, "the service failed")
     names_region = "Region" in details or "x-amz-bucket-region" in facts.get("HTTPHeaders", {})
     if status in _REDIRECTS and not names_region:
-        kind, advice = TransportError, _NO_REGION
+        kind, advice = TransportError, _redirect_advice(details, facts)
     return target.error(kind, f"{advice} ({said})", facts.get("RetryAttempts", 0) + 1)
+
+
+def _redirect_advice(details: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+    """Return where a redirect leads to, and what to set."""
+    # S3 names the host alone, in the document; other servers name a URL, in the header.
+    location = facts.get("HTTPHeaders", {}).get("location") or details.get("Endpoint") or ""
+    match = re.match(r"(?:(https?://)(?:[^/?#]*@)?)?([^\s/?#@]{1,255})", location, re.IGNORECASE)
+    if match is None:
+        return _NO_REGION
+    where = (match[1] or "").lower() + match[2]
+    return f"the service redirects the request to {where}: if it is there, set {_ENDPOINT} to it"
 
 
 def _failure(error: BotoCoreError, target: Target) -> MpreaderError:

@@ -72,9 +72,9 @@ class ObjectInfo:
         return cls(
             key,
             size,
-            response.get("ETag", ""),
+            response.get("ETag") or "",  # None where the service sends an empty one
             modified_s,
-            response.get("StorageClass", "STANDARD"),  # a HEAD names it only where it is not the standard one
+            response.get("StorageClass") or "STANDARD",  # a HEAD names it only where it is not the standard one
             validators_of(headers),
             headers.get("content-encoding", ""),
         )

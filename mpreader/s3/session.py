@@ -180,6 +180,7 @@ class Session:
                 raise ConfigError(_settings_error(error)) from error
         client.meta.events.register("before-parameter-build.s3", _presign_for_the_region)
         client.meta.events.register_first("choose-signer.s3", _presign_with_version_4)
+        client.meta.events.register("before-send.s3", _send_headers_as_text)
         for operation in _REGION_REQUESTS:
             client.meta.events.register_first(f"needs-retry.s3.{operation}", _ask_for_the_region_once)
         return client
@@ -327,6 +328,14 @@ def _ask_for_the_region_once(response: Any, request_dict: dict[str, Any], **_: o
     """
     if response is not None and "x-amz-bucket-region" not in response[1]["ResponseMetadata"]["HTTPHeaders"]:
         request_dict["context"].setdefault("s3_redirect", {})["redirected"] = True
+
+
+def _send_headers_as_text(request: Any, **_: object) -> None:
+    """Make all headers of a request text; botocore has bytes in some, over which urllib3 stumbles at a 303."""
+    for name, value in list(request.headers.items()):
+        if isinstance(value, bytes):
+            del request.headers[name]
+            request.headers[name] = value.decode("latin-1")
 
 
 def _environment_fingerprint() -> int:

@@ -5,8 +5,10 @@ Used by :class:`mpreader.s3.writer.S3Writer`, which decides between the two. It 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final
 
+from mpreader.errors import TransportError
 from mpreader.s3.requester import Requester
 
 __all__ = ["MultipartUpload", "next_part_bytes", "put_whole"]
@@ -47,7 +49,7 @@ class MultipartUpload:
         self._key = key
         self._etags: dict[int, str] = {}
         response = client.call("create_multipart_upload", bucket, Key=key, **_class(storage_class))
-        self._id: str = response["UploadId"]
+        self._id: str = self._field(response, "UploadId")
 
     def __repr__(self) -> str:
         return f"<MultipartUpload s3://{self._bucket}/{self._key} parts={len(self._etags)}>"
@@ -58,7 +60,14 @@ class MultipartUpload:
             "upload_part", self._bucket, Key=self._key, UploadId=self._id, PartNumber=number, Body=body
         )
         # Several threads write here. No lock: each writes a key of its own, and complete() is called after all of them.
-        self._etags[number] = response["ETag"]
+        self._etags[number] = self._field(response, "ETag")
+
+    def _field(self, response: Mapping[str, Any], name: str) -> str:
+        value = response.get(name)
+        if not isinstance(value, str) or not value:
+            message = f"s3://{self._bucket}/{self._key}: the service's answer to the upload lacks {name}"
+            raise TransportError(message, bucket=self._bucket, key=self._key, attempts=1)
+        return value
 
     def complete(self) -> None:
         """Make the object of all parts that were sent; call it when every ``send`` has returned."""

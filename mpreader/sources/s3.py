@@ -95,8 +95,12 @@ class S3Source:
         # Another source of the bucket may have found out already.
         if not in_headers and self._client.signs_in_headers(self._bucket):
             return self.route()
-        if self._client.explain_refusal(self._bucket, self._key, in_headers=in_headers):
-            return self.route()
+        try:
+            if self._client.explain_refusal(self._bucket, self._key, in_headers=in_headers):
+                return self.route()
+        except TransportError as error:
+            message = f"{error}; a worker was told {refusal.detail}"
+            raise type(error)(message, bucket=self._bucket, key=self._key, attempts=error.attempts) from error.__cause__
         advice = "GETs of boto3, which are signed in the same way, pass: look at what stands between, such as a proxy"
         if config.signing == "query":
             advice = 'GETs that are signed in headers pass: set S3ClientConfig(signing="auto") or "headers"'

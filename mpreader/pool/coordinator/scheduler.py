@@ -510,10 +510,11 @@ class Scheduler:
         Parts in flight are refused together: the first one asks, the others wait, and all are sent by the new route.
         """
         source = part.slot_read.source
-        if not source.is_renewing and part.route_number == source.route_number and failure.kind in source.refusals:
+        is_answered = source.error is not None or source.is_renewing or part.route_number != source.route_number
+        if not is_answered and failure.kind in source.refusals:
             return False
         part.refusal = failure
-        if source.is_renewing or part.route_number != source.route_number:
+        if is_answered:
             return True
         source.refusals.add(failure.kind)
         source.is_renewing = True
