@@ -25,6 +25,7 @@ from botocore.utils import get_environ_proxies, parse_timestamp
 
 from mpreader.config import S3ClientConfig
 from mpreader.errors import AccessDenied, ConfigError, PlanError
+from mpreader.pool.worker.version import Validators, validators_of
 from mpreader.s3.credentials import ProviderFailed, find_credentials, freeze
 from mpreader.s3.failure import Target, translated
 from mpreader.s3.redaction import redacted
@@ -94,11 +95,13 @@ class Readable:
         key: Key of an object that was read; None if no key begins with the prefix.
         refusals: Answers to the requests that the workers would make for that object, by the place of their signature,
             ``"query"`` or ``"headers"``; "" where it passes. Without signatures there is only the first.
+        validators: What the service says of the version of that object; None if no byte of one was read.
     """
 
     is_listed: bool
     key: str | None
     refusals: Mapping[str, str] = field(default_factory=dict)
+    validators: Validators | None = None
 
 
 class NoResponse(Exception):
@@ -188,14 +191,14 @@ class Account:
                 found = self._call(client.list_objects_v2, Prefix=prefix, MaxKeys=20).get("Contents", ())
             except AccessDenied:
                 # Loading needs no right to list: it is no failure yet.
-                key = self._read_any(client, prefix)
-                return Readable(False, key, self._read_as_workers(client, key))
+                key, validators = self._read_any(client, prefix)
+                return Readable(False, key, self._read_as_workers(client, key), validators)
             if not found:
                 return Readable(True, None)
             # The first object with content, if there is one: no byte of an empty object can be read.
             key = max(found, key=lambda entry: bool(entry.get("Size")))["Key"]
-            self._read_byte(client, key)
-            return Readable(True, key, self._read_as_workers(client, key))
+            validators = self._read_byte(client, key)
+            return Readable(True, key, self._read_as_workers(client, key), validators)
 
     def clean(self, text: str) -> str:
         """Return ``text`` in one line and without secrets: user names and passwords of URLs, and credentials."""
@@ -233,18 +236,22 @@ class Account:
         self._secrets = tuple(secret for secret in secrets if len(secret) >= _MIN_SECRET_LENGTH)
         return key, token
 
-    def _read_any(self, client: Any, prefix: str) -> str:
+    def _read_any(self, client: Any, prefix: str) -> tuple[str, Validators | None]:
         """Read a byte without listing: of a checkpoint's ``.metadata``, or else of the object with this very key."""
         folder = prefix.rstrip("/")
         with contextlib.suppress(AccessDenied):
-            self._read_byte(client, f"{folder}/.metadata" if folder else ".metadata")
-            return f"{folder}/.metadata".lstrip("/")
-        self._read_byte(client, prefix or ".metadata")
-        return prefix
+            validators = self._read_byte(client, f"{folder}/.metadata" if folder else ".metadata")
+            return f"{folder}/.metadata".lstrip("/"), validators
+        return prefix, self._read_byte(client, prefix or ".metadata")
 
-    def _read_byte(self, client: Any, key: str) -> None:
-        with contextlib.suppress(PlanError):  # the object is empty, which shows that it may be read
-            self._call(client.get_object, Key=key, Range="bytes=0-0")["Body"].close()
+    def _read_byte(self, client: Any, key: str) -> Validators | None:
+        """Read a byte; returns what the service says of the version, None if the object is empty."""
+        try:
+            response = self._call(client.get_object, Key=key, Range="bytes=0-0")
+        except PlanError:  # the object is empty, which shows that it may be read
+            return None
+        response["Body"].close()
+        return validators_of(response["ResponseMetadata"]["HTTPHeaders"])
 
     def _read_as_workers(self, client: Any, key: str) -> dict[str, str]:
         """Try the requests that the workers make, without boto3, in each of the ways in which they may be signed."""

@@ -153,15 +153,17 @@ class HttpSource:
             length: Size that a HEAD has stated of an object with a Content-Encoding. It is that of the stored bytes, or
                 that of what the server makes of them for each answer: the range is always one of stored bytes.
         """
+        encoding = headers.get("Content-Encoding", "")
         if status == 200:
-            # All of an object of one byte, or of an empty one, which has no first byte; else it knows no ranges.
+            # All of the object: it has one byte, or none, or the server knows no ranges. Then it can be read if it is
+            # small enough to be asked for at once. If it has an encoding, nothing shows whether it is stored so.
             total = headers.get("Content-Length", "")
-            is_right = total in ("0", "1")
+            is_right = total in ("0", "1") or (_is_number(total) and not is_compressed(encoding))
         else:
             # 416 is the response for an empty object, too.
             total = headers.get("Content-Range", "").rpartition("/")[2] or (length or "" if status == 416 else "")
             is_right = status in (206, 416)
-        if is_compressed(headers.get("Content-Encoding", "")) and (not is_right or length not in (total, None)):
+        if is_compressed(encoding) and (not is_right or length not in (total, None)):
             raise self._error(TransportError, "the server compresses it; ranges of that can't be read")
         if not is_right:
             raise self._refusal(status)
@@ -222,12 +224,10 @@ class HttpSource:
 
     def _version(self, size: str, headers: Mapping[str, str]) -> ObjectVersion:
         encoding = headers.get("Content-Encoding", "")
-        return ObjectVersion.of(self._size(size, headers), validators_of(headers), encoding)
+        return ObjectVersion.of(self._size(size), validators_of(headers), encoding)
 
-    def _size(self, text: str, headers: Mapping[str, str]) -> int:
-        """Return the size that ``text``, a header's value, states; raises if the object can't be read by ranges."""
-        if headers.get("Accept-Ranges") == "none":
-            raise self._error(TransportError, "the server serves no ranges of it")
+    def _size(self, text: str) -> int:
+        """Return the size that ``text``, a header's value, states."""
         if not _is_number(text):
             raise self._error(TransportError, "the server does not tell its size")
         return int(text)

@@ -24,6 +24,7 @@ from mpreader.s3.account import Account, Identity, NoResponse, Readable, Service
 from mpreader.s3.credentials import SOURCES
 from mpreader.sources.network import proxy_for
 from mpreader.tools.doctor.finding import Finding
+from mpreader.tools.doctor.version import version_findings
 
 __all__ = ["examine_access"]
 
@@ -84,6 +85,8 @@ def examine_access(source: str | None, config: S3ClientConfig, limit_s: float = 
     # Where the bucket was not asked for, a finding above says why; a second one would only repeat it.
     if readable is not None and not isinstance(_failure(readable), _NotAskedError):
         yield _bucket(account, f"s3://{bucket}/{prefix}", readable, config)
+        if _failure(readable) is None:
+            yield from version_findings(readable.result().validators)
 
 
 class _NotAskedError(Exception):

@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from mpreader import AccessDenied, ObjectMissing, S3Client, TransportError
+from mpreader import AccessDenied, ObjectMissing, PoolConfig, RangeFetcher, S3Client, TransportError
 from mpreader.pool.worker.route import Route
 from mpreader.pool.worker.version import ObjectVersion
 from mpreader.sources.http import HttpSource
@@ -182,6 +182,20 @@ def test_source_of_a_byte_may_be_answered_with_all_of_it(start: Start, size: int
     assert HttpSource(_url(start(answer), "/key")).open() == ObjectVersion(size, '"tag"')
 
 
+@pytest.mark.parametrize("refuses_head", [False, True])
+def test_server_without_ranges_serves_whatever_is_asked_for_at_once(start: Start, refuses_head: bool) -> None:
+    def answer(request: BaseHTTPRequestHandler) -> Answer:
+        is_refused = refuses_head and request.command == "HEAD"
+        return (405, {}, b"") if is_refused else (200, {"Accept-Ranges": "none", "ETag": '"1"'}, DATA)
+
+    url = _url(start(answer), "/key")
+    with RangeFetcher(pool_config=PoolConfig(1, 1)) as fetcher:
+        assert fetcher.fetch_object(url) == DATA
+        assert fetcher.fetch(url, [(0, 10), (20, None)])[1] == DATA[20:]
+        with pytest.raises(TransportError, match="whole object in place of a range"):
+            fetcher.fetch(url, [(0, 10)])
+
+
 GZIP = {"Content-Encoding": "gzip"}
 
 
@@ -265,7 +279,6 @@ def test_source_follows_redirects_anew_for_every_further_route(start: Start) -> 
         ((401, {}, b""), AccessDenied, "user:password@"),
         ((403, {}, b""), AccessDenied, "HTTP 403"),
         ((200, {"Content-Encoding": "gzip"}, DATA), TransportError, "compresses"),
-        ((200, {"Accept-Ranges": "none"}, DATA), TransportError, "no ranges"),
         ((200, {"Content-Length": "", "Connection": "close"}, DATA), TransportError, "only the whole"),
         ((302, {"Location": "/again"}, b""), TransportError, "more than 10 redirects"),
         ((302, {"Location": "file:///etc/passwd"}, b""), TransportError, "not an http"),

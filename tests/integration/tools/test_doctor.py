@@ -20,7 +20,7 @@ import pytest
 
 from mpreader import ConfigError, S3Client, S3ClientConfig
 from mpreader.config import MiB
-from mpreader.testing import FaultServer, S3Server
+from mpreader.testing import Fault, FaultKind, FaultServer, S3Server
 from mpreader.testing.s3_server import aws_environment as environment_of
 from mpreader.tools.doctor.access import examine_access
 from mpreader.tools.doctor.examine import examine
@@ -151,6 +151,30 @@ def of_service(source: str | None = None, limit_s: float = 5.0, **config: Any) -
     told = repr(findings)
     assert not any(secret in told for secret in (*SECRETS.values(), "sesame"))
     return {finding.name: finding for finding in findings}
+
+
+@pytest.mark.parametrize(
+    ("headers", "is_told"),
+    [
+        ({}, True),
+        ({"ETag": ""}, True),
+        ({"ETag": 'W/"1"', "Last-Modified": ""}, True),
+        ({"ETag": "", "Last-Modified": "", "x-amz-version-id": "1"}, True),
+        ({"ETag": "", "Last-Modified": ""}, False),
+    ],
+)
+def test_a_service_that_tells_no_versions_apart_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, headers: dict[str, str], is_told: bool
+) -> None:
+    # It can't be listed, so that the object with the name of the prefix is read.
+    with FaultServer({}, [Fault(FaultKind.STATUS, path="/bucket", status=403)]) as server:
+        server.put("/bucket/run/.metadata", b"x", headers)
+        for name, value in server.environment().items():
+            monkeypatch.setenv(name, value)
+        findings = of_service("s3://bucket/run")
+    assert ("object versions" not in findings) is is_told
+    if not is_told:
+        check(findings["object versions"], "warn", "told apart", "under a name of its own")
 
 
 def test_a_bucket_that_can_be_read_has_nothing_wrong(bucket: str, s3_server: S3Server) -> None:
