@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import posix
 import resource
 import secrets
 from typing import Final
@@ -53,7 +54,7 @@ def open_shared_memory(size: int) -> int:
         os.fchmod(fd, 0o600)  # for its owner alone, who could open it by /proc
         os.ftruncate(fd, size)
     except BaseException:
-        os.close(fd)
+        posix.close(fd)
         raise
     return fd
 
@@ -91,7 +92,7 @@ def fill(fd: int, size: int) -> None:
 def has_memfd() -> bool:
     """True if shared memory is made by ``memfd_create``: then ``/dev/shm`` is not needed, and does not bound it."""
     try:
-        os.close(_open_memfd())
+        posix.close(_open_memfd())
     except OSError as error:
         return error.errno not in REFUSED
     return True

@@ -12,6 +12,8 @@ import threading
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
+from mpreader.pool.blocking import make_queue
+
 __all__ = ["BackgroundThreads"]
 
 Result = TypeVar("Result")
@@ -39,7 +41,7 @@ class BackgroundThreads:
     def __init__(self, name: str, max_threads: int = _MAX_THREADS) -> None:
         self._name = name
         self._max_threads = max_threads
-        self._calls: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[Callable[[], object] | None] = make_queue()
         self._threads = 0
         self._unfinished = 0  # calls that were submitted and are not over
         self._lock = threading.Lock()  # guards _unfinished, which the background threads count down

@@ -16,6 +16,7 @@ from typing import Final
 
 from mpreader.errors import ObjectChanged, PoolClosed, PoolTimeout
 from mpreader.pool.background import BackgroundThreads
+from mpreader.pool.blocking import make_queue
 from mpreader.pool.source import ObjectVersion, Refusal, Reroutable, Source
 from mpreader.pool.worker.route import Route
 from mpreader.pool.worker.version import find_change
@@ -128,7 +129,7 @@ def _outcomes(
     sources: Sequence[Source], deadline: float, is_closed: Callable[[], bool]
 ) -> Generator[tuple[int, ObjectVersion | Exception], None, None]:
     """Yield the index of each source with its version or the error, in the order of arrival."""
-    outcomes: _Outcomes = queue.SimpleQueue()
+    outcomes: _Outcomes = make_queue()
     threads = BackgroundThreads("mpreader-stat")
     # The threads are closed in every case: after the last outcome, after the first error (the caller then closes this
     # generator) and after the deadline. HEADs that have not begun are dropped, and nobody waits for one that hangs.

@@ -15,6 +15,7 @@ import errno
 import logging
 import mmap
 import os
+import posix
 import resource
 from typing import Final
 
@@ -66,13 +67,13 @@ class Segment:
                 fill(self.fd, size)  # all of it, since it can't be reserved piece by piece
             self.map = mmap.mmap(self.fd, size)
         except BaseException:
-            os.close(self.fd)
+            posix.close(self.fd)
             raise
 
     def close(self) -> None:
         """Give back the descriptor; the memory goes when the last view goes."""
         if self.fd >= 0:
-            os.close(self.fd)
+            posix.close(self.fd)
             self.fd = -1
 
 

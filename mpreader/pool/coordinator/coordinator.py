@@ -30,6 +30,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple, Protocol
 
 from mpreader.errors import MpreaderError, PoolClosed, PoolError
+from mpreader.pool.blocking import make_selector
 from mpreader.pool.coordinator.arena import Arena
 from mpreader.pool.coordinator.concurrency import ConcurrencyLimiter, is_host_busy
 from mpreader.pool.coordinator.memory import SlotMemory
@@ -52,7 +53,6 @@ from mpreader.pool.requests import (
 from mpreader.pool.sizing import PoolSizes
 from mpreader.pool.stats import PoolStats
 from mpreader.pool.worker.messages import Cancel, Failed, Fetch, Fetched, MapSegment, UnmapSegment
-from mpreader.shared_memory import REFUSED
 
 __all__ = ["Coordinator", "Mailbox", "Timeouts"]
 
@@ -121,7 +121,7 @@ class Coordinator:
         self._is_waiting = False  # set before the inbox is looked into, so that no message is overlooked
         self._busy_until = self._next_watch = time.monotonic()
         try:
-            self._selector = _make_selector()
+            self._selector = make_selector()
             self._wakeup = Wakeup()
         except OSError as error:
             raise PoolError(f"can't start: {error}; if it is a limit (ulimit -n), raise it") from error
@@ -411,15 +411,6 @@ class Coordinator:
     def _cancel_unwanted(self) -> None:
         for part in self._scheduler.take_cancelled():
             self.workers.send_to_holder(part, Cancel(part))
-
-
-def _make_selector() -> selectors.BaseSelector:
-    try:
-        return selectors.DefaultSelector()
-    except OSError as error:
-        if error.errno not in REFUSED:
-            raise
-    return selectors.PollSelector()
 
 
 def _server_and_size(part: PartState) -> tuple[str, int, int]:

@@ -6,18 +6,21 @@ threads of the parent could leave locks held for ever.
 
 from __future__ import annotations
 
+import _socket
 import contextlib
 import os
 import pickle
+import posix
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 from mpreader.errors import PoolError
+from mpreader.pool.blocking import popen_class
 from mpreader.pool.coordinator.interpreter import MARK, Interpreter, InterpreterChoice, require_no_worker
 from mpreader.pool.worker.messages import MAX_MESSAGE_BYTES
 from mpreader.shared_memory import REFUSED
@@ -77,14 +80,14 @@ class WorkerProcess:
     def _start(self, arguments: tuple[float, ...]) -> None:
         with contextlib.ExitStack() as undo:
             with _naming("socketpair"):
-                sock, worker_sock = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                sock, worker_sock = _socketpair()
             undo.callback(worker_sock.close)
             on_failure = undo.enter_context(contextlib.ExitStack())
             on_failure.callback(sock.close)
             # The writing end never blocks: a worker that prints more than fits goes on.
             stderr, worker_stderr = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-            undo.callback(os.close, worker_stderr)
-            on_failure.callback(os.close, stderr)
+            undo.callback(posix.close, worker_stderr)
+            on_failure.callback(posix.close, stderr)
             self._process = self._spawn((worker_sock.fileno(), *arguments), worker_stderr)
             on_failure.callback(self._process.wait)
             on_failure.callback(self._process.kill)
@@ -187,7 +190,7 @@ class WorkerProcess:
         self.sock.close()
         for fd in (self.pidfd, self._stderr):
             with contextlib.suppress(OSError):
-                os.close(fd)
+                posix.close(fd)
 
     def stderr(self) -> str:
         """The end of what the worker printed (of its first 64 KiB); call it once, before ``reap``."""
@@ -198,8 +201,13 @@ class WorkerProcess:
         return printed[-_MAX_STDERR_BYTES:].decode("utf-8", "replace").strip()
 
 
+def _socketpair() -> tuple[socket.socket, socket.socket]:
+    # Not socket.socketpair(): see mpreader.pool.blocking. The objects lack the parts of socket.socket in Python only.
+    return cast("tuple[socket.socket, socket.socket]", _socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+
+
 def _popen(command: list[str], fds: list[int], stderr: int, *, start_new_session: bool) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(  # noqa: S603  # our own interpreter and code
+    return popen_class()(
         command,
         pass_fds=fds,
         stdin=subprocess.DEVNULL,
@@ -221,7 +229,7 @@ def _pipe_with_start(undo: contextlib.ExitStack, arguments: tuple[float, ...]) -
     from mpreader.pool.worker.frozen import pickled_start
 
     pipe, writable = os.pipe2(os.O_CLOEXEC)
-    undo.callback(os.close, pipe)
+    undo.callback(posix.close, pipe)
     with open(writable, "wb") as file:
         file.write(pickled_start(arguments))  # far less than fits into a pipe
     return pipe

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import posix
 import threading
 
 __all__ = ["Wakeup"]
@@ -47,8 +48,8 @@ class Wakeup:
         """Give back the descriptors. Idempotent."""
         with self._lock:
             if self.fd >= 0:
-                os.close(self.fd)
-                os.close(self._writable_fd)
+                posix.close(self.fd)
+                posix.close(self._writable_fd)
                 self.fd = -1
 
     def abandon(self) -> None:
