@@ -308,6 +308,8 @@ class RangeFileSystem(NamedFileSystem):
             # As fsspec does: what a pattern or a bound of the depth leaves of a folder is not made as a folder.
             if isinstance(remote, str) and (not recursive or maxdepth is not None):
                 paths = [path for path in paths if not self.isdir(path)]
+                if not paths:
+                    return []
         return [*map(Copy, paths, local_paths(remote, paths, local))]
 
     def _get_one(self, copy: Copy, callback: Any) -> None:

@@ -42,10 +42,11 @@ def make_fs(aws_environment: None) -> Iterator[MakeFileSystem]:
 
 
 @pytest.fixture
-def fill(bucket: str) -> Fill:
-    def fill(objects: Mapping[str, bytes]) -> None:
-        with contextlib.closing(boto3.client("s3")) as client:
+def fill(bucket: str) -> Iterator[Fill]:
+    with contextlib.closing(boto3.client("s3")) as client:
+
+        def fill(objects: Mapping[str, bytes]) -> None:
             for key, content in objects.items():
                 client.put_object(Bucket=bucket, Key=key, Body=content)
 
-    return fill
+        yield fill
