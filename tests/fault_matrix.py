@@ -26,6 +26,8 @@ ROWS = (
     "403, 404, wrong region",
     "object overwritten between GETs",
     "ETag missing or different in a 206",
+    "weak ETags, or If-Match refused, though nothing was overwritten",
+    "Content-Encoding: stored with the object, or made on the way",
     "bit flipped in a tensor's bytes",
     "worker killed, or out of memory",
     "worker stopped (stuck)",

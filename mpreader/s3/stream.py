@@ -179,7 +179,7 @@ class PinnedObject:
         headers: dict[str, str] = metadata["HTTPHeaders"]
         said = PartialContent(
             metadata["HTTPStatusCode"],
-            response.get("ContentRange", ""),
+            response.get("ContentRange") or "",
             response.get("ContentLength"),
             validators_of(headers),
             headers.get("content-encoding", ""),

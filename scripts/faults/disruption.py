@@ -82,7 +82,7 @@ class Disruption:
     def _overwrite(self, versions: Versions, content: bytes) -> None:
         # Listed before it is served: else a read of the new bytes could be judged wrong, being of no known version.
         versions.contents.append(content)
-        self._server.put(versions.path, content)
+        self._server.put(versions.path, content, versions.headers(content))
 
     def _signal_worker(self, signum: int, number: int) -> None:
         pids = _worker_pids()

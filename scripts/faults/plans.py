@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import secrets
 import tempfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,12 +56,25 @@ class Versions:
         path: Path of the object on the server.
         size: Size of each version.
         contents: Bytes of each version.
+        validators: Headers by which the server tells the versions apart: its usual ones, a weak ETag, no more than
+            Last-Modified, or no more than a number of its own.
     """
 
     def __init__(self, rng: random.Random) -> None:
         self.path = f"/storm/{secrets.token_hex(8)}"
         self.size = rng.choice((1, rng.randrange(1, 64 * KiB), rng.randrange(1, MiB)))
         self.contents = [rng.randbytes(self.size)]
+        self.validators = rng.choice(("usual", "weak ETag", "Last-Modified", "number"))
+
+    def headers(self, content: bytes) -> dict[str, str]:
+        """Headers of a version, for :meth:`mpreader.testing.FaultServer.put`."""
+        number = f"{zlib.crc32(content):08x}"
+        return {
+            "usual": {},
+            "weak ETag": {"ETag": f'W/"{number}"', "Last-Modified": ""},
+            "Last-Modified": {"ETag": ""},
+            "number": {"ETag": "", "Last-Modified": "", "X-Goog-Generation": number},
+        }[self.validators]
 
     def require(self, pieces: Sequence[tuple[int, int, bytes]]) -> None:
         """Check that pieces ``(start, end, bytes)`` are all right, and of one and the same version.

@@ -38,6 +38,11 @@ SCHEDULES_PER_POOL: Final = 8
 _LASTING_KINDS: Final = (
     FaultKind.OTHER_ETAG,
     FaultKind.NO_ETAG,
+    FaultKind.WEAK_ETAG,
+    FaultKind.OTHER_MODIFIED,
+    FaultKind.NO_VALIDATORS,
+    FaultKind.NO_IF_MATCH,
+    FaultKind.COMPRESSED,
     FaultKind.TRICKLE,
     FaultKind.WRONG_TOTAL,
     FaultKind.STATUS,
@@ -142,7 +147,7 @@ def _run_schedule(setup: Setup, rng: random.Random) -> Outcome:
     plan = choose_plan(setup, rng)
     setup.server.inject(*_choose_faults(setup, rng, is_transient=is_transient))
     for versions in plan.objects:
-        setup.server.put(versions.path, versions.contents[0])
+        setup.server.put(versions.path, versions.contents[0], versions.headers(versions.contents[0]))
     # Kills and overwritten objects may end a read in an error, so schedules whose faults all pass have none.
     disruption = Disruption(setup.server, None if is_transient else rng, plan.objects)
     requests_before = len(setup.server.requests)

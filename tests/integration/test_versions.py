@@ -326,7 +326,7 @@ RARELY_STAYED: Mapping[str, tuple[Fault, ...]] = {
 
 @pytest.mark.parametrize(("scheme", "read"), CELLS)
 @pytest.mark.parametrize("faults", STAYED.values(), ids=STAYED)
-@pytest.mark.row("ETag missing or different in a 206")
+@pytest.mark.row("weak ETags, or If-Match refused, though nothing was overwritten")
 def test_object_that_stayed_is_read(
     server: FaultServer, tmp_path: Path, faults: tuple[Fault, ...], scheme: str, read: Read
 ) -> None:
@@ -338,7 +338,7 @@ def test_object_that_stayed_is_read(
 
 @pytest.mark.parametrize(("scheme", "read"), [*FEW_CELLS, pytest.param("s3", WAYS["range_based"], id="s3 range_based")])
 @pytest.mark.parametrize("faults", RARELY_STAYED.values(), ids=RARELY_STAYED)
-@pytest.mark.row("ETag missing or different in a 206")
+@pytest.mark.row("weak ETags, or If-Match refused, though nothing was overwritten")
 def test_object_that_stayed_is_read_whatever_the_server_makes_of_conditions(
     server: FaultServer, tmp_path: Path, faults: tuple[Fault, ...], scheme: str, read: Read
 ) -> None:
@@ -369,6 +369,7 @@ def test_object_of_a_server_that_tells_nothing_is_read(
 
 
 @pytest.mark.parametrize(("scheme", "read"), CELLS)
+@pytest.mark.row("Content-Encoding: stored with the object, or made on the way")
 def test_stored_encoding_is_the_objects_own_affair(
     server: FaultServer, tmp_path: Path, scheme: str, read: Read
 ) -> None:
@@ -377,6 +378,7 @@ def test_stored_encoding_is_the_objects_own_affair(
 
 
 @pytest.mark.parametrize("scheme", ["s3", "http"])
+@pytest.mark.row("Content-Encoding: stored with the object, or made on the way")
 def test_word_of_any_encoding_may_be_stored(server: FaultServer, scheme: str) -> None:
     with RangeFetcher(CLIENT, POOL) as fetcher:
         for encoding in ("zstd", "br", "deflate", "aws-chunked", "aws-chunked,gzip", "utf-8", "identity", "x-own"):
@@ -385,6 +387,7 @@ def test_word_of_any_encoding_may_be_stored(server: FaultServer, scheme: str) ->
 
 
 @pytest.mark.parametrize(("scheme", "read"), CELLS)
+@pytest.mark.row("Content-Encoding: stored with the object, or made on the way")
 def test_body_that_is_compressed_on_the_way_is_refused(
     server: FaultServer, tmp_path: Path, scheme: str, read: Read
 ) -> None:
