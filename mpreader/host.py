@@ -81,22 +81,33 @@ class Host:
             is made by ``memfd_create``, or if the kernel does not tell.
         sharers: Number of processes that load at the same time on this host, this one included; see
             :mod:`mpreader.ranks`. The other attributes are not divided by it.
+        cores_of_all: Cores that the ranks may run on together: more than ``cores`` where the launcher has bound each
+            rank to cores of its own, which are not to be divided once more. 0: the same as ``cores``.
     """
 
     cores: int
     free_memory: int
     free_shm: int | None
     sharers: int = 1
+    cores_of_all: int = 0
+
+    @property
+    def own_cores(self) -> int:
+        """This process's share of the cores, at least 1."""
+        return max(1, min(self.cores, max(self.cores, self.cores_of_all) // self.sharers))
 
     @classmethod
     def now(cls) -> Host:
         """Measure the host as it is now; never fails."""
-        quota, cores = Cgroup.of(Path("/")).cores, usable_cores()
+        quota, cores, ranks = Cgroup.of(Path("/")).cores, usable_cores(), local_ranks().number
+        most = cores if quota is None else max(1, math.ceil(quota))
+        together = max(cores, _cores_of_launcher()) if ranks > 1 else cores
         return cls(
-            cores=cores if quota is None else min(cores, max(1, math.ceil(quota))),
+            cores=min(cores, most),
             free_memory=available_memory() or _UNTOLD_MEMORY_BYTES,
             free_shm=None if has_memfd() else free_shm(),
-            sharers=local_ranks().number,
+            sharers=ranks,
+            cores_of_all=together if quota is None else min(together, most),
         )
 
 
@@ -106,6 +117,14 @@ def usable_cores() -> int:
         return len(os.sched_getaffinity(0))
     except OSError:  # a filter refuses the call
         return os.cpu_count() or 1
+
+
+def _cores_of_launcher() -> int:
+    """Number of cores that the process which has started this one may run on; 0 if that is not told."""
+    try:
+        return len(os.sched_getaffinity(os.getppid()))
+    except OSError:
+        return 0
 
 
 def available_memory() -> int | None:

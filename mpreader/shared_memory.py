@@ -19,7 +19,7 @@ import resource
 import secrets
 from typing import Final
 
-__all__ = ["REFUSED", "fill", "free_shm", "has_memfd", "open_shared_memory", "reserve"]
+__all__ = ["REFUSED", "fill", "free_shm", "has_memfd", "largest_file_bytes", "open_shared_memory", "reserve"]
 
 # Of a system call that this kernel does not have, or that a filter (seccomp, gVisor) or a security module refuses.
 REFUSED: Final = frozenset({errno.ENOSYS, errno.EPERM, errno.EACCES})
@@ -41,8 +41,8 @@ def open_shared_memory(size: int) -> int:
         OSError: There is none to be had; ``errno`` says why. EFBIG: the limit of file sizes (``ulimit -f``).
     """
     # Beyond that limit the kernel sends SIGXFSZ, too, which ends a program whose interpreter does not ignore it.
-    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if limit != resource.RLIM_INFINITY and size > limit:
+    limit = largest_file_bytes()
+    if limit is not None and size > limit:
         raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
     try:
         fd = _open_memfd()
@@ -87,6 +87,15 @@ def fill(fd: int, size: int) -> None:
     done = 0
     while done < size:
         done += os.pwrite(fd, zeros[: size - done], done)  # on a full file system an error, never a SIGBUS
+
+
+def largest_file_bytes() -> int | None:
+    """Return the limit of file sizes (``ulimit -f``), which shared memory obeys, too; None if there is none."""
+    try:
+        limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    except (OSError, ValueError):  # a filter refuses the call
+        return None
+    return None if limit == resource.RLIM_INFINITY else limit
 
 
 def has_memfd() -> bool:

@@ -59,7 +59,7 @@ def size_pool(config: PoolConfig, s3client_config: S3ClientConfig, host: Host) -
         ConfigError: The host has too little memory for any pool.
     """
     max_bytes = config.value("max_memory") or _spare_bytes(host)
-    workers = config.value("workers") or max(1, min(MAX_WORKERS, host.cores // host.sharers))
+    workers = config.value("workers") or min(MAX_WORKERS, host.own_cores)
     connections = config.value("connections_per_worker") or _connections(workers, s3client_config)
     part_bytes = _part_bytes(config.value("part_size") or s3client_config.part_size, max_bytes)
     block_bytes = math.ceil(part_bytes / GRAIN_BYTES) * GRAIN_BYTES

@@ -18,6 +18,7 @@ import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from mpreader.pool.coordinator.interpreter import find_interpreter
 from mpreader.testing.certificate import LoopbackCertificate
 from mpreader.testing.request_log import LOG_PATH, S3Request
 
@@ -127,7 +128,7 @@ class S3Server:
         Raises:
             RuntimeError: It ended instead; its error output says why.
         """
-        command = [sys.executable, "-m", __name__, "--port", "0"]
+        command = [find_interpreter(), "-m", __name__, "--port", "0"]
         if self._certificate is not None:
             command += ["--certificate", str(self._certificate.server_file)]
         process = subprocess.Popen(  # noqa: S603  # this module, run by this interpreter

@@ -16,13 +16,12 @@ import logging
 import mmap
 import os
 import posix
-import resource
 from typing import Final
 
 from mpreader.errors import ArenaClosed, ArenaError
 from mpreader.host import available_memory
 from mpreader.pool.sizing import GRAIN_BYTES
-from mpreader.shared_memory import REFUSED, fill, free_shm, has_memfd, open_shared_memory, reserve
+from mpreader.shared_memory import REFUSED, fill, free_shm, has_memfd, largest_file_bytes, open_shared_memory, reserve
 
 __all__ = ["Arena", "Segment", "Slot"]
 
@@ -251,7 +250,7 @@ class Arena:
     def _add_shared_segment(self, least: int, *, beyond_limit: bool) -> bool:
         # Larger ones as the arena grows: each costs a descriptor, of which a process has perhaps 1024.
         wanted = max(self._segment_bytes, min(self.reserved_bytes // 8, _MAX_SEGMENT_BYTES))
-        wanted = min(wanted, _largest_file_bytes())
+        wanted = min(wanted, largest_file_bytes() or wanted)
         room = self.max_bytes - self.reserved_bytes
         # Whole blocks where there is room for one: the rest of a segment would be of little use.
         grain = self._block_bytes if room >= self._block_bytes else GRAIN_BYTES
@@ -312,7 +311,7 @@ def _advice(error: OSError) -> str:
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return "; raise the limit of open files (ulimit -n)"
     if error.errno == errno.EFBIG:
-        limit = _largest_file_bytes()
+        limit = largest_file_bytes()
         return f": the limit of file sizes (ulimit -f) is {limit} bytes; raise it (ulimit -f unlimited)"
     free = _free_bytes()
     shrink = "lower PoolConfig.max_memory (MPREADER_MAX_MEMORY)"
@@ -335,12 +334,6 @@ def _free_bytes() -> int:
     if not has_memfd() and (shm := free_shm()) is not None:
         known.append(shm)
     return min(known, default=1 << 60)
-
-
-def _largest_file_bytes() -> int:
-    """Limit of file sizes, which shared memory obeys, too."""
-    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
-    return 1 << 60 if limit == resource.RLIM_INFINITY else limit
 
 
 def _round_up(nbytes: int, grain: int) -> int:

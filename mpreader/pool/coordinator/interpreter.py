@@ -27,14 +27,16 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from multiprocessing import spawn
+from pathlib import Path
 from typing import Final, NamedTuple
 
 from mpreader.errors import PoolError, WorkerCrashed
 from mpreader.pool.worker.messages import Ready, python_name
 
-__all__ = ["MARK", "Interpreter", "InterpreterChoice", "require_no_worker"]
+__all__ = ["MARK", "ROOT", "Interpreter", "InterpreterChoice", "find_interpreter", "require_no_worker"]
 
 MARK: Final = "MPREADER_WORKER_OF"
+ROOT: Final = str(Path(__file__).resolve().parents[3])  # what mpreader is imported from
 
 # python3.11, python3.13t, python3.11-dbg, pypy3.10
 _NAME: Final = re.compile(r"(python|pypy)[0-9.]*[a-z]{0,3}(-[a-z0-9]+)?")
@@ -136,6 +138,18 @@ _proved: set[Interpreter] = set()
 _refused_programs: dict[Interpreter, tuple[str, int | None]] = {}
 
 
+def find_interpreter() -> str:
+    """Return the path of this process's interpreter, for modules of mpreader that run in a process of their own.
+
+    Raises:
+        PoolError: There is none: the program is frozen.
+    """
+    found = InterpreterChoice().current
+    if found.is_program:
+        raise PoolError("this needs a Python interpreter, and a frozen program (PyInstaller, cx_Freeze, …) has none")
+    return found.path
+
+
 def require_no_worker() -> None:
     """Refuse to start workers in a process that was itself started to be a worker.
 
@@ -154,6 +168,9 @@ def _candidates() -> Iterator[Interpreter]:
     chosen, usual = _text(spawn.get_executable()), _text(sys.executable)
     if _is_frozen():
         yield Interpreter(usual if _is_executable(usual) else "/proc/self/exe", is_program=True)
+        return
+    if _is_compiled() and not _has_code():
+        yield Interpreter("/proc/self/exe", is_program=True)
         return
     if chosen and chosen != usual:
         yield Interpreter(chosen, is_certain=_runs_this_process(chosen))
@@ -195,6 +212,11 @@ def _is_frozen() -> bool:
 def _is_compiled() -> bool:
     """True in a program compiled by Nuitka, where ``sys.executable`` may be an interpreter, or no file at all."""
     return hasattr(sys.modules.get("__main__"), "__compiled__") or "__compiled__" in globals()
+
+
+def _has_code() -> bool:
+    """True if an interpreter that is given :data:`ROOT` finds a worker's code: in a folder, or in an archive."""
+    return os.path.isfile(ROOT) or os.path.isdir(os.path.join(ROOT, "mpreader", "pool", "worker"))
 
 
 def _runs_this_process(path: str) -> bool:

@@ -16,12 +16,11 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Final, cast
 
 from mpreader.errors import PoolError
 from mpreader.pool.blocking import popen_class
-from mpreader.pool.coordinator.interpreter import MARK, Interpreter, InterpreterChoice, require_no_worker
+from mpreader.pool.coordinator.interpreter import MARK, ROOT, Interpreter, InterpreterChoice, require_no_worker
 from mpreader.pool.worker.messages import MAX_MESSAGE_BYTES
 from mpreader.shared_memory import REFUSED
 
@@ -104,8 +103,7 @@ class WorkerProcess:
                 fds.append(_pipe_with_start(undo, arguments))
                 command = [self._interpreter.path, *_frozen_arguments(fds[1])]
             else:
-                root = str(Path(__file__).resolve().parents[3])
-                code = _START.format(root=root, arguments=", ".join(map(repr, arguments)))
+                code = _START.format(root=ROOT, arguments=", ".join(map(repr, arguments)))
                 command = [self._interpreter.path, "-s", "-S", "-c", code]
             try:
                 return _popen(command, fds, stderr, start_new_session=True)

@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterable
 from typing import Final, NamedTuple
 
-from mpreader.errors import WorkerCrashed
+from mpreader.errors import PoolError, WorkerCrashed
 from mpreader.pool.coordinator.arena import Segment
 from mpreader.pool.coordinator.interpreter import InterpreterChoice
 from mpreader.pool.coordinator.process import WorkerProcess
@@ -262,13 +262,21 @@ class WorkerSupervisor:
 
     def _start_worker(self, number: int) -> None:
         limits = self._limits
-        process = WorkerProcess(
-            number,
-            limits.connections_per_worker,
-            limits.connect_timeout_s,
-            limits.stall_timeout_s,
-            self._interpreters.current,
-        )
+        while True:
+            try:
+                process = WorkerProcess(
+                    number,
+                    limits.connections_per_worker,
+                    limits.connect_timeout_s,
+                    limits.stall_timeout_s,
+                    self._interpreters.current,
+                )
+                break
+            except PoolError as error:
+                # An error that names a file is the executable's: it is none.
+                if self._interpreters.is_proved or getattr(error.__cause__, "filename", None) is None:
+                    raise
+                self._interpreters.refuse(str(error.__cause__), None)
         worker = WorkerHandle(process, time.monotonic())
         self._workers.append(worker)
         self._selector.register(process.sock, selectors.EVENT_READ, (worker, False))

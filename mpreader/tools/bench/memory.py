@@ -46,7 +46,9 @@ class TreeMemory:
         return max((extra for _, extra in self.samples), default=0)
 
     def __enter__(self) -> Self:
-        command = [sys.executable, "-m", "mpreader.tools.bench.memory", str(os.getpid()), *map(str, self._excluded)]
+        from mpreader.pool.coordinator.interpreter import find_interpreter  # the sampler itself does not need it
+
+        command = [find_interpreter(), "-m", "mpreader.tools.bench.memory", str(os.getpid()), *map(str, self._excluded)]
         self._sampler = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # noqa: S603
         # The sampler says "ready" when it has taken the value that all samples are compared with: what the block
         # allocates must come after that.

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from mpreader.host import Cgroup, Host
+from mpreader.shared_memory import largest_file_bytes
 
 __all__ = ["HostFacts"]
 
@@ -56,7 +57,7 @@ class HostFacts:
         with contextlib.suppress(OSError):
             status = os.statvfs("/dev/shm")  # noqa: S108  # only its size is read
             shm_bytes = status.f_blocks * status.f_frsize
-        host, limit = Host.now(), resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+        host = Host.now()
         return cls(
             all_cores=os.cpu_count() or 1,
             memory_bytes=max(host.free_memory, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")),
@@ -67,7 +68,7 @@ class HostFacts:
             files=resource.getrlimit(resource.RLIMIT_NOFILE),
             versions={name: _version(name) for name in _PACKAGES},
             environment=os.environ,
-            file_bytes=None if limit == resource.RLIM_INFINITY else limit,
+            file_bytes=largest_file_bytes(),
         )
 
 

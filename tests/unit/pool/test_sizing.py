@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 
@@ -9,7 +10,7 @@ import pytest
 
 from mpreader.config import MIN_PART_BYTES, KiB, MiB, PoolConfig, S3ClientConfig
 from mpreader.errors import ConfigError
-from mpreader.host import Host
+from mpreader.host import Cgroup, Host
 from mpreader.pool.sizing import size_pool
 
 GiB = 1024 * MiB
@@ -90,3 +91,47 @@ def test_host_is_measured() -> None:
 def test_sizing_one_held_view_does_not_pin_much(max_memory: int) -> None:
     sizes = size_pool(PoolConfig(max_memory=max_memory), S3ClientConfig(), Host(2, GiB, GiB))
     assert sizes.segment_bytes <= max(sizes.block_bytes, max_memory // 8)
+
+
+@pytest.mark.parametrize(
+    ("cores", "together", "sharers", "workers"),
+    [
+        (64, 64, 8, 8),  # torchrun: all ranks may run on all cores
+        (16, 16, 8, 2),
+        (8, 64, 8, 8),  # the launcher has bound each rank to cores of its own
+        (4, 32, 8, 4),
+        (32, 64, 8, 8),  # two groups of four ranks, each bound to a processor
+        (8, 16, 8, 2),
+        (2, 0, 8, 1),
+    ],
+)
+def test_cores_that_a_launcher_gives_to_each_rank_are_not_divided_again(
+    cores: int, together: int, sharers: int, workers: int
+) -> None:
+    host = Host(cores, GiB, None, sharers, together)
+    assert size_pool(PoolConfig(), S3ClientConfig(), host).workers == workers
+
+
+def test_cores_of_the_launcher_are_those_of_the_process_that_started_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    of_process = {0: {0, 1}, os.getppid(): set(range(8))}
+    monkeypatch.setattr(os, "sched_getaffinity", of_process.__getitem__)
+    monkeypatch.setattr("mpreader.host.Cgroup.of", lambda _: Cgroup())
+    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_SIZE", "4")
+    host = Host.now()
+    assert (host.cores, host.sharers, host.cores_of_all, host.own_cores) == (2, 4, 8, 2)
+    monkeypatch.setattr("mpreader.host.Cgroup.of", lambda _: Cgroup(2, 4.0))  # a quota for all of them
+    assert Host.now().own_cores == 1
+
+
+def test_host_that_tells_nothing_is_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> int:
+        raise OSError(errno.ENOSYS, "refused")
+
+    for name in ("sched_getaffinity", "statvfs", "sysconf", "memfd_create"):
+        monkeypatch.setattr(os, name, refused)
+    monkeypatch.setattr("builtins.open", refused)
+    monkeypatch.setattr("pathlib.Path.read_text", refused)
+    monkeypatch.setattr("mpreader.host._own_memory_groups", lambda _: [])
+    host = Host.now()
+    assert (host.cores, host.free_memory, host.free_shm) == (os.cpu_count() or 1, 512 * MiB, None)
+    assert size_pool(PoolConfig(), S3ClientConfig(), host).max_bytes > 0
