@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -241,3 +242,80 @@ def test_user_without_an_entry_and_without_a_home_reads(url: str) -> None:
         pytest.skip("needs root, setpriv and an interpreter that others may read")
     program = READ + "\nimport mpreader.s3.session as s\nlist(s._file_versions())\n"
     check_reads(run(program, url, prefix=nobody, python=python, PYTHONPATH=paths, PYTHONDONTWRITEBYTECODE="1"))
+
+
+# -- every way of reading
+
+EVERY_WAY: Final = """
+import sys, warnings
+import fsspec, torch
+import torch.distributed.checkpoint as dcp
+import mpreader
+from mpreader.dcp import S3StorageReader, S3StorageWriter, load_checkpoint
+
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+url, bucket = sys.argv[1:]
+uri, settings = f"s3://{bucket}/checkpoint", mpreader.PoolConfig(workers=2, max_memory=32 << 20)
+expected = torch.arange(500_000)
+dcp.save({"w": expected}, storage_writer=S3StorageWriter("us-east-1", uri), no_dist=True)
+constructor = mpreader.S3ReaderConstructor.multiprocess(pool_config=settings)
+for options in ({"pool_config": settings}, {"reader_constructor": constructor}):
+    state = {"w": torch.zeros_like(expected)}
+    dcp.load(state, storage_reader=S3StorageReader("us-east-1", uri, **options), no_dist=True)
+    assert torch.equal(state["w"], expected)
+constructor.close()
+assert torch.equal(load_checkpoint(uri)["w"], expected)
+assert fsspec.filesystem("mpreader", pool_config=settings).cat_file(url, 3, 9) == bytes(range(3, 9))
+assert bytes(mpreader.fetch_ranges(url, [(-2, None)])[0]) == bytes([254, 255])
+print("read")
+"""
+
+ALL_CALLS: Final = [
+    "pidfd_open",
+    "pidfd_send_signal",
+    "memfd_create",
+    "setsid",
+    "sched_getaffinity",
+    "statfs",
+    "fallocate",
+]
+
+
+@pytest.fixture(params=["refused calls", "no /proc", "no /dev/shm"])
+def hostile(request: pytest.FixtureRequest) -> list[str]:
+    """Start of a command that runs the rest of it on a host that lacks something."""
+    if request.param == "refused calls":
+        return refusing([*ALL_CALLS, "eventfd2"], errno.EPERM)
+    return in_mounts(NO_PROC if request.param == "no /proc" else EMPTY_DEV)
+
+
+def test_every_way_of_reading_works_on_a_host_that_lacks_something(url: str, bucket: str, hostile: list[str]) -> None:
+    done = run(EVERY_WAY, url, bucket, prefix=hostile)
+    assert (done.returncode, done.stdout) == (0, "read\n"), done.stderr
+
+
+def test_commands_work_on_a_host_that_lacks_something(
+    url: str, bucket: str, hostile: list[str], tmp_path: Path
+) -> None:
+    def command(*arguments: str) -> str:
+        program = "import sys; from mpreader.cli.main import main; sys.argv[0] = 'mpreader'; main()"
+        done = run(program, *arguments, prefix=hostile)
+        assert "Traceback" not in done.stderr, done.stderr
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    command("fetch", url, "-o", str(tmp_path / "whole"))
+    assert (tmp_path / "whole").read_bytes() == DATA
+    findings = {each["name"]: each for each in json.loads(command("doctor", "--json", f"s3://{bucket}"))["findings"]}
+    assert findings["pool"]["status"] == findings["shared memory"]["status"] == "ok"
+
+
+OLD_PYTHON: Final = """
+import os, signal
+for module, name in ((os, "pidfd_open"), (signal, "pidfd_send_signal"), (os, "memfd_create"), (os, "eventfd")):
+    delattr(module, name)  # as in an interpreter that was built for an old kernel, conda's among them
+"""
+
+
+def test_interpreter_that_was_built_for_an_old_kernel_reads(url: str) -> None:
+    check_reads(run(OLD_PYTHON + READ, url))
