@@ -18,7 +18,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from mpreader.config import MiB
 from mpreader.errors import MpreaderError, ObjectChanged, PlanError, ShortRead, TransportError
-from mpreader.pool.worker.partial_content import Mismatch, PartialContent, find_mismatch
+from mpreader.pool.worker.partial_content import Mismatch, PartialContent, find_mismatch, is_compressed
 from mpreader.pool.worker.version import Difference, Validators, find_difference, is_strong, merged, validators_of
 from mpreader.s3.objects import HasSize, validators_of_info
 from mpreader.s3.requester import Requester
@@ -60,7 +60,8 @@ class PinnedObject:
         self._bucket = bucket
         self._key = key
         self._info = object_info
-        # What responses have said of the version so far; empty until it is decided.
+        # What responses have said of the version so far; None and empty until it is decided.
+        self._size = None if object_info is None else object_info.size
         self._validators: Validators = () if object_info is None else validators_of_info(object_info)
 
     def __repr__(self) -> str:
@@ -81,12 +82,16 @@ class PinnedObject:
             info = self._client.head_object(self._bucket, self._key)
             found = validators_of_info(info)
             difference = find_difference(self._validators, found)
-            if difference is not None:
+            # Some services tell less with a HEAD than with a GET. The size is all that is taken from one that tells
+            # nothing, and it must be that of the bytes that were read.
+            if difference is not None and (found or info.size != self._size):
                 error = self._other_version(difference)
                 if isinstance(error, _Broken):  # which only a stream knows to repeat
                     raise TransportError(f"{self._uri()}: {error}", bucket=self._bucket, key=self._key, attempts=1)
                 raise error
-            self._validators, self._info = merged(self._validators, found), info
+            if self._size not in (info.size, None):
+                raise self._changed(f"it has {info.size} bytes now, not {self._size}", None)
+            self._validators, self._size, self._info = merged(self._validators, found), info.size, info
         return self._info
 
     def stream(self, start: int | None = None, end: int | None = None) -> Iterator[bytes]:
@@ -118,13 +123,17 @@ class PinnedObject:
         while end is None or position < end:
             reached = position  # to see, after a failure, whether this attempt has brought bytes
             try:
-                body, end = self._open(position, end)
-                with contextlib.closing(body):
+                response, end = self._open(position, end)
+                with contextlib.closing(response["Body"]) as body:
                     yield b""
                     while position < end:
                         chunk = body.read(min(_CHUNK_BYTES, end - position))
                         if not chunk:
                             raise _Broken("the body ended early")
+                        # The end of a body that does not state its length is known only when it comes.
+                        is_last = position + len(chunk) == end
+                        if is_last and response.get("ContentLength") is None and body.read(1):
+                            raise _Broken("more bytes came than were asked for")
                         position += len(chunk)
                         yield chunk
             except MpreaderError as error:
@@ -137,11 +146,11 @@ class PinnedObject:
                 failures = failures + 1 if position == reached else 1
                 self._pause_or_give_up(error, failures, (position, end))
 
-    def _open(self, position: int, end: int | None) -> tuple[Any, int]:
+    def _open(self, position: int, end: int | None) -> tuple[dict[str, Any], int]:
         """Request bytes [position, end), up to the object's end if ``end`` is None.
 
         Returns:
-            The body, which the caller must close, and the end as a number, which the response has stated.
+            The response, whose body the caller must close, and the end as a number, which the response has stated.
         """
         endpoint = (self._client.s3client_config.endpoint_url, self._bucket)
         if not is_strong(self._etag) or endpoint in _refusing:
@@ -157,7 +166,7 @@ class PinnedObject:
             _refusing.add(endpoint)
         return accepted
 
-    def _accepted(self, position: int, end: int | None, **if_match: str) -> tuple[Any, int]:
+    def _accepted(self, position: int, end: int | None, **if_match: str) -> tuple[dict[str, Any], int]:
         last = "" if end is None else end - 1  # a Range header names the last byte, not the one past it
         response = self._client.call(
             "get_object",
@@ -168,7 +177,7 @@ class PinnedObject:
             **if_match,
         )
         try:
-            return response["Body"], self._check(response, position, end)
+            return response, self._check(response, position, end)
         except BaseException:
             response["Body"].close()  # otherwise its connection stays open until the response is garbage-collected
             raise
@@ -184,9 +193,11 @@ class PinnedObject:
             validators_of(headers),
             headers.get("content-encoding", ""),
         )
-        size = None if self._info is None else self._info.size
-        # A response with the whole object may leave out its length where the body comes in chunks.
-        stated = size if said.status == 200 and said.length is None else said.object_size
+        # Some responses don't tell by themselves how long the object is, or whether it is stored as it comes.
+        is_whole = said.status == 200 and is_compressed(said.encoding)
+        if self._info is None and (is_whole or said.length is None or said.object_size is None):
+            self.info()
+        stated = self._size if said.object_size is None else said.object_size
         if stated is None:
             raise _Broken("the server does not state the object's size")
         # S3 sends fewer bytes for a range that ends past the object, and that would look like a wrong response.
@@ -197,13 +208,14 @@ class PinnedObject:
             said,
             start=position,
             end=end,
-            object_size=size,
+            object_size=self._size,
             validators=self._validators,
             encoding=getattr(self._info, "encoding", ""),
         )
         if mismatch is not None:
             raise self._refused(mismatch, said, position, end)
-        self._validators = merged(self._validators, said.validators)  # the first response decides which version is read
+        # The first response decides which version is read.
+        self._size, self._validators = stated, merged(self._validators, said.validators)
         return end
 
     def _refused(self, mismatch: Mismatch, said: PartialContent, position: int, end: int) -> Exception:
@@ -211,8 +223,8 @@ class PinnedObject:
         difference = find_difference(self._validators, said.validators)
         if mismatch is Mismatch.VERSION and difference is not None:
             return self._other_version(difference, (position, end))
-        if mismatch is Mismatch.OBJECT_SIZE and self._info is not None:
-            return self._changed(f"it has {said.object_size} bytes now, not {self._info.size}", (position, end))
+        if mismatch is Mismatch.OBJECT_SIZE:
+            return self._changed(f"it has {said.object_size} bytes now, not {self._size}", (position, end))
         if mismatch is Mismatch.STATUS:
             return _Broken("the server sends the whole object in place of a range")
         if mismatch is Mismatch.ENCODING:
