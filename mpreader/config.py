@@ -15,12 +15,24 @@ from typing import Any, Final, Literal
 
 from mpreader.errors import ConfigError
 
-__all__ = ["KiB", "MiB", "POOL_SETTINGS", "PoolConfig", "S3ClientConfig", "SIGNINGS", "Setting", "check_type"]
+__all__ = [
+    "KiB",
+    "MAX_OBJECT_BYTES",
+    "MiB",
+    "POOL_SETTINGS",
+    "PoolConfig",
+    "S3ClientConfig",
+    "SIGNINGS",
+    "Setting",
+    "check_type",
+]
 
 KiB: Final = 1024
 MiB: Final = 1024 * 1024
 GiB: Final = 1024 * MiB
 
+# No object is larger (S3 takes 50 TB): a service that says so is wrong, and plans for such a size would fill memory.
+MAX_OBJECT_BYTES: Final = 1 << 46
 SIGNINGS: Final = ("auto", "query", "headers")  # values of ``S3ClientConfig.signing``
 MIN_PART_BYTES: Final = 64 * KiB  # least ``PoolConfig.part_size``
 _UNITS: Final = {"": 1, "K": KiB, "M": MiB, "G": GiB}

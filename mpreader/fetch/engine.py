@@ -7,10 +7,10 @@ the fetchers: the engine must not wait for bytes. It may wait for the sizes of o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from mpreader.config import PoolConfig, S3ClientConfig
-from mpreader.errors import ArenaExhausted
+from mpreader.errors import ArenaExhausted, PlanError
 from mpreader.fetch.arguments import FetchOptions, Ranges, needs_size, to_item_ranges
 from mpreader.fetch.plan import Batch, FetchPlan, cut_into_pieces, plan_batches
 from mpreader.fetch.sources import Sources
@@ -22,6 +22,9 @@ from mpreader.sources.versions import PinnedSource, resolve_versions
 from mpreader.telemetry.progress import Progress, progress_bar
 
 __all__ = ["Engine"]
+
+# Pieces into which a range is cut at most; more would take gigabytes, and no buffer has room for so many.
+_MOST_PIECES: Final = 1 << 24
 
 
 class Engine:
@@ -121,6 +124,12 @@ class Engine:
         """Plan a call. With ``cuts_ranges`` the ranges are first cut into pieces of at most one request each."""
         sources, ranges_of = self._with_sizes(ranges_by_source, options)
         sizes = self.pool.sizes
+        # Before it is cut: a range of absurd size would be cut into parts without number.
+        largest = max((item_range.size for ranges in ranges_of for item_range in ranges), default=0)
+        if not cuts_ranges:
+            self._check_bytes(largest)
+        elif largest > _MOST_PIECES * sizes.part_bytes:
+            raise PlanError(f"a range of {largest} bytes is larger than any buffer")
         batches: list[Batch] = []
         origins = []
         for source_index, ranges in enumerate(ranges_of):

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from botocore.exceptions import BotoCoreError, ClientError
 
+from mpreader.config import MAX_OBJECT_BYTES
 from mpreader.pool.worker.partial_content import parse_content_range
 from mpreader.s3.credentials import ProviderFailed
 from mpreader.s3.failure import Unusable
@@ -40,7 +41,7 @@ def request_facts(client: Any, parameters: Mapping[str, Any], **of_head: Any) ->
     """
     try:
         response: dict[str, Any] = client.head_object(**parameters, **of_head)
-        if _status_of(response) == 200 and isinstance(response.get("ContentLength"), int):
+        if _status_of(response) == 200 and _is_size(response.get("ContentLength")):
             return response
     except ClientError as error:
         if _status_of(error.response) in _BUSY:
@@ -61,18 +62,22 @@ def _facts_of_get(client: Any, parameters: Mapping[str, Any]) -> dict[str, Any]:
         response = client.get_object(**parameters)  # an empty object has no first byte
     response["Body"].close()  # unread: a server that ignores the range sends the whole object
     size = _size_of(response)
-    if size is None:
+    if not _is_size(size):
         raise Unusable("the service does not tell the object's size, neither to HEAD nor to GET")
     return {**response, "ContentLength": size}
 
 
-def _size_of(response: Mapping[str, Any]) -> int | None:
-    """Return the size of the whole object that a response to GET states."""
+def _size_of(response: Mapping[str, Any]) -> object:
+    """Return the size of the whole object that a response to GET states; it may be no number."""
     status, length = _status_of(response), response.get("ContentLength")
     if status == 206:
         named = parse_content_range(response.get("ContentRange") or "")
         return None if named is None else named.object_size
-    return length if status == 200 and isinstance(length, int) and length >= 0 else None
+    return length if status == 200 else None
+
+
+def _is_size(size: object) -> bool:
+    return isinstance(size, int) and 0 <= size <= MAX_OBJECT_BYTES
 
 
 def _status_of(response: Mapping[str, Any]) -> int:

@@ -16,6 +16,7 @@ from urllib.parse import urljoin
 import urllib3
 from urllib3.util import Retry, Timeout, parse_url
 
+from mpreader.config import MAX_OBJECT_BYTES
 from mpreader.errors import AccessDenied, ConfigError, ObjectMissing, TransportError
 from mpreader.pool.source import ObjectVersion, Refusal
 from mpreader.pool.worker.messages import FailureKind
@@ -315,9 +316,10 @@ class _Url(NamedTuple):
 
 
 def _is_number(text: str) -> bool:
-    """True for a size of bytes. Bounded, since int() of thousands of digits raises a ValueError of its own."""
-    # isascii, since isdigit alone also holds for characters such as "²", which int() refuses.
-    return text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS
+    """True for a size of bytes that an object may have."""
+    # isascii, since isdigit alone also holds for characters such as "²", which int() refuses; it refuses thousands of
+    # digits, too.
+    return text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS and int(text) <= MAX_OBJECT_BYTES
 
 
 def _manager(url: _Url) -> urllib3.PoolManager:

@@ -17,6 +17,7 @@ from mpreader.pool.worker.version import Validators, find_difference, validators
 __all__ = ["GetFailed", "check_response", "is_condition_refused"]
 
 _MAX_ERROR_BODY_BYTES: Final = 16 * 1024  # a server is not trusted to send a short one
+_MAX_DETAIL_CHARACTERS: Final = 600
 _MAX_RETRY_AFTER_S: Final = 60.0  # a server may name hours; a part must not be put off for that long
 # Statuses and S3's error codes after which the same request is likely to succeed later.
 _BUSY_STATUSES: Final = frozenset({408, 429, 500, 502, 503, 504})
@@ -56,7 +57,7 @@ class GetFailed(Exception):
     ) -> None:
         super().__init__(detail)
         self.kind = kind
-        self.detail = detail
+        self.detail = detail[:_MAX_DETAIL_CHARACTERS]  # a server may send an ETag of any length, say
         self.received = received
         self.retry_after_s = retry_after_s
         self.status = status

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import base64
+import logging
 import os
+import re
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ import pytest
 from mpreader import AccessDenied, MpreaderError, PoolConfig, RangeFetcher, S3Client, S3ClientConfig, TransportError
 from mpreader.s3.session import shared_session
 from mpreader.tools.doctor.access import examine_access
-from tests.integration.service import ACCESS_KEY, SECRET_KEY, Answer, Call, Service, error
+from tests.integration.service import ACCESS_KEY, SECRET_KEY, Answer, Call, Service, error, signature_mistake
 
 DATA = bytes(range(256)) * 1024
 PART = 64 << 10
@@ -185,6 +188,34 @@ def test_access_point_of_an_outpost_is_signed_for_its_service() -> None:
     assert client.presign(arn, "key").url.startswith(f"https://{host}/key?")
 
 
+@pytest.mark.parametrize("signing", ["auto", "query", "headers"])
+def test_directory_bucket_is_read_with_the_credentials_of_its_session(serve: Serve, signing: Any) -> None:
+    bucket, session = "models--use1-az4--x-s3", {"AKIAOFTHESESSION0000": "secret/of/the+session"}
+
+    def hook(call: Call) -> Answer | None:
+        if "session" in call.query:
+            wrong = signature_mistake(call, {ACCESS_KEY: SECRET_KEY})
+            [(key, secret)] = session.items()
+            names = {"SessionToken": "the/token+=", "SecretAccessKey": secret, "AccessKeyId": key}
+            fields = "".join(f"<{name}>{value}</{name}>" for name, value in names.items())
+            expiry = "<Expiration>2999-01-01T00:00:00Z</Expiration>"
+            body = f"<CreateSessionResult><Credentials>{fields}{expiry}</Credentials></CreateSessionResult>".encode()
+            return error(403, "Wrong", wrong) if wrong else Answer(200, [("Content-Length", str(len(body)))], body)
+        token = call.query.get("X-Amz-S3session-Token", call.headers.get("x-amz-s3session-token"))
+        wrong = signature_mistake(call, session) if token == "the/token+=" else "another token"
+        if wrong or (signing == "auto" and call.is_presigned):
+            return error(403, "AccessDenied", wrong or "no presigned URLs here")
+        return None
+
+    service = serve(hook)
+    service.credentials = None  # checked above
+    service.objects = {f"/{bucket}/a b/ü//c": DATA}
+    with _fetcher(_settings(service, signing=signing)) as fetcher:
+        assert bytes(fetcher.fetch_object(f"s3://{bucket}/a b/ü//c")) == DATA
+    assert _kinds(service)[-1] == ("query" if signing == "query" else "headers")
+    assert len([call for call in service.seen if "session" in call.query]) == 1, "the session serves all requests"
+
+
 def test_refusal_of_both_kinds_has_the_stores_own_reason(serve: Serve) -> None:
     def hook(call: Call) -> Answer | None:
         return error(403, "AccessDenied", "the vault is shut") if call.method == "GET" else None
@@ -270,12 +301,25 @@ def test_every_way_of_reading_finds_the_other_route(serve: Serve) -> None:
     assert "query" in _kinds(service)
 
 
-def test_no_secret_leaves_with_a_signature(serve: Serve) -> None:
-    service = serve()
+def test_no_secret_leaves_with_a_signature(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "mpreader")
+    service = serve(
+        lambda call: error(403, "AccessDenied", "no") if call.path.endswith("no") else refuse_presigned(call)
+    )
+    service.objects["/bucket/no"] = DATA
     signed = S3Client(s3client_config=_settings(service)).sign_headers("bucket", "key")
     assert SECRET_KEY not in f"{signed!r} {signed.url} {signed.headers}"
     assert "Signature" not in repr(signed)
     assert "?" not in signed.url
+    with _fetcher(_settings(service)) as fetcher:
+        assert bytes(fetcher.fetch_object("s3://bucket/key")) == DATA
+        with pytest.raises(AccessDenied) as raised:
+            fetcher.fetch("s3://bucket/no", [(0, 5)])
+    signatures = {re.search("Signature=([0-9a-f]{64})", f"{call.headers} {call.target}") for call in service.seen}
+    told = f"{caplog.text} {raised.value!r} {''.join(traceback.format_exception(raised.value))}"
+    for match in signatures:
+        assert match is not None
+        assert match[1] not in told
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,15 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from mpreader.config import KiB
-from mpreader.errors import ArenaExhausted, MpreaderError, ObjectChanged, ObjectMissing, PoolClosed, TransportError
+from mpreader.errors import (
+    AccessDenied,
+    ArenaExhausted,
+    MpreaderError,
+    ObjectChanged,
+    ObjectMissing,
+    PoolClosed,
+    TransportError,
+)
 from mpreader.pool.caller import Caller
 from mpreader.pool.coordinator.arena import Arena
 from mpreader.pool.coordinator.memory import SlotMemory
@@ -27,7 +35,7 @@ from mpreader.pool.requests import (
     SourceName,
     SourceResolved,
 )
-from mpreader.pool.source import ObjectVersion
+from mpreader.pool.source import ObjectVersion, Refusal
 from mpreader.pool.transfer import PendingTake, Transfer
 from mpreader.pool.worker.messages import Failed, FailureKind, MapSegment
 from mpreader.pool.worker.route import Route
@@ -565,3 +573,93 @@ def test_scheduler_tells_a_pinned_source_what_was_found(make_bench: Callable[[in
             reads[1].take(index)
     reads[0].take(0)
     assert pinned.version == ObjectVersion(100 * PART, '"etag"', ONE)
+
+
+class Reroutable(Local):
+    """A source with routes of two kinds. See :class:`mpreader.pool.source.Reroutable`."""
+
+    def __init__(self, answer: Route | MpreaderError | None) -> None:
+        super().__init__()
+        self.refusals: list[Refusal] = []
+        self._answer = answer
+
+    def other_route(self, refusal: Refusal) -> Route | None:
+        self.refusals.append(refusal)
+        if isinstance(self._answer, MpreaderError):
+            raise self._answer
+        return self._answer
+
+
+def refuse(bench: Bench, part: PartState, kind: FailureKind = FailureKind.DENIED) -> None:
+    bench.scheduler.sent(part, 0.0)
+    bench.scheduler.failed(Failed(part.number, kind, 0, "HTTP 403"), 1.0)
+
+
+OTHER = Route(False, "host", 80, "/key", (("Authorization", "signature"),))
+
+
+def test_parts_that_are_refused_together_are_sent_by_one_other_route(make_bench: Callable[[int], Bench]) -> None:
+    bench = make_bench(3)
+    bench.source = source = Reroutable(OTHER)
+    slot_read = bench.first(bench.open(3))
+    parts = bench.send()
+    bench.scheduler.sent(parts[2], 0.0)  # by the first route, as the others
+    for part in parts[:2]:
+        refuse(bench, part)
+    bench.wait_for(SourceResolved)
+    assert {part.number for part in bench.send(5.0)} == {part.number for part in parts[:2]}
+    assert slot_read.source.route == OTHER
+    bench.scheduler.failed(Failed(parts[2].number, FailureKind.DENIED, 0, "HTTP 403"), 6.0)  # of the route before
+    assert bench.send(9.0) == [parts[2]]
+    assert source.refusals == [Refusal(FailureKind.DENIED, "HTTP 403")]
+
+
+@pytest.mark.parametrize("source", [Local(), Reroutable(None)], ids=["of-one-kind", "without-another"])
+def test_refusal_stands_without_another_request_where_there_is_no_other_route(
+    make_bench: Callable[[int], Bench], source: Local
+) -> None:
+    bench = make_bench(1)
+    bench.source = source
+    transfer = bench.open(1)
+    take = transfer.begin_take((0,))
+    [part] = bench.send()
+    refuse(bench, part)
+    bench.wait_for(SourceResolved)
+    assert bench.send(5.0) == []
+    with pytest.raises(AccessDenied, match=r"HTTP 403 \(1 attempt\)") as caught:
+        transfer.result(take)
+    assert caught.value.range == (0, PART)
+
+
+def test_other_route_that_is_refused_as_well_is_the_last(make_bench: Callable[[int], Bench]) -> None:
+    bench = make_bench(1)
+    bench.source = source = Reroutable(OTHER)
+    transfer = bench.open(1)
+    take = transfer.begin_take((0,))
+    for _ in range(2):
+        [part] = bench.send(5.0)
+        refuse(bench, part)
+        if not take.is_done:
+            bench.wait_for(SourceResolved)
+    with pytest.raises(AccessDenied):
+        transfer.result(take)
+    assert len(source.refusals) == 1
+
+
+def test_reason_why_there_is_no_other_route_reaches_parts_that_are_refused_later(
+    make_bench: Callable[[int], Bench],
+) -> None:
+    bench = make_bench(2)
+    bench.source = Reroutable(AccessDenied("the store's own reason", bucket="bucket", key="key"))
+    transfer = bench.open(2)
+    takes = [transfer.begin_take((index,)) for index in range(2)]
+    first, second = bench.send()
+    refuse(bench, first)
+    bench.wait_for(SourceResolved)
+    bench.read_inbox()
+    refuse(bench, second)
+    assert bench.send(5.0) == []
+    for index, take in enumerate(takes):
+        with pytest.raises(AccessDenied, match="the store's own reason") as caught:
+            transfer.result(take)
+        assert caught.value.range == (index * PART, (index + 1) * PART)
