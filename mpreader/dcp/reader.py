@@ -28,7 +28,7 @@ from mpreader.collector import collector_paused, spare_new_objects
 from mpreader.dcp.filesystem import Path, S3FileSystem
 from mpreader.dcp.items import ItemLoader, ItemReader, PlannedItem
 from mpreader.dcp.metadata import load_metadata
-from mpreader.errors import ConfigError, PlanError
+from mpreader.errors import ConfigError, ObjectMissing, PlanError
 from mpreader.pool.stats import PoolStats
 from mpreader.readers.client import S3Client
 from mpreader.readers.kinds import S3ReaderConstructor
@@ -106,6 +106,7 @@ class S3StorageReader(FileSystemReader):
         # Process and thread that last called reset. None before the first call: a caller of the single steps may leave
         # reset out.
         self._last_began_in: tuple[int, int] | None = None
+        self._metadata_error = ""  # text of the error of the last read of .metadata, if it is there
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Path) -> bool:
@@ -134,13 +135,21 @@ class S3StorageReader(FileSystemReader):
             # Now, so that the worker processes start while .metadata is read and the plan is made.
             self._reader_constructor.start()
         rank = kwargs.get("rank")  # given if each rank has saved a .metadata of its own
-        name = ".metadata" if rank is None else f"__{rank}.metadata"
-        with self._fs.create_stream(self._fs.concat_path(self.path, name), "rb") as stream:
-            raw = cast("IO[bytes]", stream)
-            # This makes several objects for each item, and no garbage: the collector would only take time.
-            with collector_paused():
-                metadata = load_metadata(raw, allowed_globals=self._allowed_globals)
-                spare_new_objects()
+        if rank is None:
+            self._metadata_error = ""
+        elif self._metadata_error:
+            # torch takes every error of .metadata for "there is none", and asks for that of the rank in its place. That
+            # one may be of another save, and must not be loaded because .metadata is damaged or could not be received.
+            raise PlanError(
+                f"no metadata of a rank is read in place of .metadata that is there: {self._metadata_error}"
+            )
+        try:
+            metadata = self._load_metadata(".metadata" if rank is None else f"__{rank}.metadata")
+        except ObjectMissing:
+            raise
+        except Exception as error:
+            self._metadata_error = str(error)  # not the error, whose frames hold what was read
+            raise
         # The rest is what torch's own read_metadata does.
         if getattr(metadata, "storage_meta", None) is None:
             metadata.storage_meta = StorageMeta()
@@ -216,6 +225,15 @@ class S3StorageReader(FileSystemReader):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _load_metadata(self, name: str) -> Metadata:
+        with self._fs.create_stream(self._fs.concat_path(self.path, name), "rb") as stream:
+            raw = cast("IO[bytes]", stream)
+            # This makes several objects for each item, and no garbage: the collector would only take time.
+            with collector_paused():
+                metadata = load_metadata(raw, allowed_globals=self._allowed_globals)
+                spare_new_objects()
+        return metadata
 
     def _own_load(self) -> tuple[Path, dict[MetadataIndex, StoredItem]]:
         """Returns the path and the storage data of the load that this thread has begun.

@@ -1,6 +1,6 @@
 """Plan of a copy of many files to local ones: which file goes where, and which folders are made.
 
-It is used by :mod:`mpreader.fsspec.filesystem` only, and makes no requests. A store may have what a local disk can't:
+It is used by :mod:`mpreader.fsspec.copying` only, and makes no requests. A store may have what a local disk can't:
 a file and a folder of one name (``d/x`` and ``d/x/0``), and names that differ only in what a disk leaves out (``d//x``
 and ``d/x``). Nothing of that is overwritten or left out without a word.
 """

@@ -3,39 +3,32 @@
 fsspec finds it by itself: ``fsspec.open("mpreader://bucket/key")``. ``fsspec.register_implementation("s3",
 RangeFileSystem, clobber=True)`` uses it in place of s3fs; ``"https"`` works, too.
 
-It is responsible for the arguments and results of fsspec's methods. Bytes are read by :mod:`mpreader.fsspec.slices`,
-buckets are listed by :mod:`mpreader.fsspec.listing`. It must not write to a store.
+It is responsible for the arguments and results of the methods that read bytes; those that copy, list and describe files
+are its base classes'. Bytes are read by :mod:`mpreader.fsspec.slices`. It must not write to a store::
+
+    filesystem (bytes, options) ─► copying (get) ─► names (ls, find, info, …) ─► asynchronous (_info, _cat_file, …)
 """
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack
 from dataclasses import fields, replace
-from typing import Any, Final, TypeVar, cast
-
-from fsspec.callbacks import DEFAULT_CALLBACK
-from fsspec.utils import isfilelike, stringify_path
+from typing import Any, TypeVar, cast
 
 from mpreader.config import PoolConfig, S3ClientConfig, check_type
 from mpreader.fetch.arguments import DEFAULT_FETCH_GAP_SIZE
-from mpreader.fsspec.copies import Copy, local_paths, plan_copies
+from mpreader.fsspec.copying import CopyingFileSystem
 from mpreader.fsspec.file import RangeFile
 from mpreader.fsspec.listing import version_of
-from mpreader.fsspec.names import NamedFileSystem
 from mpreader.pool.source import ObjectVersion
 
 __all__ = ["RangeFile", "RangeFileSystem"]
 
 Settings = TypeVar("Settings", PoolConfig, S3ClientConfig)
 
-_FILES_AT_ONCE: Final = 8  # copied by get(), where batch_size does not say otherwise: small files wait for their HEADs
 
-
-class RangeFileSystem(NamedFileSystem):
+class RangeFileSystem(CopyingFileSystem):
     """A read-only file system of the objects in S3. Thread-safe; works after a fork and survives pickling.
 
     A path is ``bucket/key``, with or without ``mpreader://`` or ``s3://`` in front, or an http(s) URL, which is always
@@ -199,92 +192,6 @@ class RangeFileSystem(NamedFileSystem):
             if on_error != "omit" or not isinstance(content, Exception)
         }
 
-    def get(
-        self,
-        rpath: Any,
-        lpath: Any,
-        recursive: bool = False,
-        callback: Any = DEFAULT_CALLBACK,
-        maxdepth: int | None = None,
-        *,
-        batch_size: int | None = None,
-    ) -> None:
-        """Copy files to local ones, several at the same time.
-
-        Args:
-            rpath: A path, a path with wildcards, or a list of paths.
-            lpath: Local path, or a list with one for each. A folder, or a path that ends in a slash: copies go into it.
-            recursive: True: copy all that is below folders.
-            callback: Callback of fsspec, which is told of the progress in files.
-            maxdepth: Number of levels of folders to copy. None: all.
-            batch_size: Most files that are copied at the same time. None: the file system's ``batch_size``.
-
-        Raises:
-            FileNotFoundError: There is nothing to copy.
-            FileExistsError: A file that has bytes can't be copied because its local path is taken, by a folder of the
-                same name or by another file. All others were copied.
-            PlanError: A local path would lie outside of ``lpath``.
-            MpreaderError: As for :class:`mpreader.RangeFetcher`.
-            OSError: A local file can't be written.
-        """
-        copies = self._copies(rpath, lpath, recursive=recursive, maxdepth=maxdepth)
-        callback.set_size(len(copies))
-        files, others = plan_copies(copies)
-        workers = batch_size or self.batch_size or _FILES_AT_ONCE
-        with ThreadPoolExecutor(workers if workers > 0 else max(1, len(files)), "mpreader-get") as threads:
-            copying = [threads.submit(self._get_one, copy, callback.branched(*copy)) for copy in files]
-            try:
-                for done in as_completed(copying):
-                    done.result()
-                    callback.relative_update(1)
-            except BaseException:
-                threads.shutdown(wait=False, cancel_futures=True)
-                raise
-        # What is not copied must be a folder, or an empty object that marks one for some programs: nothing is lost.
-        lost = [copy for copy in others if self.info(copy.remote)["size"]]
-        callback.relative_update(len(others))
-        if lost:
-            raise FileExistsError(
-                errno.EEXIST,
-                f"its local path, {lost[0].local}, is that of a folder or of another file, and everything else was "
-                f"copied ({len(lost)} such files): copy it to another place by itself, with get_file()",
-                lost[0].remote,
-            )
-
-    def get_file(self, rpath: str, lpath: Any = None, callback: Any = DEFAULT_CALLBACK, outfile: Any = None) -> None:
-        """Copy a file to a local file, in bounded memory. For a folder, make an empty local folder.
-
-        Args:
-            rpath: Path of the file.
-            lpath: Path of the local file, or an open file. Folders are made as needed.
-            callback: Callback of fsspec, which is told of the progress in bytes.
-            outfile: An open file, in place of ``lpath``.
-
-        Raises:
-            MpreaderError: As for :class:`mpreader.RangeFetcher`.
-            OSError: The local file can't be written.
-        """
-        # fsspec accepts an open file as either argument.
-        outfile = lpath if outfile is None and isfilelike(lpath) else outfile
-        info = self.info(rpath, refresh=True)
-        if outfile is None and info["type"] == "directory":
-            os.makedirs(lpath, exist_ok=True)
-            return
-        path, size = info["name"], info["size"]
-        file = self._reader.at_version(path, version_of(info))
-        with ExitStack() as stack:
-            if outfile is None:
-                os.makedirs(os.path.dirname(os.path.abspath(lpath)), exist_ok=True)
-                outfile = stack.enter_context(open(lpath, "wb"))
-            callback.set_size(size)
-            # Streamed in ranges of one request each, because a range is held in memory until all of it has arrived.
-            fetcher = stack.enter_context(self._reader.fetcher({path: file}))
-            parts = [(at, min(at + fetcher.part_size, size)) for at in range(0, size, fetcher.part_size)]
-            for _, view in stack.enter_context(fetcher.stream(path, parts)):
-                outfile.write(view)
-                callback.relative_update(len(view))
-                del view  # it would otherwise keep its slot while the next one is waited for
-
     def _files_at(self, roots: Iterable[str]) -> list[str]:
         """Return the files at or below paths; raises FileNotFoundError where there is nothing."""
         files: set[str] = set()
@@ -296,25 +203,6 @@ class RangeFileSystem(NamedFileSystem):
                 files.add(root)
             files.update(below)
         return sorted(files)
-
-    def _copies(self, rpath: Any, lpath: Any, *, recursive: bool, maxdepth: int | None) -> list[Copy]:
-        """Return what :meth:`get` is to copy, folders included."""
-        remote = [*map(stringify_path, rpath)] if isinstance(rpath, (list, tuple)) else stringify_path(rpath)
-        local = [*map(stringify_path, lpath)] if isinstance(lpath, (list, tuple)) else stringify_path(lpath)
-        if isinstance(remote, list) and isinstance(local, list):
-            paths = [self._strip_protocol(path) for path in remote]
-        else:
-            paths = self.expand_path(remote, recursive, maxdepth)
-            # As fsspec does: what a pattern or a bound of the depth leaves of a folder is not made as a folder.
-            if isinstance(remote, str) and (not recursive or maxdepth is not None):
-                paths = [path for path in paths if not self.isdir(path)]
-                if not paths:
-                    return []
-        return [*map(Copy, paths, local_paths(remote, paths, local))]
-
-    def _get_one(self, copy: Copy, callback: Any) -> None:
-        with callback:
-            self.get_file(copy.remote, copy.local, callback=callback)
 
     def _open(
         self,

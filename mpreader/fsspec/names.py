@@ -4,17 +4,16 @@ Objects of S3 have keys, not folders. A key may therefore also be the name of a 
 ``d/x`` is a file and has a file below it. Such a name is one thing here: a file, in every description; it is listed
 once, and what lies below it is found, too.
 
-It is the part of the file system below :mod:`mpreader.fsspec.filesystem`, which adds the bytes. Buckets are listed by
-:mod:`mpreader.fsspec.listing`.
+It is the part of the file system below :mod:`mpreader.fsspec.filesystem`, which adds the bytes. Buckets are listed, and
+listings kept, by :mod:`mpreader.fsspec.listings`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import errno
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from fsspec.dircache import DirCache
@@ -23,7 +22,8 @@ from fsspec.utils import stringify_path, tokenize
 from mpreader.config import PoolConfig, S3ClientConfig, check_type
 from mpreader.errors import ConfigError, ObjectMissing
 from mpreader.fsspec.asynchronous import ThreadedFileSystem
-from mpreader.fsspec.listing import FileInfo, Info, describe, file_named, folder, list_below, list_folder, version_of
+from mpreader.fsspec.listing import FileInfo, Info, describe, version_of
+from mpreader.fsspec.listings import Listings, by_name
 from mpreader.fsspec.slices import SliceReader, is_url
 from mpreader.pool.worker.version import is_strong
 
@@ -67,9 +67,9 @@ class NamedFileSystem(ThreadedFileSystem):
             "max_paths": max_paths,
         }
         super().__init__(**cache, **options)
-        # dircache, which fsspec makes, holds the listings of single folders; this one those of everything below a path.
-        self._found = DirCache(**cache)
         self._reader = SliceReader(s3client_config, pool_config)
+        # fsspec has made dircache, for the listings of single folders.
+        self._listings = Listings(lambda: self._reader.client(), self.dircache, DirCache(**cache))
 
     def info(self, path: str, *, refresh: bool = False) -> Info:
         """Describe a file or folder.
@@ -91,7 +91,7 @@ class NamedFileSystem(ThreadedFileSystem):
             version = self._reader.current(path).version
             facts = {"name": path, "size": version.size, "type": "file", "ETag": version.etag, "LastModified": None}
             return FileInfo(version, facts)
-        kept = None if refresh else self._kept_info(path)
+        kept = None if refresh else self._listings.kept_info(path)
         return describe(self._reader.client(), path) if kept is None else kept
 
     def exists(self, path: str, *, refresh: bool = False) -> bool:
@@ -126,7 +126,7 @@ class NamedFileSystem(ThreadedFileSystem):
             MpreaderError: The server refuses, or can't be reached.
         """
         path = self._strip_protocol(path)
-        infos = _by_name(self._folder(path, refresh=refresh))
+        infos = by_name([self.info(path)] if is_url(path) else self._listings.folder(path, refresh=refresh))
         return [*infos.values()] if detail else [*infos]
 
     def find(
@@ -161,12 +161,13 @@ class NamedFileSystem(ThreadedFileSystem):
         if prefix and is_url(path):
             raise ValueError(f"a URL is a file, below which there is nothing that begins with {prefix!r}")
         try:
-            found = self._below(path, maxdepth, prefix or "", refresh=refresh)
-            if withdirs and not prefix and not is_url(path):
-                found = [*found, self._root(path, refresh=refresh)]
+            if is_url(path):
+                found = [self.info(path)]
+            else:
+                found = self._listings.below(path, maxdepth, prefix or "", refresh=refresh, with_root=withdirs)
         except ObjectMissing:
             found = []  # fsspec's find() lists nothing for a path that does not exist, and does not raise
-        infos = _by_name(info for info in found if withdirs or info["type"] == "file")
+        infos = by_name(info for info in found if withdirs or info["type"] == "file")
         return infos if detail else [*infos]
 
     def walk(
@@ -300,16 +301,7 @@ class NamedFileSystem(ThreadedFileSystem):
     def invalidate_cache(self, path: str | None = None) -> None:
         """Forget the kept listings at, below and above a path. None: all of them."""
         super().invalidate_cache(path)
-        if path is None:
-            self.dircache.clear()
-            self._found.clear()
-            return
-        path = f"{self._strip_protocol(path)}/"
-        for cache in (self.dircache, self._found):
-            for kept in [*cache]:
-                # What lies above names the path, too.
-                if path.startswith(f"{kept}/") or f"{kept}/".startswith(path):
-                    cache.pop(kept, None)
+        self._listings.forget(None if path is None else self._strip_protocol(path))
 
     def checksum(self, path: str) -> int:
         """Return the version token of :meth:`ukey` as a number."""
@@ -361,30 +353,12 @@ class NamedFileSystem(ThreadedFileSystem):
             return None
         return kind
 
-    def _kept_info(self, path: str) -> Info | None:
-        """Return a description from the kept listing of the folder that the path is in; None if there is none."""
-        try:
-            entries = self.dircache[path.rpartition("/")[0].rstrip("/")]
-        except KeyError:
-            return None
-        info = _by_name(entries).get(path)
-        return None if info is None else dict(info)
-
-    def _folder(self, path: str, prefix: str = "", *, refresh: bool) -> list[Info]:
-        """List a folder; a file that is also a folder is listed as both."""
-        if is_url(path):
-            return [self.info(path)]
-        client = self._reader.client()
-        if prefix:
-            return list_folder(client, path, prefix)
-        return _kept(self.dircache, path, lambda: list_folder(client, path), refresh=refresh)
-
     def _try_folder(
         self, path: str, on_error: str | Callable[[OSError], object], *, refresh: bool
     ) -> list[Info] | None:
         """List a folder; None if it can't be listed and :meth:`walk` goes on without it."""
         try:
-            return self._folder(path, refresh=refresh)
+            return [self.info(path)] if is_url(path) else self._listings.folder(path, refresh=refresh)
         except OSError as error:
             if callable(on_error):
                 on_error(error)
@@ -392,65 +366,6 @@ class NamedFileSystem(ThreadedFileSystem):
                 raise
             return None
 
-    def _below(self, path: str, maxdepth: int | None, prefix: str, *, refresh: bool) -> list[Info]:
-        """Return what is below a path, folders included; a file that is also a folder comes as both."""
-        if is_url(path):
-            return [self.info(path)]
-        client = self._reader.client()
-        if maxdepth is not None:
-            # A listing can't be limited in depth, so that each folder takes a request.
-            found = [*self._levels(path, maxdepth, prefix, refresh=refresh)]
-        elif prefix:
-            found = [*list_below(client, path, prefix)]
-        else:
-            found = _kept(self._found, path, lambda: [*list_below(client, path)], refresh=refresh)
-        if prefix:  # which may have a slash at its end, where a folder's name has none
-            return [info for info in found if info["name"].startswith(f"{path}/{prefix}")]
-        if "/" in path and not any(info["type"] == "file" for info in found):
-            # Perhaps the path of a file, and perhaps that of an empty folder, too; without a slash it is a bucket.
-            found.append(self._root(path, refresh=refresh) if found else self.info(path, refresh=refresh))
-        return found
-
-    def _levels(self, path: str, maxdepth: int, prefix: str = "", *, refresh: bool) -> Iterator[Info]:
-        """Yield what is in a folder, and in those folders of it that begin with the prefix, down to a depth."""
-        inner, _, begin = prefix.rpartition("/")
-        if inner:
-            path, maxdepth = f"{path}/{inner}", maxdepth - len(inner.split("/"))
-        if maxdepth < 1:
-            return
-        for info in self._folder(path, begin, refresh=refresh):
-            yield info
-            if info["type"] == "directory":
-                with contextlib.suppress(ObjectMissing):  # it was deleted since its folder was listed
-                    yield from self._levels(info["name"], maxdepth - 1, refresh=refresh)
-
-    def _root(self, path: str, *, refresh: bool) -> Info:
-        """Describe a folder that has something below it, and may also be the name of a file."""
-        if "/" not in path:
-            return folder(path)
-        client = self._reader.client()
-        # Kept with the listings of what is below; no path ends in a slash, so that none has the same name.
-        return _kept(self._found, f"{path}/", lambda: [file_named(client, path) or folder(path)], refresh=refresh)[0]
-
 
 def _is_duration(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
-
-
-def _by_name(infos: Iterable[Info]) -> dict[str, Info]:
-    """Return descriptions by name, in the order of the names: of a file that is also a folder, that of the file."""
-    by_name: dict[str, Info] = {}
-    for info in infos:
-        if info["type"] == "file" or info["name"] not in by_name:
-            by_name[info["name"]] = info
-    return {name: by_name[name] for name in sorted(by_name)}
-
-
-def _kept(cache: Any, path: str, ask: Callable[[], list[Info]], *, refresh: bool) -> list[Info]:
-    """Return a listing from a ``DirCache``, or ask for it and keep it."""
-    if not refresh:
-        with contextlib.suppress(KeyError):
-            return [dict(info) for info in cache[path]]  # copies, since they are the caller's
-    infos = ask()
-    cache[path] = [dict(info) for info in infos] if cache.use_listings_cache else infos
-    return infos

@@ -1,13 +1,21 @@
 from __future__ import annotations
 
+import contextlib
 import pickle
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
-from mpreader import ObjectMissing, S3ClientConfig, TransportError
-from mpreader.dcp import S3FileSystem
+from mpreader import MpreaderError, ObjectMissing, S3ClientConfig, TransportError
+from mpreader.dcp import S3FileSystem, S3StorageReader, S3StorageWriter, load_checkpoint
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
 @pytest.fixture
@@ -104,3 +112,27 @@ def test_file_system_pickles(fs: S3FileSystem, bucket: str) -> None:
     write(fs, f"s3://{bucket}/x", b"data")
     copy: S3FileSystem = pickle.loads(pickle.dumps(fs))
     assert read(copy, f"s3://{bucket}/x") == b"data"
+
+
+def test_exists_takes_no_error_for_a_no(bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    uri = f"s3://{bucket}/c"
+    save({"w": torch.arange(3)}, storage_writer=S3StorageWriter("us-east-1", uri))
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "config").write_text("[default]\ncredential_process = /nonexistent/tool\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    with contextlib.closing(S3FileSystem("us-east-1")) as fs:
+        for call in (fs.exists, fs.ls, fs.rm_file, lambda path: read(fs, path)):
+            with pytest.raises(MpreaderError, match="/nonexistent/tool"):
+                call(f"{uri}/.metadata")
+    with pytest.raises(MpreaderError, match="/nonexistent/tool"):
+        load_checkpoint(uri)
+    with S3StorageReader("us-east-1", uri) as reader:
+        with pytest.raises(CheckpointException, match="no credentials could be had"):
+            load({"w": torch.zeros(3, dtype=torch.int64)}, storage_reader=reader)
+        for rank in ({}, {"rank": 0}):
+            with pytest.raises(MpreaderError, match="/nonexistent/tool"):
+                reader.read_metadata(**rank)
+    with pytest.raises(CheckpointException) as caught:  # it asks whether there is a checkpoint that it would overwrite
+        save({"w": torch.arange(3)}, storage_writer=S3StorageWriter("us-east-1", uri))
+    assert all(isinstance(error, MpreaderError) for error, _ in caught.value.failures.values())

@@ -471,3 +471,27 @@ def test_checkpoint_written_to_s3_loads_from_disk(checkpoint: str, tmp_path: Pat
 def test_reader_refuses_pool_settings_beside_a_constructor() -> None:
     with pytest.raises(ConfigError, match="pool_config"):
         S3StorageReader(None, "s3://b/k", reader_constructor=S3ReaderConstructor.sequential(), pool_config=POOL)
+
+
+def test_metadata_of_a_rank_is_not_loaded_in_place_of_what_is_damaged(bucket: str) -> None:
+    uri, other = f"s3://{bucket}/new", f"s3://{bucket}/old"
+    for where, content in ((uri, torch.arange(3)), (other, torch.arange(3) * 10)):
+        save({"w": content}, storage_writer=S3StorageWriter("us-east-1", where))
+    fs = S3FileSystem("us-east-1")
+    with fs.create_stream(f"{uri}/.metadata", "rb") as stream:
+        of_rank = stream.read()
+    with fs.create_stream(f"{uri}/__0.metadata", "wb") as stream:
+        stream.write(of_rank)
+    with fs.create_stream(f"{uri}/.metadata", "wb") as stream:
+        stream.write(of_rank[:-40])
+    state = {"w": torch.zeros(3, dtype=torch.int64)}
+    with S3StorageReader("us-east-1", uri, pool_config=POOL) as reader:
+        with pytest.raises(CheckpointException, match="is damaged"):
+            load(state, storage_reader=reader)
+        assert not state["w"].any()
+        load(state, storage_reader=reader, checkpoint_id=other)
+        assert state["w"].tolist() == [0, 10, 20]
+        fs.rm_file(f"{uri}/.metadata")
+        load(state, storage_reader=reader, checkpoint_id=uri)  # as torch has it, where there is none
+        assert state["w"].tolist() == [0, 1, 2]
+    fs.close()

@@ -11,6 +11,7 @@ import pytest
 
 from mpreader import AccessDenied, PlanError, S3ClientConfig, TransportError
 from mpreader.fsspec.filesystem import RangeFileSystem
+from mpreader.testing import Fault, FaultKind, FaultServer
 from tests.integration.fsspec.conftest import Fill, MakeFileSystem
 
 pytestmark = pytest.mark.timeout(90)
@@ -118,6 +119,32 @@ def test_get_names_what_a_disk_can_not_have_and_copies_the_rest(
     fill({"e//x": b"1", "e/x": b"2"})
     with pytest.raises(FileExistsError, match="its local path"):
         fs.get(f"{bucket}/e", str(tmp_path / "slashes"), recursive=True)
+
+
+def test_get_that_fails_leaves_no_part_of_a_file(
+    make_fs: MakeFileSystem, bucket: str, fill: Fill, tmp_path: Path
+) -> None:
+    content = bytes(range(256)) * 4000
+    fill({f"large{number}": content for number in range(4)})
+    fs = make_fs()
+    keys = ["large0", "large1", "missing", "large2", "large3"]
+    with pytest.raises(FileNotFoundError, match="missing"):
+        fs.get([f"{bucket}/{key}" for key in keys], [str(tmp_path / key) for key in keys])
+    assert all(path.read_bytes() == content for path in tmp_path.iterdir())
+    before = local_tree(tmp_path)
+    with FaultServer({"/file": content}) as server:
+        server.inject(Fault(FaultKind.STATUS, status=404, path="/file"))  # its HEAD is answered
+        with pytest.raises(FileNotFoundError):
+            fs.get_file(server.url("/file"), str(tmp_path / "file"))
+    assert local_tree(tmp_path) == before
+
+
+def test_get_of_a_list_may_repeat_itself(make_fs: MakeFileSystem, bucket: str, fill: Fill, tmp_path: Path) -> None:
+    fill({"a/x": b"1", "b/x": b"2"})
+    make_fs().get([f"{bucket}/a/x"] * 2, [str(tmp_path / "x")] * 2)
+    assert (tmp_path / "x").read_bytes() == b"1"
+    with pytest.raises(FileExistsError):
+        make_fs().get([f"{bucket}/a/x", f"{bucket}/b/x"], str(tmp_path) + "/")
 
 
 def test_get_stays_in_its_folder(make_fs: MakeFileSystem, bucket: str, fill: Fill, tmp_path: Path) -> None:
