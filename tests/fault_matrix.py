@@ -37,6 +37,8 @@ ROWS = (
     "fork of the program after use",
     "small or full /dev/shm",
     "low ulimit -n",
+    "refused system calls; no /proc, /dev/shm or home",
+    "frozen program; an executable that is no Python",
     "100,000 tiny ranges; one 5 GB item; zero-length range; range past the end",
     "views held while the load goes on; close with live views",
     "no __main__ guard, stdin, daemonic process",

@@ -228,7 +228,7 @@ PROTECTIONS = (
         "mpreader/pool/coordinator/workers.py",
         "if self._deaths > _MAX_DEATHS_PER_WORKER * self._limits.workers:",
         "if False:",
-        f"{WORKERS}::test_workers_that_can_not_start_are_one_error_with_what_they_printed",
+        f"{WORKERS}::test_workers_that_can_not_start_any_more_are_restarted_a_few_times_only",
     ),
     Protection(
         "parent killed",
@@ -250,6 +250,42 @@ PROTECTIONS = (
         "    os.unlink(path)\n",
         "",
         "tests/unit/test_shared_memory.py::test_shared_memory_has_no_name_whatever_it_is_made_of[a file]",
+    ),
+    Protection(
+        "frozen program; an executable that is no Python",
+        "an interpreter is proved before a second worker is started",
+        "mpreader/pool/coordinator/workers.py",
+        "        if self._interpreters.is_proved:\n            self._start_others()\n",
+        "        self._start_others()\n",
+        "tests/integration/pool/test_interpreters.py"
+        "::test_frozen_program_that_does_not_call_freeze_support_is_one_error",
+    ),
+    Protection(
+        "frozen program; an executable that is no Python",
+        "a process that was to be a worker starts none",
+        "mpreader/pool/coordinator/process.py",
+        "        require_no_worker()\n",
+        "",
+        "tests/integration/pool/test_interpreters.py"
+        "::test_frozen_program_that_does_not_call_freeze_support_is_one_error",
+    ),
+    Protection(
+        "refused system calls; no /proc, /dev/shm or home",
+        "the end of a worker is asked for where no event tells it",
+        "mpreader/pool/coordinator/coordinator.py",
+        "        for worker in self.workers.take_ended():\n"
+        "            self._handle_worker_event(worker, has_ended=True)\n",
+        "",
+        "tests/integration/pool/test_hosts.py"
+        "::test_worker_that_dies_where_there_is_no_pidfd_is_replaced[killed]",
+    ),
+    Protection(
+        "small or full /dev/shm",
+        "memory that is not free is not taken",
+        "mpreader/pool/coordinator/arena.py",
+        "            if size > _free_bytes():\n",
+        "            if False:\n",
+        "tests/unit/test_shared_memory.py::test_memory_that_is_not_free_is_refused_before_it_is_touched",
     ),
     Protection(
         "small or full /dev/shm",

@@ -191,6 +191,21 @@ def test_workers_that_can_not_start_are_one_error_with_what_they_printed(
 
 
 @pytest.mark.row("worker can't start")
+def test_workers_that_can_not_start_any_more_are_restarted_a_few_times_only(
+    make_fetcher: Callable[..., RangeFetcher], serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve({"/object": DATA})
+    fetcher = make_fetcher()
+    monkeypatch.setenv("PYTHONHOME", "/no/such/folder")  # the interpreter is the right one, and yet can't run
+    with pytest.raises(WorkerCrashed, match=r"worker processes can't start: exit status 1(.|\n)*encodings") as caught:
+        fetcher.fetch_object(server.url("/object"), timeout_s=15)
+    assert caught.value.exitcode == 1
+    assert 1 <= fetcher.stats.restarts <= 4
+    monkeypatch.undo()
+    assert fetcher.fetch_object(server.url("/object")) == DATA
+
+
+@pytest.mark.row("worker can't start")
 def test_worker_that_is_slow_to_start_delays_nobody(
     make_fetcher: Callable[..., RangeFetcher], serve: Serve, set_interpreter: Callable[[str], None], tmp_path: Path
 ) -> None:

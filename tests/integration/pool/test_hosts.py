@@ -89,6 +89,7 @@ def check_reads(done: subprocess.CompletedProcess[str], restarts: int = 0) -> No
     ],
     ids=lambda calls: calls[0] if len(calls) < 4 else "all",
 )
+@pytest.mark.row("refused system calls; no /proc, /dev/shm or home")
 def test_refused_system_call_is_done_without(url: str, calls: list[str], error: int) -> None:
     check_reads(run(READ, url, prefix=refusing(calls, error)))
 
@@ -98,6 +99,7 @@ def test_file_system_without_fallocate_is_done_without(url: str, error: int) -> 
     check_reads(run(READ, url, prefix=refusing(["fallocate"], error)))
 
 
+@pytest.mark.row("refused system calls; no /proc, /dev/shm or home")
 def test_refused_system_call_that_is_needed_is_an_error_that_names_it(url: str) -> None:
     done = run(READ, url, prefix=refusing(["socketpair"]))
     assert "mpreader.errors.PoolError: can't start a worker process: " in done.stderr
@@ -133,8 +135,10 @@ KILLED: Final = """
 """
 
 
-@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
-@pytest.mark.row("worker killed, or out of memory", "worker stopped (stuck)")
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+@pytest.mark.row(
+    "worker killed, or out of memory", "worker stopped (stuck)", "refused system calls; no /proc, /dev/shm or home"
+)
 def test_worker_that_dies_where_there_is_no_pidfd_is_replaced(url: str, signum: signal.Signals) -> None:
     done = run(KILLED, url, str(int(signum)), prefix=refusing(["pidfd_open"]))
     assert (done.returncode, done.stdout) == (0, "read\n"), done.stderr
@@ -190,6 +194,7 @@ READ_ONLY_SHM: Final = "mount -t tmpfs none /dev/shm && mount -o remount,ro /dev
 
 @pytest.mark.parametrize("mounts", [NO_PROC, EMPTY_DEV, READ_ONLY_SHM], ids=["no /proc", "no /dev/shm", "read-only"])
 @pytest.mark.parametrize("max_memory", ["", "64M"])
+@pytest.mark.row("refused system calls; no /proc, /dev/shm or home")
 def test_file_system_that_is_not_there_is_done_without(url: str, mounts: str, max_memory: str) -> None:
     check_reads(run(READ, url, prefix=in_mounts(mounts), MPREADER_MAX_MEMORY=max_memory))
 
@@ -229,6 +234,7 @@ def test_limit_of_file_sizes_is_one_error_that_names_it(url: str) -> None:
     check_reads(run(READ, url, prefix=["sh", "-c", 'ulimit -f 4000 && exec "$@"', "sh"]))
 
 
+@pytest.mark.row("refused system calls; no /proc, /dev/shm or home")
 def test_user_without_an_entry_and_without_a_home_reads(url: str) -> None:
     setpriv, python = shutil.which("setpriv"), os.path.realpath(sys.executable)
     nobody = [setpriv or "setpriv", "--reuid", "12345", "--regid", "12345", "--clear-groups", "env", "-u", "HOME"]
@@ -289,11 +295,13 @@ def hostile(request: pytest.FixtureRequest) -> list[str]:
     return in_mounts(NO_PROC if request.param == "no /proc" else EMPTY_DEV)
 
 
+@pytest.mark.row("refused system calls; no /proc, /dev/shm or home")
 def test_every_way_of_reading_works_on_a_host_that_lacks_something(url: str, bucket: str, hostile: list[str]) -> None:
     done = run(EVERY_WAY, url, bucket, prefix=hostile)
     assert (done.returncode, done.stdout) == (0, "read\n"), done.stderr
 
 
+@pytest.mark.row("refused system calls; no /proc, /dev/shm or home")
 def test_commands_work_on_a_host_that_lacks_something(
     url: str, bucket: str, hostile: list[str], tmp_path: Path
 ) -> None:
@@ -317,5 +325,6 @@ for module, name in ((os, "pidfd_open"), (signal, "pidfd_send_signal"), (os, "me
 """
 
 
+@pytest.mark.row("refused system calls; no /proc, /dev/shm or home")
 def test_interpreter_that_was_built_for_an_old_kernel_reads(url: str) -> None:
     check_reads(run(OLD_PYTHON + READ, url))

@@ -91,12 +91,14 @@ multiprocessing.spawn.set_executable(STARTER)
 """
 
 
+@pytest.mark.row("frozen program; an executable that is no Python")
 def test_frozen_program_reads_if_it_calls_freeze_support(program: Program) -> None:
     done = program.run(FROZEN + "multiprocessing.spawn.freeze_support()\nfetch(URL)\n")
     assert (done.returncode, done.stdout, done.stderr) == (0, "read\n", "")
     assert program.starts == 4, "itself and three workers"
 
 
+@pytest.mark.row("frozen program; an executable that is no Python")
 def test_frozen_program_that_does_not_call_freeze_support_is_one_error(program: Program) -> None:
     done = program.run(FROZEN + "fetch(URL)\n")
     error = error_of(done)
@@ -105,6 +107,7 @@ def test_frozen_program_that_does_not_call_freeze_support_is_one_error(program: 
     assert program.starts == 2
 
 
+@pytest.mark.row("frozen program; an executable that is no Python")
 def test_frozen_program_that_goes_on_for_ever_in_place_of_a_worker_is_ended(program: Program) -> None:
     forever = """
     if "--multiprocessing-fork" in sys.argv:
@@ -143,6 +146,7 @@ def test_frozen_program_whose_first_thread_of_many_starts_workers_starts_one(pro
 @pytest.mark.parametrize(
     "executable", ["None", "''", "'/no/such/python'", "'/bin/false'", "STARTER", "'python3'", "'/'", "URL"]
 )
+@pytest.mark.row("frozen program; an executable that is no Python")
 def test_program_reads_whatever_sys_executable_is(program: Program, executable: str, when: str) -> None:
     change = f"sys.executable = {executable}\n"
     done = program.run(
@@ -152,6 +156,7 @@ def test_program_reads_whatever_sys_executable_is(program: Program, executable: 
     assert program.starts == 1
 
 
+@pytest.mark.row("frozen program; an executable that is no Python")
 def test_program_reads_with_an_executable_of_a_server(program: Program, tmp_path: Path) -> None:
     server = tmp_path / "server"  # which has Python built in, as uWSGI has: it runs programs, and knows no option
     shutil.copy(os.path.realpath(sys.executable), server)
@@ -184,6 +189,7 @@ def test_interpreter_that_was_chosen_may_be_a_script_that_becomes_it(program: Pr
     ],
     ids=["a child", "ignores all", "fails", "another program"],
 )
+@pytest.mark.row("frozen program; an executable that is no Python")
 def test_interpreter_that_was_chosen_and_is_none_is_started_once(
     program: Program, tmp_path: Path, script: str, problem: str
 ) -> None:
