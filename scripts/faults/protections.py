@@ -276,8 +276,7 @@ PROTECTIONS = (
         "        for worker in self.workers.take_ended():\n"
         "            self._handle_worker_event(worker, has_ended=True)\n",
         "",
-        "tests/integration/pool/test_hosts.py"
-        "::test_worker_that_dies_where_there_is_no_pidfd_is_replaced[killed]",
+        "tests/integration/pool/test_hosts.py::test_worker_that_dies_where_there_is_no_pidfd_is_replaced[killed]",
     ),
     Protection(
         "small or full /dev/shm",

@@ -8,14 +8,14 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final
 
 from mpreader.host import Cgroup, Host
-from mpreader.shared_memory import largest_file_bytes
+from mpreader.shared_memory import has_memfd, largest_file_bytes
 
 __all__ = ["HostFacts"]
 
@@ -37,6 +37,7 @@ class HostFacts:
         versions: Versions of packages by name; None: not installed.
         environment: The environment variables.
         file_bytes: Limit of file sizes, which shared memory obeys, too; None: no limit.
+        refused_calls: System calls that the kernel, or a filter of a container, refuses, and that are done without.
     """
 
     all_cores: int
@@ -49,6 +50,7 @@ class HostFacts:
     versions: Mapping[str, str | None]
     environment: Mapping[str, str]
     file_bytes: int | None = None
+    refused_calls: tuple[str, ...] = ()
 
     @classmethod
     def now(cls) -> HostFacts:
@@ -69,7 +71,17 @@ class HostFacts:
             versions={name: _version(name) for name in _PACKAGES},
             environment=os.environ,
             file_bytes=largest_file_bytes(),
+            refused_calls=tuple(_refused_calls()),
         )
+
+
+def _refused_calls() -> Iterator[str]:
+    if not has_memfd():
+        yield "memfd_create"
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except (OSError, AttributeError):  # refused, or not known to this interpreter
+        yield "pidfd_open"
 
 
 def _open_files() -> int:

@@ -63,6 +63,11 @@ def examine_host(facts: HostFacts, s3client_config: S3ClientConfig, pool_config:
         return
     # All ranks of this host run a pool like this one, and share its memory.
     yield _cores(facts)
+    if facts.refused_calls:
+        refused = f"{' and '.join(facts.refused_calls)} refused"
+        problem = "shared memory or the end of a worker is had in a slower way"
+        remedy = "Linux 5.3 or newer, and a container that allows these calls: docker run --security-opt seccomp=…"
+        yield Finding("system calls", "warn", refused, problem, remedy)
     window = wanted.window_bytes * facts.host.sharers
     # A pool takes at most half of the free memory and 80 % of /dev/shm (mpreader.pool.sizing), so this much must be
     # free for the window to fit. max_memory, if it was set, is taken as it is.

@@ -84,6 +84,7 @@ def test_a_healthy_host_has_nothing_wrong() -> None:
         ),
         (host(free_shm=100 * MiB), "shared memory", "warn", "wants", "ls -lS /dev/shm"),
         ({"shm_bytes": 0, **host(free_shm=0)}, "shared memory", "fail", "nothing", "mount -t tmpfs"),
+        ({"refused_calls": ("memfd_create", "pidfd_open")}, "system calls", "warn", "slower", "Linux 5.3"),
         ({"file_bytes": MiB, **host(free_shm=None)}, "shared memory", "fail", "file sizes", "ulimit -f unlimited"),
         (host(free_shm=100_000), "pool", "fail", "too little memory", "above"),
         ({"files": (50, 65536)}, "descriptors", "fail", "want of descriptors", "ulimit -n 512"),
