@@ -148,7 +148,8 @@ class S3StorageReader(FileSystemReader):
         except ObjectMissing:
             raise
         except Exception as error:
-            self._metadata_error = str(error)  # not the error, whose frames hold what was read
+            if rank is None:
+                self._metadata_error = str(error)  # not the error, whose frames hold what was read
             raise
         # The rest is what torch's own read_metadata does.
         if getattr(metadata, "storage_meta", None) is None:

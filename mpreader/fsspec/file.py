@@ -6,15 +6,17 @@ Position, buffering and caching are fsspec's; the bytes are read by :mod:`mpread
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import Any
 
+from fsspec.asyn import AbstractAsyncStreamedFile
 from fsspec.spec import AbstractBufferedFile
 
 from mpreader.fsspec.listing import Info
 from mpreader.fsspec.slices import SliceReader
 from mpreader.pool.source import ObjectVersion
 
-__all__ = ["RangeFile"]
+__all__ = ["AsyncRangeFile", "RangeFile"]
 
 
 class RangeFile(AbstractBufferedFile):  # type: ignore[misc]  # fsspec has no types
@@ -38,12 +40,35 @@ class RangeFile(AbstractBufferedFile):  # type: ignore[misc]  # fsspec has no ty
         super().__init__(fs, path, size=version.size, **options)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # fsspec keeps arguments that it does not know, and passes them to _open() when the file is unpickled. The
-        # version is passed that way, with what reads have found of it since, so that the copy reads this one, too.
-        self.kwargs["version"] = self._file.version
-        reduced: tuple[Any, ...] = super().__reduce__()
-        return reduced
+        # The version, with what reads have found of it since, so that the copy reads this one, too.
+        options = {"block_size": self.blocksize, "cache_type": self.cache.name or "none", "version": self._file.version}
+        return _opened_again, (self.fs, self.path, options, self.loc)
 
     def _fetch_range(self, start: int, end: int) -> bytes:
         # fsspec's cache calls it for the bytes [start, end) that it does not hold. There is one slice, of number 0.
         return self._reader.read({self.path: self._file}, {self.path: {0: slice(start, end)}}, 0)[0]
+
+
+class AsyncRangeFile(AbstractAsyncStreamedFile):  # type: ignore[misc]
+    """A file that was opened by ``open_async``, whose ``read`` is awaited. All of its bytes are of one version.
+
+    Args:
+        file: The same file, whose bytes are read on a thread.
+        run: Runs a function on a thread.
+    """
+
+    def __init__(self, file: RangeFile, run: Callable[..., Awaitable[Any]]) -> None:
+        super().__init__(file.fs, file.path, size=file.size, cache_type="none")
+        self._run = run
+        self._opened = file
+
+    async def _fetch_range(self, start: int, end: int) -> bytes:
+        content: bytes = await self._run(self._opened._fetch_range, start, min(end, self.size))
+        return content
+
+
+def _opened_again(fs: Any, path: str, options: dict[str, Any], position: int) -> RangeFile:
+    """Open a file that is unpickled."""
+    file: RangeFile = fs.open(path, **options)
+    file.seek(position)
+    return file

@@ -19,7 +19,7 @@ from typing import Any, TypeVar, cast
 from mpreader.config import PoolConfig, S3ClientConfig, check_type
 from mpreader.fetch.arguments import DEFAULT_FETCH_GAP_SIZE
 from mpreader.fsspec.copying import CopyingFileSystem
-from mpreader.fsspec.file import RangeFile
+from mpreader.fsspec.file import AsyncRangeFile, RangeFile
 from mpreader.fsspec.listing import version_of
 from mpreader.pool.source import ObjectVersion
 
@@ -241,6 +241,22 @@ class RangeFileSystem(CopyingFileSystem):
             cache_type=cache_type,
             cache_options=cache_options,
         )
+
+    async def open_async(self, path: str, mode: str = "rb") -> AsyncRangeFile:
+        """Open a file whose ``read`` is awaited.
+
+        Args:
+            path: Path of the file.
+            mode: ``"rb"``.
+
+        Raises:
+            ValueError: ``mode`` is something else.
+            FileNotFoundError: There is no such file.
+            MpreaderError: The server refuses, or can't be reached.
+        """
+        if "b" not in mode:
+            raise ValueError(f"mode must be 'rb', got {mode!r}")
+        return AsyncRangeFile(await self._run(self.open, path, mode), self._run)
 
     def close(self) -> None:
         """Close the connections, and stop the workers when their last user is done with them. Idempotent.

@@ -14,24 +14,24 @@ from mpreader.errors import ObjectMissing
 from mpreader.fsspec.listing import Info, describe, file_named, folder, list_below, list_folder
 
 if TYPE_CHECKING:
-    from mpreader.s3 import BaseS3Client
+    from mpreader.fsspec.slices import SliceReader
 
 __all__ = ["Listings", "by_name"]
 
 
 class Listings:
-    """Listings of the buckets of one client. Thread-safe, as far as fsspec's caches are.
+    """Listings of the buckets of one file system. Thread-safe, as far as fsspec's caches are.
 
     A path is ``bucket/key``. A file that is also a folder is listed as both, in two descriptions.
 
     Args:
-        client: Returns the client.
+        reader: Reader of slices, which has the client.
         folders: Cache (fsspec's ``DirCache``) of the listings of single folders.
         found: Cache of the listings of all that is below a folder, at any depth.
     """
 
-    def __init__(self, client: Callable[[], BaseS3Client], folders: Any, found: Any) -> None:
-        self._client = client
+    def __init__(self, reader: SliceReader, folders: Any, found: Any) -> None:
+        self._reader = reader
         self._folders = folders
         self._found = found
 
@@ -43,7 +43,7 @@ class Listings:
             begin: Beginning of the names to list.
             refresh: True: ask for it, also if it is kept.
         """
-        client = self._client()
+        client = self._reader.client()
         if begin:
             return list_folder(client, path, begin)
         return _kept(self._folders, path, lambda: list_folder(client, path), refresh=refresh)
@@ -61,7 +61,7 @@ class Listings:
         Raises:
             ObjectMissing: There is nothing at or below the path.
         """
-        client = self._client()
+        client = self._reader.client()
         if maxdepth is not None:
             # A listing can't be limited in depth, so that each folder takes a request.
             found = [*self._levels(path, maxdepth, prefix, refresh=refresh)]
@@ -110,7 +110,7 @@ class Listings:
         """Describe a path, of which it is known whether something is below it."""
         if "/" not in path:
             return folder(path)
-        client = self._client()
+        client = self._reader.client()
         if not is_folder:
             return describe(client, path)
         # Kept with the listings of what is below; no path ends in a slash, so that none has the same name.

@@ -69,7 +69,7 @@ class NamedFileSystem(ThreadedFileSystem):
         super().__init__(**cache, **options)
         self._reader = SliceReader(s3client_config, pool_config)
         # fsspec has made dircache, for the listings of single folders.
-        self._listings = Listings(lambda: self._reader.client(), self.dircache, DirCache(**cache))
+        self._listings = Listings(self._reader, self.dircache, DirCache(**cache))
 
     def info(self, path: str, *, refresh: bool = False) -> Info:
         """Describe a file or folder.

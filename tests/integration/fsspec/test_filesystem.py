@@ -556,7 +556,7 @@ def test_registered_protocols_lead_here(root: str, fs: RangeFileSystem) -> None:
         registered = importlib.import_module("fsspec.registry")._registry
         patch.setitem(registered, "s3", RangeFileSystem)  # to be undone, what follows can't be
         fsspec.register_implementation("s3", RangeFileSystem, clobber=True)
-        made, path = fsspec.url_to_fs(f"s3://{root}/data.bin", anon=False)
+        made, path = fsspec.core.url_to_fs(f"s3://{root}/data.bin", anon=False)
         assert (type(made), path) == (RangeFileSystem, f"{root}/data.bin")
         assert fsspec.get_mapper(f"s3://{root}/folder")["one.csv"] == b"a,b\n1,2\n"
 

@@ -16,7 +16,7 @@ import fsspec
 import numpy as np
 import pytest
 
-from mpreader import PoolConfig, S3ClientConfig
+from mpreader import ObjectChanged, PoolConfig, S3ClientConfig
 from mpreader.fsspec.filesystem import RangeFileSystem
 from mpreader.testing import S3Server
 from tests.integration.fsspec.conftest import Fill, MakeFileSystem
@@ -108,6 +108,7 @@ def test_zarr_opens_arrays_and_reads_parts_of_shards(zarr: Any, stored: str) -> 
     assert (root["sharded"][5] == NUMBERS[5]).all()
 
 
+@pytest.mark.skipif(not hasattr(fsspec.AbstractFileSystem, "to_dict"), reason="this fsspec has no to_dict")
 def test_zarr_takes_options_a_file_system_and_a_mapping(zarr: Any, stored: str, s3_server: S3Server) -> None:
     options = {"endpoint_url": s3_server.endpoint_url, "batch_size": 2, "use_listings_cache": True}
     assert zarr.open(f"{stored}/three", mode="r", storage_options=options)["plain"][1, 1] == NUMBERS[1, 1]
@@ -230,6 +231,32 @@ def test_asynchronous_methods_do_what_the_others_do(
     asyncio.run(main())
     assert (tmp_path / "one").read_bytes() == b"1"
     assert (tmp_path / "copy" / "sub" / "three").read_bytes() == b"333"
+
+
+def test_file_of_open_async_reads_one_version(make_fs: MakeFileSystem, bucket: str, fill: Fill) -> None:
+    fill({"file": b"0123456789"})
+    fs = make_fs(asynchronous=True)
+
+    async def main() -> None:
+        async with await fs.open_async(f"mpreader://{bucket}/file") as file:
+            assert (file.size, await file.read(3), await file.read(4), file.tell()) == (10, b"012", b"3456", 7)
+            file.seek(2)
+            assert await file.read(100) == b"23456789"
+            assert await file.read() == b""
+            file.seek(0)
+            fill({"file": b"9876543210"})
+            with pytest.raises(ObjectChanged):
+                await file.read()
+        with pytest.raises(ValueError, match="closed"):
+            await file.read()
+        with pytest.raises(ValueError, match="mode"):
+            await fs.open_async(f"{bucket}/file", "r")
+        with pytest.raises(OSError, match="only reads"):
+            await fs.open_async(f"{bucket}/file", "wb")
+        with pytest.raises(FileNotFoundError):
+            await fs.open_async(f"{bucket}/none")
+
+    asyncio.run(main())
 
 
 def test_asynchronous_calls_run_beside_one_another_and_after_a_close(
