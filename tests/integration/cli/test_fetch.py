@@ -217,3 +217,41 @@ def test_damaged_bytes_are_an_error_and_no_file(server: FaultServer, tmp_path: P
     assert (code, error["type"], error["bucket"], error["key"]) == (5, "ChecksumMismatch", "bucket", "folder/data.bin")
     assert MD5 in error["message"]
     assert left(tmp_path) == []
+
+
+# Headers of two versions of one size, and what HEAD leaves out of them.
+OLD_AND_NEW = [
+    pytest.param({"ETag": 'W/"1"', "Last-Modified": ""}, {"ETag": 'W/"2"', "Last-Modified": ""}, (), "s3", id="weak"),
+    pytest.param({"ETag": ""}, {"ETag": ""}, (), "http", id="Last-Modified"),
+    pytest.param({}, {}, (Fault(FaultKind.NO_VALIDATORS, method="HEAD"),), "s3", id="only by GET"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "faults", "scheme"), OLD_AND_NEW)
+@pytest.mark.row("object overwritten between GETs")
+def test_file_is_never_of_two_versions_also_when_it_is_resumed(
+    server: FaultServer,
+    tmp_path: Path,
+    old: dict[str, str],
+    new: dict[str, str],
+    faults: tuple[Fault, ...],
+    scheme: str,
+) -> None:
+    path = "/bucket/folder/data.bin"
+    source = URI if scheme == "s3" else server.url(path)
+    server.put(path, DATA, old)
+    # The first command stops in the middle, at an error that stays; the object is overwritten; the second one goes on.
+    server.inject(Fault(FaultKind.STATUS, status=404, at=range(10, 1000)), *faults)
+    code, _, err = fetch(tmp_path, *SMALL, "--connections", "1", source)
+    assert code != 0, err
+    assert left(tmp_path) == ["data.bin.part", "data.bin.part.json"]
+    server.inject(*faults)
+    server.put(path, DATA[::-1], new)
+    code, _, err = fetch(tmp_path, *SMALL, source)
+    if faults:  # only the bytes show that they are of another version, and then the part is given up
+        assert code != 0
+        assert "overwritten" in err
+        assert left(tmp_path) == []
+        code, _, err = fetch(tmp_path, *SMALL, source)
+    assert code == 0, err
+    assert (tmp_path / "data.bin").read_bytes() == DATA[::-1]
