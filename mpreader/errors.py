@@ -102,7 +102,11 @@ class AccessDenied(TransportError, PermissionError):
 
 
 class ObjectChanged(TransportError):
-    """The object was overwritten while it was read. No bytes of two versions were mixed."""
+    """The object was overwritten while it was read. No bytes of two versions were mixed.
+
+    It is noticed by all that the server says of a version: the ETag, Last-Modified, numbers of versions, checksums.
+    Where a server says nothing of that, it is noticed only if the size differs.
+    """
 
 
 class ShortRead(TransportError):

@@ -63,6 +63,8 @@ class RangeFetcher:
     - ``PlanError``: a range is malformed, or ends past the end of the object; or ``out`` has another size.
     - ``ConfigError``, ``TypeError``, ``ValueError``: another argument is wrong.
     - ``ObjectMissing``: there is no such object or bucket.
+    - ``ObjectChanged``: the object was overwritten meanwhile. Where a server says nothing that tells versions apart,
+      no ETag and no Last-Modified, that is noticed only if the size differs.
     - ``AccessDenied``: the service refused.
     - ``ArenaExhausted``: more bytes are asked for, or held, at one time than ``PoolConfig.max_memory`` allows.
     - ``PoolTimeout``: ``timeout_s`` has passed.

@@ -115,7 +115,8 @@ class Difference(NamedTuple):
         return {ETAG: "ETag", LAST_MODIFIED: "Last-Modified"}.get(self.name, self.name)
 
     def __str__(self) -> str:
-        return f"the answer is for {self.header} {self.found or '(none)'}, not {self.expected}"
+        text = f"the answer is for {self.header} {self.found or '(none)'}, not {self.expected}"
+        return "".join(letter if letter.isprintable() else "?" for letter in text)  # a server may send any bytes
 
 
 def validators_of(headers: Mapping[str, str] | Iterable[tuple[str, str]]) -> Validators:

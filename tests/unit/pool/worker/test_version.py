@@ -94,6 +94,11 @@ def test_etags_of_two_versions_differ(ours: str, theirs: str) -> None:
     assert str(difference) == f"the answer is for ETag {theirs}, not {ours}"
 
 
+def test_difference_is_printable_whatever_a_server_sends() -> None:
+    difference = find_difference((("etag", '"1"'),), (("etag", '"\x1b[2J\x00"'),))
+    assert str(difference) == 'the answer is for ETag "?[2J?", not "1"'
+
+
 def test_moments_are_compared_whatever_their_form() -> None:
     same = ("Thursday, 01-Jan-26 00:00:00 GMT", "Thu, 1 Jan 2026 00:00:00 +0000", "Thu, 01 Jan 2026 01:00:00 +0100")
     for form in same:
