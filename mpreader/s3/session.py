@@ -7,6 +7,7 @@ no requests and translates no errors. It owns botocore's session, and with it th
 
 from __future__ import annotations
 
+import http.client
 import os
 import threading
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from mpreader.collector import collector_paused
 from mpreader.config import S3ClientConfig
 from mpreader.errors import ConfigError
 from mpreader.s3.credentials import ProviderFailed, find_credentials, freeze, watch_providers
+from mpreader.s3.failure import Unusable
 from mpreader.s3.redaction import redacted
 from mpreader.s3.signing import HeaderSigner
 from mpreader.version import __version__
@@ -181,6 +183,7 @@ class Session:
         client.meta.events.register("before-parameter-build.s3", _presign_for_the_region)
         client.meta.events.register_first("choose-signer.s3", _presign_with_version_4)
         client.meta.events.register("before-send.s3", _send_headers_as_text)
+        client.meta.events.register_first("needs-retry.s3", _stop_at_what_is_no_http)
         for operation in _REGION_REQUESTS:
             client.meta.events.register_first(f"needs-retry.s3.{operation}", _ask_for_the_region_once)
         return client
@@ -336,6 +339,21 @@ def _send_headers_as_text(request: Any, **_: object) -> None:
         if isinstance(value, bytes):
             del request.headers[name]
             request.headers[name] = value.decode("latin-1")
+
+
+def _stop_at_what_is_no_http(caught_exception: BaseException | None, **_: object) -> None:
+    """Make botocore give up on a server that does not speak HTTP, which it takes for a connection that broke.
+
+    Raises:
+        Unusable: That is so.
+    """
+    error = getattr(caught_exception, "kwargs", {}).get("error")
+    for reason in getattr(error, "args", ()):
+        # These two are connections that broke indeed.
+        if isinstance(reason, http.client.HTTPException) and not isinstance(
+            reason, (http.client.RemoteDisconnected, http.client.IncompleteRead)
+        ):
+            raise Unusable(f"the answer is no HTTP ({type(reason).__name__}: {redacted(str(reason))})")
 
 
 def _environment_fingerprint() -> int:

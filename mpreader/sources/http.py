@@ -8,9 +8,10 @@ user name or password, since these may be secrets.
 from __future__ import annotations
 
 import contextlib
+import http.client
 import re
 from collections.abc import Mapping
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from urllib.parse import urljoin
 
 import urllib3
@@ -24,6 +25,9 @@ from mpreader.pool.worker.partial_content import is_compressed
 from mpreader.pool.worker.route import Route
 from mpreader.pool.worker.version import validators_of
 from mpreader.sources.network import PORTS, Headers, basic_authorization, ca_file, proxy_for, route_to, tls_context
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["HttpSource"]
 
@@ -192,7 +196,7 @@ class HttpSource:
         """Return status and headers of the response to a request, which is repeated after a failure that may pass."""
         # identity: a server that compresses would state the size of the compressed body.
         all_headers = {"Accept-Encoding": "identity", **dict(url.headers), **headers}
-        retries = Retry(
+        retries = _Retry(
             self._max_attempts - 1,
             other=0,  # errors such as a wrong certificate, which stay
             redirect=False,  # _follow does it, and sends the password to the URL's own server only
@@ -246,6 +250,26 @@ class HttpSource:
 
     def _error(self, kind: type[TransportError], message: str) -> TransportError:
         return kind(f"{self.uri}: {message}", bucket=self.bucket, key=self.key, attempts=1)
+
+
+class _Retry(Retry):
+    """Retries that give up on a server that does not speak HTTP, which urllib3 takes for a connection that broke."""
+
+    def increment(
+        self,
+        method: str | None = None,
+        url: str | None = None,
+        response: Any = None,
+        error: Exception | None = None,
+        _pool: Any = None,
+        _stacktrace: Any = None,
+    ) -> Self:
+        for reason in error.args if isinstance(error, urllib3.exceptions.ProtocolError) else ():
+            # These two are connections that broke indeed.
+            is_broken = isinstance(reason, (http.client.RemoteDisconnected, http.client.IncompleteRead))
+            if isinstance(reason, http.client.HTTPException) and not is_broken and error is not None:
+                raise error
+        return super().increment(method, url, response, error, _pool, _stacktrace)
 
 
 class _Url(NamedTuple):

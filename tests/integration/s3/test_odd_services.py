@@ -316,3 +316,26 @@ def test_error_without_code_or_message_does_not_say_none(service: Service) -> No
                 with pytest.raises(MpreaderError) as raised:
                     _USES[use](_settings(service))
                 assert "None" not in str(raised.value)
+
+
+_NO_HTTP = {
+    "bare LF": b"HTTP/1.1 206 P\nContent-Length: 5\nContent-Range: bytes 0-4/262144\n\n12345",
+    "endless header": b"HTTP/1.1 200 OK\r\nA: " + b"a" * 300_000,
+    "garbage": b"garbage\r\n\r\n",
+    "HTTP/0.9": b"<html>hello",
+    "no colon": b"HTTP/1.1 200 OK\r\nno colon\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("raw", _NO_HTTP)
+@pytest.mark.parametrize("which", ["GET", "all"])
+def test_answer_that_is_no_http_is_an_error_at_once(service: Service, raw: str, which: str) -> None:
+    service.hook = lambda call: _NO_HTTP[raw] if which in ("all", call.method) else None
+    config = S3ClientConfig(endpoint_url=service.url, force_path_style=True)  # with ten attempts
+    for source in ("s3://bucket/key", f"{service.url}/bucket/key"):
+        with RangeFetcher(config, _POOL) as fetcher, pytest.raises(TransportError):
+            fetcher.fetch(source, [(0, 5)])
+    if which == "all" and raw not in ("bare LF", "no colon"):  # which Python's own client takes for HTTP
+        with pytest.raises(TransportError, match="no HTTP"):
+            S3Client(s3client_config=config).head_object("bucket", "key")
+    assert len(service.seen) < 15, "a few attempts, and not ten each"

@@ -15,8 +15,12 @@ from typing import Any
 
 import fsspec
 import pytest
+import torch
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from mpreader import AccessDenied, MpreaderError, PoolConfig, RangeFetcher, S3Client, S3ClientConfig, TransportError
+from mpreader.dcp import load_checkpoint
 from mpreader.s3.session import shared_session
 from mpreader.tools.doctor.access import examine_access
 from tests.integration.service import ACCESS_KEY, SECRET_KEY, Answer, Call, Service, error, signature_mistake
@@ -299,6 +303,17 @@ def test_every_way_of_reading_finds_the_other_route(serve: Serve) -> None:
     files = fsspec.filesystem("mpreader", skip_instance_cache=True, s3client_config=config)
     assert files.cat_file("bucket/key") == DATA
     assert "query" in _kinds(service)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_checkpoint_is_loaded_by_the_other_route(serve: Serve, tmp_path: Path) -> None:
+    save({"weight": torch.arange(1000), "step": 5}, storage_writer=FileSystemWriter(tmp_path))
+    service = serve(**{f"run/{path.name}": path.read_bytes() for path in tmp_path.iterdir()})
+    state = load_checkpoint("s3://bucket/run", s3client_config=_settings(service), progress=False)
+    assert state["weight"].tolist() == list(range(1000))
+    command = [sys.executable, "-m", "mpreader", "load", "s3://bucket/run", "--endpoint-url", service.url]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    assert {"query", "headers"} <= set(_kinds(service))
 
 
 def test_no_secret_leaves_with_a_signature(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
