@@ -14,6 +14,7 @@ from typing import Any
 
 import boto3
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from fsspec.tests import abstract
 from fsspec.tests.abstract import AbstractFixtures, AbstractGetTests
 
@@ -90,6 +91,10 @@ class Fixtures(AbstractFixtures):  # type: ignore[misc]  # fsspec has no types
     @pytest.fixture
     def supports_empty_directories(self) -> bool:
         return False
+
+    @pytest.fixture
+    def local_fs(self) -> LocalFileSystem:  # that of older versions of fsspec is of a kind that pytest warns of
+        return LocalFileSystem(auto_mkdir=True)
 
     @pytest.fixture
     def local_path(self, tmp_path: os.PathLike[str]) -> str:
