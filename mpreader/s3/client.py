@@ -216,6 +216,11 @@ class BaseS3Client:
             url, headers = session.header_signer.sign(boto, Bucket=bucket, Key=key, **self._payer())
             return PresignedUrl(url, headers, session.ca_file() if url.startswith("https:") else None)
 
+    @property
+    def unconditional_buckets(self) -> set[str]:
+        """Buckets whose service refuses If-Match though the object is the right one; streams add to it."""
+        return self._session.unconditional_buckets
+
     def signs_in_headers(self, bucket: str) -> bool:
         """Return True if the workers' requests are to be signed by ``sign_headers``, False if by ``presign``."""
         return not self._config.unsigned and self._session.signs_in_headers(bucket)

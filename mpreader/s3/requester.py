@@ -20,6 +20,10 @@ class Requester(Protocol):
     def s3client_config(self) -> S3ClientConfig:
         """Settings in force."""
 
+    @property
+    def unconditional_buckets(self) -> set[str]:
+        """Buckets whose service refuses If-Match though the object is the right one; streams add to it."""
+
     def head_object(self, bucket: str, key: str) -> ObjectInfo:
         """Ask for an object's size and version."""
 

@@ -113,6 +113,7 @@ class Session:
         self._clients: dict[str | None, BotoClient] = {}  # by region; None: the environment's
         self._bucket_regions: dict[str, str] = {}  # by bucket, as far as responses have shown it
         self._header_buckets: set[str] = set()  # buckets that were found to refuse presigned URLs
+        self.unconditional_buckets: set[str] = set()  # buckets that were found to refuse If-Match; streams add to it
         self.header_signer = HeaderSigner()
         self._ca_file = ""
         self._credentials: Credentials | None = None  # None until they are found

@@ -31,9 +31,6 @@ _LONGEST_PAUSE_S: Final = 5.0
 # Statuses with which services refuse If-Match itself: they don't know it (400, 501), or can't compare the ETag that
 # they have sent themselves (412), since it is a weak one, or since a proxy has changed it.
 _REFUSES_IF_MATCH: Final = (400, 412, 501)
-# Endpoint and bucket of each service that refuses If-Match though the object is the right one.
-_refusing: Final[set[tuple[str | None, str]]] = set()
-_MOST_REFUSING: Final = 256
 
 
 class _Broken(Exception):
@@ -152,8 +149,7 @@ class PinnedObject:
         Returns:
             The response, whose body the caller must close, and the end as a number, which the response has stated.
         """
-        endpoint = (self._client.s3client_config.endpoint_url, self._bucket)
-        if not is_strong(self._etag) or endpoint in _refusing:
+        if not is_strong(self._etag) or self._bucket in self._client.unconditional_buckets:
             return self._accepted(position, end)
         try:
             return self._accepted(position, end, IfMatch=self._etag)
@@ -162,8 +158,7 @@ class PinnedObject:
                 raise
         # If the object was overwritten, this raises an error that names the new version.
         accepted = self._accepted(position, end)
-        if len(_refusing) < _MOST_REFUSING:
-            _refusing.add(endpoint)
+        self._client.unconditional_buckets.add(self._bucket)
         return accepted
 
     def _accepted(self, position: int, end: int | None, **if_match: str) -> tuple[dict[str, Any], int]:
