@@ -158,8 +158,8 @@ class Account:
         """
         try:
             return self._identify()
-        except (BotoCoreError, ProviderFailed, ConfigError) as error:
-            raise ConfigError(self.clean(str(error))) from None
+        except Exception as error:  # noqa: BLE001  # of a provider, or of a file that botocore can't make sense of
+            raise ConfigError(self.clean(str(error) or type(error).__name__)) from None
 
     def probe(self) -> ServiceResponse:
         """Send one HEAD for the bucket, or for the service, without a signature.

@@ -7,7 +7,6 @@ no requests and translates no errors. It owns botocore's session, and with it th
 
 from __future__ import annotations
 
-import http.client
 import os
 import threading
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ from mpreader.collector import collector_paused
 from mpreader.config import S3ClientConfig
 from mpreader.errors import ConfigError
 from mpreader.s3.credentials import ProviderFailed, find_credentials, freeze, watch_providers
-from mpreader.s3.failure import Unusable
+from mpreader.s3.handlers import register_handlers
 from mpreader.s3.redaction import redacted
 from mpreader.s3.signing import HeaderSigner
 from mpreader.version import __version__
@@ -43,9 +42,7 @@ _CONNECT_TIMEOUT_S: Final = 10
 # Sessions are kept for later clients of the same settings. Their number is bounded, because a program that changes its
 # settings or its environment again and again would otherwise pile up clients and connections.
 _MAX_SHARED: Final = 8
-# Requests by which botocore finds out a bucket's region. CreateSession comes before any other request to a directory
-# bucket.
-_REGION_REQUESTS: Final = ("HeadBucket", "CreateSession")
+
 
 # The shared sessions by process, settings and environment. A dict keeps the order of insertion: the session used last
 # comes last.
@@ -181,12 +178,7 @@ class Session:
             # configuration file is of another kind than botocore takes for granted, as with "s3 = foo".
             except Exception as error:
                 raise ConfigError(_settings_error(error)) from error
-        client.meta.events.register("before-parameter-build.s3", _presign_for_the_region)
-        client.meta.events.register_first("choose-signer.s3", _presign_with_version_4)
-        client.meta.events.register("before-send.s3", _send_headers_as_text)
-        client.meta.events.register_first("needs-retry.s3", _stop_at_what_is_no_http)
-        for operation in _REGION_REQUESTS:
-            client.meta.events.register_first(f"needs-retry.s3.{operation}", _ask_for_the_region_once)
+        register_handlers(client)
         return client
 
     def region_of(self, bucket: str) -> str | None:
@@ -304,57 +296,6 @@ def _client_config(config: S3ClientConfig) -> Config:
         if name in Config.OPTION_DEFAULTS:
             options[name] = "when_required"
     return Config(**options)
-
-
-def _presign_for_the_region(context: dict[str, Any], **_: object) -> None:
-    """Presign for the region's own endpoint.
-
-    The global endpoint redirects requests for buckets that are new, and a worker can't follow a redirect.
-    """
-    context.pop("use_global_endpoint", None)
-
-
-def _presign_with_version_4(signature_version: object, **_: object) -> Any:
-    """Presign with SigV4, where boto3's default is SigV2.
-
-    ``Config(signature_version="s3v4")`` can't be used for that: it would also change the signatures for directory
-    buckets, which need a session.
-    """
-    return "s3v4-query" if signature_version == "v4-query" else None
-
-
-def _ask_for_the_region_once(response: Any, request_dict: dict[str, Any], **_: object) -> None:
-    """Make botocore give up on a bucket whose region the service does not name.
-
-    After a redirect that names no region botocore sends a HEAD of the bucket to find the region. If that HEAD is
-    redirected in the same way, botocore sends another HEAD for it, and so on to Python's recursion limit. It does not
-    do so for a request that is marked as redirected already, so this marks the first HEAD.
-    """
-    if response is not None and "x-amz-bucket-region" not in response[1]["ResponseMetadata"]["HTTPHeaders"]:
-        request_dict["context"].setdefault("s3_redirect", {})["redirected"] = True
-
-
-def _send_headers_as_text(request: Any, **_: object) -> None:
-    """Make all headers of a request text; botocore has bytes in some, over which urllib3 stumbles at a 303."""
-    for name, value in list(request.headers.items()):
-        if isinstance(value, bytes):
-            del request.headers[name]
-            request.headers[name] = value.decode("latin-1")
-
-
-def _stop_at_what_is_no_http(caught_exception: BaseException | None, **_: object) -> None:
-    """Make botocore give up on a server that does not speak HTTP, which it takes for a connection that broke.
-
-    Raises:
-        Unusable: That is so.
-    """
-    error = getattr(caught_exception, "kwargs", {}).get("error")
-    for reason in getattr(error, "args", ()):
-        # These two are connections that broke indeed.
-        if isinstance(reason, http.client.HTTPException) and not isinstance(
-            reason, (http.client.RemoteDisconnected, http.client.IncompleteRead)
-        ):
-            raise Unusable(f"the answer is no HTTP ({type(reason).__name__}: {redacted(str(reason))})")
 
 
 def _environment_fingerprint() -> int:

@@ -7,15 +7,12 @@ user name or password, since these may be secrets.
 
 from __future__ import annotations
 
-import contextlib
 import http.client
-import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
-from urllib.parse import urljoin
+from typing import TYPE_CHECKING, Any, Final
 
 import urllib3
-from urllib3.util import Retry, Timeout, parse_url
+from urllib3.util import Retry, Timeout
 
 from mpreader.config import MAX_OBJECT_BYTES
 from mpreader.errors import AccessDenied, ConfigError, ObjectMissing, TransportError
@@ -24,7 +21,8 @@ from mpreader.pool.worker.messages import FailureKind
 from mpreader.pool.worker.partial_content import is_compressed
 from mpreader.pool.worker.route import Route
 from mpreader.pool.worker.version import validators_of
-from mpreader.sources.network import PORTS, Headers, basic_authorization, ca_file, proxy_for, route_to, tls_context
+from mpreader.sources.network import ca_file, proxy_for, route_to, tls_context
+from mpreader.sources.url import Url, without_urls
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -64,11 +62,11 @@ class HttpSource:
     version: ObjectVersion | None = None
 
     def __init__(self, url: str, max_attempts: int = 10) -> None:
-        self._url = _Url.parse(url)
+        self._url = Url.parse(url)
         self._max_attempts = max_attempts
         self._asks_by_get = False  # once the server has redirected a GET, and not the HEAD before it
         # URL at which open() found the redirects to end, until a route is made of it.
-        self._unused_target: _Url | None = None
+        self._unused_target: Url | None = None
 
     @property
     def bucket(self) -> str:
@@ -131,13 +129,13 @@ class HttpSource:
         self._asks_by_get, self._unused_target = True, None
         return self._route_to(self._resolve()[0])
 
-    def _route_to(self, target: _Url) -> Route:
+    def _route_to(self, target: Url) -> Route:
         return route_to(str(target), target.headers, proxy_for(str(target)), ca_file() if target.is_tls else None)
 
     def __repr__(self) -> str:
         return f"<HttpSource {self.uri}>"
 
-    def _resolve(self) -> tuple[_Url, ObjectVersion]:
+    def _resolve(self) -> tuple[Url, ObjectVersion]:
         """Return the URL at which the redirects end, and the version of the object there."""
         length = None
         if not self._asks_by_get:
@@ -174,7 +172,7 @@ class HttpSource:
             raise self._refusal(status)
         return self._version(total, headers)
 
-    def _follow(self, method: str, url: _Url, headers: dict[str, str]) -> tuple[_Url, int, Mapping[str, str]]:
+    def _follow(self, method: str, url: Url, headers: dict[str, str]) -> tuple[Url, int, Mapping[str, str]]:
         """Make a request and follow its redirects.
 
         Returns:
@@ -188,11 +186,11 @@ class HttpSource:
             try:
                 url = url.redirected(location)
             except ValueError as error:  # a ConfigError, or one of the standard library about brackets, say
-                reason = error if isinstance(error, ConfigError) else _without_urls(error)
+                reason = error if isinstance(error, ConfigError) else without_urls(error)
                 raise self._error(TransportError, f"a redirect can't be followed: {reason}") from None
         raise self._error(TransportError, f"more than {_MAX_REDIRECTS} redirects")
 
-    def _request(self, method: str, url: _Url, headers: dict[str, str]) -> tuple[int, Mapping[str, str]]:
+    def _request(self, method: str, url: Url, headers: dict[str, str]) -> tuple[int, Mapping[str, str]]:
         """Return status and headers of the response to a request, which is repeated after a failure that may pass."""
         # identity: a server that compresses would state the size of the compressed body.
         all_headers = {"Accept-Encoding": "identity", **dict(url.headers), **headers}
@@ -224,7 +222,7 @@ class HttpSource:
         except Exception as error:  # noqa: BLE001
             reason = getattr(error, "reason", None) or error
             # From None: the text of the cause holds the URL with its query, and a traceback would show it.
-            raise self._error(TransportError, f"no answer from {url.authority}: {_without_urls(reason)}") from None
+            raise self._error(TransportError, f"no answer from {url.authority}: {without_urls(reason)}") from None
         return response.status, response.headers
 
     def _version(self, size: str, headers: Mapping[str, str]) -> ObjectVersion:
@@ -272,73 +270,6 @@ class _Retry(Retry):
         return super().increment(method, url, response, error, _pool, _stacktrace)
 
 
-class _Url(NamedTuple):
-    """Parts of an http(s) URL, percent-encoded. A secret: ``target`` may hold a signature, ``headers`` a password.
-
-    Attributes:
-        scheme: ``"http"`` or ``"https"``.
-        authority: Host, with its port where that is not the default one; without user name and password.
-        target: Path and query.
-        headers: The Authorization header made of the URL's user name and password; empty if it has none.
-    """
-
-    scheme: str
-    authority: str
-    target: str
-    headers: Headers
-
-    @classmethod
-    def parse(cls, text: str) -> _Url:
-        """Split a URL into its parts.
-
-        Raises:
-            ConfigError: ``text`` is not an http(s) URL; the error does not show its secrets.
-        """
-        if not isinstance(text, str) or not re.match(r"https?://", text, re.IGNORECASE):
-            raise ConfigError(f"not an http(s) URL: {_without_urls(text)!r}")
-        try:
-            url = parse_url(text)
-        except urllib3.exceptions.LocationParseError:
-            raise ConfigError(f"malformed URL: {_without_urls(text)!r}") from None
-        if not url.host:
-            raise ConfigError(f"no host in the URL {_without_urls(text)!r}")
-        scheme = str(url.scheme)
-        port = "" if url.port in (None, PORTS[scheme]) else f":{url.port}"
-        headers: Headers = ()
-        if url.auth is not None:
-            user, _, password = url.auth.partition(":")
-            headers = (("Authorization", basic_authorization(user, password)),)
-        return cls(scheme, url.host + port, url.request_uri, headers)
-
-    def redirected(self, location: str) -> _Url:
-        """Return the URL that a redirect leads to, with the password only if it is on the same server.
-
-        Args:
-            location: Value of the redirect's Location header, relative or absolute.
-        """
-        # urllib3 reads headers as Latin-1; many servers send other letters in UTF-8, without percent-encoding them.
-        with contextlib.suppress(UnicodeError):
-            location = location.encode("latin-1").decode()
-        url = _Url.parse(urljoin(str(self), location))
-        same = (url.scheme, url.authority) == (self.scheme, self.authority)
-        return url._replace(headers=self.headers) if same and not url.headers else url
-
-    @property
-    def path(self) -> str:
-        return self.target.partition("?")[0]
-
-    @property
-    def is_tls(self) -> bool:
-        return self.scheme == "https"
-
-    def __str__(self) -> str:
-        return f"{self.scheme}://{self.authority}{self.target}"
-
-    def __repr__(self) -> str:
-        # The repr of a named tuple would show the query and the password in tracebacks.
-        return f"<_Url {self.scheme}://{self.authority}{self.path}>"
-
-
 def _is_number(text: str) -> bool:
     """True for a size of bytes that an object may have."""
     # isascii, since isdigit alone also holds for characters such as "²", which int() refuses; it refuses thousands of
@@ -346,7 +277,7 @@ def _is_number(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS and int(text) <= MAX_OBJECT_BYTES
 
 
-def _manager(url: _Url) -> urllib3.PoolManager:
+def _manager(url: Url) -> urllib3.PoolManager:
     """Make urllib3's connection pool for one request, through the environment's proxy if there is one."""
     proxy = proxy_for(str(url))
     context = tls_context() if url.is_tls else None
@@ -354,8 +285,3 @@ def _manager(url: _Url) -> urllib3.PoolManager:
         return urllib3.PoolManager(ssl_context=context)
     host = f"[{proxy.host}]" if ":" in proxy.host else proxy.host
     return urllib3.ProxyManager(f"http://{host}:{proxy.port}", proxy_headers=dict(proxy.headers), ssl_context=context)
-
-
-def _without_urls(text: object) -> str:
-    """Return ``text`` without user names, passwords and queries of the URLs in it, which may be secrets."""
-    return re.sub(r"//[^/@\s]*@|\?\S*", lambda hit: "//…@" if hit[0].startswith("//") else "?…", str(text))

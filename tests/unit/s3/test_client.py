@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import pickle
 from pathlib import Path
 from urllib.parse import parse_qs
@@ -200,3 +202,26 @@ def test_client_finds_credentials_that_were_not_there_at_first(monkeypatch: pyte
         S3Source(S3Client("eu-west-1"), "bucket", "key").route()
     found.append(Credentials("AKIALATER", "secret"))
     S3Source(S3Client("eu-west-1"), "bucket", "key").route()
+
+
+def test_access_point_of_several_regions_is_signed_or_names_the_package_that_it_needs() -> None:
+    arn, client = "arn:aws:s3::123456789012:accesspoint/mfzwi23gnjvgw.mrap", S3Client()
+    for sign in (client.presign, client.sign_headers):
+        if importlib.util.find_spec("awscrt") is None:
+            with pytest.raises(ConfigError, match=r"botocore\[crt\]"):
+                sign(arn, "key")
+        else:
+            signed = sign(arn, "key")
+            assert signed.origin == "https://mfzwi23gnjvgw.mrap.accesspoint.s3-global.amazonaws.com"
+            assert "AWS4-ECDSA-P256-SHA256" in f"{signed.url} {signed.headers}"
+
+
+def test_headers_are_signed_for_the_date_and_the_empty_body_and_no_range() -> None:
+    signed = S3Client("eu-west-1").sign_headers("bucket", "a key")
+    headers = dict(signed.headers)
+    assert signed.url == "https://bucket.s3.eu-west-1.amazonaws.com/a%20key"
+    assert headers["x-amz-content-sha256"] == hashlib.sha256(b"").hexdigest()
+    assert headers["x-amz-security-token"] == "the-session-token"
+    assert "/eu-west-1/s3/aws4_request" in headers["Authorization"]
+    assert "SignedHeaders=host;x-amz-content-sha256;x-amz-date;x-amz-security-token," in headers["Authorization"]
+    assert "the-secret-key" not in str(headers)
