@@ -14,6 +14,7 @@ in the parent; the parent's workers and memory are left untouched.
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
 import weakref
@@ -72,6 +73,7 @@ class Pool:
         self._caller: Caller | None = None
         self._stop: Callable[[], object] = _nothing
         self._past_runs = PoolStats()
+        self._has_read = False  # in the run that is under way, or was the last
         _watch_forks()
         _pools.add(self)
 
@@ -132,6 +134,7 @@ class Pool:
                     coordinator, caller = self._running()
                     transfer, message = caller.open(sources, slot_reads, grows=grows)
                     if coordinator.try_tell(message):
+                        self._has_read = True
                         return transfer
         except BaseException:  # a Ctrl-C, perhaps after the coordinator was told: nobody else could close it
             if transfer is not None:
@@ -161,7 +164,11 @@ class Pool:
         if self._coordinator is None or self._caller is None or self._coordinator.is_ended:
             self._stop()
             self._past_runs = total([self._past_runs, self._run_stats()])
+            failure = self._coordinator.failure if self._coordinator is not None and not self._has_read else None
             self._coordinator = self._caller = None  # counted: a start that fails must not count them again
+            if failure is not None:  # nobody was told of it yet; and what broke at once would do so again and again
+                raise copy.copy(failure)
+            self._has_read = False
             coordinator = Coordinator(self.sizes, self.timeouts)
             # Also at exit, and when the pool is dropped without having been closed.
             self._stop = weakref.finalize(self, coordinator.stop)

@@ -102,6 +102,7 @@ class Coordinator:
     Attributes:
         sizes: Numbers that it was made with.
         workers: The worker processes.
+        failure: Error that it broke with; None if it runs, was told to stop, or was idle.
     """
 
     def __init__(self, sizes: PoolSizes, timeouts: Timeouts) -> None:
@@ -117,6 +118,7 @@ class Coordinator:
         self._mailboxes: dict[int, Mailbox] = {}
         self._lock = threading.Lock()  # guards the decision that nothing more is taken on
         self._is_ended = False
+        self.failure: MpreaderError | None = None
         self._is_told_to_stop = False
         self._is_waiting = False  # set before the inbox is looked into, so that no message is overlooked
         self._busy_until = self._next_watch = time.monotonic()
@@ -237,10 +239,10 @@ class Coordinator:
                 self._dispatch()
                 self._scheduler.note_held_up(time.monotonic())
         except MpreaderError as broken:
-            error = broken
+            error = self.failure = broken
         except Exception as bug:
             log.exception("the coordinator failed")
-            error = PoolError(f"internal error, please report it: {bug!r}")
+            error = self.failure = PoolError(f"internal error, please report it: {bug!r}")
             error.__cause__ = bug
         finally:
             self._shut_down(error)

@@ -529,6 +529,6 @@ def test_pool_that_fails_to_start_again_counts_nothing_twice(
     wait_until(lambda: not pool.is_running)
     monkeypatch.setattr("multiprocessing.spawn.get_executable", lambda: "/there/is/no/interpreter")
     for _ in range(3):
-        with pytest.raises(PoolError, match="can't start a worker"):
+        with pytest.raises(PoolError, match="worker processes can't start"):
             pool.start()
     assert pool.stats().bytes == 3 * PART
