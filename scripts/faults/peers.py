@@ -1,16 +1,18 @@
-"""Comparison of boto3, s3torchconnector, obstore and mpreader: how they respond to the same faults of a server.
+"""Comparison of boto3, s3fs, s3torchconnector, obstore and mpreader: how they respond to the same faults and oddities.
 
-  scripts/peers                        every library with every fault: about 2 minutes
+  scripts/peers                        every library with every one: about 4 minutes
   scripts/peers --markdown FILE        the same, and writes the table as Markdown
   scripts/peers --one obstore reset    one of them, with the requests that the server got
 
-mpreader.testing.FaultServer takes the place of S3. Each attempt has a process and a server of its own, and the default
-settings of the library. It fetches known bytes, which are compared.
+mpreader.testing.FaultServer takes the place of S3, for some rows behind a front (front.py). Each attempt has a process
+and a server of its own, and the default settings of the library. It fetches known bytes, which are compared.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
 import os
 import queue
 import random
@@ -18,12 +20,14 @@ import subprocess
 import sys
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
+
+from front import Front
 
 from mpreader.testing import Fault, FaultedRequest, FaultKind, FaultServer
 
@@ -32,6 +36,7 @@ BUCKET, KEY = "bucket", "object"
 PATH: Final = f"/{BUCKET}/{KEY}"
 REGION: Final = "us-east-1"
 LIMIT_S: Final = 75  # the longest timeout of the defaults is botocore's, 60 s without a byte
+S3FS_FOLDER: Final = Path(sys.prefix) / "s3fs"
 AT_ONCE: Final = 4  # attempts at one time; they wait more than they work
 
 # s3torchconnector's reader fetches 8 MiB where it is asked for less: there must be two GETs for two ranges, and the
@@ -39,6 +44,7 @@ AT_ONCE: Final = 4  # attempts at one time; they wait more than they work
 OLD, NEW = (random.Random(seed).randbytes(12 * MIB) for seed in (1, 2))
 Ranges = Sequence[tuple[int, int]]
 LAST: Final[Ranges] = ((11 * MIB, 12 * MIB),)
+WHOLE: Final[Ranges] = ((0, 12 * MIB),)
 TWO: Final[Ranges] = ((0, MIB), *LAST)
 
 Read = Callable[[int, int], bytes]
@@ -118,6 +124,23 @@ class Boto3(Peer):
         return body
 
 
+class S3fs(Peer):
+    """s3fs, from the folder of its own that scripts/bench_environment.sh makes: it needs another botocore."""
+
+    def __init__(self) -> None:
+        sys.path.insert(0, str(S3FS_FOLDER))
+        # mpreader.testing has imported nothing of what is in that folder.
+        s3fs = importlib.import_module("s3fs")
+        self._files = s3fs.S3FileSystem(client_kwargs={"endpoint_url": os.environ["AWS_ENDPOINT_URL"]})
+
+    def open(self) -> Read:
+        return _read_of(self._files.open(f"{BUCKET}/{KEY}"))
+
+    def fetch(self, ranges: Ranges) -> list[bytes]:
+        starts, ends = zip(*ranges, strict=True)
+        return list(self._files.cat_ranges([f"{BUCKET}/{KEY}"] * len(ranges), list(starts), list(ends)))
+
+
 def _read_of(file: Any) -> Read:
     def read(start: int, end: int) -> bytes:
         file.seek(start)
@@ -128,6 +151,7 @@ def _read_of(file: Any) -> Read:
 
 PEERS: Final[dict[str, type[Peer]]] = {
     "mpreader": Mpreader, "s3torchconnector": Connector, "obstore": Obstore, "boto3": Boto3,
+    "s3fs": S3fs,
 }  # fmt: skip
 
 
@@ -142,6 +166,9 @@ class Row:
         is_lie: True: the bytes are right, but the headers that the last fault changes say that they are others, so that
             a client that checks headers must refuse the bytes.
         overwrites: True: the object is overwritten after the first range was read.
+        headers: Headers of the stored object, in place of the usual ETag and Last-Modified too; "": not sent.
+        staged: Headers of the version that a fault replaces it with.
+        front: The front that stands before the server; "": none.
     """
 
     title: str
@@ -149,6 +176,9 @@ class Row:
     ranges: Ranges = LAST
     is_lie: bool = False
     overwrites: bool = False
+    headers: Mapping[str, str] = field(default_factory=dict)
+    staged: Mapping[str, str] = field(default_factory=dict)
+    front: str = ""
 
 
 def _first(kind: FaultKind, **details: Any) -> tuple[Fault, ...]:
@@ -156,6 +186,10 @@ def _first(kind: FaultKind, **details: Any) -> tuple[Fault, ...]:
 
 
 RESET: Final = _first(FaultKind.RESET, after_bytes=300_000)
+SECOND_IS_ANOTHER: Final = (Fault(FaultKind.OVERWRITTEN, at=(2,)),)
+OLD_DATE, NEW_DATE = ({"Last-Modified": f"Thu, 0{day} Jan 2026 00:00:00 GMT"} for day in (1, 8))
+NOTHING: Final = {"ETag": "", "Last-Modified": ""}
+NO_HEAD: Final = (Fault(FaultKind.STATUS, method="HEAD", status=403),)
 ANOTHER_ETAG: Final = (Fault(FaultKind.OTHER_ETAG, at=range(2, 100)),)
 
 ROWS: Final = {
@@ -173,6 +207,32 @@ ROWS: Final = {
     "overwritten": Row("object overwritten between two reads", ranges=TWO, overwrites=True),
     "503": Row("503 three times", (Fault(FaultKind.STATUS, at=(1, 2, 3)),)),
     "stall": Row("body stalls", _first(FaultKind.STALL, after_bytes=300_000, seconds=120)),
+    "weak-changes": Row(
+        "overwritten between two ranges; weak ETags", SECOND_IS_ANOTHER, TWO,
+        headers={"ETag": 'W/"1"', **OLD_DATE}, staged={"ETag": 'W/"2"', **OLD_DATE},
+    ),
+    "date-changes": Row(
+        "overwritten between two ranges; Last-Modified only", SECOND_IS_ANOTHER, TWO,
+        headers={"ETag": "", **OLD_DATE}, staged={"ETag": "", **NEW_DATE},
+    ),
+    "nothing-changes": Row(
+        "overwritten between two ranges; nothing tells", SECOND_IS_ANOTHER, TWO, headers=NOTHING, staged=NOTHING
+    ),
+    "weak": Row("weak ETag, not overwritten", ranges=TWO, headers={"ETag": 'W/"1"'}),
+    "weak-get": Row("strong ETag on HEAD, weak on GET", (Fault(FaultKind.WEAK_ETAG),), TWO),
+    **{
+        value: Row(f"stored with Content-Encoding {value}", ranges=TWO, headers={"Content-Encoding": value})
+        for value in ("gzip", "zstd", "utf-8", "aws-chunked")
+    },
+    "compressed": Row("compressed on the way", (Fault(FaultKind.COMPRESSED),)),
+    "whole-range": Row("range of the whole object answered with 200", (Fault(FaultKind.WHOLE_OBJECT),), WHOLE),
+    "no-if-match": Row("If-Match refused (501)", (Fault(FaultKind.NO_IF_MATCH, status=501),), TWO),
+    "head-refused": Row("HEAD refused (403)", NO_HEAD, TWO),
+    "presigned": Row("presigned URLs refused", ranges=TWO, front="presigned"),
+    "head-length": Row("HEAD without Content-Length", ranges=TWO, front="no length"),
+    "https": Row("http redirected to https (301)", ranges=TWO, front="redirects"),
+    "node": Row("GETs redirected to another port (307)", ranges=TWO, front="redirected GETs"),
+    "bare-lf": Row("lines of the head end with LF alone", ranges=TWO, front="bare LF"),
     "trickle": Row("body trickles, a byte each 0.1 s", _first(FaultKind.TRICKLE, after_bytes=300_000, seconds=0.1)),
 }  # fmt: skip
 
@@ -187,8 +247,11 @@ The fault strikes the first GET only, where nothing else is said. The libraries 
 - hung: neither bytes nor an error in {LIMIT_S} s.
 
 mpreader: RangeFetcher.fetch; s3torchconnector: the range_based reader; obstore: get_ranges; boto3: get_object with a
-Range, and read() of its body. Two reads: of one reader that was opened before; obstore has open_reader, mpreader its
-range_based reader, boto3 none: it is for the caller to pass IfMatch.
+Range, and read() of its body; s3fs: cat_ranges. Two reads: of one reader that was opened before; obstore has
+open_reader, mpreader its range_based reader, s3fs open(), boto3 none: it is for the caller to pass IfMatch.
+
+Where nothing tells two versions of the same size apart (no ETag, no Last-Modified), no client can notice. A body that
+is compressed on the way, though the request did not allow that, has other bytes than the range.
 
 After a reset s3torchconnector fetches all of the part anew, so that its bytes are of one version; obstore resumes, and
 compares the ETags. s3torchconnector's reader returns zeros in place of what is missing from a body that is too short.
@@ -221,16 +284,29 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run_one(peer_name: str, row_name: str) -> None:
     row = ROWS[row_name]
-    with FaultServer({PATH: OLD}, row.faults) as server:
+    with FaultServer({PATH: OLD}, row.faults, tls=row.front == "redirects") as server, _front(row, server) as front:
+        server.put(PATH, OLD, row.headers)
+        server.stage(PATH, NEW, row.staged)
         # Set before the library is imported and makes its client.
         os.environ.update(server.environment())
+        if front is not None:
+            os.environ.update(AWS_ENDPOINT_URL=front.url, AWS_ENDPOINT_URL_S3=front.url)
         outcome = _outcome(PEERS[peer_name](), row, server)
         for request in server.requests:
             condition, struck = request.headers.get("if-match"), request.fault.kind.name if request.fault else "-"
             print(f"{request.method} {request.range} If-Match: {condition}; status {request.status}, fault {struck}")
-        gets = len(_gets(server))
+        gets = len(_gets(server)) if front is None else sum(method == "GET" for method, _ in front.requests)
         print(f"{outcome} ({gets} GET{'s' * (gets != 1)})", flush=True)
         os._exit(0)  # a library that hangs would keep the process from ending
+
+
+@contextlib.contextmanager
+def _front(row: Row, server: FaultServer) -> Iterator[Front | None]:
+    if not row.front:
+        yield None
+        return
+    with Front(row.front, server.endpoint_url) as front:
+        yield front
 
 
 def _outcome(peer: Peer, row: Row, server: FaultServer) -> str:
@@ -282,6 +358,7 @@ def _compare() -> Table:
     attempts = [(peer, row) for row in ROWS for peer in PEERS]
     with ThreadPoolExecutor(AT_ONCE) as pool:
         outcomes = list(pool.map(lambda attempt: _run_apart(*attempt), attempts))
+    sys.path.append(str(S3FS_FOLDER))  # for its version
     head = ["", *(f"{name} {version(name)}" for name in PEERS)]
     # map() keeps the order of the attempts: row by row, and within a row peer by peer.
     lines = [outcomes[first : first + len(PEERS)] for first in range(0, len(outcomes), len(PEERS))]
