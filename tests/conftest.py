@@ -14,7 +14,7 @@ import pytest
 
 from mpreader.testing import S3Server
 
-pytest_plugins = ["tests.leak_check", "tests.fault_matrix"]
+pytest_plugins = ["tests.leak_check", "tests.fault_matrix", "tests.old_torch"]
 
 # Before torch is imported, here and in programs: on busy processors its threads wait for each other in each call.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

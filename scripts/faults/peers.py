@@ -44,7 +44,8 @@ AT_ONCE: Final = 4  # attempts at one time; they wait more than they work
 OLD, NEW = (random.Random(seed).randbytes(12 * MIB) for seed in (1, 2))
 Ranges = Sequence[tuple[int, int]]
 LAST: Final[Ranges] = ((11 * MIB, 12 * MIB),)
-WHOLE: Final[Ranges] = ((0, 12 * MIB),)
+SMALL: Final = 4 * MIB  # one part of every library
+WHOLE: Final[Ranges] = ((0, SMALL),)
 TWO: Final[Ranges] = ((0, MIB), *LAST)
 
 Read = Callable[[int, int], bytes]
@@ -168,6 +169,7 @@ class Row:
         overwrites: True: the object is overwritten after the first range was read.
         headers: Headers of the stored object, in place of the usual ETag and Last-Modified too; "": not sent.
         staged: Headers of the version that a fault replaces it with.
+        size: Bytes of the object.
         front: The front that stands before the server; "": none.
     """
 
@@ -178,6 +180,7 @@ class Row:
     overwrites: bool = False
     headers: Mapping[str, str] = field(default_factory=dict)
     staged: Mapping[str, str] = field(default_factory=dict)
+    size: int = 12 * MIB
     front: str = ""
 
 
@@ -225,8 +228,8 @@ ROWS: Final = {
         for value in ("gzip", "zstd", "utf-8", "aws-chunked")
     },
     "compressed": Row("compressed on the way", (Fault(FaultKind.COMPRESSED),)),
-    "whole-range": Row("range of the whole object answered with 200", (Fault(FaultKind.WHOLE_OBJECT),), WHOLE),
-    "no-if-match": Row("If-Match refused (501)", (Fault(FaultKind.NO_IF_MATCH, status=501),), TWO),
+    "whole-range": Row("range of the whole object answered with 200", (Fault(FaultKind.WHOLE_OBJECT),), WHOLE, size=SMALL),
+    "no-if-match": Row("If-Match refused (501)", (Fault(FaultKind.NO_IF_MATCH, status=501, code="NotImplemented"),), TWO),
     "head-refused": Row("HEAD refused (403)", NO_HEAD, TWO),
     "presigned": Row("presigned URLs refused", ranges=TWO, front="presigned"),
     "head-length": Row("HEAD without Content-Length", ranges=TWO, front="no length"),
@@ -285,7 +288,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run_one(peer_name: str, row_name: str) -> None:
     row = ROWS[row_name]
     with FaultServer({PATH: OLD}, row.faults, tls=row.front == "redirects") as server, _front(row, server) as front:
-        server.put(PATH, OLD, row.headers)
+        server.put(PATH, OLD[: row.size], row.headers)
         server.stage(PATH, NEW, row.staged)
         # Set before the library is imported and makes its client.
         os.environ.update(server.environment())
