@@ -193,6 +193,8 @@ SECOND_IS_ANOTHER: Final = (Fault(FaultKind.OVERWRITTEN, at=(2,)),)
 OLD_DATE, NEW_DATE = ({"Last-Modified": f"Thu, 0{day} Jan 2026 00:00:00 GMT"} for day in (1, 8))
 NOTHING: Final = {"ETag": "", "Last-Modified": ""}
 NO_HEAD: Final = (Fault(FaultKind.STATUS, method="HEAD", status=403),)
+ALWAYS_WHOLE: Final = (Fault(FaultKind.WHOLE_OBJECT),)
+NO_CONDITIONS: Final = (Fault(FaultKind.NO_IF_MATCH, status=501, code="NotImplemented"),)
 ANOTHER_ETAG: Final = (Fault(FaultKind.OTHER_ETAG, at=range(2, 100)),)
 
 ROWS: Final = {
@@ -228,8 +230,8 @@ ROWS: Final = {
         for value in ("gzip", "zstd", "utf-8", "aws-chunked")
     },
     "compressed": Row("compressed on the way", (Fault(FaultKind.COMPRESSED),)),
-    "whole-range": Row("range of the whole object answered with 200", (Fault(FaultKind.WHOLE_OBJECT),), WHOLE, size=SMALL),
-    "no-if-match": Row("If-Match refused (501)", (Fault(FaultKind.NO_IF_MATCH, status=501, code="NotImplemented"),), TWO),
+    "whole-range": Row("range of the whole object answered with 200", ALWAYS_WHOLE, WHOLE, size=SMALL),
+    "no-if-match": Row("If-Match refused (501)", NO_CONDITIONS, TWO),
     "head-refused": Row("HEAD refused (403)", NO_HEAD, TWO),
     "presigned": Row("presigned URLs refused", ranges=TWO, front="presigned"),
     "head-length": Row("HEAD without Content-Length", ranges=TWO, front="no length"),
