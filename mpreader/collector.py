@@ -9,13 +9,8 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Iterator
-from typing import Final
 
 __all__ = ["collector_paused", "spare_new_objects"]
-
-# Python 3.12 itself freezes some 400 tuples of its built-in types when it starts, which may be released: they are never
-# garbage. A program that freezes does it with all of its objects: more than 5,000 as soon as Python has started.
-_FROZEN_BY_A_PROGRAM: Final = 2_000
 
 
 @contextlib.contextmanager
@@ -43,7 +38,8 @@ def spare_new_objects() -> None:
     garbage cycle among the new objects is found at the next full collection.
     """
     # freeze() hides all objects from the collector, unfreeze() puts all hidden ones into the oldest generation. If the
-    # program itself has frozen objects, unfreeze() would release those as well, so nothing is done.
-    if gc.get_freeze_count() < _FROZEN_BY_A_PROGRAM:
+    # program itself has frozen objects, unfreeze() would release those as well, so nothing is done. Nor is it on Python
+    # 3.12, which freezes some hundred tuples when it starts: after their release a later collection crashed.
+    if not gc.get_freeze_count():
         gc.freeze()
         gc.unfreeze()
