@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import itertools
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -102,7 +103,14 @@ class SliceReader:
                 buffers[number] = _buffer(end - start)
         out = {path: [buffers[number].getbuffer() for number in wanted[path]] for path in files}
         with self.fetcher(files) as fetcher:
-            fetcher.fetch_many(ranges, out=out, max_gap_size=max_gap_size)
+            try:
+                fetcher.fetch_many(ranges, out=out, max_gap_size=max_gap_size)
+            except BaseException:
+                # Collected as a circle with its buffer, in a traceback, a view would crash Python 3.12.
+                for view in itertools.chain.from_iterable(out.values()):
+                    with contextlib.suppress(BufferError):
+                        view.release()
+                raise
         del out  # getvalue() copies the bytes of a BytesIO as long as there are views of its buffer
         return {number: buffer.getvalue() for number, buffer in buffers.items()}
 
