@@ -38,8 +38,8 @@ def spare_new_objects() -> None:
     garbage cycle among the new objects is found at the next full collection.
     """
     # freeze() hides all objects from the collector, unfreeze() puts all hidden ones into the oldest generation. If the
-    # program itself has frozen objects, unfreeze() would release those as well, so nothing is done. Nor is it on Python
-    # 3.12, which freezes some hundred tuples when it starts: after their release a later collection crashed.
+    # program itself has frozen objects, unfreeze() would release those as well, so nothing is done. Python 3.12 freezes
+    # some hundred tuples itself when it starts, and does not tell them from the program's: nothing is done there.
     if not gc.get_freeze_count():
         gc.freeze()
         gc.unfreeze()
