@@ -6,8 +6,9 @@ nothing else, so that it does not matter what other programs do on the same mach
 Descendants: a process whose parent has ended would become a child of init and be out of sight. The process of the tests
 is made their subreaper, which the kernel gives such orphans to instead.
 
-Shared memory: a name in ``/dev/shm`` does not say who made it, but a program that uses shared memory has it open or
-mapped. A new name counts as left behind unless a process that is no descendant holds it.
+Shared memory: that of arenas has no name, and is seen by its descriptors and mappings. A name in ``/dev/shm`` does not
+say who made it, but a program that uses shared memory has it open or mapped. A new name counts as left behind unless a
+process that is no descendant holds it.
 """
 
 from __future__ import annotations
@@ -83,12 +84,15 @@ def new_shared_memory() -> Callable[[], set[str]]:
 
 
 def _held() -> set[str]:
-    """Threads, processes and descriptors that must not outlive a test, in words."""
+    """Threads, processes, descriptors and mapped memory that must not outlive a test, in words."""
     held = {f"thread {thread.name}" for thread in threading.enumerate() if not thread.daemon}
     held.update(f"process {child.pid} ({child.command})" for child in _children())
     for entry in os.listdir("/proc/self/fd"):
         with contextlib.suppress(FileNotFoundError):  # the one that listdir itself had open
             held.add(f"file descriptor {entry} ({os.readlink(f'/proc/self/fd/{entry}')})")
+    # A view that somebody holds keeps the arena's memory mapped when its descriptor is closed; by the inodes.
+    mapped = re.findall(r" (\d+) +/memfd:mpreader ", Path("/proc/self/maps").read_text())
+    held.update(f"mapped memory of an arena (inode {inode})" for inode in mapped)
     return held
 
 

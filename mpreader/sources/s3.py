@@ -82,7 +82,8 @@ class S3Source:
         """Make a route with a signature in headers, or for another region, if boto3's own GET passes with it.
 
         Returns:
-            The route; None without signatures, of which there is only one kind.
+            The route; None without signatures, of which there is only one kind, and where boto3's GET is refused with
+            the same words: then the refusal of the worker's GET stands.
 
         Raises:
             AccessDenied: The GET is refused in this way, too, or no other way is left.
@@ -99,6 +100,9 @@ class S3Source:
             if self._client.explain_refusal(self._bucket, self._key, in_headers=in_headers):
                 return self.route()
         except TransportError as error:
+            status_and_code = refusal.detail.partition(" (")[0]
+            if isinstance(error, AccessDenied) and status_and_code in str(error):
+                return None  # for the same reason: the worker's refusal, which is about a range, says all
             message = f"{error}; a worker was told {refusal.detail}"
             raise type(error)(message, bucket=self._bucket, key=self._key, attempts=error.attempts) from error.__cause__
         advice = "GETs of boto3, which are signed in the same way, pass: look at what stands between, such as a proxy"

@@ -314,7 +314,7 @@ def private_bytes(pid: int) -> int:
     total, in_arena = 0, False
     for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
         if not line.split(" ", 1)[0].endswith(":"):
-            in_arena = "/dev/shm/" in line
+            in_arena = "/memfd:mpreader" in line
         elif line.startswith("Pss:") and not in_arena:
             total += int(line.split()[1]) * KiB
     return total
