@@ -74,12 +74,18 @@ class _Matrix:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         report = yield
-        if report.when == "call" or report.outcome != "passed":
-            for row in {row for marker in item.iter_markers("row") for row in marker.args}:
-                self._found[row].setdefault(item.nodeid.partition("[")[0], []).append(report)
+        # In the report, which goes from a process of xdist to the one that collects.
+        report.rows = sorted({row for marker in item.iter_markers("row") for row in marker.args})
         return report
 
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or report.outcome != "passed":
+            for row in getattr(report, "rows", ()):
+                self._found[row].setdefault(report.nodeid.partition("[")[0], []).append(report)
+
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if hasattr(session.config, "workerinput"):  # a process of xdist, which has run a part of the tests only
+            return
         if self._file:
             Path(self._file).write_text("\n".join(self._lines()) + "\n")
         if self._is_whole and self._missing() and session.exitstatus == 0:
