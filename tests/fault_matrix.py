@@ -75,7 +75,7 @@ class _Matrix:
     def pytest_runtest_makereport(self, item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         report = yield
         # In the report, which goes from a process of xdist to the one that collects.
-        report.rows = sorted({row for marker in item.iter_markers("row") for row in marker.args})
+        report.__dict__["rows"] = sorted({row for marker in item.iter_markers("row") for row in marker.args})
         return report
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
