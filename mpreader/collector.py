@@ -9,8 +9,13 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Iterator
+from typing import Final
 
 __all__ = ["collector_paused", "spare_new_objects"]
+
+# A program that freezes objects freezes all that there are, which is more than 4,000 in the smallest one. Python 3.12
+# itself hides its immortal ones, the bases of its own types: fewer than 400, at each full collection.
+_FEWEST_OF_A_PROGRAM: Final = 1000
 
 
 @contextlib.contextmanager
@@ -38,8 +43,8 @@ def spare_new_objects() -> None:
     garbage cycle among the new objects is found at the next full collection.
     """
     # freeze() hides all objects from the collector, unfreeze() puts all hidden ones into the oldest generation. If the
-    # program itself has frozen objects, unfreeze() would release those as well, so nothing is done. Python 3.12 freezes
-    # some hundred tuples itself when it starts, and does not tell them from the program's: nothing is done there.
-    if not gc.get_freeze_count():
+    # program itself has frozen objects, unfreeze() would release those as well, so nothing is done. What Python has
+    # hidden may be released: it hides that again.
+    if gc.get_freeze_count() < _FEWEST_OF_A_PROGRAM:
         gc.freeze()
         gc.unfreeze()

@@ -47,7 +47,6 @@ class _Node:
         self.itself = self
 
 
-@pytest.mark.skipif(gc.get_freeze_count() > 0, reason="this Python has frozen objects of its own, as 3.12 does")
 @pytest.mark.usefixtures("_automatic_collections_off")
 def test_spared_objects_are_left_alone_until_everything_is_looked_at() -> None:
     gc.collect()
@@ -65,7 +64,7 @@ def test_what_the_program_has_frozen_stays_frozen() -> None:
     gc.freeze()
     try:
         frozen = gc.get_freeze_count()
-        assert frozen
+        assert frozen > 4000, "the fewest that any program has"
         spare_new_objects()
         assert gc.get_freeze_count() == frozen
     finally:
