@@ -4,7 +4,7 @@ zarr and other asynchronous programs call ``await fs._cat_file(…)`` where sync
 such method runs its synchronous counterpart on a thread, so that there is one implementation of each. A thread costs
 little here: it waits for the worker processes, which receive the bytes.
 
-:mod:`mpreader.fsspec.names` and :mod:`mpreader.fsspec.filesystem` add the synchronous methods to this base class.
+The synchronous methods are added by the parts above this one, which :mod:`mpreader.fsspec.filesystem` draws.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Copies of files to local ones, the methods ``get`` and ``get_file`` of the file system.
 
 It is the part of the file system between :mod:`mpreader.fsspec.names` and :mod:`mpreader.fsspec.filesystem`. Which file
-goes where is decided by :mod:`mpreader.fsspec.copies`.
+goes where is decided by :mod:`mpreader.fsspec.copy_plan`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fsspec.callbacks import DEFAULT_CALLBACK
 from fsspec.utils import isfilelike, stringify_path
 
 from mpreader.errors import PoolClosed
-from mpreader.fsspec.copies import Copy, local_paths, plan_copies
+from mpreader.fsspec.copy_plan import Copy, local_paths, plan_copies
 from mpreader.fsspec.listing import version_of
 from mpreader.fsspec.names import NamedFileSystem
 

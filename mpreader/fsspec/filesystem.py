@@ -6,7 +6,8 @@ RangeFileSystem, clobber=True)`` uses it in place of s3fs; ``"https"`` works, to
 It is responsible for the arguments and results of the methods that read bytes; those that copy, list and describe files
 are its base classes'. Bytes are read by :mod:`mpreader.fsspec.slices`. It must not write to a store::
 
-    filesystem (bytes, options) ─► copying (get) ─► names (ls, find, info, …) ─► asynchronous (_info, _cat_file, …)
+    filesystem (bytes, options) ─► copying (get) ─► names (ls, find, glob, …) ─► description (info, exists, ukey, …)
+        ─► asynchronous (_info, _cat_file, …)
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Listings of S3 in the form of fsspec: describes objects as files, and derives folders from the slashes in keys.
 
-It is used by :mod:`mpreader.fsspec.names` only, and must not read objects. A path is ``bucket/key``, without a
-slash at its end. Some programs mark an empty folder by an object whose key ends with a slash; such keys are listed as
-folders, never as files.
+It makes the requests for :mod:`mpreader.fsspec.listing_cache` and :mod:`mpreader.fsspec.description`, and must not read
+objects. A path is ``bucket/key``, without a slash at its end. Some programs mark an empty folder by an object whose key
+ends with a slash; such keys are listed as folders, never as files.
 """
 
 from __future__ import annotations

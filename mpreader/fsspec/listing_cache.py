@@ -1,7 +1,7 @@
-"""Listings of the file system: of folders and of what is below them, asked for or kept from before.
+"""Listing cache of the file system: of folders and of what is below them, asked for or kept from before.
 
-:mod:`mpreader.fsspec.names` uses it; requests are made by :mod:`mpreader.fsspec.listing`. Nothing is kept unless the
-caches, which are fsspec's, were made to keep it.
+:mod:`mpreader.fsspec.description` and :mod:`mpreader.fsspec.names` use it; requests are made by
+:mod:`mpreader.fsspec.listing`. Nothing is kept unless the caches, which are fsspec's, were made to keep it.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from mpreader.fsspec.listing import Info, describe, file_named, folder, list_bel
 if TYPE_CHECKING:
     from mpreader.fsspec.slices import SliceReader
 
-__all__ = ["Listings", "by_name"]
+__all__ = ["ListingCache", "by_name"]
 
 
-class Listings:
+class ListingCache:
     """Listings of the buckets of one file system. Thread-safe, as far as fsspec's caches are.
 
     A path is ``bucket/key``. A file that is also a folder is listed as both, in two descriptions.
