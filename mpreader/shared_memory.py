@@ -17,9 +17,19 @@ import os
 import posix
 import resource
 import secrets
+from collections.abc import Iterator
 from typing import Final
 
-__all__ = ["REFUSED", "fill", "free_shm", "has_memfd", "largest_file_bytes", "open_shared_memory", "reserve"]
+__all__ = [
+    "REFUSED",
+    "fill",
+    "free_shm",
+    "has_memfd",
+    "largest_file_bytes",
+    "naming",
+    "open_shared_memory",
+    "reserve",
+]
 
 # Of a system call that this kernel does not have, or that a filter (seccomp, gVisor) or a security module refuses.
 REFUSED: Final = frozenset({errno.ENOSYS, errno.EPERM, errno.EACCES})
@@ -29,6 +39,20 @@ _SHM: Final = "/dev/shm"  # noqa: S108  # made there are only files without a na
 _MFD_NOEXEC_SEAL: Final = 8
 _NO_FALLOCATE: Final = REFUSED | {errno.EOPNOTSUPP, errno.EINVAL}
 _FILL_BYTES: Final = 1024 * 1024
+
+
+@contextlib.contextmanager
+def naming(call: str) -> Iterator[None]:
+    """Name the system call in an error of it: otherwise nobody could tell which one a sandbox has refused.
+
+    An error that names a file is left as it is.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, f"{error.strerror} ({call})") from None
 
 
 def open_shared_memory(size: int) -> int:
@@ -51,8 +75,10 @@ def open_shared_memory(size: int) -> int:
             raise
         fd = _open_in_shm()
     try:
-        os.fchmod(fd, 0o600)  # for its owner alone, who could open it by /proc
-        os.ftruncate(fd, size)
+        with naming("fchmod"):
+            os.fchmod(fd, 0o600)  # for its owner alone, who could open it by /proc
+        with naming("ftruncate"):
+            os.ftruncate(fd, size)
     except BaseException:
         posix.close(fd)
         raise

@@ -26,7 +26,7 @@ from types import ModuleType
 from typing import Any
 
 from mpreader.errors import PoolError
-from mpreader.shared_memory import REFUSED
+from mpreader.shared_memory import REFUSED, naming
 
 __all__ = ["make_queue", "make_selector", "popen_class"]
 
@@ -37,19 +37,33 @@ def make_queue() -> queue.SimpleQueue[Any]:
     return made
 
 
-def make_selector() -> selectors.BaseSelector:
-    """Make the best selector; that is ``poll`` where the kernel refuses ``epoll``.
+def make_selector(fd: int) -> selectors.BaseSelector:
+    """Make the best selector; that is ``poll`` where the kernel refuses one of the system calls of ``epoll``.
+
+    Args:
+        fd: Descriptor that it is to wait for, until that is readable.
 
     Raises:
-        OSError: There is no descriptor left.
+        OSError: There is no descriptor left, or neither is allowed.
     """
-    made: selectors.BaseSelector
     try:
-        made = _fitting(selectors, "DefaultSelector", "gevent.selectors", "GeventSelector")()
+        return _try_selector("DefaultSelector", fd)
     except OSError as error:
         if error.errno not in REFUSED:
             raise
-        made = _fitting(selectors, "PollSelector", "gevent.selectors", "GeventSelector")()
+    with naming("poll, and epoll_create1, epoll_ctl or epoll_wait"):
+        return _try_selector("PollSelector", fd)
+
+
+def _try_selector(name: str, fd: int) -> selectors.BaseSelector:
+    made: selectors.BaseSelector = _fitting(selectors, name, "gevent.selectors", "GeventSelector")()
+    try:
+        made.register(fd, selectors.EVENT_READ)
+        if not _are_greenlets():  # which wait in gevent's own loop, and are not to be switched here
+            made.select(0)
+    except BaseException:
+        made.close()
+        raise
     return made
 
 

@@ -21,7 +21,16 @@ from typing import Final
 from mpreader.errors import ArenaClosed, ArenaError
 from mpreader.host import available_memory
 from mpreader.pool.sizing import GRAIN_BYTES
-from mpreader.shared_memory import REFUSED, fill, free_shm, has_memfd, largest_file_bytes, open_shared_memory, reserve
+from mpreader.shared_memory import (
+    REFUSED,
+    fill,
+    free_shm,
+    has_memfd,
+    largest_file_bytes,
+    naming,
+    open_shared_memory,
+    reserve,
+)
 
 __all__ = ["Arena", "Segment", "Slot"]
 
@@ -64,7 +73,8 @@ class Segment:
             # Its size alone promises nothing: where memory is full, touching a page would be a SIGBUS.
             if not reserve(self.fd, 0, size if is_reserved else min(size, _PAGE_BYTES)):
                 fill(self.fd, size)  # all of it, since it can't be reserved piece by piece
-            self.map = mmap.mmap(self.fd, size)
+            with naming("mmap"):
+                self.map = mmap.mmap(self.fd, size)
         except BaseException:
             posix.close(self.fd)
             raise
@@ -315,6 +325,8 @@ def _advice(error: OSError) -> str:
         return f": the limit of file sizes (ulimit -f) is {limit} bytes; raise it (ulimit -f unlimited)"
     free = _free_bytes()
     shrink = "lower PoolConfig.max_memory (MPREADER_MAX_MEMORY)"
+    if has_memfd() and error.errno in REFUSED:
+        return ": a filter or a security module refuses that system call"
     if has_memfd():
         return f"; {free} bytes of memory are free. Free some, or {shrink}"
     without = " (memfd_create is refused, so /dev/shm is needed)"

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import logging
 import os
-import selectors
 import threading
 import time
 from collections import deque
@@ -123,11 +122,14 @@ class Coordinator:
         self._is_waiting = False  # set before the inbox is looked into, so that no message is overlooked
         self._busy_until = self._next_watch = time.monotonic()
         try:
-            self._selector = make_selector()
             self._wakeup = Wakeup()
+            try:
+                self._selector = make_selector(self._wakeup.fd)
+            except BaseException:
+                self._wakeup.close()
+                raise
         except OSError as error:
             raise PoolError(f"can't start: {error}; if it is a limit (ulimit -n), raise it") from error
-        self._selector.register(self._wakeup.fd, selectors.EVENT_READ)
         self._arena = Arena(sizes.max_bytes, sizes.block_bytes, sizes.segment_bytes)
         limits = SchedulerLimits(sizes.window_bytes, timeouts.timeout_s, timeouts.lease_timeout_s)
         self._scheduler = Scheduler(SlotMemory(self._arena), self._post_to, limits)

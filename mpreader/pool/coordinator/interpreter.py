@@ -222,9 +222,10 @@ def _has_code() -> bool:
 def _runs_this_process(path: str) -> bool:
     try:
         is_same = os.path.samefile(path, "/proc/self/exe")
-    except OSError:  # no /proc, or no such file
+        real = os.path.realpath(path)
+    except OSError:  # no /proc, or no such file, or a filter refuses to tell
         return False
-    return is_same and _NAME.fullmatch(os.path.basename(os.path.realpath(path))) is not None
+    return is_same and _NAME.fullmatch(os.path.basename(real)) is not None
 
 
 def _is_executable(path: str) -> bool:

@@ -22,7 +22,7 @@ from mpreader.errors import PoolError
 from mpreader.pool.blocking import popen_class
 from mpreader.pool.coordinator.interpreter import MARK, ROOT, Interpreter, InterpreterChoice, require_no_worker
 from mpreader.pool.worker.messages import MAX_MESSAGE_BYTES
-from mpreader.shared_memory import REFUSED
+from mpreader.shared_memory import REFUSED, naming
 
 __all__ = ["WorkerProcess"]
 
@@ -78,21 +78,24 @@ class WorkerProcess:
 
     def _start(self, arguments: tuple[float, ...]) -> None:
         with contextlib.ExitStack() as undo:
-            with _naming("socketpair"):
+            with naming("socketpair"):
                 sock, worker_sock = _socketpair()
             undo.callback(worker_sock.close)
             on_failure = undo.enter_context(contextlib.ExitStack())
             on_failure.callback(sock.close)
             # The writing end never blocks: a worker that prints more than fits goes on.
-            stderr, worker_stderr = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+            with naming("pipe2"):
+                stderr, worker_stderr = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
             undo.callback(posix.close, worker_stderr)
             on_failure.callback(posix.close, stderr)
-            self._process = self._spawn((worker_sock.fileno(), *arguments), worker_stderr)
+            with naming("ioctl or fcntl"):
+                sock.setblocking(False)
+            with naming("one of those that start a process: clone, vfork, sigprocmask, fcntl, dup2, close_range, …"):
+                self._process = self._spawn((worker_sock.fileno(), *arguments), worker_stderr)
             on_failure.callback(self._process.wait)
             on_failure.callback(self._process.kill)
             self.pidfd = _try_pidfd_open(self._process.pid)
             on_failure.pop_all()
-        sock.setblocking(False)
         self.sock, self._stderr, self.pid = sock, stderr, self._process.pid
 
     def _spawn(self, arguments: tuple[float, ...], stderr: int) -> subprocess.Popen[bytes]:
@@ -119,14 +122,22 @@ class WorkerProcess:
                 return _popen(command, fds, stderr, start_new_session=False)
 
     def send(self, message: object, fd: int | None = None) -> bool:
-        """Send a message, and a file descriptor with it; False when the worker does not take it."""
+        """Send a message, and a file descriptor with it; False when the worker does not take it.
+
+        Raises:
+            PoolError: The operating system refuses that.
+        """
         data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
         try:
             if fd is None:
                 self.sock.send(data)
             else:
                 socket.send_fds(self.sock, [data], [fd])
-        except OSError:  # gone, or so stuck that hundreds of messages wait: its pidfd or its silence will tell
+        except OSError as error:
+            if error.errno in REFUSED:
+                call = "sendto" if fd is None else "sendmsg, with a descriptor"
+                raise PoolError(f"can't send to a worker process: {error.strerror} ({call})") from error
+            # Gone, or so stuck that hundreds of messages wait: its pidfd or its silence will tell.
             return False
         return True
 
@@ -135,12 +146,15 @@ class WorkerProcess:
 
         Raises:
             EOFError: The worker has closed its end.
+            PoolError: The operating system refuses to receive.
         """
         try:
             data = self.sock.recv(MAX_MESSAGE_BYTES)
         except BlockingIOError:
             return None
-        except OSError:
+        except OSError as error:
+            if error.errno in REFUSED:
+                raise PoolError(f"can't receive from a worker process: {error.strerror} (recvfrom)") from error
             data = b""
         if not data:
             raise EOFError
@@ -242,15 +256,6 @@ def _try_pidfd_open(pid: int) -> int:
         if error.errno in REFUSED:
             return -1
         raise
-
-
-@contextlib.contextmanager
-def _naming(call: str) -> Iterator[None]:
-    """Name the system call in an error of it: otherwise nobody could tell which one a sandbox has refused."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, f"{error.strerror} ({call})") from None
 
 
 @contextlib.contextmanager

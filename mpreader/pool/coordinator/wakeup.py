@@ -11,6 +11,8 @@ import os
 import posix
 import threading
 
+from mpreader.shared_memory import naming
+
 __all__ = ["Wakeup"]
 
 _MOST_BYTES = 65536  # a pipe's; more are not in it
@@ -27,7 +29,8 @@ class Wakeup:
     """
 
     def __init__(self) -> None:
-        self.fd, self._writable_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        with naming("pipe2"):
+            self.fd, self._writable_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         # It keeps `set` from writing to a descriptor that `close` has just given away. Reentrant, since a garbage
         # collection inside `set` may close a transfer that was dropped, which calls `set`.
         self._lock = threading.RLock()

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import errno
 import mmap
 import os
 import pickle
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _DEADLINE_CHECK_INTERVAL_S = 0.25  # a stalled connection is ended at most this long after its deadline
+_COORDINATOR_IS_GONE = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.ECONNREFUSED, errno.ESHUTDOWN})
 _PARENT_CHECK_INTERVAL_S = 0.5  # where the kernel has no pidfd: the worker ends at most this long after the coordinator
 
 
@@ -212,8 +214,13 @@ class Worker:
         """
         try:
             self._sock.send(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
-        except OSError:
-            os._exit(0)  # not sys.exit(), which would end no more than the calling thread
+        except OSError as error:
+            # Not sys.exit(), which would end no more than the calling thread.
+            if error.errno in _COORDINATOR_IS_GONE:
+                os._exit(0)
+            with contextlib.suppress(OSError):
+                os.write(2, f"can't send to the coordinator: {error.strerror} (sendto)\n".encode())
+            os._exit(1)
 
     def _handle_message(self) -> bool:
         """Receive a message and act on it; returns False once the coordinator has closed its end."""
@@ -227,6 +234,8 @@ class Worker:
         if isinstance(message, Fetch):
             self._dispatch(message)
         elif isinstance(message, MapSegment):
+            if not fds:
+                raise OSError(errno.EMFILE, "shared memory was sent, but no descriptor came (ulimit -n, or a sandbox)")
             self._map(message, fds[0])
         elif isinstance(message, UnmapSegment):
             # No part is received into the segment, so no thread holds a view of it: this drops the last reference, and
