@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
+from inspect import signature
 from typing import Any, TypeVar, cast
 
 from mpreader.config import PoolConfig, S3ClientConfig, check_type
@@ -22,6 +23,7 @@ from mpreader.fetch.arguments import DEFAULT_FETCH_GAP_SIZE
 from mpreader.fsspec.copying import CopyingFileSystem
 from mpreader.fsspec.file import AsyncRangeFile, RangeFile
 from mpreader.fsspec.listing import version_of
+from mpreader.fsspec.options import refuse_options
 from mpreader.pool.source import ObjectVersion
 
 __all__ = ["RangeFile", "RangeFileSystem"]
@@ -60,7 +62,7 @@ class RangeFileSystem(CopyingFileSystem):
 
     Raises:
         ConfigError: A setting is wrong.
-        TypeError: An argument is something else.
+        TypeError: An argument is something else. One that s3fs takes: the error says what to use in its place.
     """
 
     def __init__(
@@ -78,7 +80,9 @@ class RangeFileSystem(CopyingFileSystem):
         use_listings_cache: bool | None = None,
         listings_expiry_time: float | None = None,
         max_paths: int | None = None,
+        **unknown: Any,
     ) -> None:
+        refuse_options(unknown, [*signature(RangeFileSystem).parameters][:-1])  # all but these
         config = _settings("s3client_config", s3client_config, S3ClientConfig) or S3ClientConfig()
         given = {"region": region, "endpoint_url": endpoint_url, "profile": profile, "unsigned": anon}
         changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}

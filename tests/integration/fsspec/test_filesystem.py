@@ -622,7 +622,7 @@ def test_equal_settings_give_one_instance_and_pickles_find_it(fs: RangeFileSyste
     assert RangeFileSystem(pool_config=CONFIG) is fs
     assert RangeFileSystem(pool_config=CONFIG, region="eu-west-1") is not fs
     assert pickle.loads(pickle.dumps(fs)) is fs
-    fresh = pickle.loads(pickle.dumps(RangeFileSystem(pool_config=CONFIG, skip_instance_cache=True)))  # type: ignore[call-arg]
+    fresh = pickle.loads(pickle.dumps(RangeFileSystem(pool_config=CONFIG, skip_instance_cache=True)))
     assert fresh.cat_file(f"{root}/empty") == b""
 
 

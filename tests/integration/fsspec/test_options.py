@@ -325,7 +325,7 @@ def test_settings_may_not_be_a_dict_of_a_user() -> None:
 
 def test_file_system_is_let_go_of_with_its_last_reference(aws_environment: None, bucket: str, fill: Fill) -> None:
     fill(OBJECTS)
-    fs = RangeFileSystem(pool_config=CONFIG, skip_instance_cache=True)  # type: ignore[call-arg]
+    fs = RangeFileSystem(pool_config=CONFIG, skip_instance_cache=True)
     assert fs.find(f"{bucket}/d")
     assert asyncio.run(fs._cat_file(f"{bucket}/d/one")) == b"1"
     fs.close()
