@@ -18,21 +18,21 @@ from urllib.parse import urlsplit
 from botocore import UNSIGNED, exceptions
 from botocore.awsrequest import AWSRequest
 from botocore.config import Config
-from botocore.credentials import Credentials
 from botocore.exceptions import BotoCoreError, ClientError
 from botocore.httpsession import URLLib3Session
-from botocore.utils import get_environ_proxies, parse_timestamp
+from botocore.utils import get_environ_proxies
 
 from mpreader.config import S3ClientConfig
 from mpreader.errors import AccessDenied, ConfigError, PlanError
 from mpreader.pool.worker.version import Validators, validators_of
-from mpreader.s3.credentials import ProviderFailed, find_credentials, freeze
+from mpreader.s3.credentials import ProviderFailed
 from mpreader.s3.failure import Target, translated
+from mpreader.s3.identity import Identity, find_identity
 from mpreader.s3.redaction import redacted
 from mpreader.s3.session import Session
 from mpreader.s3.signing import HeaderSigner
 
-__all__ = ["Account", "Identity", "NoResponse", "Readable", "ServiceResponse", "code_of"]
+__all__ = ["Account", "NoResponse", "Readable", "ServiceResponse", "code_of"]
 
 _TIMEOUT_S: Final = 3  # of one request; the doctor also bounds the time of all of them together
 _ONE_QUICK_ATTEMPT: Final[dict[str, Any]] = {
@@ -40,33 +40,7 @@ _ONE_QUICK_ATTEMPT: Final[dict[str, Any]] = {
     "read_timeout": _TIMEOUT_S,
     "retries": {"total_max_attempts": 1},
 }
-# Sources whose credentials botocore does not renew, by its own names. From all others it fetches new ones before the
-# old ones expire.
-_UNRENEWED: Final = ("env", "shared-credentials-file", "config-file")
-# Shorter secrets are not removed from messages. They are those of test servers, such as "test", a word that a message
-# may hold for other reasons.
-_MIN_SECRET_LENGTH: Final = 8
-
 _Cause = Literal["tls", "proxy", "timeout", "connection"]
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """Facts of the credentials that botocore finds.
-
-    Attributes:
-        source: Source of the credentials, in botocore's words, such as ``"env"``; "" if there are none.
-        profile: Name of the profile in force.
-        expires: Time at which they expire, in UTC; None if they never expire, or the time is not known.
-        is_renewed: True if botocore fetches new ones by itself before that time.
-        lacks_token: True if they are temporary credentials without their session token.
-    """
-
-    source: str
-    profile: str
-    expires: datetime | None = None
-    is_renewed: bool = False
-    lacks_token: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,9 +131,10 @@ class Account:
             ConfigError: They can't be found or fetched; its message says why.
         """
         try:
-            return self._identify()
+            identity, self._secrets = find_identity(self._session.core)
         except Exception as error:  # noqa: BLE001  # of a provider, or of a file that botocore can't make sense of
             raise ConfigError(self.clean(str(error) or type(error).__name__)) from None
+        return identity
 
     def probe(self) -> ServiceResponse:
         """Send one HEAD for the bucket, or for the service, without a signature.
@@ -203,38 +178,6 @@ class Account:
     def clean(self, text: str) -> str:
         """Return ``text`` in one line and without secrets: user names and passwords of URLs, and credentials."""
         return redacted(text, self._secrets)
-
-    def _identify(self) -> Identity:
-        profile = self._session.core.get_config_variable("profile") or "default"
-        settings = self._session.core.get_scoped_config()
-        if "mfa_serial" in settings and "role_arn" in settings:
-            # Finding such credentials would make botocore ask for the code on the terminal, and wait.
-            raise ConfigError(f"the profile {profile} asks for an MFA code each time, which a job can't give")
-        credentials = find_credentials(self._session.core)
-        if credentials is None:
-            return Identity("", profile)
-        key, token = self._fetch(credentials)
-        expires = getattr(credentials, "_expiry_time", None)  # botocore has no public name for it
-        return Identity(
-            source=credentials.method,
-            profile=profile,
-            expires=expires or _noted_expiry(credentials.method, settings),
-            is_renewed=credentials.method not in _UNRENEWED,
-            lacks_token=key.startswith("ASIA") and not token,
-        )
-
-    def _fetch(self, credentials: Credentials) -> tuple[str, str]:
-        """Return the id of the access key and the session token, both "" if the credentials have expired."""
-        try:
-            frozen = freeze(credentials)
-        except ProviderFailed as failure:
-            if not failure.has_expired:
-                raise
-            return "", ""
-        key, token = frozen.access_key or "", frozen.token or ""
-        secrets = (frozen.secret_key or "", token, key)
-        self._secrets = tuple(secret for secret in secrets if len(secret) >= _MIN_SECRET_LENGTH)
-        return key, token
 
     def _read_any(self, client: Any, prefix: str) -> tuple[str, Validators | None]:
         """Read a byte without listing: of a checkpoint's ``.metadata``, or else of the object with this very key."""
@@ -317,19 +260,6 @@ def code_of(error: BaseException) -> str:
     """Return S3's own code of an error that :class:`Account` raised, such as ``"AccessDenied"``; "" if it has none."""
     refusal = error.__cause__  # botocore's error, from which `translated` has raised this one
     return str(refusal.response.get("Error", {}).get("Code") or "") if isinstance(refusal, ClientError) else ""
-
-
-def _noted_expiry(source: str, settings: Mapping[str, object]) -> datetime | None:
-    """Return the time at which credentials of a file expire, if a tool has noted it beside them; else None."""
-    if source not in _UNRENEWED[1:]:  # of these only the environment is not a file
-        return None
-    for name, value in settings.items():
-        # Each tool has its own name for it, such as "expiration" or "x_security_token_expires".
-        if "expir" in name.lower() and isinstance(value, str):
-            with contextlib.suppress(ValueError, RuntimeError):  # not a time
-                expires: datetime = parse_timestamp(value)
-                return expires if expires.tzinfo else expires.replace(tzinfo=timezone.utc)
-    return None
 
 
 def _skew(now: datetime, headers: Mapping[str, str]) -> timedelta | None:

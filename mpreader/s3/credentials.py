@@ -1,6 +1,6 @@
 """Credentials: finds and renews those of botocore's session, and names the provider that fails.
 
-Used by :mod:`~mpreader.s3.session` before every request, and by the doctor's :mod:`~mpreader.s3.account`. A provider
+Used by :mod:`~mpreader.s3.session` before every request, and by the doctor's :mod:`~mpreader.s3.identity`. A provider
 may raise anything: it reads files, runs programs and asks services. Done here, in a step of its own, such a failure
 can't be taken for one of the request: a token file that is gone is no missing object.
 """

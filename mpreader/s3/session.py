@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import boto3
@@ -25,6 +23,7 @@ from mpreader.collector import collector_paused
 from mpreader.config import S3ClientConfig
 from mpreader.errors import ConfigError
 from mpreader.s3.credentials import ProviderFailed, find_credentials, freeze, watch_providers
+from mpreader.s3.environment import environment_fingerprint
 from mpreader.s3.handlers import register_handlers
 from mpreader.s3.redaction import redacted
 from mpreader.s3.signing import HeaderSigner
@@ -43,7 +42,6 @@ _CONNECT_TIMEOUT_S: Final = 10
 # settings or its environment again and again would otherwise pile up clients and connections.
 _MAX_SHARED: Final = 8
 
-
 # The shared sessions by process, settings and environment. A dict keeps the order of insertion: the session used last
 # comes last.
 _shared: dict[tuple[object, ...], Session] = {}
@@ -59,7 +57,7 @@ def shared_session(config: S3ClientConfig) -> Session:
     It is a new session after a fork, and when the environment or a file of credentials has changed. The caller must
     call ``release`` once.
     """
-    key = (os.getpid(), config, _environment_fingerprint())
+    key = (os.getpid(), config, environment_fingerprint())
     _watch_forks()
     with _shared_lock:
         session = _shared.pop(key, None)
@@ -296,30 +294,3 @@ def _client_config(config: S3ClientConfig) -> Config:
         if name in Config.OPTION_DEFAULTS:
             options[name] = "when_required"
     return Config(**options)
-
-
-def _environment_fingerprint() -> int:
-    """Return a hash of everything in environment and files that decides credentials, region, endpoint and proxies.
-
-    A hash, since the values hold secrets, and the keys of the shared sessions are kept.
-    """
-    names = sorted(
-        name for name in os.environ if name.startswith(("AWS_", "REQUESTS_")) or name.lower().endswith("_proxy")
-    )
-    return hash((*((name, os.environ[name]) for name in names), *_file_versions()))
-
-
-def _file_versions() -> Iterator[tuple[str, int, int]]:
-    """Yield path, time of modification and size of the files that hold credentials and configuration.
-
-    Any change of a file changes one of these, and the file need not be read.
-    """
-    for name, usual in (("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials"), ("AWS_CONFIG_FILE", "~/.aws/config")):
-        # Not Path.expanduser(), which raises where HOME is unset and the user has no entry in /etc/passwd. This leaves
-        # the name as it is then, as botocore does, and there is no such file.
-        path = Path(os.path.expanduser(os.environ.get(name, usual)))
-        try:
-            status = path.stat()
-        except OSError:
-            continue
-        yield str(path), status.st_mtime_ns, status.st_size
