@@ -8,19 +8,17 @@ GET is refused as well, its error has it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any
 
 from botocore.exceptions import BotoCoreError, ClientError
 
 from mpreader.config import MAX_OBJECT_BYTES
-from mpreader.pool.worker.partial_content import parse_content_range
+from mpreader.pool.worker.failure import BUSY_STATUSES
+from mpreader.pool.worker.partial_content import PartialContent
 from mpreader.s3.credentials import ProviderFailed
 from mpreader.s3.failure import Unusable
 
 __all__ = ["HeadedClient", "request_facts"]
-
-# Statuses after which no GET is tried: boto3 has tried the HEAD for as often as it should.
-_BUSY: Final = frozenset({408, 429, 500, 502, 503, 504})
 
 
 def request_facts(client: Any, parameters: Mapping[str, Any], **of_head: Any) -> dict[str, Any]:
@@ -44,7 +42,7 @@ def request_facts(client: Any, parameters: Mapping[str, Any], **of_head: Any) ->
         if _status_of(response) == 200 and _is_size(response.get("ContentLength")):
             return response
     except ClientError as error:
-        if _status_of(error.response) in _BUSY:
+        if _status_of(error.response) in BUSY_STATUSES:  # boto3 has repeated it as often as it should
             raise
     except (BotoCoreError, ProviderFailed, MemoryError):
         raise
@@ -69,11 +67,8 @@ def _facts_of_get(client: Any, parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 def _size_of(response: Mapping[str, Any]) -> object:
     """Return the size of the whole object that a response to GET states; it may be no number."""
-    status, length = _status_of(response), response.get("ContentLength")
-    if status == 206:
-        named = parse_content_range(response.get("ContentRange") or "")
-        return None if named is None else named.object_size
-    return length if status == 200 else None
+    range_text, length = response.get("ContentRange") or "", response.get("ContentLength")
+    return PartialContent(_status_of(response), range_text, length).object_size
 
 
 def _is_size(size: object) -> bool:

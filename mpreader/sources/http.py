@@ -17,6 +17,7 @@ from urllib3.util import Retry, Timeout
 from mpreader.config import MAX_OBJECT_BYTES
 from mpreader.errors import AccessDenied, ConfigError, ObjectMissing, TransportError
 from mpreader.pool.source import ObjectVersion, Refusal
+from mpreader.pool.worker.failure import BUSY_STATUSES, REDIRECTS
 from mpreader.pool.worker.messages import FailureKind
 from mpreader.pool.worker.partial_content import is_compressed
 from mpreader.pool.worker.route import Route
@@ -29,13 +30,11 @@ if TYPE_CHECKING:
 
 __all__ = ["HttpSource"]
 
-_REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 _MAX_REDIRECTS: Final = 10
 _MAX_DIGITS: Final = 18
-_BUSY: Final = (408, 429, 500, 502, 503, 504)  # statuses after which the same request may succeed later
 # Statuses of a HEAD after which no GET is tried. After all others one is: some servers refuse HEAD, or leave out the
 # size (200), and a URL that is presigned for GET allows no other method.
-_NO_GET_AFTER: Final = frozenset({404, 410, *_BUSY})
+_NO_GET_AFTER: Final = frozenset({404, 410, *BUSY_STATUSES})
 _TIMEOUT: Final = Timeout(connect=10, read=60)  # seconds
 _DENIED: Final = (
     "access denied: the URL may have expired, or need a user name and password (https://user:password@host/…)"
@@ -181,7 +180,7 @@ class HttpSource:
         for _ in range(_MAX_REDIRECTS):
             status, response_headers = self._request(method, url, headers)
             location = response_headers.get("Location")
-            if status not in _REDIRECTS or not location:
+            if status not in REDIRECTS or not location:
                 return url, status, response_headers
             try:
                 url = url.redirected(location)
@@ -198,7 +197,7 @@ class HttpSource:
             self._max_attempts - 1,
             other=0,  # errors such as a wrong certificate, which stay
             redirect=False,  # _follow does it, and sends the password to the URL's own server only
-            status_forcelist=_BUSY,
+            status_forcelist=BUSY_STATUSES,
             raise_on_status=False,  # the last status is returned, and becomes an error in _refusal
             respect_retry_after_header=False,  # a server may name an hour
             backoff_factor=0.05,
@@ -240,7 +239,7 @@ class HttpSource:
             return self._error(AccessDenied, f"{_DENIED} (HTTP {status})")
         if status in (404, 410):
             return self._error(ObjectMissing, f"there is nothing at this URL (HTTP {status})")
-        if status in _REDIRECTS:
+        if status in REDIRECTS:
             return self._error(TransportError, f"the server redirects, but does not say where to (HTTP {status})")
         if status == 200:
             return self._error(TransportError, "the server serves no ranges of it, only the whole")

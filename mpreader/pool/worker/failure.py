@@ -14,23 +14,23 @@ from mpreader.pool.worker.messages import FailureKind, Fetch
 from mpreader.pool.worker.partial_content import Mismatch, PartialContent, find_mismatch
 from mpreader.pool.worker.version import Validators, find_difference, validators_of
 
-__all__ = ["GetFailed", "check_response", "is_condition_refused"]
+__all__ = ["BUSY_STATUSES", "REDIRECTS", "GetFailed", "check_response", "is_condition_refused"]
 
 _MAX_ERROR_BODY_BYTES: Final = 16 * 1024  # a server is not trusted to send a short one
 _MAX_DETAIL_CHARACTERS: Final = 600
 _MAX_RETRY_AFTER_S: Final = 60.0  # a server may name hours; a part must not be put off for that long
 # Statuses and S3's error codes after which the same request is likely to succeed later.
-_BUSY_STATUSES: Final = frozenset({408, 429, 500, 502, 503, 504})
+BUSY_STATUSES: Final = frozenset({408, 429, 500, 502, 503, 504})
 _BUSY_CODES: Final = frozenset(
     {"RequestTimeout", "SlowDown", "InternalError", "ServiceUnavailable", "OperationAborted"}
 )
 _EXPIRED_CODES: Final = frozenset(
     {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired", "RequestTimeTooSkewed"}
 )
-_REDIRECTS: Final = (301, 302, 303, 307, 308)
+REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 # All other statuses are REFUSED, and not tried again.
 _KIND_BY_STATUS: Final = {
-    **dict.fromkeys(_REDIRECTS, FailureKind.REDIRECTED),
+    **dict.fromkeys(REDIRECTS, FailureKind.REDIRECTED),
     200: FailureKind.MALFORMED,  # the whole object in place of a range
     401: FailureKind.DENIED,
     403: FailureKind.DENIED,
@@ -137,7 +137,7 @@ def _refusal(response: Response) -> GetFailed:
     # Below 300 the body is not an error document: with status 200 it is the whole object, which must not be received.
     code, text = ("", "") if status < 300 else _read_error_document(response)
     detail = f"HTTP {status}" + (f" {code}" if code else "") + (f" ({text})" if text else "")
-    if status in _REDIRECTS:
+    if status in REDIRECTS:
         detail += f": redirected to {_origin_of(response.header('location'))}"
     if status == 200:
         detail += ": the server sends the whole object in place of a range"
@@ -149,7 +149,7 @@ def _kind_of(status: int, code: str, text: str) -> FailureKind:
     # An expired presigned URL is a 403 AccessDenied like any other; only the message differs ("Request has expired").
     if code in _EXPIRED_CODES or (status == 403 and "expired" in text.lower()):
         return FailureKind.EXPIRED
-    if status in _BUSY_STATUSES or code in _BUSY_CODES:
+    if status in BUSY_STATUSES or code in _BUSY_CODES:
         return FailureKind.BUSY
     return _KIND_BY_STATUS.get(status, FailureKind.REFUSED)
 
