@@ -19,13 +19,12 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Final, NamedTuple
 
 from mpreader.errors import ArenaError, ArenaExhausted, MpreaderError, PlanError, WorkerCrashed
-from mpreader.pool.coordinator import retry
+from mpreader.pool.coordinator import retry, routes
 from mpreader.pool.coordinator.arena import Slot
 from mpreader.pool.coordinator.memory import SlotMemory
 from mpreader.pool.coordinator.state import (
@@ -48,14 +47,12 @@ from mpreader.pool.requests import (
     Recall,
     RequestEnded,
     RequestRepeated,
-    ResolveSource,
     SlotArrived,
     SlotFailed,
     SlotTaken,
     SourceResolved,
     VersionLearned,
 )
-from mpreader.pool.source import Refusal
 from mpreader.pool.stats import PoolStats, Tally
 from mpreader.pool.worker.messages import Failed, FailureKind
 from mpreader.pool.worker.version import Validators, find_change
@@ -68,9 +65,6 @@ _MAX_CRASHES: Final = 3
 _RENEWAL_POLL_S: Final = 0.02
 # Kinds of failure that may be due to the route: the server lets others read.
 _REFUSALS: Final = frozenset({FailureKind.DENIED, FailureKind.REDIRECTED, FailureKind.REFUSED})
-# A signature in headers is good for 15 minutes, one in a query as long as the session token that made it, which is 5
-# minutes for directory buckets; making one is cheap.
-_ROUTE_AGE_S: Final = 240.0
 
 
 class SchedulerLimits(NamedTuple):
@@ -148,23 +142,13 @@ class Scheduler:
         read = self._reads[message.read] = ReadState(message, self._post_to(message.read.caller))
         self._turn.append(read)
         for source in read.sources:
-            self._ask_for_route(read, source)
+            routes.request(read, source)
 
     def source_resolved(self, message: SourceResolved) -> None:
         """Note the version and the route of a source, or why there are none."""
         read = self._reads.get(message.read)
-        if read is None:
-            return
-        source = read.sources[message.source]
-        if message.error is not None and source.route is not None and not source.is_renewing:
-            return  # renewed in good time only: the old route may still serve
-        source.is_renewing = False
-        source.version = message.version or source.version
-        if message.route is not None:
-            source.route = message.route
-            source.route_number += 1
-        source.route_made = time.monotonic()
-        source.error = message.error
+        if read is not None:
+            routes.note_answer(read.sources[message.source], message)
 
     def demand(self, message: Demand) -> None:
         """Note that a consumer waits. One that waits already keeps its place, and the time since when it is short."""
@@ -257,9 +241,9 @@ class Scheduler:
             self._end_part(part)  # in the second case all is there: what failed came after the last byte
         elif failure.kind is FailureKind.EXPIRED and not part.is_resigned:
             part.is_resigned = True
-            self._renew(part.slot_read)
+            routes.renew(part.slot_read)
             self._delay(part, now)
-        elif failure.kind in _REFUSALS and self._try_reroute(part, failure):
+        elif failure.kind in _REFUSALS and routes.try_reroute(part, failure):
             self._delay(part, now)
         else:
             self._retry_or_fail(part, failure, now)
@@ -345,7 +329,7 @@ class Scheduler:
             self._fail_slot_read(slot_read, error)
         else:
             # A large slot read may have begun long ago.
-            self._renew_if_old(slot_read, now)
+            routes.renew_if_old(slot_read, now)
             return self._try_reserve(part)
         return False
 
@@ -405,7 +389,7 @@ class Scheduler:
         slot = self._slot_for(slot_read, now, is_demanded=is_demanded)
         if slot is None:
             return False
-        self._renew_if_old(slot_read, now)
+        routes.renew_if_old(slot_read, now)
         self._demanded.pop(slot_read, None)
         slot_read.move(SlotStatus.FILLING)
         slot_read.waits_for_views_since = None
@@ -491,43 +475,6 @@ class Scheduler:
             "by views that are still in use. Drop views when done with them, or raise PoolConfig.max_memory "
             "(MPREADER_MAX_MEMORY)"
         )
-
-    # -- routes
-
-    def _ask_for_route(self, read: ReadState, source: SourceState) -> None:
-        read.post(ResolveSource(read.id, source.number, source.version is None))
-
-    def _renew(self, slot_read: SlotReadState) -> None:
-        """Get a new route for its source; parts must wait for it, since the old one was refused."""
-        source = slot_read.source
-        if not source.is_renewing:
-            source.is_renewing = True
-            self._ask_for_route(slot_read.read, source)
-
-    def _try_reroute(self, part: PartState, failure: Failed) -> bool:
-        """Get a route of another kind for its source; False if the refusal stands.
-
-        Parts in flight are refused together: the first one asks, the others wait, and all are sent by the new route.
-        """
-        source = part.slot_read.source
-        is_answered = source.error is not None or source.is_renewing or part.route_number != source.route_number
-        if not is_answered and failure.kind in source.refusals:
-            return False
-        part.refusal = failure
-        if is_answered:
-            return True
-        source.refusals.add(failure.kind)
-        source.is_renewing = True
-        read = part.slot_read.read
-        read.post(ResolveSource(read.id, source.number, False, Refusal(failure.kind, failure.detail)))
-        return True
-
-    def _renew_if_old(self, slot_read: SlotReadState, now: float) -> None:
-        """Ask for a new route for its source before the old one expires; the old one serves meanwhile."""
-        source = slot_read.source
-        if now - source.route_made > _ROUTE_AGE_S:
-            source.route_made = now
-            self._ask_for_route(slot_read.read, source)
 
     # -- versions
 

@@ -18,6 +18,7 @@ from mpreader.errors import (
     TransportError,
 )
 from mpreader.pool.caller import Caller
+from mpreader.pool.coordinator import routes
 from mpreader.pool.coordinator.arena import Arena
 from mpreader.pool.coordinator.memory import SlotMemory
 from mpreader.pool.coordinator.scheduler import Scheduler, SchedulerLimits
@@ -502,8 +503,8 @@ def test_route_renewal_in_good_time_may_fail(make_bench: Callable[[int], Bench])
     slot_read = bench.first(bench.open(1))
     source = slot_read.source
     bench.source.error = TransportError("no credentials just now")
-    bench.scheduler._renew_if_old(slot_read, source.route_made + 10)
-    bench.scheduler._renew_if_old(slot_read, source.route_made + 241)
+    routes.renew_if_old(slot_read, source.route_made + 10)
+    routes.renew_if_old(slot_read, source.route_made + 241)
     bench.wait_for(SourceResolved)
     bench.read_inbox()
     assert source.error is None
@@ -515,8 +516,8 @@ def test_route_renewal_that_is_needed_may_not_fail(make_bench: Callable[[int], B
     slot_read = bench.first(bench.open(1))
     source = slot_read.source
     bench.source.error = TransportError("no credentials any more")
-    bench.scheduler._renew(slot_read)
-    bench.scheduler._renew(slot_read)
+    routes.renew(slot_read)
+    routes.renew(slot_read)
     bench.wait_for(SourceResolved)
     bench.read_inbox()
     assert source.error is bench.source.error
