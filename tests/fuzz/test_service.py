@@ -32,7 +32,7 @@ from mpreader.cli.main import main
 from mpreader.dcp import S3FileSystem, S3StorageReader, S3StorageWriter, dcp_to_torch_save, load_checkpoint
 from mpreader.tools.doctor.access import examine_access
 from tests.fuzz.nonsense import Nonsense
-from tests.integration.service import Answer, Call, Service
+from tests.integration.service import Answer, Call, Service, set_environment
 
 DATA: Final = random.Random(1).randbytes(9000)
 WEIGHT: Final = torch.arange(1000)
@@ -125,22 +125,14 @@ def store(objects: dict[str, bytes]) -> Iterator[_Store]:
 
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch, store: Service) -> None:
-    for name in [*os.environ]:
-        if name.startswith("AWS_") or name.lower().endswith("_proxy"):
-            monkeypatch.delenv(name)
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "AKIAKEY",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_CONFIG_FILE": os.devnull,
-        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-        "AWS_ENDPOINT_URL_S3": store.url,
-        "MPREADER_PROGRESS": "0",
-        "MPREADER_WORKERS": "1",
-        "MPREADER_MAX_MEMORY": "4MiB",
-    }.items():
-        monkeypatch.setenv(name, value)
+    set_environment(
+        monkeypatch,
+        AWS_ACCESS_KEY_ID="AKIAKEY",
+        AWS_SECRET_ACCESS_KEY="secret",
+        AWS_ENDPOINT_URL_S3=store.url,
+        MPREADER_WORKERS="1",
+        MPREADER_MAX_MEMORY="4MiB",
+    )
 
 
 # -- the entries: each returns True if what it got is right

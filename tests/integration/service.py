@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import os
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 if TYPE_CHECKING:
+    import pytest
     from typing_extensions import Self
 
 ACCESS_KEY = "AKIAOFTHESERVICE0000"
@@ -64,6 +66,22 @@ def error(status: int, code: str, message: str = "said the service", *headers: t
     """An error as S3 words it."""
     body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{message}</Message></Error>".encode()
     return Answer(status, (("Content-Type", "application/xml"), ("Content-Length", str(len(body))), *headers), body)
+
+
+def set_environment(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
+    """Set these variables for boto3 and mpreader, in place of the developer's own settings of AWS and of proxies."""
+    for name in [*os.environ]:
+        if name.startswith("AWS_") or name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    usual = {
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+        "MPREADER_PROGRESS": "0",
+    }
+    for name, value in {**usual, **variables}.items():
+        monkeypatch.setenv(name, value)
 
 
 class Service(ThreadingHTTPServer):

@@ -26,7 +26,7 @@ from mpreader import (
 )
 from mpreader.cli.main import main
 from mpreader.dcp import S3FileSystem, load_checkpoint
-from tests.integration.service import Answer, Call, Hook, Service, error
+from tests.integration.service import Answer, Call, Hook, Service, error, set_environment
 
 DATA = bytes(range(256)) * 1024
 _POOL = PoolConfig(workers=1, connections_per_worker=2, max_memory=4 << 20, part_size=64 << 10)
@@ -34,19 +34,7 @@ _POOL = PoolConfig(workers=1, connections_per_worker=2, max_memory=4 << 20, part
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [*os.environ]:
-        if name.startswith("AWS_") or name.lower().endswith("_proxy"):
-            monkeypatch.delenv(name)
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "AKIAKEY",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_CONFIG_FILE": os.devnull,
-        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-        "MPREADER_PROGRESS": "0",
-    }.items():
-        monkeypatch.setenv(name, value)
+    set_environment(monkeypatch, AWS_ACCESS_KEY_ID="AKIAKEY", AWS_SECRET_ACCESS_KEY="secret")
 
 
 @pytest.fixture

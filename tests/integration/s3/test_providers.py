@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import pickle
 import traceback
 from collections.abc import Callable, Iterator
@@ -29,7 +28,7 @@ from mpreader import (
 )
 from mpreader.dcp import S3FileSystem, S3StorageWriter, load_checkpoint
 from mpreader.tools.doctor.access import examine_access
-from tests.integration.service import Service
+from tests.integration.service import Service, set_environment
 
 _SECRET = "wJalrXUtnFEMIK7MDENGbPxRfiCYEXAMPLEKEY12"
 _S3 = S3ClientConfig(max_attempts=2)
@@ -39,19 +38,9 @@ _POOL = PoolConfig(workers=1, connections_per_worker=1, max_memory=4 << 20)
 @pytest.fixture
 def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
     with Service({"/bucket/key": b"123456789"}) as service:
-        for name in [name for name in os.environ if name.startswith("AWS_")]:
-            monkeypatch.delenv(name)
-        for name, value in {
-            "AWS_ENDPOINT_URL_S3": service.url,
-            "AWS_ENDPOINT_URL_STS": service.url,
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",
-            "AWS_CONFIG_FILE": os.devnull,
-            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-            "NO_PROXY": "127.0.0.1",
-            "MPREADER_PROGRESS": "0",
-        }.items():
-            monkeypatch.setenv(name, value)
+        set_environment(
+            monkeypatch, AWS_ENDPOINT_URL_S3=service.url, AWS_ENDPOINT_URL_STS=service.url, NO_PROXY="127.0.0.1"
+        )
         yield service
 
 

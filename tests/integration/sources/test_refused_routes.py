@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import logging
-import os
 import re
 import subprocess
 import sys
@@ -23,7 +22,16 @@ from mpreader import AccessDenied, MpreaderError, PoolConfig, RangeFetcher, S3Cl
 from mpreader.dcp import load_checkpoint
 from mpreader.s3.session import shared_session
 from mpreader.tools.doctor.access import examine_access
-from tests.integration.service import ACCESS_KEY, SECRET_KEY, Answer, Call, Service, error, signature_mistake
+from tests.integration.service import (
+    ACCESS_KEY,
+    SECRET_KEY,
+    Answer,
+    Call,
+    Service,
+    error,
+    set_environment,
+    signature_mistake,
+)
 
 DATA = bytes(range(256)) * 1024
 PART = 64 << 10
@@ -43,19 +51,9 @@ KEYS = [
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [*os.environ]:
-        if name.startswith("AWS_") or name.lower().endswith("_proxy"):
-            monkeypatch.delenv(name)
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": ACCESS_KEY,
-        "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
-        "AWS_DEFAULT_REGION": "eu-west-3",
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_CONFIG_FILE": os.devnull,
-        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-        "MPREADER_PROGRESS": "0",
-    }.items():
-        monkeypatch.setenv(name, value)
+    set_environment(
+        monkeypatch, AWS_ACCESS_KEY_ID=ACCESS_KEY, AWS_SECRET_ACCESS_KEY=SECRET_KEY, AWS_DEFAULT_REGION="eu-west-3"
+    )
 
 
 def refuse_presigned(call: Call) -> Answer | None:
