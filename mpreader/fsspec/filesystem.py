@@ -82,7 +82,7 @@ class RangeFileSystem(CopyingFileSystem):
         max_paths: int | None = None,
         **unknown: Any,
     ) -> None:
-        refuse_options(unknown, [*signature(RangeFileSystem).parameters][:-1])  # all but these
+        refuse_options(unknown, [*signature(RangeFileSystem.__init__).parameters][1:-1])  # without self and unknown
         config = _settings("s3client_config", s3client_config, S3ClientConfig) or S3ClientConfig()
         given = {"region": region, "endpoint_url": endpoint_url, "profile": profile, "unsigned": anon}
         changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
