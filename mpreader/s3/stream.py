@@ -28,9 +28,9 @@ __all__ = ["PinnedObject"]
 _CHUNK_BYTES: Final = 1 * MiB  # most bytes of one receive, and so the memory that a stream takes
 _FIRST_PAUSE_S: Final = 0.05
 _LONGEST_PAUSE_S: Final = 5.0
-# Statuses with which services refuse If-Match itself: they don't know it (400, 501), or can't compare the ETag that
-# they have sent themselves (412), since it is a weak one, or since a proxy has changed it.
-_REFUSES_IF_MATCH: Final = (400, 412, 501)
+# Statuses that are never for If-Match. All others may be: some services don't know it (400, 501), or can't compare the
+# ETag that they have sent themselves (412), since it is a weak one, or since a proxy has changed it.
+_NOT_FOR_IF_MATCH: Final = (0, 404, 410, 416, 429, 503)
 
 
 class _Broken(Exception):
@@ -154,7 +154,7 @@ class PinnedObject:
         try:
             return self._accepted(position, end, IfMatch=self._etag)
         except TransportError as error:
-            if _status_of(error) not in _REFUSES_IF_MATCH:
+            if _status_of(error) in _NOT_FOR_IF_MATCH:
                 raise
         # If the object was overwritten, this raises an error that names the new version.
         accepted = self._accepted(position, end)

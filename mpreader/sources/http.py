@@ -165,7 +165,8 @@ class HttpSource:
             # 416 is the response for an empty object, too.
             total = headers.get("Content-Range", "").rpartition("/")[2] or (length or "" if status == 416 else "")
             is_right = status in (206, 416)
-        if is_compressed(encoding) and (not is_right or length not in (total, None)):
+        # A refusal has an encoding of its own: that of its text.
+        if is_compressed(encoding) and (status == 200 or is_right) and (not is_right or length not in (total, None)):
             raise self._error(TransportError, "the server compresses it; ranges of that can't be read")
         if not is_right:
             raise self._refusal(status)

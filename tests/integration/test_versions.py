@@ -35,6 +35,7 @@ from mpreader.dcp import load_checkpoint
 from mpreader.fsspec.filesystem import RangeFileSystem
 from mpreader.testing import Fault, FaultKind, FaultServer
 from mpreader.tools.download.download import copy_to, download
+from tests.integration.service import Answer, Service, error
 
 PART = 64 * KiB
 OLD, NEW = b"A" * (4 * PART), b"B" * (4 * PART)
@@ -321,6 +322,10 @@ RARELY_STAYED: Mapping[str, tuple[Fault, ...]] = {
     "weak on HEAD": (Fault(FaultKind.WEAK_ETAG, method="HEAD"),),
     "If-Match is 400": (Fault(FaultKind.NO_IF_MATCH, status=400, code="InvalidArgument"),),
     "If-Match is 501": (Fault(FaultKind.NO_IF_MATCH, status=501, code="NotImplemented"),),
+    **{
+        f"If-Match is {status}": (Fault(FaultKind.NO_IF_MATCH, status=status, code="Refused"),)
+        for status in (401, 403, 405, 422)
+    },
 }
 
 
@@ -334,6 +339,19 @@ def test_object_that_stayed_is_read(
     assert read(uri_of(server, scheme), tmp_path) == OLD
     # The server is asked with a condition that it does not understand once, and not for each part.
     assert sum(request.status >= 400 for request in gets(server)) <= 1
+
+
+@pytest.mark.parametrize("scheme", ["s3", "http"])
+@pytest.mark.parametrize("answer", [b"", error(500, "InternalError")], ids=["nothing", "500"])
+@pytest.mark.row("weak ETags, or If-Match refused, though nothing was overwritten")
+@pytest.mark.usefixtures("server")  # for its credentials
+def test_object_is_read_though_the_server_hangs_up_or_stumbles_over_if_match(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, scheme: str, answer: Answer | bytes
+) -> None:
+    with Service({PATH: OLD}, lambda call: answer if "if-match" in call.headers else None) as service:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", service.url)
+        assert _fetch(f"s3:/{PATH}" if scheme == "s3" else service.url + PATH, tmp_path) == OLD
+        assert sum("if-match" in call.headers for call in service.seen) == 1
 
 
 @pytest.mark.parametrize(("scheme", "read"), [*FEW_CELLS, pytest.param("s3", WAYS["range_based"], id="s3 range_based")])

@@ -58,6 +58,8 @@ CHUNK_BYTES: Final = 256 * 1024
 # Servers, by origin, that refuse If-Match though the object is the right one. All threads of a worker share it without
 # a lock: entries are only added, and one that is missing costs no more than another request.
 _refuse_if_match: Final[set[object]] = set()
+# Servers that have answered a request with it, or refuse those without it, too.
+_take_if_match: Final[set[object]] = set()
 _MOST_ORIGINS: Final = 256
 
 
@@ -157,17 +159,24 @@ class Connection:
             raise
 
     def _get(self, fetch: Fetch, into: memoryview) -> None:
-        is_conditional = is_strong(fetch.version.etag) and _origin(fetch.route) not in _refuse_if_match
+        origin = _origin(fetch.route)
+        is_conditional = is_strong(fetch.version.etag) and origin not in _refuse_if_match
         try:
             response = self._accepted(fetch, is_conditional)
+            if is_conditional:
+                _add(_take_if_match, origin)
         except GetFailed as failure:
-            if not is_conditional or not is_condition_refused(failure):
+            is_aborted = self._abort_reason is not None
+            if not is_conditional or is_aborted or not is_condition_refused(failure, origin in _take_if_match):
                 raise
             self.close()
-            # If the object was overwritten, this raises an error that names the new version.
-            response = self._accepted(fetch, is_conditional=False)
-            if len(_refuse_if_match) < _MOST_ORIGINS:
-                _refuse_if_match.add(_origin(fetch.route))
+            try:
+                # If the object was overwritten, this raises an error that names the new version.
+                response = self._accepted(fetch, is_conditional=False)
+            except GetFailed:
+                _add(_take_if_match, origin)
+                raise
+            _add(_refuse_if_match, origin)
         self._receive(response, into)
         if response.will_close:
             self.close()
@@ -253,6 +262,11 @@ class Connection:
 
 
 # -- the request
+
+
+def _add(origins: set[object], origin: object) -> None:
+    if len(origins) < _MOST_ORIGINS:
+        origins.add(origin)
 
 
 def _origin(route: Route) -> object:

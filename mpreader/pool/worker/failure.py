@@ -98,15 +98,22 @@ def check_response(response: Response, fetch: Fetch) -> Validators:
     return tuple(validator for validator in said.validators if validator[0] not in known)
 
 
-def is_condition_refused(failure: GetFailed) -> bool:
+def is_condition_refused(failure: GetFailed, is_proven: bool) -> bool:
     """True if a request may have been refused only because of its If-Match.
 
     Some servers know no If-Match (400, 501), or can't compare the ETag that they have sent themselves (412): a weak
-    one, or one that a proxy has changed.
+    one, or one that a proxy has changed. Others, or what stands between, refuse it with any status, or hang up.
+
+    Args:
+        failure: Failure of the request.
+        is_proven: True if the server has answered a request with If-Match before: then only those three statuses count.
     """
     # The kind is that of other reasons too: a status of 400 may stand for an expired token.
     kinds = {412: FailureKind.CHANGED, 400: FailureKind.REFUSED, 501: FailureKind.REFUSED}
-    return kinds.get(failure.status) is failure.kind
+    if failure.status in kinds:
+        return kinds[failure.status] is failure.kind
+    kinds_of_others = (FailureKind.DENIED, FailureKind.REFUSED, FailureKind.BROKEN)
+    return not is_proven and (failure.kind in kinds_of_others or failure.status == 500)
 
 
 def _describe(mismatch: Mismatch, said: PartialContent, fetch: Fetch) -> tuple[FailureKind, str]:

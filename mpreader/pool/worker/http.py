@@ -290,5 +290,6 @@ def _parse_headers(lines: list[str]) -> dict[str, str]:
         name, value = name.lower(), value.strip()
         if _CONTROL_CHARACTER.search(line.replace("\t", "")):
             raise MalformedResponse(f"a control character in a header: {line[:80]!r}")
-        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+        # A proxy may repeat a header; the same value twice says no more than once.
+        headers[name] = value if headers.get(name, value) == value else f"{headers[name]}, {value}"
     return headers

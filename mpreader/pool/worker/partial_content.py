@@ -22,7 +22,7 @@ __all__ = ["ContentRange", "Mismatch", "PartialContent", "find_mismatch", "is_co
 
 # The number of digits is bounded, because a server is not trusted: int() of thousands of digits is slow, and raises
 # ValueError since Python 3.11.
-_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)")
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)", re.IGNORECASE)
 # Codings by which servers compress a body on the way. Others, such as aws-chunked and utf-8, are words that somebody
 # has stored with an object.
 _COMPRESSIONS: Final = frozenset({"gzip", "x-gzip", "deflate", "compress", "x-compress", "br", "zstd", "dcb", "dcz"})

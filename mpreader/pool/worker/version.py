@@ -127,7 +127,7 @@ def validators_of(headers: Mapping[str, str] | Iterable[tuple[str, str]]) -> Val
     """
     found: dict[str, str] = {}
     for name, value in headers.items() if isinstance(headers, Mapping) else headers:
-        name = name.lower()
+        name, value = name.lower(), _once(value)
         if value and (name in _NAMES or (name[:2] == "x-" and _PATTERN.fullmatch(name))):
             if name in _LISTS:
                 found.update(_split(name, value))
@@ -180,6 +180,12 @@ def _by_etag(validator: tuple[str, str]) -> bool:
     return validator[0] != ETAG
 
 
+def _once(value: str) -> str:
+    """Value of a header that came twice with the same value, and was joined by a comma."""
+    half = len(value) // 2 - 1
+    return value[:half] if half > 0 and value == f"{value[:half]}, {value[:half]}" else value
+
+
 def _split(name: str, value: str) -> Iterable[tuple[str, str]]:
     for entry in value.split(","):
         algorithm, equals, digest = entry.strip().partition("=")
@@ -198,7 +204,7 @@ def _is_equal(name: str, ours: str, theirs: str) -> bool:
         return True
     if name == ETAG:
         return _opaque(ours) == _opaque(theirs)
-    return name == LAST_MODIFIED and _moment(ours) is not None and _moment(ours) == _moment(theirs)
+    return name == LAST_MODIFIED and _is_same_moment(ours, theirs)
 
 
 def _opaque(etag: str) -> str:
@@ -207,11 +213,27 @@ def _opaque(etag: str) -> str:
     return text[1:-1] if len(text) > 1 and text[0] == text[-1] == '"' else text
 
 
+def _is_same_moment(ours: str, theirs: str) -> bool:
+    """Compare two dates; servers may write one moment in different forms."""
+    moments = [_moment(text) for text in (ours, theirs)]
+    if "." not in ours or "." not in theirs:  # most forms have no fraction of a second
+        moments = [None if moment is None else float(int(moment)) for moment in moments]
+    return moments[0] is not None and moments[0] == moments[1]
+
+
 def _moment(text: str) -> float | None:
-    """Seconds since the epoch of a date; None if it is none. Servers may write one moment in different forms."""
-    from email.utils import parsedate_to_datetime  # slow to import, and hardly ever needed
+    """Seconds since the epoch of a date, in a form of HTTP or of ISO 8601; None if it is none."""
+    # Slow to import, and hardly ever needed.
+    from datetime import datetime, timezone
+    from email.utils import parsedate_to_datetime
 
     try:
-        return parsedate_to_datetime(text).timestamp()
+        if re.match("[0-9]{4}-", text):
+            # Before Python 3.11 a "Z" at the end is none of ISO 8601.
+            moment = datetime.fromisoformat(re.sub("[Zz]$", "+00:00", text))
+        else:
+            moment = parsedate_to_datetime(text)
+        # Without a zone it is UTC, as in the form of asctime by RFC 9110, and not the local time of this host.
+        return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
     except (TypeError, ValueError, OverflowError):
         return None

@@ -319,3 +319,10 @@ def test_source_goes_through_the_proxy(start: Start, monkeypatch: pytest.MonkeyP
     assert route.proxy is not None
     assert (route.host, route.proxy.port) == ("store.invalid", proxy.server_port)
     assert "bWU6d29yZA" not in repr(route)
+
+
+@pytest.mark.parametrize(("status", "kind"), [(403, AccessDenied), (404, ObjectMissing), (410, ObjectMissing)])
+def test_refusal_may_be_compressed(start: Start, status: int, kind: type[TransportError]) -> None:
+    server = start(lambda _: (status, {"Content-Encoding": "gzip"}, b"the page"))
+    with pytest.raises(kind, match=f"HTTP {status}"):
+        HttpSource(_url(server, "/a")).open()

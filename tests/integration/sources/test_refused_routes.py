@@ -226,7 +226,7 @@ def test_refusal_of_both_kinds_has_the_stores_own_reason(serve: Serve) -> None:
     with _fetcher(_settings(service)) as fetcher, pytest.raises(AccessDenied, match="the vault is shut") as raised:
         fetcher.fetch("s3://bucket/key", [(5, 100)])
     assert (raised.value.bucket, raised.value.key, raised.value.range) == ("bucket", "key", (5, 100))
-    assert _kinds(service) == ["query", "headers"]
+    assert _kinds(service) == ["query", "query", "headers"], "the second time without If-Match"
 
 
 def test_refusal_is_asked_about_once_for_all_parts(serve: Serve) -> None:
@@ -255,7 +255,7 @@ def test_signing_in_the_query_only_says_what_to_set(serve: Serve) -> None:
         pytest.raises(AccessDenied, match=r'no presigned URLs here.*signing="auto"'),
     ):
         fetcher.fetch("s3://bucket/key", [(5, 100)])
-    assert _kinds(service) == ["query", "headers"]
+    assert _kinds(service) == ["query", "query", "headers"], "the second time without If-Match"
 
 
 def test_requests_without_credentials_stay_so(serve: Serve) -> None:

@@ -36,6 +36,7 @@ def mismatch(response: PartialContent, **expected: Any) -> Mismatch | None:
         ({"content_range": "bytes */100"}, Mismatch.RANGE),
         ({"content_range": "bytes 10-19/101"}, Mismatch.OBJECT_SIZE),
         ({"content_range": "bytes 10-19/*"}, None),
+        ({"content_range": "Bytes 10-19/100"}, None),
         ({"validators": B}, Mismatch.VERSION),
         ({"validators": ()}, Mismatch.VERSION),
         ({"validators": B, "content_range": "bytes 10-19/101"}, Mismatch.VERSION),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import time
 
 import pytest
 from hypothesis import given
@@ -195,3 +196,44 @@ def test_answers_that_are_accepted_one_after_the_other_agree_in_all(answers: lis
     for one in accepted:
         for other in accepted:
             assert find_change(one, other) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Thursday, 01-Jan-26 00:00:00 GMT",
+        "Thu Jan  1 00:00:00 2026",
+        "Thu, 01 Jan 2026 00:00:00 -0000",
+        "Thu, 01 Jan 2026 01:00:00 +0100",
+        "2026-01-01T00:00:00Z",
+        "2026-01-01T00:00:00.250Z",
+        "2026-01-01T01:00:00+01:00",
+    ],
+)
+@pytest.mark.parametrize("zone", ["UTC", "America/New_York"])
+def test_one_moment_is_no_change_in_whatever_form_it_is_written(
+    monkeypatch: pytest.MonkeyPatch, zone: str, text: str
+) -> None:
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    try:
+        ours = validators_of({"Last-Modified": "Thu, 01 Jan 2026 00:00:00 GMT"})
+        assert find_change(ours, validators_of({"Last-Modified": text})) is None
+        later = text.replace("00:00", "00:01").replace("01:00+", "01:01+")
+        assert find_change(ours, validators_of({"Last-Modified": later})) is not None
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+def test_fractions_of_a_second_differ() -> None:
+    ours, theirs = (validators_of({"Last-Modified": f"2026-01-01T00:00:00.{part}Z"}) for part in ("100", "200"))
+    assert find_change(ours, theirs) is not None
+
+
+def test_header_that_came_twice_says_no_more_than_once() -> None:
+    once = validators_of({"ETag": '"1"', "Last-Modified": JANUARY, "x-amz-version-id": "7, 7"})
+    assert (
+        validators_of({"ETag": '"1", "1"', "Last-Modified": f"{JANUARY}, {JANUARY}", "x-amz-version-id": "7"}) == once
+    )
+    assert find_change(once, validators_of({"ETag": '"1", "2"'})) is not None
