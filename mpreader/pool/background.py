@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
+from mpreader.errors import PoolError
 from mpreader.pool.blocking import make_queue
 
 __all__ = ["BackgroundThreads"]
@@ -52,14 +53,15 @@ class BackgroundThreads:
         Args:
             call: The call.
             on_outcome: Takes what the call returned, or the exception that it raised.
+
+        Raises:
+            PoolError: The operating system refuses even one thread.
         """
         with self._lock:
             self._unfinished += 1
             has_idle_thread = self._unfinished <= self._threads
         if not has_idle_thread and self._threads < self._max_threads:
-            # A daemon: a server that never answers must not keep the interpreter from exiting.
-            threading.Thread(target=self._work, name=self._name, daemon=True).start()
-            self._threads += 1
+            self._start_thread()
         self._calls.put(lambda: self._make(call, on_outcome))
 
     def close(self) -> None:
@@ -70,6 +72,18 @@ class BackgroundThreads:
         for _ in range(self._threads):
             self._calls.put(None)
         self._threads = 0
+
+    def _start_thread(self) -> None:
+        try:
+            # A daemon: a server that never answers must not keep the interpreter from exiting.
+            threading.Thread(target=self._work, name=self._name, daemon=True).start()
+        except RuntimeError as error:
+            if self._threads:  # which make the call later
+                return
+            with self._lock:
+                self._unfinished -= 1
+            raise PoolError(f"{error}; if it is a limit (ulimit -u, ulimit -v), raise it") from error
+        self._threads += 1
 
     def _make(self, call: Callable[[], Result], on_outcome: Callable[[Result | Exception], object]) -> None:
         outcome = _outcome_of(call)

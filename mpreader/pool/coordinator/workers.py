@@ -201,9 +201,10 @@ class WorkerSupervisor:
         exitcode = worker.process.reap()
         why = worker.fault or _describe_end(exitcode, worker.is_unresponsive, self._response_timeout_s(worker))
         log.warning("worker process %d ended: %s%s", worker.process.pid, why, f": {stderr}" if stderr else "")
+        # Of a traceback the last line tells what was wrong; all of it is in the log.
+        told = f"{why}: {stderr.splitlines()[-1]}" if stderr else why
         if not self._interpreters.is_proved:
-            # Of a traceback the last line tells what was wrong; all of it is in the log.
-            self._interpreters.refuse(f"{why}: {stderr.splitlines()[-1]}" if stderr else why, exitcode)
+            self._interpreters.refuse(told, exitcode)
             self._start_worker(worker.process.number)
             return Lost((), exitcode, why)
         self._deaths += 1
@@ -213,7 +214,7 @@ class WorkerSupervisor:
             raise WorkerCrashed(f"worker processes {what}: {why}{printed}", exitcode=exitcode)
         self.restarts += 1
         self._start_worker(worker.process.number)
-        return Lost(tuple(worker.parts), exitcode, why)
+        return Lost(tuple(worker.parts), exitcode, told)
 
     def watch(self, now: float) -> None:
         """Send a Ping to workers that have parts and have said nothing for some time; kill those that don't respond."""

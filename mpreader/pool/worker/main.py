@@ -259,8 +259,8 @@ class Worker:
         with self._lock:
             if self._idle:
                 thread = self._idle.pop()
-            elif self._unused:
-                thread = self._start_thread()
+            elif self._unused and (started := self._try_start_thread()) is not None:
+                thread = started
             else:
                 # The coordinator sends more parts than there are connections, so that a connection that has received
                 # its part finds the next one here at once.
@@ -268,10 +268,16 @@ class Worker:
                 return
         thread.fetches.put(fetch)
 
-    def _start_thread(self) -> ConnectionThread:
-        thread = self._unused.pop()
-        self._threads.append(thread)
-        thread.start()
+    def _try_start_thread(self) -> ConnectionThread | None:
+        thread = self._unused[-1]
+        try:
+            thread.start()
+        except RuntimeError:  # a limit (ulimit -u): the threads that there are do the work
+            if not self._threads:
+                raise
+            self._unused.clear()
+            return None
+        self._threads.append(self._unused.pop())
         return thread
 
     def _cancel(self, part: int) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from mpreader.errors import PoolError
 from mpreader.pool.background import BackgroundThreads
 
 _WAIT_S = 30
@@ -129,3 +130,40 @@ def test_background_keeps_nothing_of_a_call_that_is_over(threads: BackgroundThre
     _await_idle(threads)
     gc.collect()
     assert gone() is None
+
+
+def _refuse_threads(monkeypatch: pytest.MonkeyPatch, allowed: int) -> None:
+    """Refuse all threads of this module but the first ones, as ``ulimit -u`` does."""
+    start = threading.Thread.start
+    started: list[threading.Thread] = []
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == _NAME:
+            if len(started) == allowed:
+                raise RuntimeError("can't start new thread")
+            started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+
+
+def test_background_makes_do_with_the_threads_that_it_gets(
+    threads: BackgroundThreads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _refuse_threads(monkeypatch, allowed=1)
+    outcomes: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    for number in range(5):
+        threads.submit(partial(int, number), outcomes.put)
+    assert [outcomes.get(timeout=_WAIT_S) for _ in range(5)] == [*range(5)]
+    assert len(_alive()) == 1
+
+
+def test_background_without_any_thread_is_an_error(threads: BackgroundThreads, monkeypatch: pytest.MonkeyPatch) -> None:
+    _refuse_threads(monkeypatch, allowed=0)
+    with pytest.raises(PoolError, match=r"can't start new thread; if it is a limit \(ulimit -u"):
+        threads.submit(int, print)
+    monkeypatch.undo()
+    outcomes: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    threads.submit(int, outcomes.put)
+    assert outcomes.get(timeout=_WAIT_S) == 0
+    assert len(_alive()) == 1

@@ -239,6 +239,24 @@ def test_parts_wait_while_all_connections_are_busy_and_go_on_in_order(start: Cal
     assert bench.servers.empty(), "a third connection was opened"
 
 
+def test_parts_wait_where_no_more_threads_are_to_be_had(
+    start: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = start(connections=3)
+    only = bench.occupy(1)
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(ConnectionThread, "start", refuse)
+    bench.fetch(2, 3)
+    bench.settle()
+    only.respond(1)
+    assert (only.serve(), only.serve()) == (2, 3)
+    assert {bench.receive().part for _ in range(3)} == {1, 2, 3}
+    assert bench.servers.empty()
+
+
 def test_connection_used_last_is_used_next(start: Callable[..., Bench]) -> None:
     bench = start(connections=3)
     servers = [bench.occupy(number) for number in range(3)]
