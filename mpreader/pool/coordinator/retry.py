@@ -41,7 +41,7 @@ _FIRST_DELAY_S: Final = {FailureKind.BUSY: 0.5, FailureKind.UNREACHABLE: 0.1}
 _MAX_MALFORMED: Final = 3
 
 
-def delay_before(failure: Failed, attempts: int, max_attempts: int) -> float | None:
+def delay_before(failure: Failed, attempts: int, max_attempts: int, malformed: int) -> float | None:
     """Seconds to wait before the next attempt, None if there is to be none.
 
     Exponential with jitter: between half of it and all of it, so that a brown-out of 30 s is outlived within ten
@@ -51,10 +51,11 @@ def delay_before(failure: Failed, attempts: int, max_attempts: int) -> float | N
         failure: Result of the last attempt.
         attempts: Number of attempts since bytes last came, at least 1.
         max_attempts: Most attempts.
+        malformed: Number of those attempts that a wrong answer has ended.
     """
     if failure.kind not in _RETRIED or attempts >= max_attempts:
         return None
-    if failure.kind is FailureKind.MALFORMED and attempts >= _MAX_MALFORMED:
+    if failure.kind is FailureKind.MALFORMED and malformed >= _MAX_MALFORMED:
         return None
     first = _FIRST_DELAY_S.get(failure.kind, 0.02)
     delay = min(_MAX_DELAY_S, first * 2.0 ** (attempts - 1))

@@ -234,7 +234,10 @@ class Scheduler:
         if part is None:
             return
         part.received += failure.received
-        part.attempts = 1 if failure.received else part.attempts + 1
+        if failure.received:
+            part.attempts = part.malformed = 0
+        part.attempts += 1
+        part.malformed += failure.kind is FailureKind.MALFORMED
         part.last_failure = failure.detail
         self._learn_version(part, failure.found)
         if part.slot_read.status is not SlotStatus.FILLING or not part.left_bytes:
@@ -551,7 +554,7 @@ class Scheduler:
 
     def _retry_or_fail(self, part: PartState, failure: Failed, now: float) -> None:
         name = part.slot_read.source.name
-        delay_s = retry.delay_before(failure, part.attempts, name.max_attempts)
+        delay_s = retry.delay_before(failure, part.attempts, name.max_attempts, part.malformed)
         if delay_s is None:
             self._fail_slot_read(part.slot_read, retry.error_after(failure, name, part.byte_range, part.attempts))
             self._end_part(part)

@@ -189,6 +189,7 @@ class PartState:
         received: Bytes from its start that are in the slot.
         requests: All GETs made for it.
         attempts: GETs since bytes last came: only those without any progress count against ``max_attempts``.
+        malformed: Those of them that a wrong answer has ended.
         crashes: Workers that died while they had it.
         is_resigned: True if a new route was made for it already.
         route_number: Number of its source's route by which it was last sent.
@@ -202,6 +203,7 @@ class PartState:
         "deadline",
         "is_resigned",
         "last_failure",
+        "malformed",
         "number",
         "range",
         "received",
@@ -221,6 +223,7 @@ class PartState:
         self.received = 0
         self.requests = 0
         self.attempts = 0
+        self.malformed = 0
         self.crashes = 0
         self.is_resigned = False
         self.route_number = 0

@@ -20,7 +20,7 @@ def failed(kind: FailureKind, retry_after_s: float = 0.0) -> Failed:
 def attempts_of(kind: FailureKind, max_attempts: int) -> int:
     """Number of times that a GET is made which ends in this failure each time."""
     attempts = 1
-    while delay_before(failed(kind), attempts, max_attempts) is not None:
+    while delay_before(failed(kind), attempts, max_attempts, attempts) is not None:
         attempts += 1
     return attempts
 
@@ -39,7 +39,9 @@ def test_retry_of_wrong_answers_ends_soon() -> None:
 
 @pytest.mark.parametrize("kind", RETRIED)
 def test_retry_delays_grow_with_jitter_up_to_a_bound(kind: FailureKind) -> None:
-    first, late, last = ([delay_before(failed(kind), attempt, 99) or 0 for _ in range(40)] for attempt in (1, 20, 98))
+    first, late, last = (
+        [delay_before(failed(kind), attempt, 99, 0) or 0 for _ in range(40)] for attempt in (1, 20, 98)
+    )
     assert all(len(set(delays)) > 1 for delays in (first, late)), "a thousand parts must not come back at one time"
     assert 0 < max(first) < 1 < min(late)
     assert max(last) < 2 * min(late), "they don't grow for ever"
@@ -47,11 +49,11 @@ def test_retry_delays_grow_with_jitter_up_to_a_bound(kind: FailureKind) -> None:
 
 def test_retry_outlives_a_brown_out_of_30_s_within_ten_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("random.uniform", lambda least, _: least)
-    assert sum(delay_before(failed(FailureKind.BUSY), attempt, 10) or 0 for attempt in range(1, 10)) > 30
+    assert sum(delay_before(failed(FailureKind.BUSY), attempt, 10, 0) or 0 for attempt in range(1, 10)) > 30
 
 
 def test_retry_waits_as_long_as_the_server_asks() -> None:
-    assert delay_before(failed(FailureKind.BUSY, retry_after_s=7.0), 1, 10) == 7.0
+    assert delay_before(failed(FailureKind.BUSY, retry_after_s=7.0), 1, 10, 0) == 7.0
 
 
 @pytest.mark.parametrize("kind", FailureKind)

@@ -524,6 +524,20 @@ def test_route_renewal_that_is_needed_may_not_fail(make_bench: Callable[[int], B
     assert not bench.inbox, "it was asked for twice"
 
 
+def test_scheduler_counts_wrong_answers_apart_from_other_failures(make_bench: Callable[[int], Bench]) -> None:
+    bench = make_bench(1)
+    bench.source.max_attempts = 10
+    transfer = bench.open(1)
+    [part] = bench.send()
+    kinds = [FailureKind.BUSY, FailureKind.BROKEN, *[FailureKind.MALFORMED] * 3]
+    for now, kind in enumerate(kinds):
+        assert part.status is PartStatus.SENT, f"given up before attempt {now + 1}"
+        bench.scheduler.failed(Failed(part.number, kind, 0, "failed"), now * 100.0)
+        bench.scheduler.next_part(now * 100.0 + 99)
+    with pytest.raises(TransportError, match="5 attempts"):
+        transfer.take(0)
+
+
 # -- versions
 
 
