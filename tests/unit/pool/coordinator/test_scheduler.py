@@ -106,7 +106,7 @@ class Bench:
     def wait_for(self, kind: type) -> None:
         """Wait until a message of this kind is in the inbox."""
         with self.told:
-            assert self.told.wait_for(lambda: any(isinstance(message, kind) for message in self.inbox), 10)
+            assert self.told.wait_for(lambda: any(isinstance(message, kind) for message in self.inbox), 60)
 
     def open(self, count: int, *, parts: int = 1, grows: bool = False) -> Transfer:
         """Begin a read of ``count`` slot reads, each of so many parts."""
