@@ -108,7 +108,7 @@ class S3Source:
         advice = "GETs of boto3, which are signed in the same way, pass: look at what stands between, such as a proxy"
         if config.signing == "query":
             advice = 'GETs that are signed in headers pass: set S3ClientConfig(signing="auto") or "headers"'
-        kind = AccessDenied if refusal.kind is FailureKind.DENIED else TransportError
+        kind = AccessDenied if refusal.kind in (FailureKind.DENIED, FailureKind.EXPIRED) else TransportError
         message = f"{self.uri}: the service refuses GETs of the workers: {refusal.detail}; {advice}"
         raise kind(message, bucket=self._bucket, key=self._key, attempts=1)
 

@@ -106,7 +106,7 @@ PROTECTIONS = (
         "weak ETags, or If-Match refused, though nothing was overwritten",
         "a refused If-Match is left out",
         "mpreader/pool/worker/connection.py",
-        "if not is_conditional or not is_condition_refused(failure):",
+        "if not is_conditional or not is_condition_refused(failure, origin in _take_if_match):",
         "if True:",
         "tests/integration/test_versions.py::test_object_that_stayed_is_read[If-Match is 412-http fetch]",
     ),

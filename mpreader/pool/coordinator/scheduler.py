@@ -63,8 +63,9 @@ __all__ = ["Scheduler", "SchedulerLimits"]
 _MAX_CRASHES: Final = 3
 # A part that needs a new route looks for it so often. Renewals are rare, so that nobody keeps lists of who waits.
 _RENEWAL_POLL_S: Final = 0.02
-# Kinds of failure that may be due to the route: the server lets others read.
-_REFUSALS: Final = frozenset({FailureKind.DENIED, FailureKind.REDIRECTED, FailureKind.REFUSED})
+# Kinds of failure that may be due to the route: the server lets others read. A signature that is said to have expired
+# was made anew before: a service may say so of all signatures of one kind.
+_REFUSALS: Final = frozenset({FailureKind.DENIED, FailureKind.REDIRECTED, FailureKind.REFUSED, FailureKind.EXPIRED})
 
 
 class SchedulerLimits(NamedTuple):

@@ -166,8 +166,9 @@ class Connection:
             if is_conditional:
                 _add(_take_if_match, origin)
         except GetFailed as failure:
-            is_aborted = self._abort_reason is not None
-            if not is_conditional or is_aborted or not is_condition_refused(failure, origin in _take_if_match):
+            if not is_conditional or not is_condition_refused(failure, origin in _take_if_match):
+                raise
+            if self._abort_reason is not None:
                 raise
             self.close()
             try:

@@ -248,6 +248,13 @@ def test_presigned_urls_may_be_refused_with_any_status(serve: Serve, status: int
         assert bytes(fetcher.fetch_object("s3://bucket/key")) == DATA
 
 
+@pytest.mark.parametrize(("status", "code"), [(403, "RequestExpired"), (400, "ExpiredToken"), (403, "AccessDenied")])
+def test_presigned_urls_may_be_refused_as_expired(serve: Serve, status: int, code: str) -> None:
+    service = serve(lambda call: error(status, code, "Request has expired") if call.is_presigned else None)
+    with _fetcher(_settings(service)) as fetcher:
+        assert bytes(fetcher.fetch_object("s3://bucket/key")) == DATA
+
+
 def test_signing_in_the_query_only_says_what_to_set(serve: Serve) -> None:
     service = serve()
     with (
