@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.default_planner import create_default_local_lo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan
 
+from mpreader.dcp.fill import unfilled_memory
 from mpreader.dcp.metadata import MetadataRefused
 from mpreader.errors import MpreaderError, PlanError
 
@@ -81,10 +82,11 @@ def state_bytes(state: Mapping[str, Any]) -> int:
 
 def allocate(state: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a copy of a state from :func:`empty_state` whose tensors have memory; their contents are undefined."""
-    return {
-        fqn: torch.empty_like(value, device="cpu") if isinstance(value, torch.Tensor) else None
-        for fqn, value in state.items()
-    }
+    with unfilled_memory():
+        return {
+            fqn: torch.empty_like(value, device="cpu") if isinstance(value, torch.Tensor) else None
+            for fqn, value in state.items()
+        }
 
 
 def touch_memory(state: Mapping[str, Any]) -> None:

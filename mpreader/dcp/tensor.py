@@ -31,6 +31,7 @@ import numpy as np
 import torch
 
 from mpreader.dcp.crc import crc32
+from mpreader.dcp.fill import unfilled_memory
 from mpreader.dcp.layout import TensorLayout
 from mpreader.dcp.record import ItemBytes, RecordCorrupted, read_payload_crc
 from mpreader.errors import PlanError
@@ -91,7 +92,7 @@ def load_whole(item: ItemBytes, *, verify: bool = True) -> torch.Tensor:
         check_archive(record)
     try:
         # torch.load makes some kinds of tensors on the default device, whatever map_location says.
-        with torch.device("cpu"):
+        with torch.device("cpu"), unfilled_memory():
             loaded: torch.Tensor = torch.load(record, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise  # the record isn't damaged, and torch's message says what to do

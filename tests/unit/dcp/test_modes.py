@@ -12,6 +12,7 @@ import torch
 
 from mpreader.dcp.record import BufferItem, decode_layout
 from mpreader.dcp.sample import differing, make_state
+from mpreader.dcp.state import allocate
 from mpreader.dcp.tensor import copy_into, load_whole
 from tests.unit.dcp.test_tensor import DTYPES, bits, record_of
 
@@ -165,3 +166,16 @@ def test_sample_state_is_the_same_in_a_mode(mode: Callable[[], Any]) -> None:
     with mode():
         made = make_state(1)
     assert differing(make_state(1), made) == []
+
+
+@pytest.mark.skipif(not hasattr(torch, "float4_e2m1fn_x2"), reason="this torch has no such type")
+def test_type_that_torch_can_not_fill_is_loaded_in_a_mode(mode: Callable[[], Any]) -> None:
+    value = torch.arange(8, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    record = record_of(value)
+    planned = {"weight": torch.empty(8, dtype=torch.float4_e2m1fn_x2, device="meta"), "step": None}
+    with mode():
+        loaded, made = load_whole(BufferItem(bytearray(record))), allocate(planned)["weight"]
+    assert bits(loaded) == bits(value)
+    assert (made.dtype, made.shape, made.device.type) == (value.dtype, value.shape, "cpu")
+    setting: Any = torch.utils.deterministic
+    assert setting.fill_uninitialized_memory
