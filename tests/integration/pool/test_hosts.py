@@ -268,7 +268,7 @@ def test_user_without_an_entry_and_without_a_home_reads(url: str) -> None:
     probe = [*nobody, python, "-c", "import numpy, boto3"]
     if setpriv is None or subprocess.run(probe, capture_output=True, env={"PYTHONPATH": paths}).returncode:
         pytest.skip("needs root, setpriv and an interpreter that others may read")
-    program = READ + "\nimport mpreader.s3.session as s\nlist(s._file_versions())\n"
+    program = READ + "\nimport mpreader.s3.environment as e\nlist(e._file_versions())\n"
     check_reads(run(program, url, prefix=nobody, python=python, PYTHONPATH=paths, PYTHONDONTWRITEBYTECODE="1"))
 
 
