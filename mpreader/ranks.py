@@ -1,4 +1,4 @@
-"""Ranks of a job: how many of its processes run on this host, and which one this is, by the launcher's variables.
+"""Ranks of a job: the number of its processes on this host, and that of this one, by the launcher's variables.
 
 Only reads the environment. :mod:`mpreader.host` divides the host by the number of ranks, and the progress bar is shown
 by the first one only.
@@ -47,7 +47,7 @@ _SLURM_GROUP: Final = re.compile(r"([0-9]{1,9})(?:\(x([0-9]{1,9})\))?")
 
 
 class Ranks(NamedTuple):
-    """How many ranks of a job share this host.
+    """Number of ranks of a job that share this host, and where it was found.
 
     Attributes:
         number: Number of ranks, this process included; 1 if no launcher tells.

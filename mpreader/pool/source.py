@@ -22,10 +22,12 @@ class Refusal(NamedTuple):
     Attributes:
         kind: DENIED, REDIRECTED, or REFUSED for another reason.
         detail: The server's answer, for people; holds no secret.
+        code: S3's error code; "" if the answer had none.
     """
 
     kind: FailureKind
     detail: str
+    code: str = ""
 
 
 class Source(Protocol):

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from botocore import UNSIGNED, exceptions
 from botocore.awsrequest import AWSRequest
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import BotoCoreError
 from botocore.httpsession import URLLib3Session
 from botocore.utils import get_environ_proxies
 
@@ -32,7 +32,7 @@ from mpreader.s3.redaction import redacted
 from mpreader.s3.session import Session
 from mpreader.s3.signing import HeaderSigner
 
-__all__ = ["Account", "NoResponse", "Readable", "ServiceResponse", "code_of"]
+__all__ = ["Account", "NoResponse", "Readable", "ServiceResponse"]
 
 _TIMEOUT_S: Final = 3  # of one request; the doctor also bounds the time of all of them together
 _ONE_QUICK_ATTEMPT: Final[dict[str, Any]] = {
@@ -254,12 +254,6 @@ class Account:
             return self._session.make_client(region, Config(**_ONE_QUICK_ATTEMPT, **options))
         except (BotoCoreError, ProviderFailed, ConfigError) as error:
             raise ConfigError(self.clean(str(error))) from None  # the cause would show its text, secrets included
-
-
-def code_of(error: BaseException) -> str:
-    """Return S3's own code of an error that :class:`Account` raised, such as ``"AccessDenied"``; "" if it has none."""
-    refusal = error.__cause__  # botocore's error, from which `translated` has raised this one
-    return str(refusal.response.get("Error", {}).get("Code") or "") if isinstance(refusal, ClientError) else ""
 
 
 def _skew(now: datetime, headers: Mapping[str, str]) -> timedelta | None:

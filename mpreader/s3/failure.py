@@ -27,7 +27,7 @@ from mpreader.errors import (
 from mpreader.s3.credentials import ProviderFailed
 from mpreader.s3.redaction import redacted
 
-__all__ = ["Target", "Unusable", "translated"]
+__all__ = ["Target", "Unusable", "code_of", "translated"]
 
 
 class Unusable(Exception):
@@ -186,6 +186,12 @@ def _surprise(error: Exception, target: Target) -> MpreaderError:
         said += f": {text}"
     message = f"boto3 can't make sense of the service's answer ({said}); {_CHECK}"
     return target.error(TransportError, message, attempts=1)
+
+
+def code_of(error: BaseException) -> str:
+    """Return S3's code of an error that :func:`translated` raised, such as ``"AccessDenied"``; "" if it has none."""
+    refusal = error.__cause__  # botocore's error
+    return str(refusal.response.get("Error", {}).get("Code") or "") if isinstance(refusal, ClientError) else ""
 
 
 def _refusal(error: ClientError, target: Target) -> MpreaderError:

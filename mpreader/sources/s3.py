@@ -11,6 +11,7 @@ from mpreader.pool.source import ObjectVersion, Refusal
 from mpreader.pool.worker.messages import FailureKind
 from mpreader.pool.worker.route import Route
 from mpreader.s3.client import BaseS3Client
+from mpreader.s3.failure import code_of
 from mpreader.sources.network import proxy_for, route_to
 
 __all__ = ["S3Source"]
@@ -83,7 +84,7 @@ class S3Source:
 
         Returns:
             The route; None without signatures, of which there is only one kind, and where boto3's GET is refused with
-            the same words: then the refusal of the worker's GET stands.
+            the same code: then the refusal of the worker's GET stands.
 
         Raises:
             AccessDenied: The GET is refused in this way, too, or no other way is left.
@@ -100,8 +101,7 @@ class S3Source:
             if self._client.explain_refusal(self._bucket, self._key, in_headers=in_headers):
                 return self.route()
         except TransportError as error:
-            status_and_code = refusal.detail.partition(" (")[0]
-            if isinstance(error, AccessDenied) and status_and_code in str(error):
+            if isinstance(error, AccessDenied) and code_of(error) == refusal.code:
                 return None  # for the same reason: the worker's refusal, which is about a range, says all
             message = f"{error}; a worker was told {refusal.detail}"
             raise type(error)(message, bucket=self._bucket, key=self._key, attempts=error.attempts) from error.__cause__

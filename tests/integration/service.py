@@ -20,6 +20,19 @@ if TYPE_CHECKING:
     import pytest
     from typing_extensions import Self
 
+# Keys that URLs, signatures and paths get wrong.
+ODD_KEYS = (
+    "plain",
+    "with space+plus",
+    "ünïcödé/键/😀",
+    "a#b?c=d&e;f",
+    "100%25%2F%",
+    "../up/../and/./down",
+    "/leading",
+    "two//slashes",
+    "~t*'()!",
+    'q"<>\\^`{|}',
+)
 ACCESS_KEY = "AKIAOFTHESERVICE0000"
 SECRET_KEY = "the/secret+key/of/the/Service0123456789a"
 MODIFIED = "Thu, 01 Jan 2026 00:00:00 GMT"

@@ -317,7 +317,7 @@ def _shortage(size: int, error: OSError) -> ArenaError:
 
 
 def _advice(error: OSError) -> str:
-    """What an error of shared memory means, and what helps against it."""
+    """Explanation of an error of shared memory, and the advice that helps against it, as the end of a message."""
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return "; raise the limit of open files (ulimit -n)"
     if error.errno == errno.EFBIG:

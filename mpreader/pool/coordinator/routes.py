@@ -71,5 +71,5 @@ def try_reroute(part: PartState, failure: Failed) -> bool:
     source.refusals.add(failure.kind)
     source.is_renewing = True
     read = part.slot_read.read
-    read.post(ResolveSource(read.id, source.number, False, Refusal(failure.kind, failure.detail)))
+    read.post(ResolveSource(read.id, source.number, False, Refusal(failure.kind, failure.detail, failure.code)))
     return True

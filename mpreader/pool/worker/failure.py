@@ -50,10 +50,17 @@ class GetFailed(Exception):
         received: Number of bytes at the start of the part that were received, and are right.
         retry_after_s: Seconds that the server asks to wait, 0 where it does not.
         status: Status with which the server refuses the request; 0 if it does not refuse it.
+        code: S3's error code of the refusal, such as ``"AccessDenied"``; "" if it has none.
     """
 
     def __init__(
-        self, kind: FailureKind, detail: str, received: int = 0, retry_after_s: float = 0.0, status: int = 0
+        self,
+        kind: FailureKind,
+        detail: str,
+        received: int = 0,
+        retry_after_s: float = 0.0,
+        status: int = 0,
+        code: str = "",
     ) -> None:
         super().__init__(detail)
         self.kind = kind
@@ -61,6 +68,7 @@ class GetFailed(Exception):
         self.received = received
         self.retry_after_s = retry_after_s
         self.status = status
+        self.code = code
 
 
 def check_response(response: Response, fetch: Fetch) -> Validators:
@@ -148,7 +156,8 @@ def _refusal(response: Response) -> GetFailed:
         detail += f": redirected to {_origin_of(response.header('location'))}"
     if status == 200:
         detail += ": the server sends the whole object in place of a range"
-    return GetFailed(_kind_of(status, code, text), detail, retry_after_s=_retry_after_s(response), status=status)
+    kind = _kind_of(status, code, text)
+    return GetFailed(kind, detail, retry_after_s=_retry_after_s(response), status=status, code=code)
 
 
 def _kind_of(status: int, code: str, text: str) -> FailureKind:

@@ -135,6 +135,7 @@ class ConnectionThread(threading.Thread):
             started_s=started_s,
             first_byte_s=self.connection.first_byte_s,
             found=self.connection.found,
+            code=failure.code,
         )
 
 

@@ -172,6 +172,7 @@ class Failed(NamedTuple):
         started_s: Time at which the worker began with the part.
         first_byte_s: Time at which the response began; 0 if there was none.
         found: Validators of the response, if it was accepted, that the expected version does not have.
+        code: S3's error code, where the server has refused the request with one.
     """
 
     part: int
@@ -184,3 +185,4 @@ class Failed(NamedTuple):
     started_s: float = 0.0
     first_byte_s: float = 0.0
     found: Validators = ()
+    code: str = ""

@@ -20,8 +20,9 @@ from urllib.parse import urlsplit
 from mpreader.config import S3ClientConfig
 from mpreader.errors import AccessDenied, ConfigError, ObjectMissing
 from mpreader.s3 import parse_s3_uri
-from mpreader.s3.account import Account, NoResponse, Readable, ServiceResponse, code_of
+from mpreader.s3.account import Account, NoResponse, Readable, ServiceResponse
 from mpreader.s3.credentials import SOURCES
+from mpreader.s3.failure import code_of
 from mpreader.s3.identity import Identity
 from mpreader.sources.network import proxy_for
 from mpreader.tools.doctor.finding import Finding

@@ -24,6 +24,7 @@ from mpreader.s3.session import shared_session
 from mpreader.tools.doctor.access import examine_access
 from tests.integration.service import (
     ACCESS_KEY,
+    ODD_KEYS,
     SECRET_KEY,
     Answer,
     Call,
@@ -35,18 +36,6 @@ from tests.integration.service import (
 
 DATA = bytes(range(256)) * 1024
 PART = 64 << 10
-KEYS = [
-    "plain",
-    "with space+plus",
-    "ünïcödé/键/😀",
-    "a#b?c=d&e;f",
-    "100%25%2F%",
-    "../up/../and/./down",
-    "/leading",
-    "two//slashes",
-    "~t*'()!",
-    'q"<>\\^`{|}',
-]
 
 
 @pytest.fixture(autouse=True)
@@ -136,10 +125,10 @@ def test_every_key_and_credential_is_signed_right(
 
     if token is not None:
         monkeypatch.setenv("AWS_SESSION_TOKEN", token)
-    data = {key: f"of {key}".encode() for key in KEYS}
+    data = {key: f"of {key}".encode() for key in ODD_KEYS}
     service = serve(hook, token, **data)
     with _fetcher(_settings(service, signing=signing, requester_pays=payer)) as fetcher:
-        views = fetcher.fetch_many({f"s3://bucket/{key}": [(0, len(data[key]))] for key in KEYS})
+        views = fetcher.fetch_many({f"s3://bucket/{key}": [(0, len(data[key]))] for key in ODD_KEYS})
         assert {name: bytes(view) for name, [view] in views.items()} == {
             f"s3://bucket/{key}": content for key, content in data.items()
         }

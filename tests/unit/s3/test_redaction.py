@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
 from mpreader.s3.redaction import redacted
@@ -56,7 +54,7 @@ def test_redacted_text_lacks_the_secrets_that_are_known() -> None:
 
 
 @pytest.mark.parametrize("text", ["x", "X1", "_", "a0", "password", "a://", "token="])
-def test_long_text_takes_no_time(text: str) -> None:
-    started = time.process_time()
-    assert len(redacted(text * 100_000)) <= 401
-    assert time.process_time() - started < 1
+@pytest.mark.timeout(60)
+def test_text_of_any_length_is_redacted(text: str) -> None:
+    # Where the time grew with the square of the length, this would take hours.
+    assert len(redacted(text * 10_000_000)) <= 401
