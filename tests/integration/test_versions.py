@@ -255,14 +255,25 @@ def overwrite_at_the_second_get(
     )
 
 
+def assert_never_mixed(
+    server: FaultServer,
+    folder: Path,
+    scheme: str,
+    read: Read,
+    kind: tuple[dict[str, str], dict[str, str]],
+    *faults: Fault,
+) -> None:
+    overwrite_at_the_second_get(server, kind, *faults)
+    with pytest.raises(ObjectChanged, match="overwritten"):
+        read(uri_of(server, scheme), folder)
+
+
 @pytest.mark.parametrize(("scheme", "read"), [*CELLS, *FURTHER_CELLS])
 @pytest.mark.row("object overwritten between GETs")
 def test_overwritten_object_with_a_weak_etag_is_never_mixed(
     server: FaultServer, tmp_path: Path, scheme: str, read: Read
 ) -> None:
-    overwrite_at_the_second_get(server, KINDS["weak ETag"])
-    with pytest.raises(ObjectChanged, match="overwritten"):
-        read(uri_of(server, scheme), tmp_path)
+    assert_never_mixed(server, tmp_path, scheme, read, KINDS["weak ETag"])
 
 
 @pytest.mark.parametrize(("scheme", "read"), CELLS)
@@ -270,9 +281,7 @@ def test_overwritten_object_with_a_weak_etag_is_never_mixed(
 def test_overwritten_object_without_etag_is_never_mixed(
     server: FaultServer, tmp_path: Path, scheme: str, read: Read
 ) -> None:
-    overwrite_at_the_second_get(server, KINDS["Last-Modified"])
-    with pytest.raises(ObjectChanged, match="overwritten"):
-        read(uri_of(server, scheme), tmp_path)
+    assert_never_mixed(server, tmp_path, scheme, read, KINDS["Last-Modified"])
     # A new read finds the new version.
     assert read(uri_of(server, scheme), tmp_path) == NEW
 
@@ -283,9 +292,7 @@ def test_overwritten_object_without_etag_is_never_mixed(
 def test_object_whose_version_only_a_store_can_name_is_never_mixed(
     server: FaultServer, tmp_path: Path, kind: tuple[dict[str, str], dict[str, str]], scheme: str, read: Read
 ) -> None:
-    overwrite_at_the_second_get(server, kind)
-    with pytest.raises(ObjectChanged, match="overwritten"):
-        read(uri_of(server, scheme), tmp_path)
+    assert_never_mixed(server, tmp_path, scheme, read, kind)
 
 
 @pytest.mark.parametrize(("scheme", "read"), CELLS)
@@ -293,9 +300,9 @@ def test_object_whose_version_only_a_store_can_name_is_never_mixed(
 def test_version_that_only_gets_tell_is_pinned_by_the_first_one(
     server: FaultServer, tmp_path: Path, scheme: str, read: Read
 ) -> None:
-    overwrite_at_the_second_get(server, KINDS["weak ETag"], Fault(FaultKind.NO_VALIDATORS, method="HEAD"))
-    with pytest.raises(ObjectChanged, match="overwritten"):
-        read(uri_of(server, scheme), tmp_path)
+    assert_never_mixed(
+        server, tmp_path, scheme, read, KINDS["weak ETag"], Fault(FaultKind.NO_VALIDATORS, method="HEAD")
+    )
 
 
 def test_error_of_an_overwritten_object_names_its_new_version(server: FaultServer, tmp_path: Path) -> None:
