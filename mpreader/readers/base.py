@@ -150,7 +150,8 @@ class S3Reader(io.BufferedIOBase):
 
     def tell(self) -> int:
         """Returns the position: offset, in the object, of the byte that is read next."""
-        self._check_open()
+        if self.closed:
+            self._check_open()
         return self._position
 
     def seekable(self) -> bool:

@@ -12,8 +12,10 @@ this module must not refer to a view for longer than it is needed: a load would 
 from __future__ import annotations
 
 import io
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Final, Protocol
+from itertools import chain
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from mpreader.errors import PlanError
 from mpreader.ranges import ItemRange, Part, clusters, coverage
@@ -31,6 +33,20 @@ __all__ = ["ItemView", "MultiprocessS3Reader", "PlannedReads"]
 _MOST_PARTS_HELD: Final = 4
 # Nor may an item hold more than this share of the arena: a host may have less shared memory than the settings allow.
 _MOST_OF_ARENA_HELD: Final = 1 / 8
+# A copy of at least so many bytes releases the GIL; for a shorter one, getting it back may take longer than the copy.
+_LARGE_COPY_BYTES: Final = 256 * 1024
+
+
+class _Near(NamedTuple):
+    """Bytes that need no search: those of one part and of one cluster of items."""
+
+    start: int
+    end: int
+    part: int  # its index
+    part_start: int
+
+
+_NOWHERE: Final = _Near(0, -1, 0, 0)  # holds no byte, nor the empty read at 0
 
 
 class PlannedReads(Protocol):
@@ -97,6 +113,8 @@ class MultiprocessS3Reader(S3Reader):
         # cluster is given back before reading has reached the next cluster.
         self._clusters = Intervals(clusters(item_ranges))
         self._held: dict[int, memoryview] = {}  # views of parts that may be read again, by index of the part
+        self._was_taken = bytearray(len(parts))  # 1 for each part that was
+        self._near = _NOWHERE  # where the last read began
         self._lowest = 0  # index of the first part that was not given back
         self._read_ahead = read_ahead
         self.max_bytes = read_ahead.max_bytes
@@ -122,27 +140,42 @@ class MultiprocessS3Reader(S3Reader):
         self._check_open()
         if size is None or size < 0:
             raise ValueError(f"a size is needed: this reader holds ranges, not the whole object. {FALLBACK_GUIDANCE}")
-        pieces = list(self._pieces_at_position(size))
-        self._position += size  # only when all bytes are there: after an error the position is what it was
-        if len(pieces) == 1:
+        pieces = self._pieces_at_position(size)
+        piece = next(pieces, memoryview(b""))
+        joined: bytes
+        if len(piece) == size:
             # Read-only like bytes, because other reads of these bytes get the same memory.
-            return pieces[0].toreadonly()  # type: ignore[return-value]  # bytes-like, as documented
-        return b"".join(pieces)
+            joined = piece.toreadonly()  # type: ignore[assignment]  # bytes-like, as documented
+        else:
+            copied = io.BytesIO()
+            copied.write(piece)
+            del piece  # not to be kept while the next one is waited for
+            deque(map(copied.write, pieces), maxlen=0)
+            joined = copied.getvalue()
+        self._position += size  # only when all bytes are there: after an error the position is what it was
+        return joined
 
     def readinto(self, buf: WriteableBuffer, /) -> int:
         """Fill all of ``buf``. Raises the same errors as :meth:`read`."""
-        self._check_open()
         target = writable_view(buf)
-        done = 0
-        for piece in self._pieces_at_position(len(target)):
-            target[done : done + len(piece)] = piece
-            done += len(piece)
-        self._position += done
-        return done
+        size = len(target)
+        # torch.load makes some twenty short reads for each tensor, nearly all of them near each other.
+        near = self._piece_near(size)
+        if near is not None:
+            _copy(target, near)
+        else:
+            self._check_open()
+            _fill(target, self._pieces_at_position(size))
+        self._position += size
+        return size
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
         """Move the position to any byte. Only the read checks if the byte lies within the ranges."""
-        self._position = self._seek_target(offset, whence)
+        # The first case is what torch.load does, some twenty-five times for each tensor.
+        if type(offset) is int and offset >= 0 and type(whence) is int and whence == io.SEEK_SET and not self.closed:
+            self._position = offset
+        else:
+            self._position = self._seek_target(offset, whence)
         return self._position
 
     def close(self) -> None:
@@ -213,6 +246,7 @@ class MultiprocessS3Reader(S3Reader):
         view = self._held.get(index)
         if view is None:
             view = self._read_ahead.take(self._first_slot_read + index)
+            self._was_taken[index] = True
         if keep:
             self._held[index] = view
         else:
@@ -225,14 +259,32 @@ class MultiprocessS3Reader(S3Reader):
             return iter(())
         start = self._position
         self._check_covered(start, start + size)
-        first = self._first_part_needed(start)
+        cluster = self._clusters[self._clusters.index_at(start)]
+        first = self._parts.index_at(cluster.start)
         if first < self._lowest:
             raise ValueError(
                 f"bytes {start}-{start + size} of {self._uri} were given back already: items must be read in the "
                 f"order of their offsets. {FALLBACK_GUIDANCE}"
             )
         self._give_back_before(first)
-        return self.pieces(start, start + size, keep=True)
+        begun = self._parts.index_at(start)
+        part = self._parts[begun]
+        self._near = _Near(max(part.start, cluster.start), min(part.end, cluster.end), begun, part.start)
+        # Of a large tensor, torch.load reads the directory, which is at the end, then the bytes in one read. The parts
+        # where a read begins or ends are needed again, for other entries of the directory; those between them are not.
+        begun_end = min(part.end, start + size)
+        keep = self._may_keep(cluster.start, cluster.size)
+        return chain(self.pieces(start, begun_end, keep=True), self.pieces(begun_end, start + size, keep=keep))
+
+    def _piece_near(self, size: int) -> memoryview | None:
+        """Return the next ``size`` bytes if they are held, and near those that were read last; else None."""
+        start = self._position
+        near_start, near_end, part, part_start = self._near
+        if near_start <= start and start + size <= near_end:
+            view = self._held.get(part)  # none are held when the reader is closed
+            if view is not None:
+                return view[start - part_start : start - part_start + size]
+        return None
 
     def _check_covered(self, start: int, end: int) -> None:
         if not self._covered.hold(start, end):
@@ -255,11 +307,41 @@ class MultiprocessS3Reader(S3Reader):
         """Drop the parts before ``index``, and tell the pool not to receive those of them that have not arrived."""
         if index > self._lowest:
             self._held = {held: view for held, view in self._held.items() if held >= index}
-            self._read_ahead.discard(self._first_slot_read + self._lowest, self._first_slot_read + index)
+            self._near = _NOWHERE
+            # Usually there is none. Telling it wakes another thread, which then has the GIL.
+            left = self._was_taken.find(False, self._lowest, index)
+            if left >= 0:
+                self._read_ahead.discard(self._first_slot_read + left, self._first_slot_read + index)
             self._lowest = index
 
     def _facts(self) -> str:
         return f" parts={len(self._parts)} held={len(self._held)}"
+
+
+def _fill(target: memoryview, pieces: Iterator[memoryview]) -> None:
+    """Copy the pieces, which together are as long as ``target``, into it one after the other."""
+    done = 0
+
+    # A function for the deque to call, in place of the body of a loop, whose variable would hold one piece while it
+    # waits for the next one.
+    def append(piece: memoryview) -> None:
+        nonlocal done
+        end = done + len(piece)
+        _copy(target[done:end], piece)
+        done = end
+
+    deque(map(append, pieces), maxlen=0)
+
+
+def _copy(target: memoryview, piece: memoryview) -> None:
+    """Copy a piece into a target of its size."""
+    if len(piece) < _LARGE_COPY_BYTES:
+        target[:] = piece
+        return
+    import numpy as np  # imported already, by whoever made the piece
+
+    # numpy's copy releases the GIL, which the pool's threads need to keep the workers busy.
+    np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(piece, np.uint8))
 
 
 class ItemView:

@@ -90,7 +90,7 @@ class ReadAhead:
         use_shared_pool(pool)
         self._release_pool = weakref.finalize(self, release_shared_pool, pool, keep_warm=True)
         # Last: whatever fails after it, a Ctrl-C for one, would leave a read that nobody closes. It may grow beyond
-        # max_memory, because torch.load holds all parts of an item at the same time, however large the item is.
+        # max_memory, because an item that is read in pieces smaller than its parts is held until the next one.
         self.transfer: Transfer | None = pool.read(sources, slot_reads, grows=True) if slot_reads else None
 
     @property

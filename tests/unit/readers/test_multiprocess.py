@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import os
+import random
+import sys
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +25,7 @@ class Reads:
         self.parts_by_file = {"s3://bucket/key": (7, [Part(at, at + PART) for at in range(0, len(DATA), PART)])}
         self.max_bytes = max_bytes
         self.taken: list[int] = []
-        self.given_back: list[int] = []
+        self.discarded: list[int] = []
         self.held_at_take: list[list[int]] = []
         self._lent: dict[int, weakref.ref[Any]] = {}
 
@@ -39,7 +42,7 @@ class Reads:
         return memoryview(memory)
 
     def discard(self, start: int, stop: int) -> None:
-        self.given_back += range(start - 7, stop - 7)
+        self.discarded += range(start - 7, stop - 7)
 
     def held(self) -> list[int]:
         return [index for index, memory in self._lent.items() if memory() is not None]
@@ -77,9 +80,9 @@ def test_small_item_is_held_until_reading_has_gone_on(opened: Callable[..., Open
     item = reader.item(0, 2500)
     for _ in range(2):
         assert b"".join(item.pieces(0, 2500)) == DATA[:2500]
-    assert (reads.taken, reads.given_back) == ([0, 1, 2], [])
+    assert (reads.taken, reads.held()) == ([0, 1, 2], [0, 1, 2])
     assert reader.item(2500, 1500).view(0, 1500) == DATA[2500:4000]
-    assert (reads.taken, reads.given_back, reads.held()) == ([0, 1, 2, 3], [0, 1], [2, 3])
+    assert (reads.taken, reads.held()) == ([0, 1, 2, 3], [2, 3])
 
 
 def test_items_that_overlap_are_held_together(opened: Callable[..., Opened]) -> None:
@@ -88,7 +91,7 @@ def test_items_that_overlap_are_held_together(opened: Callable[..., Opened]) -> 
         assert reader.item(start, end - start).view(0, end - start) == DATA[start:end]
     assert sorted(reads.taken) == [0, 1, 2, 3]
     reader.item(4000, 1000)
-    assert (reads.given_back, reads.held()) == ([0, 1, 2, 3], [])
+    assert reads.held() == []
 
 
 def test_refetched_item_is_taken_again(opened: Callable[..., Opened]) -> None:
@@ -106,4 +109,127 @@ def test_closed_reader_holds_nothing_and_views_stay_valid(opened: Callable[..., 
     assert (view, reads.held()) == (DATA[:800], [0])
     view = None
     assert reads.held() == []
-    assert reads.given_back == list(range(10))
+
+
+def test_only_what_was_not_taken_is_discarded(opened: Callable[..., Opened]) -> None:
+    reader, reads = opened((0, 2500), (2500, 6000), (6000, 10_000))
+    reader.seek(2000)
+    reader.read(500)
+    reader.read(500)
+    assert reads.discarded == [0, 1]
+    reader.seek(6000)
+    reader.read(1000)
+    assert reads.discarded == [0, 1, 3, 4, 5]
+    reader.seek(9000)
+    reader.read(1000)
+    reader.seek(7000)
+    reader.read(2000)
+    reader.close()
+    assert reads.discarded == [0, 1, 3, 4, 5]
+
+
+@pytest.mark.parametrize("way", ["read", "readinto"])
+def test_file_of_a_large_item_holds_no_part_that_one_read_passes(opened: Callable[..., Opened], way: str) -> None:
+    """As torch.load reads it: the directory at the end, the head of a record, and all of the record at once."""
+    reader, reads = opened((0, 6500))
+    for start, size in ((0, 4), (6400, 100), (6450, 22), (30, 64)):
+        reader.seek(start)
+        assert reader.read(size) == DATA[start : start + size]
+    reader.seek(94)
+    target = bytearray(6300)
+    if way == "readinto":
+        assert reader.readinto(target) == 6300
+    else:
+        target[:] = reader.read(6300)
+    assert target == DATA[94:6394]
+    assert reads.taken == [0, 6, 1, 2, 3, 4, 5]
+    assert reads.held_at_take[2:] == [[0, 6]] * 5
+    reader.seek(6400)
+    assert reader.read(100) == DATA[6400:6500]  # still there
+    assert reads.taken[7:] == []
+    reader.seek(2500)
+    assert reader.read(10) == DATA[2500:2510]  # received again
+    assert reads.taken[7:] == [2]
+
+
+def test_file_of_a_small_item_is_received_once(opened: Callable[..., Opened]) -> None:
+    reader, reads = opened((0, 3500))
+    for _ in range(2):
+        reader.seek(0)
+        assert reader.read(3500) == DATA[:3500]
+    assert reads.taken == [0, 1, 2, 3]
+
+
+def test_reads_anywhere_in_an_item_are_its_bytes(opened: Callable[..., Opened]) -> None:
+    reader, _ = opened((300, 2700), (2700, 2900), (2900, 9999))
+    rng = random.Random(14)
+    for low, high in ((300, 2700), (2700, 2900), (2900, 9999)):
+        for _ in range(300):
+            start = rng.randrange(low, high)
+            target = bytearray(rng.choice([0, 1, 30, rng.randrange(high - start)]) % (high - start))
+            assert reader.seek(start) == start
+            assert reader.readinto(target) == len(target)
+            assert target == DATA[start : start + len(target)]
+            assert reader.tell() == start + len(target)
+
+
+def test_short_reads_near_each_other_are_refused_like_any(opened: Callable[..., Opened]) -> None:
+    reader, reads = opened((0, 1400), (1400, 1600), (2000, 3000))
+    target = bytearray(10)
+    reader.seek(1380)
+    reader.readinto(target)
+    reader.seek(1395)
+    reader.readinto(target)  # goes on to the next item
+    reader.seek(1595)
+    with pytest.raises(ValueError, match="not within the ranges of the load plan"):
+        reader.readinto(target)
+    assert reader.tell() == 1595
+    reader.seek(2500)
+    reader.readinto(target)
+    assert reads.held() == [2]
+    reader.seek(1390)
+    with pytest.raises(ValueError, match="given back already"):
+        reader.readinto(target)
+    reader.seek(2510)
+    reader.close()
+    calls: list[Callable[[], object]] = [
+        lambda: reader.readinto(target),
+        lambda: reader.readinto(bytearray()),
+        lambda: reader.seek(0),
+        reader.tell,
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="closed"):
+            call()
+
+
+def test_large_copy_lets_other_threads_run(opened: Callable[..., Opened], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pool's thread must not wait for a copy. Threads switch by themselves after an hour here."""
+    monkeypatch.setattr("mpreader.readers.multiprocess._LARGE_COPY_BYTES", 1000)
+    target = bytearray(1000)
+    ran: list[bool] = []
+    waiting = threading.Lock()
+    waiting.acquire()
+    reader, _ = opened((0, 1000))
+    reader.read(1)
+
+    def run() -> None:
+        with waiting:
+            ran.append(True)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(3600)
+    try:
+        waiting.release()
+        for _ in range(1_000_000):
+            reader.seek(0)
+            reader.readinto(target)
+            if ran:
+                break
+        else:
+            pytest.fail("no copy has let the other thread run")
+    finally:
+        sys.setswitchinterval(interval)
+        thread.join()
