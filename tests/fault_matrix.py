@@ -21,6 +21,7 @@ ROWS = (
     "extra bytes after the body",
     "500, 503 SlowDown, a brown-out",
     "server stalls, or trickles",
+    "one answer is much slower than the others",
     "refused connection, unknown host, TLS failure",
     "expired token or signature in a load",
     "403, 404, wrong region",

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 _HEADERS: Final = (
-    *("load", "seconds", "GB/s", "received", "over-read", "GETs", "retries"),
+    *("load", "seconds", "GB/s", "received", "over-read", "GETs", "retries", "slow, cut"),
     *("network wait, s", "consumer wait, s", "extra memory"),
 )
 
@@ -87,6 +87,7 @@ def _row(number: int, load: TimedLoad) -> tuple[object, ...]:
         human_bytes(load.over_read_nbytes),
         load.requests,
         load.retries,
+        load.slow_cut,
         load.network_wait_s,
         load.consumer_wait_s,
         human_bytes(load.extra_memory_bytes),

@@ -25,6 +25,7 @@ from mpreader.pool.requests import (
     OpenRead,
     ReadId,
     Recall,
+    RequestCut,
     RequestEnded,
     RequestRepeated,
     ResolveSource,
@@ -73,6 +74,7 @@ class Caller:
             VersionLearned: self._version_learned,
             UnmapSegment: self._unmap,
             RequestRepeated: self._request_repeated,
+            RequestCut: self._request_cut,
             HeldUp: self._held_up,
             Ended: self._ended,
         }
@@ -172,6 +174,11 @@ class Caller:
         transfer = self._transfers.get(message.read.number)
         if transfer is not None:
             transfer.tally.retries += 1
+
+    def _request_cut(self, message: RequestCut) -> None:
+        transfer = self._transfers.get(message.read.number)
+        if transfer is not None:
+            transfer.tally.slow_cut += 1
 
     def _held_up(self, message: HeldUp) -> None:
         transfer = self._transfers.get(message.read.number)

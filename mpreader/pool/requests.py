@@ -22,7 +22,7 @@ to another process as it is.
     CloseRead(read) ───────────────────────────────────────────►
                  ◄─────────────────────────────────────────────── SlotFailed(read, slot read, error)
                  ◄─────────────────────────────────────────────── UnmapSegment(segment): no slot of it is in use
-                 ◄─────────────────────────────────────────────── RequestEnded, RequestRepeated, HeldUp: for statistics
+                 ◄─────────────────────────────────────────────── RequestEnded, RequestRepeated, RequestCut, HeldUp
                  ◄─────────────────────────────────────────────── Ended(error): the last message, of all reads
 
 A ``read`` is a ReadId; a ``slot read`` is an index among those of the read, and a ``source`` one among its sources.
@@ -56,6 +56,7 @@ __all__ = [
     "OpenRead",
     "ReadId",
     "Recall",
+    "RequestCut",
     "RequestEnded",
     "RequestRepeated",
     "ResolveSource",
@@ -249,6 +250,12 @@ class RequestEnded(NamedTuple):
 
 class RequestRepeated(NamedTuple):
     """A GET for the read is made again."""
+
+    read: ReadId
+
+
+class RequestCut(NamedTuple):
+    """A GET for the read was much slower than others: its connection was closed, and its rest is requested again."""
 
     read: ReadId
 

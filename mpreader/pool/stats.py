@@ -30,6 +30,7 @@ class PoolStats:
 
     Attributes:
         retries: GETs that were made again.
+        slow_cut: GETs that were cut, since they were much slower than others; their rest was requested again.
         restarts: Workers that died and were replaced; 0 for one read.
         seconds: Time of waiting for the network: that in which somebody waited for bytes, summed over the threads
             that waited.
@@ -45,6 +46,7 @@ class PoolStats:
     consumer_seconds: float = 0.0
     over_read: int = 0
     workers: tuple[WorkerStats, ...] = field(default=())
+    slow_cut: int = 0
 
     @property
     def bytes(self) -> int:
@@ -61,6 +63,7 @@ class PoolStats:
         share = 100 * self.over_read / self.bytes if self.bytes else 0.0
         return (
             f"{self.bytes} bytes in {self.requests} requests by {len(self.workers)} workers, {self.retries} retries, "
+            f"{self.slow_cut} slow ones cut, "
             f"{self.over_read} bytes over-read ({share:.1f} %), waited {self.seconds:.2f} s for the network and "
             f"{self.consumer_seconds:.2f} s for the consumer"
         )
@@ -73,10 +76,11 @@ class Tally:
     the coordinator's thread.
     """
 
-    __slots__ = ("consumer_seconds", "over_read", "retries", "seconds", "workers")
+    __slots__ = ("consumer_seconds", "over_read", "retries", "seconds", "slow_cut", "workers")
 
     def __init__(self) -> None:
         self.retries = 0
+        self.slow_cut = 0
         self.seconds = 0.0
         self.consumer_seconds = 0.0
         self.over_read = 0
@@ -100,6 +104,7 @@ class Tally:
             self.consumer_seconds,
             self.over_read,
             tuple(map(copy, self.workers)),
+            self.slow_cut,
         )
 
 
@@ -119,4 +124,5 @@ def total(runs: Iterable[PoolStats]) -> PoolStats:
         sum(run.consumer_seconds for run in runs),
         sum(run.over_read for run in runs),
         workers,
+        sum(run.slow_cut for run in runs),
     )

@@ -5,11 +5,12 @@
     callers                           coordinator's thread                       worker processes
     Demand, SlotTaken,         ┐                                           ┌── Fetch(part, route, slot) ──► receive
     OpenRead, CloseRead,       │inbox ┌──────────────────────────────┐     │                                   │
-    Discard, GiveBack          ├────► │ Scheduler            decides │ ────┘   MapSegment, Cancel, Ping        │
+    Discard, GiveBack          ├────► │ Scheduler            decides │ ────┘   MapSegment, Cancel, Ping, …     │
     SourceResolved             │      │ SlotMemory, Arena    memory  │                                         │
       (HEAD, presigned URL)    ┘      │ WorkerSupervisor     workers │ ◄── Fetched / Failed(kind, bytes) ──────┘
-    mailbox ◄─ SlotArrived, Recall, ─ │ ConcurrencyLimiter   limits  │ ◄── pidfd: a worker has ended
-               SlotFailed, Ended, …   └──────────────────────────────┘
+    mailbox ◄─ SlotArrived, Recall, ─ │ ConcurrencyLimiter   limits  │ ◄── Progress: how far it is, when asked
+               SlotFailed, Ended, …   │ SlowTail             cuts    │ ◄── pidfd: a worker has ended
+                                      └──────────────────────────────┘
 
 The thread decides and sends; it never waits for the network, for a consumer or for a worker. It ends when it is told
 to, when nobody has used it for long enough, or when it breaks; then every caller is told so by ``Ended``.
@@ -36,6 +37,7 @@ from mpreader.pool.coordinator.memory import SlotMemory
 from mpreader.pool.coordinator.reports import report_request
 from mpreader.pool.coordinator.scheduler import Scheduler, SchedulerLimits
 from mpreader.pool.coordinator.state import PartState
+from mpreader.pool.coordinator.tail import ServerAndSize, SlowTail
 from mpreader.pool.coordinator.wakeup import Wakeup
 from mpreader.pool.coordinator.workers import WorkerHandle, WorkerLimits, WorkerSupervisor
 from mpreader.pool.requests import (
@@ -51,7 +53,16 @@ from mpreader.pool.requests import (
 )
 from mpreader.pool.sizing import PoolSizes
 from mpreader.pool.stats import PoolStats
-from mpreader.pool.worker.messages import Cancel, Failed, Fetch, Fetched, MapSegment, UnmapSegment
+from mpreader.pool.worker.messages import (
+    Cancel,
+    Failed,
+    FailureKind,
+    Fetch,
+    Fetched,
+    MapSegment,
+    Progress,
+    UnmapSegment,
+)
 
 __all__ = ["Coordinator", "Mailbox", "Timeouts"]
 
@@ -134,6 +145,7 @@ class Coordinator:
         limits = SchedulerLimits(sizes.window_bytes, timeouts.timeout_s, timeouts.lease_timeout_s)
         self._scheduler = Scheduler(SlotMemory(self._arena), self._post_to, limits)
         self._limiter = ConcurrencyLimiter(sizes.workers, sizes.workers * sizes.connections_per_worker, is_host_busy)
+        self._tail = SlowTail(sizes.workers * sizes.connections_per_worker)
         self._limit = 2 * sizes.workers  # parts that may be in flight, by the limiter's last word
         self._is_held_back = False  # by the limiter: a part could be sent, and must wait
         self._handlers: dict[type, Callable[[Any], None]] = {
@@ -305,10 +317,11 @@ class Coordinator:
             idle_s = self._busy_until + self._idle_timeout_s - time.monotonic()
             return max(0.0, min(idle_s, _DEADLINE_TICK_S if scheduler.has_views else _LONGEST_WAIT_S))
         if not self.workers.has_room():  # a retry that is due can't be sent before a worker has responded
-            return _DEADLINE_TICK_S
+            return max(0.0, min(_DEADLINE_TICK_S, self._tail.next_look() - time.monotonic()))
         # While the limiter holds a part back: a server that does not respond soon is asked for more.
         tick_s = _LIMITER_TICK_S if self._is_held_back else _DEADLINE_TICK_S
-        return max(0.0, min(tick_s, scheduler.next_event() - time.monotonic()))
+        next_event = min(scheduler.next_event(), self._tail.next_look())
+        return max(0.0, min(tick_s, next_event - time.monotonic()))
 
     def _read_inbox(self) -> None:
         while self._inbox:
@@ -330,12 +343,18 @@ class Coordinator:
         now = time.monotonic()
         # Also of a process that has ended: what it said before counts, and its parts must not be received again.
         for result in self.workers.receive(worker, now):
-            self._handle_result(worker.process.number, result, now)
+            if isinstance(result, Progress):
+                for number in self._tail.judge(result.parts, now):
+                    self.workers.send_to_holder(number, Cancel(number, FailureKind.SLOW))
+            else:
+                self._handle_result(worker.process.number, result, now)
         if has_ended:
             self._replace(worker)
 
     def _replace(self, worker: WorkerHandle) -> None:
         lost = self.workers.replace(worker)
+        for number in lost.parts:
+            self._tail.ended(number)
         self._scheduler.lost(lost.parts, lost.exitcode, lost.why)
 
     def _handle_result(self, worker: int, result: Fetched | Failed, now: float) -> None:
@@ -349,8 +368,10 @@ class Coordinator:
         if part is not None:
             report_request(part, worker, nbytes, result)
         if isinstance(result, Failed):
+            self._tail.ended(result.part)
             self._scheduler.failed(result, now)
             return
+        self._tail.fetched(result.part, result.seconds, result.first_byte_s - result.started_s, now)
         self._scheduler.fetched(result.part, result.found)
         if part is not None and not part.received:  # otherwise this was only the rest of it
             self._limiter.observe(*_server_and_size(part), result.seconds, result.processor_wait_s, now)
@@ -362,6 +383,9 @@ class Coordinator:
             self.workers.watch(now)
             self._scheduler.expire(now)
             self._cancel_unwanted()
+        if now >= self._tail.next_look():
+            self._tail.looked(now)
+            self.workers.ask_progress()
 
     def _dispatch(self) -> None:
         """Send parts until the workers, the limiter or the scheduler have no room for more."""
@@ -395,6 +419,8 @@ class Coordinator:
         if not self.workers.send(fetch, slot.segment, now):
             return False
         self._scheduler.sent(part, now)
+        server_and_size = (*_server_and_size(part)[:2], part.left_bytes)
+        self._tail.sent(part.number, server_and_size, now, cuts=part.cuts, cut_bytes_per_s=part.cut_bytes_per_s)
         return True
 
     def _window_bytes(self) -> int:
@@ -417,7 +443,7 @@ class Coordinator:
             self.workers.send_to_holder(part, Cancel(part))
 
 
-def _server_and_size(part: PartState) -> tuple[str, int, int]:
+def _server_and_size(part: PartState) -> ServerAndSize:
     """Host, port and bytes: the time that a part takes depends on them."""
     route = part.slot_read.source.route
     host, port = (route.host, route.port) if route is not None else ("", 0)

@@ -45,6 +45,7 @@ from mpreader.pool.requests import (
     OpenRead,
     ReadId,
     Recall,
+    RequestCut,
     RequestEnded,
     RequestRepeated,
     SlotArrived,
@@ -237,12 +238,16 @@ class Scheduler:
         part.received += failure.received
         if failure.received:
             part.attempts = part.malformed = 0
-        part.attempts += 1
-        part.malformed += failure.kind is FailureKind.MALFORMED
-        part.last_failure = failure.detail
+        if failure.kind is not FailureKind.SLOW:  # a cut is no failure
+            part.attempts += 1
+            part.malformed += failure.kind is FailureKind.MALFORMED
+            part.last_failure = failure.detail
         self._learn_version(part, failure.found)
         if part.slot_read.status is not SlotStatus.FILLING or not part.left_bytes:
             self._end_part(part)  # in the second case all is there: what failed came after the last byte
+        elif failure.kind is FailureKind.SLOW:
+            self._note_cut(part, failure)
+            self._queue_first(part)
         elif failure.kind is FailureKind.EXPIRED and not part.is_resigned:
             part.is_resigned = True
             routes.renew(part.slot_read)
@@ -566,6 +571,13 @@ class Scheduler:
     def _count_repeat(self, part: PartState) -> None:
         self._tally.retries += 1
         part.slot_read.read.post(RequestRepeated(part.slot_read.read.id))
+
+    def _note_cut(self, part: PartState, failure: Failed) -> None:
+        part.cuts += 1
+        body_s = failure.started_s + failure.seconds - failure.first_byte_s
+        part.cut_bytes_per_s = failure.received / max(body_s, 1e-6)
+        self._tally.slow_cut += 1
+        part.slot_read.read.post(RequestCut(part.slot_read.read.id))
 
     def _delay(self, part: PartState, until: float) -> None:
         part.move(PartStatus.DELAYED)

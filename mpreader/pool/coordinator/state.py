@@ -191,6 +191,8 @@ class PartState:
         attempts: GETs since bytes last came: only those without any progress count against ``max_attempts``.
         malformed: Those of them that a wrong answer has ended.
         crashes: Workers that died while they had it.
+        cuts: Requests for it that were cut, since they were much slower than others.
+        cut_bytes_per_s: Rate of the one that was cut last.
         is_resigned: True if a new route was made for it already.
         route_number: Number of its source's route by which it was last sent.
         refusal: The server's refusal of that route, while another one is looked for.
@@ -200,6 +202,8 @@ class PartState:
     __slots__ = (
         "attempts",
         "crashes",
+        "cut_bytes_per_s",
+        "cuts",
         "deadline",
         "is_resigned",
         "last_failure",
@@ -225,6 +229,8 @@ class PartState:
         self.attempts = 0
         self.malformed = 0
         self.crashes = 0
+        self.cuts = 0
+        self.cut_bytes_per_s = 0.0
         self.is_resigned = False
         self.route_number = 0
         self.refusal: Failed | None = None

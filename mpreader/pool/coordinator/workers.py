@@ -25,7 +25,17 @@ from mpreader.errors import PoolError, WorkerCrashed
 from mpreader.pool.coordinator.arena import Segment
 from mpreader.pool.coordinator.interpreter import InterpreterChoice
 from mpreader.pool.coordinator.process import WorkerProcess
-from mpreader.pool.worker.messages import Failed, Fetch, Fetched, MapSegment, Ping, Ready, UnmapSegment
+from mpreader.pool.worker.messages import (
+    AskProgress,
+    Failed,
+    Fetch,
+    Fetched,
+    MapSegment,
+    Ping,
+    Progress,
+    Ready,
+    UnmapSegment,
+)
 
 __all__ = ["WorkerSupervisor", "WorkerLimits", "Lost"]
 
@@ -158,14 +168,22 @@ class WorkerSupervisor:
                     worker.mapped.remove(segment.number)
                     worker.process.send(UnmapSegment(segment.number))
 
-    def receive(self, worker: WorkerHandle, now: float) -> list[Fetched | Failed]:
-        """Returns the results of parts that a worker has sent, and notes everything else that it has said."""
-        results: list[Fetched | Failed] = []
+    def ask_progress(self) -> None:
+        """Ask all workers that have parts how far they are; each answers by a Progress."""
+        for worker in self._workers:
+            if worker.parts and worker.is_ready:
+                worker.process.send(AskProgress())
+
+    def receive(self, worker: WorkerHandle, now: float) -> list[Fetched | Failed | Progress]:
+        """Returns what a worker has said of its parts, and notes everything else that it has said."""
+        results: list[Fetched | Failed | Progress] = []
         try:
             while (message := worker.process.try_receive()) is not None:
                 worker.last_heard, worker.asked_since = now, None
                 if isinstance(message, (Fetched, Failed)):
                     self._note(worker, message)
+                    results.append(message)
+                elif isinstance(message, Progress):
                     results.append(message)
                 elif isinstance(message, Ready):
                     self._note_ready(worker, message)

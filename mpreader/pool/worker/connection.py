@@ -44,11 +44,13 @@ from mpreader.pool.worker.failure import GetFailed, check_response, is_condition
 from mpreader.pool.worker.http import ConnectionEnded, HttpSocket, MalformedResponse, Response
 from mpreader.pool.worker.messages import FailureKind, Fetch
 from mpreader.pool.worker.route import Route
-from mpreader.pool.worker.transport import host_and_port, open_socket
+from mpreader.pool.worker.transport import address_of, addresses, host_and_port, open_socket, server_of
 from mpreader.pool.worker.version import Validators, is_strong
 
 if TYPE_CHECKING:
     from collections.abc import Container
+
+    from mpreader.pool.worker.addresses import Address
 
 __all__ = ["Connection"]
 
@@ -61,13 +63,15 @@ _refuse_if_match: Final[set[object]] = set()
 # Servers that have answered a request with it, or refuse those without it, too.
 _take_if_match: Final[set[object]] = set()
 _MOST_ORIGINS: Final = 256
+# Kinds of failure for which another address may be better.
+_STRIKES: Final = frozenset({FailureKind.SLOW, FailureKind.STALLED, FailureKind.BROKEN})
 
 
 class Connection:
     """Keep-alive connection to one server at a time.
 
     A connection thread owns it, and only the owner may call ``get`` and ``close``. The main thread may call ``abort``,
-    and read ``part`` and ``deadline``. There is no lock: each attribute is written by one assignment, and the order of
+    and read the attributes. There is no lock: each attribute is written by one assignment, and the order of
     the assignments is what makes it safe (see the comments there).
 
     Args:
@@ -79,18 +83,24 @@ class Connection:
         deadline: Time by which the response, or the next chunk of its body, must have arrived, by the monotonic clock;
             infinite while idle. It is only recorded here: the main thread compares it with the clock, and calls
             ``abort``.
-        first_byte_s: Time at which the response to the last GET began, by the same clock; 0 if there was none.
+        started_s: Time at which the last GET began, by the same clock.
+        first_byte_s: Time at which the response to the last GET began; 0 if there was none.
+        received: Bytes of the last GET that are in memory.
         found: Validators of the response to the last GET, if it was accepted, that the expected version does not have.
     """
 
     def __init__(self, connect_timeout_s: float, stall_timeout_s: float) -> None:
         self.part: int | None = None
         self.deadline = float("inf")
+        self.started_s = 0.0
         self.first_byte_s = 0.0
+        self.received = 0
         self.found: Validators = ()
         self._connect_timeout_s = connect_timeout_s
         self._stall_timeout_s = stall_timeout_s
         self._http: HttpSocket | None = None
+        self._connecting: socket.socket | None = None  # the socket while it connects, before _http has it
+        self._address: Address | None = None  # the one that _http is connected to
         self._origin: object = None  # origin of _http, which is used again only for routes of an equal origin
         # Written by `abort` in the main thread; cleared by the owner when a GET begins.
         self._abort_reason: FailureKind | None = None
@@ -105,12 +115,13 @@ class Connection:
         # First write the reason, then read the socket; `_request` first writes the socket, then reads the reason. So
         # if a socket is opened at this moment, either it is seen here, or `_request` sees the reason.
         self._abort_reason = reason
-        http = self._http
-        if http is not None:
+        http, connecting = self._http, self._connecting
+        sock = http.sock if http is not None else connecting
+        if sock is not None:
             # Not close(): the descriptor's number could be given to another file while the owner still receives from
             # it. Not SSLSocket.shutdown() either: it drops the TLS state that the owner is reading with.
             with contextlib.suppress(OSError):  # the owner may have closed the socket already
-                socket.socket.shutdown(http.sock, socket.SHUT_RDWR)
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
     def get(self, fetch: Fetch, into: memoryview, cancelled: Container[int] = ()) -> None:
         """Receive a part.
@@ -126,9 +137,12 @@ class Connection:
             GetFailed: The part was not, or not wholly, received. The first ``received`` bytes of ``into`` are right.
         """
         self._abort_reason = None
+        self.started_s = time.monotonic()
         self.first_byte_s = 0.0
+        self.received = 0
         self.found = ()
         self._extend_deadline()
+        # Last: whoever reads the attributes of this part must not read those of the one before it.
         self.part = fetch.part
         try:
             # Checked after `part` was set, so that no Cancel is lost: if the Cancel comes after this check, the main
@@ -142,7 +156,7 @@ class Connection:
 
     def close(self) -> None:
         """Close the socket, if one is open; the next GET opens a new one."""
-        http, self._http = self._http, None
+        http, self._http, self._address = self._http, None, None
         if http is not None:
             http.close()
 
@@ -152,11 +166,14 @@ class Connection:
         try:
             self._get(fetch, into)
         except GetFailed as failure:
+            address = self._address
             self.close()
             # After abort() the failure is only the consequence of the shut-down socket: report the reason instead.
             if self._abort_reason is not None:
-                raise self._aborted(self._abort_reason, failure.received) from None
-            raise
+                failure = self._aborted(self._abort_reason, failure.received)
+            if failure.kind in _STRIKES:
+                addresses.struck(address)
+            raise failure from None
 
     def _get(self, fetch: Fetch, into: memoryview) -> None:
         origin = _origin(fetch.route)
@@ -179,6 +196,7 @@ class Connection:
                 raise
             _add(_refuse_if_match, origin)
         self._receive(response, into)
+        addresses.served(self._address)
         if response.will_close:
             self.close()
 
@@ -199,6 +217,8 @@ class Connection:
 
     def _is_reusable(self, route: Route) -> bool:
         if self._http is None or self._http.has_unread_bytes or self._origin != _origin(route):
+            return False
+        if addresses.should_leave(*server_of(route), self._address):
             return False
         # If it is readable while idle, the server has closed it, or has sent bytes that belong to no request. poll()
         # and not select(), which takes no descriptors above 1023.
@@ -228,9 +248,19 @@ class Connection:
         try:
             # Twice the stall timeout: a stalled GET should be ended by the watch on `deadline`, which reports it as
             # STALLED. The kernel's timeout is for the case that this watch fails.
-            return HttpSocket(open_socket(route, self._connect_timeout_s, 2 * self._stall_timeout_s))
+            sock = open_socket(route, self._connect_timeout_s, 2 * self._stall_timeout_s, self._announce)
         except (OSError, MalformedResponse, ValueError) as error:
             raise GetFailed(FailureKind.UNREACHABLE, f"{_server_name(route)}: {_text_of(error)}") from None
+        finally:
+            self._connecting = None
+        self._address = address_of(sock)
+        return HttpSocket(sock)
+
+    def _announce(self, sock: socket.socket) -> None:
+        self._connecting = sock
+        # As in `_request`: abort() may have been called while there was no socket to shut down.
+        if self._abort_reason is not None:
+            raise ConnectionAbortedError("aborted")
 
     def _receive(self, response: Response, into: memoryview) -> None:
         # Each receive may fill all that is left, and every byte that arrived is counted at once. So if the body breaks,
@@ -242,6 +272,7 @@ class Connection:
                 if not count:  # a body may end early without any error
                     raise GetFailed(FailureKind.BROKEN, f"the body ended after {received} of {wanted} bytes", received)
                 received += count
+                self.received = received
                 if received >= next_check:
                     self._extend_deadline()
                     next_check = received + CHUNK_BYTES
@@ -259,6 +290,8 @@ class Connection:
     def _aborted(self, reason: FailureKind, received: int) -> GetFailed:
         if reason is FailureKind.STALLED:
             return GetFailed(reason, f"less than {CHUNK_BYTES} bytes in {self._stall_timeout_s:g} s", received)
+        if reason is FailureKind.SLOW:
+            return GetFailed(reason, "much slower than other requests, cut", received)
         return GetFailed(reason, "cancelled", received)
 
 

@@ -13,8 +13,8 @@ replaced at any time. The coordinator decides which part comes next and what is 
         │                             │   (all busy: the part waits)     │ takes the part that waits longest, or is idle
         │ Cancel ───────────────────► │ ─ Connection.abort ────────────► │ ends the GET
         │                             │ ─ abort, if a deadline passed ─► │ ends the GET
-        │ Ping ─────────────────────► │                                  │
-        │ ◄────────────── Ready, Pong │                                  │
+        │ Ping, AskProgress ────────► │                                  │
+        │ ◄──── Ready, Pong, Progress │                                  │
         │ ◄─────────────────────────────────────────────── Fetched, Failed │
 
 For each Fetch the worker sends exactly one Fetched or Failed, also after a Cancel. The coordinator uses the part's
@@ -44,14 +44,17 @@ from mpreader.pool.worker.connection import Connection
 from mpreader.pool.worker.failure import GetFailed
 from mpreader.pool.worker.messages import (
     MAX_MESSAGE_BYTES,
+    AskProgress,
     Cancel,
     Failed,
     FailureKind,
     Fetch,
     Fetched,
     MapSegment,
+    PartProgress,
     Ping,
     Pong,
+    Progress,
     Ready,
     UnmapSegment,
     python_name,
@@ -243,7 +246,9 @@ class Worker:
             # that unmaps the memory.
             self.segments.pop(message.segment, None)
         elif isinstance(message, Cancel):
-            self._cancel(message.part)
+            self._cancel(message)
+        elif isinstance(message, AskProgress):
+            self.send(self._progress())
         elif isinstance(message, Ping):
             self.send(Pong())
         return True
@@ -281,13 +286,28 @@ class Worker:
         self._threads.append(self._unused.pop())
         return thread
 
-    def _cancel(self, part: int) -> None:
-        # First write the set, then read the connections; Connection.get first writes its `part`, then reads the set. So
-        # if the part begins at this moment, either it is found here, or Connection.get finds it in the set.
-        self.cancelled.add(part)
+    def _cancel(self, message: Cancel) -> None:
+        # A part that is slow has begun. If it has ended meanwhile, its number must not stay in the set: it may be sent
+        # again by this number.
+        if message.kind is FailureKind.CANCELLED:
+            # First write the set, then read the connections; Connection.get first writes its `part`, then reads the
+            # set. So if the part begins at this moment, either it is found here, or Connection.get finds it in the set.
+            self.cancelled.add(message.part)
         for thread in self._threads:
-            if thread.connection.part == part:
-                thread.connection.abort(FailureKind.CANCELLED)
+            if thread.connection.part == message.part:
+                thread.connection.abort(message.kind)
+
+    def _progress(self) -> Progress:
+        parts = []
+        for connection in (thread.connection for thread in self._threads):
+            part = connection.part
+            if part is None:
+                continue
+            progress = PartProgress(part, connection.received, connection.started_s, connection.first_byte_s)
+            # If its thread has begun another part meanwhile, these numbers belong together no more.
+            if connection.part == part:
+                parts.append(progress)
+        return Progress(tuple(parts))
 
     def _abort_stalled(self) -> None:
         now = time.monotonic()

@@ -18,14 +18,17 @@ from mpreader.pool.worker.version import ObjectVersion, Validators
 
 __all__ = [
     "MAX_MESSAGE_BYTES",
+    "AskProgress",
     "Cancel",
     "Failed",
     "FailureKind",
     "Fetch",
     "Fetched",
     "MapSegment",
+    "PartProgress",
     "Ping",
     "Pong",
+    "Progress",
     "Ready",
     "UnmapSegment",
     "python_name",
@@ -52,8 +55,9 @@ class FailureKind(enum.IntEnum):
     MISSING = 8  # there is no such object
     CHANGED = 9  # another version of the object than the expected one
     REFUSED = 10  # any other response, which will be the same the next time; also a bug in the worker
-    CANCELLED = 11  # by a Cancel message
+    CANCELLED = 11  # by a Cancel message: nobody wants the part any more
     REDIRECTED = 12  # the server names another address, which a worker can't follow
+    SLOW = 13  # by a Cancel message: the part is much slower than its peers, and its rest is requested again
 
 
 # -- to the worker
@@ -100,9 +104,19 @@ class Fetch(NamedTuple):
 
 
 class Cancel(NamedTuple):
-    """Request to stop receiving a part. The worker still sends one Failed or Fetched for the part's Fetch."""
+    """Request to stop receiving a part. The worker still sends one Failed or Fetched for the part's Fetch.
+
+    Attributes:
+        part: Number of the part.
+        kind: Kind with which the part fails: CANCELLED or SLOW.
+    """
 
     part: int
+    kind: FailureKind = FailureKind.CANCELLED
+
+
+class AskProgress(NamedTuple):
+    """Request for a Progress."""
 
 
 class Ping(NamedTuple):
@@ -131,6 +145,28 @@ class Ready(NamedTuple):
 
 class Pong(NamedTuple):
     """The worker is alive."""
+
+
+class PartProgress(NamedTuple):
+    """A part that a connection is receiving now.
+
+    Attributes:
+        part: Number of the part.
+        received: Bytes of it that are in its segment.
+        started_s: Time at which the worker began with it, by the monotonic clock.
+        first_byte_s: Time at which the response began; 0 if it has not.
+    """
+
+    part: int
+    received: int
+    started_s: float
+    first_byte_s: float
+
+
+class Progress(NamedTuple):
+    """The parts that the worker is receiving at this moment; parts that wait for a connection are left out."""
+
+    parts: tuple[PartProgress, ...]
 
 
 class Fetched(NamedTuple):

@@ -34,6 +34,7 @@ class TimedLoad:
         over_read_nbytes: Bytes received that belong to no item.
         requests: GETs made, those of ``.metadata`` not included.
         retries: GETs that were made again.
+        slow_cut: GETs that were cut, since they were much slower than others.
         network_wait_s: Seconds during which the load waited for bytes.
         consumer_wait_s: Seconds during which nothing was received, since memory was full of bytes not taken yet.
         extra_memory_bytes: Most memory that this process and its workers took during the load, beyond what they had
@@ -47,6 +48,7 @@ class TimedLoad:
     over_read_nbytes: int
     requests: int
     retries: int
+    slow_cut: int
     network_wait_s: float
     consumer_wait_s: float
     extra_memory_bytes: int
@@ -107,6 +109,7 @@ def _timed(reader: S3StorageReader, state: dict[str, Any], memory_before: int, *
         over_read_nbytes=stats.over_read,
         requests=stats.requests,
         retries=stats.retries,
+        slow_cut=stats.slow_cut,
         network_wait_s=stats.seconds,
         consumer_wait_s=stats.consumer_seconds,
         extra_memory_bytes=max(added, added_before + memory.peak_extra_bytes),

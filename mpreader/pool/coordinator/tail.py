@@ -1,0 +1,302 @@
+"""Slow tail: finds the requests that are much slower than their peers, so that their rest is requested again.
+
+Used by the coordinator, in its thread, which sends what is decided here. It keeps numbers of requests only; it sends
+nothing, and knows neither reads nor workers.
+
+Object stores answer one request in fifty a hundred times more slowly than the others. Such a request is *cut*: its
+connection is closed, and the bytes that it has not brought are requested on another one. What is slow is never a fixed
+number. A request is compared with its *peers*: requests of about its size to the same server that ended since it began,
+and those that are in flight with it; where these are too few, with the ones that ended before.
+
+::
+
+    the oldest request is older than its peers usually get ──► ask the workers for the progress of all
+      ──► its first byte is late, or at its present rate its rest would take several times as long as a new request
+      ──► others have received bytes meanwhile, or hardly any others are left        (else the server pauses for all)
+      ──► the budget has a cut left        (successes refill it: a server that is overloaded is not asked much more)
+      ──► cut it
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from typing import Final, NamedTuple
+
+from mpreader.pool.worker.messages import PartProgress
+
+__all__ = ["ServerAndSize", "SlowTail"]
+
+ServerAndSize = tuple[str, int, int]  # host, port, bytes of the request
+
+_PEERS_KEPT: Final = 64  # requests that ended lately, for each server and size
+# With fewer peers than this nothing is known: a request is compared with older ones, or left alone.
+_LEAST_PEERS: Final = 3
+# Those older ones are few, so that a server that becomes slow for all is soon known as such.
+_OLDER_PEERS: Final = 16
+# A request is slow if its rest would take so many times as long as a new request for it usually does.
+_SLOWNESS: Final = 3.0
+# Its first byte is late after so many times the time within which nine of ten others had theirs.
+_LATENESS: Final = 3.0
+# If at least this many others are in flight, and none of them has received anything, then the server pauses for all.
+_PAUSE_WITNESSES: Final = 2
+# Such a pause is waited for, for so many times as long as for one slow request, and no less than this. Then one request
+# is cut, to see whether a new one fares better.
+_PAUSE_PATIENCE: Final = 8.0
+_LEAST_PAUSE_S: Final = 1.0
+# Cuts that a success adds to the budget, which never holds more than a share of the connections.
+_BUDGET_PER_SUCCESS: Final = 0.1
+_BUDGET_PER_CONNECTION: Final = 0.25
+# Each cut that was in vain, since the rest came as slowly, doubles the patience with that server, up to this.
+_MOST_PATIENCE: Final = 64.0
+# A younger request is never cut: on a busy host each may wait for a processor for some time. A body that has come for a
+# shorter time says nothing of its rate.
+_LEAST_AGE_S: Final = 0.05
+# Shortest and longest time between two questions for progress.
+_SHORTEST_LOOK_S: Final = 0.02
+_LONGEST_LOOK_S: Final = 1.0
+
+
+class _Peer(NamedTuple):
+    """How another request goes or went: seconds to its first byte, bytes per second from then on, time of its end."""
+
+    first_byte_s: float
+    bytes_per_s: float
+    ended_s: float
+
+    def seconds(self, nbytes: int) -> float:
+        """Time that it would take for ``nbytes``."""
+        return self.first_byte_s + nbytes / self.bytes_per_s
+
+
+class _Server:
+    """What is known of a server.
+
+    Attributes:
+        ended: Requests that ended lately, the newest last, by the number of bits of their size.
+        budget: Cuts that may be made now.
+        patience: Factor of all waits; more than 1 after cuts that were in vain.
+        ended_s: Time at which a request of it last brought all its bytes.
+    """
+
+    __slots__ = ("budget", "ended", "ended_s", "patience")
+
+    def __init__(self, budget: float) -> None:
+        self.ended: dict[int, deque[_Peer]] = {}
+        self.budget = budget
+        self.patience = 1.0
+        self.ended_s = 0.0
+
+    def history(self, size_class: int) -> deque[_Peer]:
+        """Requests of about a size that ended lately."""
+        return self.ended.setdefault(size_class, deque(maxlen=_PEERS_KEPT))
+
+    def any_history(self) -> list[_Peer]:
+        """Requests of any size that ended lately."""
+        return [peer for history in self.ended.values() for peer in history]
+
+
+class _Request:
+    """A GET in flight.
+
+    Attributes:
+        number: Number of its part.
+        server: Its server.
+        nbytes: Bytes that it asks for.
+        sent_s: Time at which a worker got it; the worker may begin with it later.
+        cuts: Number of times that its part was cut before.
+        cut_bytes_per_s: Bytes per second of the request that was cut last; 0 if it had received nothing.
+        progress: What its worker said of it last; None if nothing.
+        reported_s: Time at which that came.
+        moved_s: Time at which it was last known to receive something, or was sent.
+        bytes_per_s: Rate since its first byte; 0 if none has come.
+        is_cut: True once it was decided to cut it.
+    """
+
+    def __init__(self, number: int, server: _Server, nbytes: int, now: float) -> None:
+        self.number = number
+        self.server = server
+        self.nbytes = nbytes
+        self.size_class = nbytes.bit_length()
+        self.sent_s = now
+        self.cuts = 0
+        self.cut_bytes_per_s = 0.0
+        self.progress: PartProgress | None = None
+        self.reported_s = self.moved_s = now
+        self.bytes_per_s = 0.0
+        self.is_cut = False
+
+    def note(self, progress: PartProgress, now: float) -> None:
+        """Take a report of its worker."""
+        if progress.received > (self.progress.received if self.progress is not None else 0):
+            self.moved_s = now
+        # Not the rate since the last report: some servers send in bursts, with pauses that are longer than that.
+        self.bytes_per_s = progress.received / max(now - progress.first_byte_s, 1e-6) if progress.first_byte_s else 0.0
+        self.progress, self.reported_s = progress, now
+
+    @property
+    def first_byte_s(self) -> float | None:
+        """Seconds until its response began; None if it has not."""
+        if self.progress is None or not self.progress.first_byte_s:
+            return None
+        return self.progress.first_byte_s - self.progress.started_s
+
+    def as_peer(self, least_age_s: float) -> _Peer | None:
+        """Its rate when it was last reported, as an example for others; None if it was younger, or had no byte."""
+        first_byte_s = self.first_byte_s
+        if first_byte_s is None or not self.bytes_per_s or self.progress is None:
+            return None
+        if self.reported_s - self.progress.started_s < least_age_s:
+            return None
+        return _Peer(first_byte_s, self.bytes_per_s, self.reported_s)
+
+
+class SlowTail:
+    """Decides which requests are cut. Not thread-safe: owned by the coordinator's thread.
+
+    Args:
+        connections: Most connections, of all workers together. They bound how many requests are cut at one time.
+    """
+
+    def __init__(self, connections: int) -> None:
+        self._most_budget = max(2.0, _BUDGET_PER_CONNECTION * connections)
+        self._servers: dict[tuple[str, int], _Server] = {}
+        self._in_flight: dict[int, _Request] = {}  # by the part's number, in the order in which they were sent
+        self._looked_s = self._looked_before_s = 0.0
+
+    def sent(
+        self, number: int, server_and_size: ServerAndSize, now: float, *, cuts: int = 0, cut_bytes_per_s: float = 0.0
+    ) -> None:
+        """Note that a worker has got a request for (the rest of) a part.
+
+        Args:
+            number: Number of the part.
+            server_and_size: Host, port, and bytes that the request asks for.
+            now: Monotonic time.
+            cuts: Requests for the part that were cut before.
+            cut_bytes_per_s: Rate of the last one of them; 0 if it had received nothing.
+        """
+        host, port, nbytes = server_and_size
+        server = self._servers.get((host, port))
+        if server is None:
+            server = self._servers[host, port] = _Server(self._most_budget)
+        request = self._in_flight[number] = _Request(number, server, nbytes, now)
+        request.cuts, request.cut_bytes_per_s = cuts, cut_bytes_per_s
+
+    def fetched(self, number: int, seconds: float, first_byte_s: float, now: float) -> None:
+        """Learn from a request that brought all its bytes.
+
+        Args:
+            number: Number of the part.
+            seconds: Time from its start until its last byte.
+            first_byte_s: Time from its start until its first byte.
+            now: Monotonic time.
+        """
+        request = self._in_flight.pop(number, None)
+        if request is None:
+            return
+        server = request.server
+        bytes_per_s = request.nbytes / max(seconds - first_byte_s, 1e-6)
+        server.history(request.size_class).append(_Peer(first_byte_s, bytes_per_s, now))
+        server.ended_s = now
+        server.budget = min(self._most_budget, server.budget + _BUDGET_PER_SUCCESS)
+        if request.cuts:
+            was_in_vain = request.cut_bytes_per_s and bytes_per_s < 2 * request.cut_bytes_per_s
+            factor = 2.0 if was_in_vain else 0.5
+            server.patience = min(_MOST_PATIENCE, max(1.0, server.patience * factor))
+
+    def ended(self, number: int) -> None:
+        """Forget a request that failed or was cut, or whose worker died."""
+        self._in_flight.pop(number, None)
+
+    def next_look(self) -> float:
+        """Time, by the monotonic clock, to ask for the progress of all requests; infinite if there are none."""
+        oldest = next(iter(self._in_flight.values()), None)
+        if oldest is None:
+            return float("inf")
+        history = oldest.server.history(oldest.size_class)
+        if len(history) < _LEAST_PEERS:
+            # Nothing is known: the first requests are compared with each other, more and more rarely.
+            interval_s = max(self._looked_s - oldest.sent_s, 2 * _SHORTEST_LOOK_S) / 2
+            due = oldest.sent_s + 2 * _SHORTEST_LOOK_S
+        else:
+            usual_s = _quantile((peer.seconds(oldest.nbytes) for peer in history), 0.5)
+            interval_s, due = usual_s / 2, oldest.sent_s + usual_s
+        return max(due, self._looked_s + min(_LONGEST_LOOK_S, max(_SHORTEST_LOOK_S, interval_s)))
+
+    def looked(self, now: float) -> None:
+        """Note that the workers are asked for progress now."""
+        self._looked_before_s, self._looked_s = self._looked_s, now
+
+    def judge(self, progress: Iterable[PartProgress], now: float) -> list[int]:
+        """Take a worker's report; returns the numbers of the parts to cut."""
+        reported = []
+        for each in progress:
+            request = self._in_flight.get(each.part)
+            if request is not None and not request.is_cut:
+                request.note(each, now)
+                reported.append(request)
+        # The slowest first, in case that the budget does not last for all.
+        reported.sort(key=lambda request: request.bytes_per_s)
+        cut = []
+        for request in reported:
+            if request.server.budget >= 1 and self._is_slow(request, now):
+                request.server.budget -= 1
+                request.is_cut = True
+                cut.append(request.number)
+        return cut
+
+    def _is_slow(self, request: _Request, now: float) -> bool:
+        progress = request.progress
+        assert progress is not None, "only requests that were reported are judged"
+        others = [each for each in self._in_flight.values() if each is not request and each.server is request.server]
+        peers = self._peers(request, others, now)
+        if len(peers) < _LEAST_PEERS:
+            return False
+        left = request.nbytes - progress.received
+        age_s = now - progress.started_s
+        usual_s = _quantile((peer.seconds(request.nbytes) for peer in peers), 0.5)
+        anew_s = _quantile((peer.seconds(left) for peer in peers), 0.5)
+        patience, least_age_s = request.server.patience * 2.0**request.cuts, _LEAST_AGE_S
+        if self._is_pause(request, others):
+            if any(each.cuts or each.is_cut for each in others):
+                return False  # one was cut already, and its new request fares no better
+            patience, least_age_s = patience * _PAUSE_PATIENCE, _LEAST_PAUSE_S
+        if age_s < least_age_s:
+            return False
+        if request.first_byte_s is None:
+            late_s = _LATENESS * _quantile((peer.first_byte_s for peer in peers), 0.9)
+            return age_s > patience * max(late_s, usual_s)
+        if age_s <= patience * usual_s or now - progress.first_byte_s < _LEAST_AGE_S:
+            return False
+        slow_s = patience * _SLOWNESS * anew_s
+        # The second one: if it fell silent near its end, its rate since the first byte says little.
+        return left > slow_s * request.bytes_per_s or now - request.moved_s > max(slow_s, patience * usual_s)
+
+    def _peers(self, request: _Request, others: list[_Request], now: float) -> list[_Peer]:
+        assert request.progress is not None, "only requests that were reported are judged"
+        started_s, history = request.progress.started_s, request.server.history(request.size_class)
+        # Of a much younger one the rate says little: perhaps it is about to pause, as this one does.
+        least_age_s = (now - started_s) / 2
+        peers = [peer for each in others if (peer := each.as_peer(least_age_s)) is not None]
+        peers += [peer for peer in history if peer.ended_s > started_s]
+        if len(peers) >= _LEAST_PEERS:
+            return peers
+        # Few others are left, or a part that was cut is requested again: what was known before has to do.
+        older = [*history] if len(history) >= _LEAST_PEERS else request.server.any_history()
+        return [*peers, *older[-_OLDER_PEERS:]]
+
+    def _is_pause(self, request: _Request, others: list[_Request]) -> bool:
+        """True if the others are many, and none of them has received anything since the last look but one."""
+        since = self._looked_before_s
+        return (
+            len(others) >= _PAUSE_WITNESSES
+            and request.server.ended_s <= since
+            and all(each.moved_s <= since for each in others)
+        )
+
+
+def _quantile(values: Iterable[float], share: float) -> float:
+    """The value below which that share of the values lies."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
