@@ -61,9 +61,10 @@ class PoolStats:
     def __str__(self) -> str:
         """For a log: one line."""
         share = 100 * self.over_read / self.bytes if self.bytes else 0.0
+        cut = f", {self.slow_cut} slow ones cut" if self.slow_cut else ""
         return (
-            f"{self.bytes} bytes in {self.requests} requests by {len(self.workers)} workers, {self.retries} retries, "
-            f"{self.slow_cut} slow ones cut, "
+            f"{self.bytes} bytes in {self.requests} requests by {len(self.workers)} workers, "
+            f"{self.retries} retries{cut}, "
             f"{self.over_read} bytes over-read ({share:.1f} %), waited {self.seconds:.2f} s for the network and "
             f"{self.consumer_seconds:.2f} s for the consumer"
         )

@@ -12,7 +12,7 @@ and those that are in flight with it; where these are too few, with the ones tha
 
     the oldest request is older than its peers usually get ──► ask the workers for the progress of all
       ──► its first byte is late, or at its present rate its rest would take several times as long as a new request
-      ──► others have received bytes meanwhile, or hardly any others are left        (else the server pauses for all)
+      ──► others have received bytes for so long, or hardly any others are left       (else the server pauses for all)
       ──► the budget has a cut left        (successes refill it: a server that is overloaded is not asked much more)
       ──► cut it
 """
@@ -36,6 +36,8 @@ _LEAST_PEERS: Final = 3
 _OLDER_PEERS: Final = 16
 # A request is slow if its rest would take so many times as long as a new request for it usually does.
 _SLOWNESS: Final = 3.0
+# But not before it took so many times as long as they usually do: some bring most of their bytes at the end.
+_OVERTIME: Final = 1.5
 # Its first byte is late after so many times the time within which nine of ten others had theirs.
 _LATENESS: Final = 3.0
 # If at least this many others are in flight, and none of them has received anything, then the server pauses for all.
@@ -44,8 +46,10 @@ _PAUSE_WITNESSES: Final = 2
 # is cut, to see whether a new one fares better.
 _PAUSE_PATIENCE: Final = 8.0
 _LEAST_PAUSE_S: Final = 1.0
-# Cuts that a success adds to the budget, which never holds more than a share of the connections.
+# Cuts that a success adds to the budget, and a second, for what is in flight when nothing else is left that could
+# succeed. It never holds more than a share of the connections.
 _BUDGET_PER_SUCCESS: Final = 0.1
+_BUDGET_PER_S: Final = 0.5
 _BUDGET_PER_CONNECTION: Final = 0.25
 # Each cut that was in vain, since the rest came as slowly, doubles the patience with that server, up to this.
 _MOST_PATIENCE: Final = 64.0
@@ -108,7 +112,7 @@ class _Request:
         cut_bytes_per_s: Bytes per second of the request that was cut last; 0 if it had received nothing.
         progress: What its worker said of it last; None if nothing.
         reported_s: Time at which that came.
-        moved_s: Time at which it was last known to receive something, or was sent.
+        moved_s: Time at which it was last known to have received something; 0 if it has not.
         bytes_per_s: Rate since its first byte; 0 if none has come.
         is_cut: True once it was decided to cut it.
     """
@@ -122,7 +126,8 @@ class _Request:
         self.cuts = 0
         self.cut_bytes_per_s = 0.0
         self.progress: PartProgress | None = None
-        self.reported_s = self.moved_s = now
+        self.reported_s = now
+        self.moved_s = 0.0
         self.bytes_per_s = 0.0
         self.is_cut = False
 
@@ -162,7 +167,7 @@ class SlowTail:
         self._most_budget = max(2.0, _BUDGET_PER_CONNECTION * connections)
         self._servers: dict[tuple[str, int], _Server] = {}
         self._in_flight: dict[int, _Request] = {}  # by the part's number, in the order in which they were sent
-        self._looked_s = self._looked_before_s = 0.0
+        self._looked_s = 0.0
 
     def sent(
         self, number: int, server_and_size: ServerAndSize, now: float, *, cuts: int = 0, cut_bytes_per_s: float = 0.0
@@ -226,7 +231,10 @@ class SlowTail:
 
     def looked(self, now: float) -> None:
         """Note that the workers are asked for progress now."""
-        self._looked_before_s, self._looked_s = self._looked_s, now
+        refill = _BUDGET_PER_S * min(_LONGEST_LOOK_S, now - self._looked_s)
+        for server in self._servers.values():
+            server.budget = min(self._most_budget, server.budget + refill)
+        self._looked_s = now
 
     def judge(self, progress: Iterable[PartProgress], now: float) -> list[int]:
         """Take a worker's report; returns the numbers of the parts to cut."""
@@ -254,24 +262,25 @@ class SlowTail:
         if len(peers) < _LEAST_PEERS:
             return False
         left = request.nbytes - progress.received
-        age_s = now - progress.started_s
         usual_s = _quantile((peer.seconds(request.nbytes) for peer in peers), 0.5)
         anew_s = _quantile((peer.seconds(left) for peer in peers), 0.5)
-        patience, least_age_s = request.server.patience * 2.0**request.cuts, _LEAST_AGE_S
-        if self._is_pause(request, others):
+        patience = request.server.patience * 2.0**request.cuts
+        clock_s = self._served_s(request, others, now)
+        if now - clock_s > max(_LEAST_PAUSE_S, _PAUSE_PATIENCE * patience * usual_s):
             if any(each.cuts or each.is_cut for each in others):
                 return False  # one was cut already, and its new request fares no better
-            patience, least_age_s = patience * _PAUSE_PATIENCE, _LEAST_PAUSE_S
-        if age_s < least_age_s:
+            clock_s = now
+        age_s = clock_s - progress.started_s
+        if age_s < _LEAST_AGE_S:
             return False
         if request.first_byte_s is None:
             late_s = _LATENESS * _quantile((peer.first_byte_s for peer in peers), 0.9)
             return age_s > patience * max(late_s, usual_s)
-        if age_s <= patience * usual_s or now - progress.first_byte_s < _LEAST_AGE_S:
+        if age_s <= patience * _OVERTIME * usual_s or clock_s - progress.first_byte_s < _LEAST_AGE_S:
             return False
         slow_s = patience * _SLOWNESS * anew_s
         # The second one: if it fell silent near its end, its rate since the first byte says little.
-        return left > slow_s * request.bytes_per_s or now - request.moved_s > max(slow_s, patience * usual_s)
+        return left > slow_s * request.bytes_per_s or clock_s - request.moved_s > max(slow_s, patience * usual_s)
 
     def _peers(self, request: _Request, others: list[_Request], now: float) -> list[_Peer]:
         assert request.progress is not None, "only requests that were reported are judged"
@@ -286,14 +295,14 @@ class SlowTail:
         older = [*history] if len(history) >= _LEAST_PEERS else request.server.any_history()
         return [*peers, *older[-_OLDER_PEERS:]]
 
-    def _is_pause(self, request: _Request, others: list[_Request]) -> bool:
-        """True if the others are many, and none of them has received anything since the last look but one."""
-        since = self._looked_before_s
-        return (
-            len(others) >= _PAUSE_WITNESSES
-            and request.server.ended_s <= since
-            and all(each.moved_s <= since for each in others)
-        )
+    def _served_s(self, request: _Request, others: list[_Request], now: float) -> float:
+        """Time until which the server is known to have served others: in a pause for all, nobody gets slower.
+
+        With few others in flight nothing is known of it, and it is ``now``.
+        """
+        if len(others) < _PAUSE_WITNESSES:
+            return now
+        return max(request.server.ended_s, *(each.moved_s for each in others))
 
 
 def _quantile(values: Iterable[float], share: float) -> float:
