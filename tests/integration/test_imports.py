@@ -32,6 +32,25 @@ def test_metadata_imports_no_module_of_torch(tmp_path: Path, warm_interpreter: W
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize("is_enabled", [True, False])
+def test_import_of_boto3_causes_no_garbage_collections_and_leaves_the_collector_as_it_was(is_enabled: bool) -> None:
+    code = f"""
+import gc
+import mpreader.collector
+
+if not {is_enabled}:
+    gc.disable()
+gc.collect()
+gc.set_threshold(3000)  # what comes before the imports of boto3 makes fewer objects, also if it must be compiled
+collections = []
+gc.callbacks.append(lambda phase, _: collections.append(phase))
+import mpreader.s3
+assert not collections
+assert gc.isenabled() is {is_enabled}
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
 def test_source_of_asks_for_the_client_before_boto3_is_imported_and_for_a_url_imports_it_never() -> None:
     code = """
 import sys
