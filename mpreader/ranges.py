@@ -107,6 +107,8 @@ class Part:
         end: One past the last byte.
         over_read: Number of bytes between ``start`` and ``end`` that belong to no item, being in gaps.
         slot_offset: Offset in its slot of shared memory at which the part's first byte is received.
+        skips: Stretches ``(start, end)`` of the object within the part, sorted and disjoint, that are received and not
+            kept: in the slot, the byte behind a skip follows the byte before it.
     """
 
     start: int
@@ -114,11 +116,26 @@ class Part:
     # Not compared: two parts of the same bytes are equal.
     over_read: int = field(default=0, compare=False)
     slot_offset: int = field(default=0, compare=False)
+    skips: tuple[tuple[int, int], ...] = field(default=(), compare=False)
 
     @property
     def size(self) -> int:
-        """Number of bytes."""
+        """Number of bytes of the request."""
         return self.end - self.start
+
+    @property
+    def kept_bytes(self) -> int:
+        """Number of bytes that the part takes in its slot."""
+        return self.end - self.start - sum(end - start for start, end in self.skips)
+
+    def rest(self, received: int) -> Part:
+        """Return what is left of the part when its first ``received`` bytes are there; its over-read is not counted."""
+        if not received:
+            return self
+        start = self.start + received
+        skips = tuple((max(start, skip), end) for skip, end in self.skips if end > start)
+        left = self.end - start - sum(end - skip for skip, end in skips)
+        return Part(start, self.end, slot_offset=self.slot_offset + self.kept_bytes - left, skips=skips)
 
 
 def check_max_gap(value: object) -> None:

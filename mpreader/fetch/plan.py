@@ -6,15 +6,17 @@ pool or a client, nor make requests.
 Ranges that are near each other form a group, which is fetched as one. The groups in one slot are a *batch*: they are
 ranges of one object, and their memory is received, taken and given back together::
 
-    object    [0][1]  gap  [2]            [3]
-    groups    [0 .. 2        ]            [3]
-    slot      [0][1]  gap  [2] padding [3]
+    object    [0][1]  gap  [2]    large gap    [3]                    [4]
+    groups    [0 .. 3                            ]                    [4]
+    slot      [0][1]  gap  [2][3] padding [4]
 
-Sources are numbered in the order of the call; that number is the *source index*.
+A large gap is received, but not kept: for scattered ranges, gaps are most of what is received, and touching fresh
+memory costs more than receiving. Sources are numbered in the order of the call; that number is the *source index*.
 """
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
@@ -27,6 +29,10 @@ __all__ = ["Batch", "FetchPlan", "Member", "PieceOrigin", "cut_into_pieces", "pl
 
 # Each group starts at a multiple of this in its slot, so that arrays of any type can be made on the memory of a view.
 _ALIGNMENT_BYTES: Final = 64
+# A gap of less is kept: to skip it costs two more receives. The more of them a request may have, the longer is the
+# message about it, which must fit into one packet of a worker's socket.
+_LEAST_SKIP_BYTES: Final = 16 * 1024
+_MOST_SKIPS: Final = 512  # of one request
 
 
 class Member(NamedTuple):
@@ -89,7 +95,7 @@ class FetchPlan(NamedTuple):
 
     @property
     def slot_bytes(self) -> int:
-        """Bytes of all slots together, gaps and padding included."""
+        """Bytes of all slots together, padding and the gaps that are kept included."""
         return sum(batch.slot_read.nbytes for batch in self.batches)
 
     @property
@@ -116,8 +122,8 @@ def plan_batches(
             others they are sorted by offset.
         max_gap_bytes: Largest gap between two ranges that are fetched as one.
         part_bytes: Largest number of bytes of one request.
-        slot_bytes: Usual size of a slot, which is shared by as many groups as fit. A range that is larger gets a larger
-            slot for itself; so do overlapping ranges that together are larger.
+        slot_bytes: Bytes of the object, gaps included, for one slot, which is shared by as many groups as fit. A range
+            that is larger gets a larger slot for itself; so do overlapping ranges that together are larger.
 
     Returns:
         The batches, in the order in which they are read.
@@ -126,7 +132,7 @@ def plan_batches(
     for group in _groups(ranges, order, max_gap_bytes):
         for chunk in _cut_between_ranges(group, slot_bytes):
             # An empty slot takes any chunk: one that is larger than slot_bytes can't be cut further.
-            if not slot.is_empty and slot.end_with(chunk) > slot_bytes:
+            if not slot.is_empty and slot.span_with(chunk) > slot_bytes:
                 yield slot.to_batch(source_index)
                 slot = _Slot()
             slot.add(chunk, part_bytes)
@@ -153,6 +159,7 @@ class _Slot:
 
     def __init__(self) -> None:
         self._nbytes = 0
+        self._span = 0  # what `_nbytes` would be if all gaps were kept: a slot must not wait for too many requests
         self._over_read = 0  # bytes of gaps within requests, for statistics; gaps that are not requested don't count
         self._parts: list[Part] = []
         self._members: list[Member] = []
@@ -161,32 +168,75 @@ class _Slot:
     def is_empty(self) -> bool:
         return not self._parts
 
-    def end_with(self, group: RangeGroup) -> int:
-        """Number of bytes that the slot would have with the group added."""
-        return self._next_offset() + group.end - group.start
+    def span_with(self, group: RangeGroup) -> int:
+        """Number of bytes that the slot would have with the group added, and all gaps kept."""
+        return _aligned(self._span) + group.end - group.start
 
     def add(self, group: RangeGroup, part_bytes: int) -> None:
         """Append a group, cut into requests of at most ``part_bytes``."""
-        slot_offset = self._next_offset()
-        # Adding this to an offset in the object gives the offset in the slot. It is the same for the whole group: a gap
-        # that is not requested keeps its place in the slot.
-        shift = slot_offset - group.start
+        slot_offset = _aligned(self._nbytes)
+        layout = _Layout(group, slot_offset, max(_LEAST_SKIP_BYTES, part_bytes // _MOST_SKIPS))
         for part in partition(group, part_bytes=part_bytes):
-            self._parts.append(Part(part.start, part.end, part.over_read, part.start + shift))
+            place = layout.place_of(part.start)
+            self._parts.append(Part(part.start, part.end, part.over_read, place, layout.skips_of(part)))
             self._over_read += part.over_read
         self._members += [
-            Member(position, item_range.start + shift, item_range.end - item_range.start)
+            Member(position, layout.place_of(item_range.start), item_range.end - item_range.start)
             for position, item_range in zip(group.indices, group.item_ranges, strict=True)
         ]
-        self._nbytes = slot_offset + group.end - group.start
+        self._span = self.span_with(group)
+        self._nbytes = layout.end
 
     def to_batch(self, source_index: int) -> Batch:
         slot_read = SlotRead(source_index, self._nbytes, tuple(self._parts), self._over_read)
         return Batch(source_index, slot_read, tuple(self._members))
 
-    def _next_offset(self) -> int:
-        # Rounded up to the alignment.
-        return -(-self._nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+
+class _Layout:
+    """Places of the bytes of a group in its slot, without the large gaps between its ranges.
+
+    Args:
+        group: The group.
+        slot_offset: Offset of its first byte in the slot.
+        least_skip: Size of the smallest gap that is left out.
+
+    Attributes:
+        end: One past the last byte of the group in the slot.
+    """
+
+    def __init__(self, group: RangeGroup, slot_offset: int, least_skip: int) -> None:
+        self._skips: list[tuple[int, int]] = []
+        # For each skip, and for the time before the first one: what, added to an offset in the object, gives the
+        # offset in the slot. It holds from the end of the skip on.
+        self._starts = [group.start]
+        self._shifts = [slot_offset - group.start]
+        end = group.start
+        for item_range in group.item_ranges:
+            if item_range.start - end >= least_skip:
+                self._skip(end, item_range.start)
+            end = max(end, item_range.end)
+        self.end = group.end + self._shifts[-1]
+
+    def place_of(self, offset: int) -> int:
+        """Return the offset in the slot of a byte of a range."""
+        return offset + self._shifts[bisect.bisect_right(self._starts, offset) - 1]
+
+    def skips_of(self, part: Part) -> tuple[tuple[int, int], ...]:
+        """Return the skips within a request. A gap that is not requested is left out of the slot just the same."""
+        first = bisect.bisect_left(self._skips, (part.start, 0))
+        last = bisect.bisect_left(self._skips, (part.end, 0))
+        return tuple(self._skips[first:last])
+
+    def _skip(self, start: int, end: int) -> None:
+        # A whole number of alignments: ranges lie as they would if the gap were kept.
+        nbytes = (end - start) // _ALIGNMENT_BYTES * _ALIGNMENT_BYTES
+        self._skips.append((end - nbytes, end))
+        self._starts.append(end)
+        self._shifts.append(self._shifts[-1] - nbytes)
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
 
 
 def _groups(ranges: Sequence[ItemRange], order: StreamOrder, max_gap_bytes: float) -> Iterator[RangeGroup]:

@@ -215,5 +215,5 @@ def _check(slot_read: SlotRead) -> None:
     if not slot_read.parts:
         raise PlanError("a slot read needs at least one part")
     for part in slot_read.parts:
-        if not (0 <= part.start < part.end and 0 <= part.slot_offset <= slot_read.nbytes - part.size):
+        if not (0 <= part.start < part.end and 0 <= part.slot_offset <= slot_read.nbytes - part.kept_bytes):
             raise PlanError(f"{part} does not lie within a slot of {slot_read.nbytes} bytes")

@@ -103,13 +103,18 @@ class SlotRead(NamedTuple):
         source: Index of the object among the sources of the read.
         nbytes: Bytes of the slot, at least 1.
         parts: Byte ranges to request, each received at its ``slot_offset``; at least one.
-        over_read: Number of its bytes that are gaps between what was asked for.
+        over_read: Number of requested bytes that are gaps between what was asked for.
     """
 
     source: int
     nbytes: int
     parts: tuple[Part, ...]
     over_read: int = 0
+
+    @property
+    def requested_bytes(self) -> int:
+        """Number of bytes of all requests; of these, parts with skips keep a few only."""
+        return sum(part.size for part in self.parts)
 
 
 # -- from a caller

@@ -190,11 +190,11 @@ class Transfer:
             assert outcome is not None, "the take is not done"
             if isinstance(outcome, MpreaderError):
                 raise _copy_of(outcome)
-            nbytes = self.slot_reads[outcome.slot_read].nbytes
-            view = self._view_of(outcome, nbytes)
+            slot_read = self.slot_reads[outcome.slot_read]
+            view = self._view_of(outcome, slot_read.nbytes)
             # Only now: if a Ctrl-C strikes before, `cancel` gives the slot back. If it strikes after, the view does.
             take._outcome = None
-            self._taken_bytes += nbytes
+            self._taken_bytes += slot_read.requested_bytes
             return outcome.slot_read, view
 
     def cancel(self, take: PendingTake) -> None:
@@ -247,8 +247,8 @@ class Transfer:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all slot reads."""
-        return sum(slot_read.nbytes for slot_read in self.slot_reads)
+        """Bytes of all its requests."""
+        return sum(slot_read.requested_bytes for slot_read in self.slot_reads)
 
     @property
     def received_bytes(self) -> int:

@@ -33,6 +33,8 @@ ETAG: Final = '"0123456789abcdef"'
 START: Final = 2000
 LENGTH: Final = 900
 WANTED: Final = DATA[START : START + LENGTH]
+Skips = tuple[tuple[int, int], ...]
+SKIPS: Final[Skips] = ((START + 10, START + LENGTH - 20),)
 GUARD: Final = b"\xa5" * 4096
 # A head, what was received with it, and the body of an error.
 MOST_BYTES: Final = 4 * MAX_HEAD_BYTES
@@ -149,17 +151,19 @@ def little_memory() -> Iterator[None]:
     assert peak < MOST_BYTES, peak
 
 
-def get(server: Server, raw: bytes, cuts: Sequence[int], etag: str = ETAG, repeats: int = 1) -> bytes | None:
+def get(
+    server: Server, raw: bytes, cuts: Sequence[int], etag: str = ETAG, repeats: int = 1, skips: Skips = ()
+) -> bytes | None:
     """Bytes that a GET of the wanted range receives; None where it fails."""
     server.pieces = Pieces(raw, tuple(cuts)).all() * repeats
-    slot = bytearray(GUARD + bytes(LENGTH) + GUARD)
     route = Route(False, "127.0.0.1", server.port, "/b/k", (("Host", "h"),))
-    fetch = Fetch(7, route, ObjectVersion(len(DATA), etag), START, START + LENGTH, 0, 0)
+    fetch = Fetch(7, route, ObjectVersion(len(DATA), etag), START, START + LENGTH, 0, 0, skips)
+    slot = bytearray(GUARD + bytes(fetch.kept_bytes) + GUARD)
     connection = Connection(connect_timeout_s=5.0, stall_timeout_s=5.0)
     failed: GetFailed | None = None
     try:
         with little_memory():
-            connection.get(fetch, memoryview(slot)[len(GUARD) : len(GUARD) + LENGTH])
+            connection.get(fetch, memoryview(slot)[len(GUARD) : -len(GUARD)])
     except GetFailed as error:
         failed = error
     finally:
@@ -168,7 +172,7 @@ def get(server: Server, raw: bytes, cuts: Sequence[int], etag: str = ETAG, repea
     assert slot.endswith(GUARD), "bytes behind the slot"
     assert connection.part is None
     if failed is None:
-        return bytes(slot[len(GUARD) : len(GUARD) + LENGTH])
+        return bytes(slot[len(GUARD) : -len(GUARD)])
     assert 0 <= failed.received <= LENGTH
     assert failed.detail
     assert 0 <= failed.retry_after_s <= 60
@@ -182,6 +186,8 @@ cuts = st.lists(st.integers(0, 5000), max_size=4)
 def test_get_of_the_corpus(server: Server, raw: bytes) -> None:
     is_right = b" 206 " in raw and f"Content-Range: bytes {START}-".encode() in raw
     assert get(server, raw, range(0, 5000, 50)) == (WANTED if is_right else None)
+    kept = WANTED[:10] + WANTED[-20:]
+    assert get(server, raw, range(0, 5000, 50), skips=SKIPS) == (kept if is_right else None)
 
 
 @fuzzed
@@ -203,11 +209,23 @@ def test_get_of_a_damaged_head_brings_the_right_bytes_or_fails(
 
 
 @fuzzed
-@given(raw=st.data(), cuts=cuts, etag=st.sampled_from([ETAG, ""]), repeats=st.sampled_from([1, 1, 1, 200]))
+@given(
+    raw=st.data(),
+    cuts=cuts,
+    etag=st.sampled_from([ETAG, ""]),
+    repeats=st.sampled_from([1, 1, 1, 200]),
+    skips=st.sampled_from([(), SKIPS]),
+)
 def test_get_of_anything_stays_in_its_slot(
-    raw: st.DataObject, cuts: list[int], etag: str, repeats: int, server: Server, damaged: st.SearchStrategy[Mutant]
+    raw: st.DataObject,
+    cuts: list[int],
+    etag: str,
+    repeats: int,
+    skips: Skips,
+    server: Server,
+    damaged: st.SearchStrategy[Mutant],
 ) -> None:
-    get(server, raw.draw(damaged).data, cuts, etag, repeats)
+    get(server, raw.draw(damaged).data, cuts, etag, repeats, skips)
 
 
 @fuzzed

@@ -206,3 +206,29 @@ def test_plan_of_files_refuses_wrong_sizes() -> None:
         plan_files(ranges, max_gap_bytes=-1, part_bytes=10)
     with pytest.raises(PlanError, match="part_bytes must be"):
         plan_files(ranges, max_gap_bytes=0, part_bytes=0)
+
+
+skips = (
+    st.lists(st.integers(0, 40), unique=True, max_size=8)
+    .map(sorted)
+    .map(lambda cuts: tuple(zip(cuts[::2], cuts[1::2], strict=False)))
+)
+
+
+@given(skips, st.integers(0, 39))
+def test_rest_of_a_part_continues_where_the_received_bytes_end(
+    skips: tuple[tuple[int, int], ...], received: int
+) -> None:
+    part = Part(100, 140, slot_offset=7, skips=tuple((100 + start, 100 + end) for start, end in skips))
+    places: dict[int, int] = {}
+    for byte in range(part.start, part.end):
+        if not any(start <= byte < end for start, end in part.skips):
+            places[byte] = part.slot_offset + len(places)
+    assert part.kept_bytes == len(places)
+    rest = part.rest(received)
+    assert (rest.start, rest.end) == (100 + received, 140)
+    left = [byte for byte in places if byte >= rest.start]
+    assert rest.kept_bytes == len(left)
+    assert not left or rest.slot_offset == places[left[0]]
+    assert [byte for byte in range(rest.start, 140) if not any(a <= byte < b for a, b in rest.skips)] == left
+    assert rest.rest(0) is rest

@@ -407,14 +407,16 @@ class Coordinator:
         source, slot = part.slot_read.source, part.slot_read.slot
         if source.route is None or source.version is None or slot is None:
             raise PoolError("a part was scheduled before its source and slot were known")
+        rest = part.range.rest(part.received)
         fetch = Fetch(
             part=part.number,
             route=source.route,
             version=source.version,
-            start=part.range.start + part.received,
-            end=part.range.end,
+            start=rest.start,
+            end=rest.end,
             segment=slot.segment.number,
-            segment_offset=slot.offset + part.range.slot_offset + part.received,
+            segment_offset=slot.offset + rest.slot_offset,
+            skips=rest.skips,
         )
         if not self.workers.send(fetch, slot.segment, now):
             return False

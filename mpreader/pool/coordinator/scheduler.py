@@ -346,7 +346,7 @@ class Scheduler:
         slot, start = part.slot_read.slot, part.range.slot_offset
         assert slot is not None, "a slot read that is being filled has a slot"
         try:
-            slot.reserve(start, start + part.range.size)
+            slot.reserve(start, start + part.range.kept_bytes)
         except ArenaError as error:
             self._fail_slot_read(part.slot_read, error)
             return False

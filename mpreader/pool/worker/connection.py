@@ -40,6 +40,7 @@ import socket
 import time
 from typing import TYPE_CHECKING, Final
 
+from mpreader.pool.worker.destination import Destination
 from mpreader.pool.worker.failure import GetFailed, check_response, is_condition_refused
 from mpreader.pool.worker.http import ConnectionEnded, HttpSocket, MalformedResponse, Response
 from mpreader.pool.worker.messages import FailureKind, Fetch
@@ -128,13 +129,14 @@ class Connection:
 
         Args:
             fetch: Part to receive.
-            into: Memory to receive into; its length is the part's. Nothing is written to it after this has returned or
-                raised.
+            into: Memory to receive into; its length is that of what is kept of the part. Nothing is written to it after
+                this has returned or raised.
             cancelled: Numbers of the parts that are not wanted any more. The main thread may add this part to it at any
                 time.
 
         Raises:
-            GetFailed: The part was not, or not wholly, received. The first ``received`` bytes of ``into`` are right.
+            GetFailed: The part was not, or not wholly, received. Its first ``received`` bytes, without those that are
+                skipped, are in ``into``, and right.
         """
         self._abort_reason = None
         self.started_s = time.monotonic()
@@ -195,7 +197,7 @@ class Connection:
                 _add(_take_if_match, origin)
                 raise
             _add(_refuse_if_match, origin)
-        self._receive(response, into)
+        self._receive(response, fetch, into)
         addresses.served(self._address)
         if response.will_close:
             self.close()
@@ -262,13 +264,14 @@ class Connection:
         if self._abort_reason is not None:
             raise ConnectionAbortedError("aborted")
 
-    def _receive(self, response: Response, into: memoryview) -> None:
+    def _receive(self, response: Response, fetch: Fetch, into: memoryview) -> None:
         # Each receive may fill all that is left, and every byte that arrived is counted at once. So if the body breaks,
         # the part is resumed right behind the last byte, and no byte is downloaded twice.
-        received, wanted, next_check = 0, len(into), CHUNK_BYTES
+        received, wanted, next_check = 0, fetch.end - fetch.start, CHUNK_BYTES
+        destination = Destination(fetch, into)
         try:
             while received < wanted:
-                count = response.receive_into(into[received:])
+                count = destination.receive(response)
                 if not count:  # a body may end early without any error
                     raise GetFailed(FailureKind.BROKEN, f"the body ended after {received} of {wanted} bytes", received)
                 received += count

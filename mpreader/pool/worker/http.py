@@ -106,8 +106,12 @@ class HttpSocket:
                 return response
         raise MalformedResponse(f"{_MAX_INTERIM_RESPONSES} interim responses, and none that is the last")
 
-    def receive_into(self, into: memoryview) -> int:
+    def receive_into(self, into: memoryview, flags: int = 0) -> int:
         """Receive up to ``len(into)`` bytes, buffered ones first.
+
+        Args:
+            into: Memory to receive into.
+            flags: ``socket.MSG_TRUNC`` if the bytes are not needed: TCP then drops them, and copies nothing.
 
         Returns:
             Number of bytes received; 0 if the server has closed the connection.
@@ -116,7 +120,7 @@ class HttpSocket:
             OSError: The connection is broken.
         """
         if not self._buffer:
-            return self.sock.recv_into(into) if self._tls_read is None else self._tls_read(len(into), into)
+            return self.sock.recv_into(into, 0, flags) if self._tls_read is None else self._tls_read(len(into), into)
         count = min(len(into), len(self._buffer))
         into[:count] = self._buffer[:count]
         del self._buffer[:count]
@@ -201,10 +205,14 @@ class Response:
         """
         return self.headers.get(name, default)
 
-    def receive_into(self, into: memoryview) -> int:
+    def receive_into(self, into: memoryview, flags: int = 0) -> int:
         """Receive up to ``len(into)`` bytes of the body.
 
         Bytes behind a body of known length stay in the socket: they belong to the next response.
+
+        Args:
+            into: Memory to receive into.
+            flags: As for :meth:`HttpSocket.receive_into`.
 
         Returns:
             Number of bytes received; 0 at the end of the body, and also if the server closed the connection too early.
@@ -215,10 +223,10 @@ class Response:
             OSError: The connection is broken.
         """
         if self.is_chunked:
-            return self._receive_chunk_into(into)
+            return self._receive_chunk_into(into, flags)
         if self._body_left is not None:
             into = into[: self._body_left]
-        count = self._http.receive_into(into)
+        count = self._http.receive_into(into, flags)
         if self._body_left is not None:
             self._body_left -= count
         return count
@@ -235,12 +243,12 @@ class Response:
             received += count
         return bytes(body[:received])
 
-    def _receive_chunk_into(self, into: memoryview) -> int:
+    def _receive_chunk_into(self, into: memoryview, flags: int) -> int:
         if self._chunk_left == 0:
             self._chunk_left = self._read_chunk_size()
         if self._chunk_left < 0:
             return 0
-        count = self._http.receive_into(into[: self._chunk_left])
+        count = self._http.receive_into(into[: self._chunk_left], flags)
         self._chunk_left -= count
         # A line break follows the last byte of a chunk, which is read here as an empty line.
         if count and not self._chunk_left and self._http.read_line():

@@ -103,7 +103,7 @@ class ConnectionThread(threading.Thread):
         started_s, waited_s = time.monotonic(), waits.total_s()
         try:
             # A slice of a memoryview is a view: the body is received into the shared memory itself.
-            into = self._worker.segments[fetch.segment][fetch.segment_offset :][: fetch.end - fetch.start]
+            into = self._worker.segments[fetch.segment][fetch.segment_offset :][: fetch.kept_bytes]
             self.connection.get(fetch, into, self._worker.cancelled)
         except GetFailed as failure:
             return self._failed(fetch, failure, started_s)

@@ -92,6 +92,8 @@ class Fetch(NamedTuple):
         end: One past the last byte of the object.
         segment: Number of a mapped segment.
         segment_offset: Byte of the segment to which ``start`` goes.
+        skips: Stretches ``(start, end)`` of the object, sorted and disjoint, that are received and not kept: what
+            follows one is put behind what comes before it.
     """
 
     part: int
@@ -101,6 +103,12 @@ class Fetch(NamedTuple):
     end: int
     segment: int
     segment_offset: int
+    skips: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def kept_bytes(self) -> int:
+        """Number of bytes that go to the segment."""
+        return self.end - self.start - sum(end - start for start, end in self.skips)
 
 
 class Cancel(NamedTuple):

@@ -25,7 +25,7 @@ from mpreader import (
 )
 from mpreader.config import KiB, MiB
 from mpreader.pool.pool import close_shared_pools
-from mpreader.testing import FaultServer
+from mpreader.testing import Fault, FaultKind, FaultServer
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -114,6 +114,31 @@ def test_fetch_joins_near_ranges_and_leaves_far_ones_apart(fetcher: RangeFetcher
     assert gets(server) == 1
     fetcher.fetch(server.url("/object"), near[:10], max_gap_size=899)
     assert gets(server) == 11
+
+
+def test_fetch_of_scattered_ranges_holds_no_gaps(server: FaultServer) -> None:
+    # Of 4 MiB that are received, 0.6 MiB are asked for.
+    ranges = [(start, start + 10_000) for start in range(0, len(DATA), 64 * KiB)]
+    config = PoolConfig(workers=1, max_memory=4 * MiB, part_size=256 * KiB)
+    with RangeFetcher(pool_config=config) as fetcher:
+        views = fetcher.fetch(server.url("/object"), ranges)
+        assert views == [DATA[start:end] for start, end in ranges]
+        assert gets(server) == 16
+        coordinator, stats = fetcher._engine.pool.coordinator, fetcher.stats
+        assert coordinator is not None
+        assert coordinator.reserved_bytes <= 1.5 * MiB
+        assert stats.bytes - stats.over_read == sum(end - start for start, end in ranges)
+
+
+@pytest.mark.parametrize("kind", [FaultKind.EARLY_CLOSE, FaultKind.RESET])
+def test_fetch_of_scattered_ranges_is_resumed_within_a_gap_and_within_a_range(
+    server: FaultServer, kind: FaultKind
+) -> None:
+    ranges = [(start, start + 10_000) for start in range(5, len(DATA) - 10_000, 64 * KiB)]
+    server.inject(*(Fault(kind, at=(number,), after_bytes=77_777 * number) for number in range(1, 20)))
+    with RangeFetcher(pool_config=PoolConfig(workers=1, part_size=MiB)) as fetcher:
+        assert fetcher.fetch(server.url("/object"), ranges) == [DATA[start:end] for start, end in ranges]
+        assert fetcher.stats.retries
 
 
 def test_fetch_many_gives_each_source_its_own(fetcher: RangeFetcher, server: FaultServer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 import random
 from typing import get_args
 
@@ -10,21 +11,28 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mpreader.config import KiB, MiB
 from mpreader.fetch.arguments import StreamOrder
 from mpreader.fetch.plan import Batch, cut_into_pieces, plan_batches
+from mpreader.pool.worker.messages import MAX_MESSAGE_BYTES
 from mpreader.ranges import ItemRange, clusters
 
-OBJECT = random.Random(0).randbytes(400)
+OBJECT = random.Random(0).randbytes(400 * KiB)
 PART, SLOT = 50, 120
+LEAST_SKIP = 16 * KiB
 
 spans = st.tuples(st.integers(0, 300), st.integers(0, 100)).map(lambda span: ItemRange(span[0], span[0] + span[1]))
 layouts = st.lists(spans, max_size=12)
 gaps = st.one_of(st.integers(0, 60), st.just(float("inf")))
 orders = st.sampled_from(get_args(StreamOrder))
+# The same a thousand times as large: only there gaps are large enough to be skipped.
+far_spans = st.tuples(st.integers(0, 300 * KiB), st.integers(0, 20 * KiB)).map(lambda s: ItemRange(s[0], s[0] + s[1]))
+far_layouts = st.lists(far_spans, max_size=12)
+far_gaps = st.one_of(st.integers(0, 60 * KiB), st.just(float("inf")))
 
 
-def plan(ranges: list[ItemRange], order: StreamOrder, gap: float) -> list[Batch]:
-    sizes = {"part_bytes": PART, "slot_bytes": SLOT}
+def plan(ranges: list[ItemRange], order: StreamOrder, gap: float, unit: int = 1) -> list[Batch]:
+    sizes = {"part_bytes": PART * unit, "slot_bytes": SLOT * unit}
     return list(plan_batches(7, ranges, order=order, max_gap_bytes=gap, **sizes))
 
 
@@ -32,16 +40,26 @@ def received(batch: Batch) -> bytearray:
     """The slot of a batch, when all its parts have come."""
     slot = bytearray(batch.slot_read.nbytes)
     for part in batch.slot_read.parts:
-        slot[part.slot_offset : part.slot_offset + part.end - part.start] = OBJECT[part.start : part.end]
+        kept = [OBJECT[start:end] for start, end in between(part.start, part.end, part.skips)]
+        slot[part.slot_offset : part.slot_offset + part.kept_bytes] = b"".join(kept)
+    assert len(slot) == batch.slot_read.nbytes
     return slot
 
 
-@given(layouts, orders, gaps)
+def between(start: int, end: int, skips: tuple[tuple[int, int], ...]) -> list[tuple[int, int]]:
+    """The stretches from ``start`` to ``end`` that are not skipped."""
+    borders = [start, *itertools.chain(*skips), end]
+    assert borders == sorted(borders)
+    return list(zip(borders[::2], borders[1::2], strict=True))
+
+
+@given(st.one_of(st.tuples(layouts, gaps, st.just(1)), st.tuples(far_layouts, far_gaps, st.just(KiB))), orders)
 def test_plan_brings_the_bytes_of_every_range_to_one_place(
-    ranges: list[ItemRange], order: StreamOrder, gap: float
+    given_: tuple[list[ItemRange], float, int], order: StreamOrder
 ) -> None:
+    ranges, gap, unit = given_
     got: list[tuple[int, bytes]] = []
-    for batch in plan(ranges, order, gap):
+    for batch in plan(ranges, order, gap, unit):
         assert batch.source_index == 7
         slot = received(batch)
         got += ((position, bytes(slot[at : at + nbytes])) for position, at, nbytes in batch.members)
@@ -105,3 +123,32 @@ def test_descending_ranges_in_input_order_are_not_joined() -> None:
     ranges = [ItemRange(20, 30), ItemRange(10, 20), ItemRange(0, 10)]
     assert sum(len(batch.slot_read.parts) for batch in plan(ranges, "input", float("inf"))) == 3
     assert sum(len(batch.slot_read.parts) for batch in plan(ranges[::-1], "input", float("inf"))) == 1
+
+
+@given(far_layouts, orders, far_gaps)
+def test_plan_has_no_memory_for_large_gaps(ranges: list[ItemRange], order: StreamOrder, gap: float) -> None:
+    for batch in plan(ranges, order, gap, KiB):
+        members = [ranges[member.position] for member in batch.members]
+        wanted = sum(cluster.size for cluster in clusters(members))
+        assert batch.slot_read.nbytes <= wanted + len(members) * (LEAST_SKIP + 2 * 64)
+        for part in batch.slot_read.parts:
+            assert all(end - start > LEAST_SKIP - 64 for start, end in part.skips)
+
+
+@given(far_layouts, far_gaps)
+def test_ranges_lie_in_the_slot_as_they_would_with_all_gaps(ranges: list[ItemRange], gap: float) -> None:
+    # Arrays of any type can be made on ranges that begin at a multiple of 64, whatever is skipped before them.
+    aligned = [ItemRange(each.start // 64 * 64, each.end) for each in ranges]
+    for batch in plan(aligned, "offset", gap, KiB):
+        assert all(member.slot_offset % 64 == 0 for member in batch.members)
+
+
+@pytest.mark.parametrize("part_bytes", [8 * MiB, 1024 * MiB])
+def test_request_with_the_most_skips_fits_into_a_message(part_bytes: int) -> None:
+    for step in (1 << exponent for exponent in range(14, 24)):
+        far = 1 << 45  # numbers of many digits, as in the largest objects
+        ranges = [ItemRange(start, start + 1) for start in range(far, far + 8000 * (step + 1), step + 1)]
+        sizes = {"part_bytes": part_bytes, "slot_bytes": part_bytes}
+        batches = list(plan_batches(0, ranges, order="offset", max_gap_bytes=float("inf"), **sizes))
+        skips = [part.skips for batch in batches for part in batch.slot_read.parts]
+        assert max(len(pickle.dumps(each)) for each in skips) < MAX_MESSAGE_BYTES // 3

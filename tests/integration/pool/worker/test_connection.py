@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import socket
 import threading
@@ -17,6 +18,7 @@ from mpreader.pool.worker.messages import FailureKind, Fetch
 from mpreader.pool.worker.route import Route
 from mpreader.pool.worker.transport import open_socket
 from mpreader.pool.worker.version import ObjectVersion
+from mpreader.ranges import Part
 from mpreader.testing import Fault, FaultKind, FaultServer
 
 DATA = os.urandom(2_000_000)
@@ -71,6 +73,67 @@ def test_get_keeps_the_connection(connection: Connection, server: FaultServer) -
     for start in range(0, 500, 100):
         assert get(connection, server, start, start + 100) == DATA[start : start + 100]
     assert {request.connection for request in server.requests} == {1}
+
+
+# The first one is shorter than what comes with the head of the response, the last one ends with the range.
+SKIPS = ((100_010, 100_020), (150_000, 420_000), (420_001, 1_000_000), (1_099_000, 1_100_000))
+
+
+def fetch_with_skips(server: FaultServer, *, tls: bool = False) -> tuple[Fetch, bytes]:
+    """A part with skips, and what is kept of it."""
+    port = int(server.endpoint_url.rpartition(":")[2])
+    fetch = fetch_from(port, 100_000, 1_100_000, tls=tls, ca_file=str(server.ca_file) if tls else None)
+    borders = (100_000, *itertools.chain(*SKIPS), 1_100_000)
+    return fetch._replace(skips=SKIPS), b"".join(map(DATA.__getitem__, map(slice, borders[::2], borders[1::2])))
+
+
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+def test_get_keeps_nothing_of_what_is_skipped(connection: Connection, tls: bool) -> None:
+    with FaultServer({"/b/k": DATA}, tls=tls) as server:
+        fetch, kept = fetch_with_skips(server, tls=tls)
+        assert fetch.kept_bytes == len(kept)
+        for _ in range(2):  # the second one on the same connection: no byte of the first is left in it
+            into = bytearray(len(kept))
+            connection.get(fetch, memoryview(into))
+            assert into == kept
+        assert {request.connection for request in server.requests} == {1}
+
+
+@pytest.mark.parametrize("after_bytes", [5, 15, 30_000, 200_000, 320_000, 950_000, 999_500])
+def test_get_of_a_body_that_breaks_counts_what_was_skipped(
+    connection: Connection, server: FaultServer, after_bytes: int
+) -> None:
+    server.inject(Fault(FaultKind.EARLY_CLOSE, after_bytes=after_bytes))
+    fetch, kept = fetch_with_skips(server)
+    into = bytearray(len(kept))
+    failure = failure_of(lambda: connection.get(fetch, memoryview(into)))
+    assert (failure.kind, failure.received) == (FailureKind.BROKEN, after_bytes)
+    rest = Part(fetch.start, fetch.end, skips=SKIPS).rest(after_bytes)
+    assert into[: rest.slot_offset] == kept[: rest.slot_offset]
+    assert not any(into[rest.slot_offset :])
+
+
+def test_get_skips_within_a_body_of_chunks(connection: Connection) -> None:
+    head = (
+        f"HTTP/1.1 206 P\r\nContent-Range: bytes 0-99999/{len(DATA)}\r\nETag: {ETAG}\r\n"
+        "Transfer-Encoding: chunked\r\n\r\n"
+    ).encode()
+    chunks = b"".join(b"%x\r\n%b\r\n" % (7000, DATA[start : start + 7000]) for start in range(0, 98_000, 7000))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            client, _ = listener.accept()
+            with client:
+                client.recv(65536)
+                client.sendall(head + chunks + b"7d0\r\n" + DATA[98_000:100_000] + b"\r\n0\r\n\r\n")
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        fetch = fetch_from(listener.getsockname()[1], 0, 100_000)._replace(skips=((10_000, 90_000),))
+        into = bytearray(20_000)
+        connection.get(fetch, memoryview(into))
+        thread.join()
+    assert into == DATA[:10_000] + DATA[90_000:100_000]
 
 
 def test_get_survives_a_server_that_closes_idle_connections(connection: Connection) -> None:

@@ -168,7 +168,8 @@ def test_response_is_the_same_however_it_is_cut_up(raw: bytes, cuts: list[int]) 
         def recv(self, _: int) -> bytes:
             return pieces.pop(0) if pieces else b""
 
-        def recv_into(self, into: memoryview) -> int:
+        def recv_into(self, into: memoryview, _: int, flags: int) -> int:
+            assert not flags
             piece = pieces.pop(0) if pieces else b""
             into[: len(piece)] = piece[: len(into)]
             if piece[len(into) :]:
