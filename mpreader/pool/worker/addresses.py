@@ -46,7 +46,7 @@ class Addresses:
     """What a worker knows of the addresses of servers."""
 
     def __init__(self) -> None:
-        self._records: dict[Address, _Record] = {}
+        self._records: dict[Address | None, _Record] = {}
         self._of_host: dict[tuple[str, int], tuple[Address, ...]] = {}  # by host and port, as last looked up
 
     def ordered(self, host: str, port: int, found: list[tuple[Any, Any, Any, Any, Address]]) -> list[Any]:
@@ -73,9 +73,12 @@ class Addresses:
         return any(self._record(other).avoided_until_s <= now for other in self._of_host.get((host, port), ()))
 
     def served(self, address: Address | None) -> None:
-        """Note that a request brought all its bytes."""
-        if address in self._records:
-            del self._records[address]
+        """Note that a request brought all its bytes.
+
+        What is said of an avoided address stays until its time is over: other requests to it were under way before.
+        """
+        if self._records and self._record(address).avoided_until_s <= time.monotonic():
+            self._records.pop(address, None)  # not del: another thread may just have done so
 
     def struck(self, address: Address | None) -> None:
         """Note that a request was slow, or broke; after two in a row the address is avoided."""
@@ -96,7 +99,7 @@ class Addresses:
         avoidance_s = min(_LONGEST_AVOIDANCE_S, max(_SHORTEST_AVOIDANCE_S, 2 * record.avoidance_s))
         _set(self._records, address, _Record(_STRIKES, now + avoidance_s, avoidance_s))
 
-    def _record(self, address: Address) -> _Record:
+    def _record(self, address: Address | None) -> _Record:
         return self._records.get(address, _UNKNOWN)
 
 

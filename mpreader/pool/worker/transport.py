@@ -53,6 +53,7 @@ def open_socket(
         ValueError: The host's name, or a header for the proxy, can't be sent.
     """
     sock = _connect(*server_of(route), connect_timeout_s, announce)
+    address = address_of(sock)  # now: of a connection that was reset it is not known any more
     try:
         if route.proxy is not None and route.tls:
             _request_tunnel(sock, route, route.proxy)
@@ -64,7 +65,7 @@ def open_socket(
         _block_in_kernel(sock, io_timeout_s)
     except BaseException as error:
         if isinstance(error, OSError):
-            addresses.struck(address_of(sock))
+            addresses.struck(address)
         sock.close()  # it has no other owner yet
         raise
     return sock

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +17,7 @@ import pytest
 from mpreader.pool.worker.connection import CHUNK_BYTES, Connection
 from mpreader.pool.worker.failure import GetFailed
 from mpreader.pool.worker.messages import FailureKind, Fetch
-from mpreader.pool.worker.route import Route
+from mpreader.pool.worker.route import Proxy, Route
 from mpreader.pool.worker.transport import open_socket
 from mpreader.pool.worker.version import ObjectVersion
 from mpreader.ranges import Part
@@ -40,7 +42,15 @@ def connection() -> Iterator[Connection]:
 
 def fetch_from(port: int, start: int, end: int, *, host: str = "127.0.0.1", etag: str = ETAG, **route: object) -> Fetch:
     headers = (("Host", f"{host}:{port}"),)
-    to = Route(bool(route.get("tls")), host, port, "/b/k", headers, ca_file=route.get("ca_file"))  # type: ignore[arg-type]
+    to = Route(
+        bool(route.get("tls")),
+        host,
+        port,
+        "/b/k",
+        headers,
+        proxy=route.get("proxy"),  # type: ignore[arg-type]
+        ca_file=route.get("ca_file"),  # type: ignore[arg-type]
+    )
     return Fetch(7, to, ObjectVersion(len(DATA), etag), start, end, 0, 0)
 
 
@@ -246,6 +256,67 @@ def test_get_can_be_aborted_from_another_thread(connection: Connection, server: 
     assert "5 s" in failure.detail
     assert connection.part is None
     assert connection.deadline == float("inf")
+
+
+@pytest.mark.parametrize("way", ["plain", "tls", "plain by a proxy", "tls by a proxy"])
+def test_get_that_is_cut_tells_how_far_it_came_and_its_rest_comes_anew(connection: Connection, way: str) -> None:
+    with contextlib.ExitStack() as stack:
+        stall = Fault(FaultKind.STALL, at=(1,), after_bytes=600_000, seconds=3600.0)
+        server = stack.enter_context(FaultServer({"/b/k": DATA}, [stall], tls="tls" in way))
+        port = int(server.endpoint_url.rpartition(":")[2])
+        server.put(f"http://127.0.0.1:{port}/b/k", DATA)  # by this name a proxy is asked for it
+        proxy = Proxy("127.0.0.1", stack.enter_context(tunnel(port, "tls" in way))) if "proxy" in way else None
+        route: dict[str, Any] = {"tls": "tls" in way, "ca_file": str(server.ca_file), "proxy": proxy}
+        stack.callback(connection.close)
+        into = bytearray(1_000_000)
+
+        def cut() -> None:
+            deadline = time.monotonic() + 30.0
+            while connection.received < 600_000 and time.monotonic() < deadline:
+                pass
+            connection.abort(FailureKind.SLOW)
+
+        thread = threading.Thread(target=cut)
+        thread.start()
+        failure = failure_of(lambda: connection.get(fetch_from(port, 0, 1_000_000, **route), memoryview(into)))
+        thread.join()
+        assert (failure.kind, failure.received) == (FailureKind.SLOW, 600_000)
+        connection.get(fetch_from(port, 600_000, 1_000_000, **route), memoryview(into)[600_000:])
+        assert into == DATA[:1_000_000]
+        assert len({request.connection for request in server.requests}) == 2
+
+
+@contextlib.contextmanager
+def tunnel(port: int, tls: bool) -> Iterator[int]:
+    """A proxy that hands on the bytes of all connections to a server; yields its port."""
+    with contextlib.ExitStack() as stack, socket.create_server(("127.0.0.1", 0)) as listener:
+        threads: list[threading.Thread] = []
+
+        def hand_on(source: socket.socket, target: socket.socket) -> None:
+            with contextlib.suppress(OSError):
+                while data := source.recv(1 << 16):
+                    target.sendall(data)
+            for each in (source, target):
+                with contextlib.suppress(OSError):
+                    each.shutdown(socket.SHUT_RDWR)
+
+        def serve() -> None:
+            for _ in range(2):
+                client = stack.enter_context(listener.accept()[0])
+                if tls:
+                    assert client.recv(1 << 16).startswith(b"CONNECT ")
+                    client.sendall(b"HTTP/1.1 200 Connected\r\n\r\n")
+                server = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+                for pair in ((client, server), (server, client)):
+                    threads.append(threading.Thread(target=hand_on, args=pair))
+                    threads[-1].start()
+
+        acceptor = threading.Thread(target=serve)
+        acceptor.start()
+        yield listener.getsockname()[1]
+        acceptor.join()
+        for thread in threads:
+            thread.join()
 
 
 def test_get_that_is_cancelled_before_it_begins_requests_nothing(connection: Connection, server: FaultServer) -> None:

@@ -15,6 +15,7 @@ from mpreader.errors import (
     ObjectChanged,
     ObjectMissing,
     PoolClosed,
+    PoolTimeout,
     TransportError,
 )
 from mpreader.pool.caller import Caller
@@ -389,6 +390,89 @@ def test_scheduler_tries_a_part_again_that_was_cancelled_by_mistake(make_bench: 
     again = bench.scheduler.next_part(60.0)
     assert again is part
     assert again.received == 100
+
+
+def cut(bench: Bench, part: PartState, received: int, seconds: float = 1.0) -> None:
+    failure = Failed(
+        part.number, FailureKind.SLOW, received, "slow", seconds=seconds, started_s=50.0, first_byte_s=50.5
+    )
+    bench.scheduler.failed(failure, now=51.0)
+
+
+def test_scheduler_sends_the_rest_of_a_part_that_was_cut_before_all_others(make_bench: Callable[[int], Bench]) -> None:
+    bench = make_bench(4)
+    transfer = bench.open(4)
+    slow, *_ = bench.send()
+    other = bench.open(4)
+    cut(bench, slow, 1000)
+    assert bench.send()[0] is slow
+    assert (slow.received, slow.left_bytes, slow.cuts, slow.cut_bytes_per_s) == (1000, PART - 1000, 1, 2000.0)
+    bench.receive([slow])
+    assert arrived(transfer) == [0]
+    assert (bench.scheduler.stats(0).slow_cut, bench.scheduler.stats(0).retries) == (1, 0)
+    assert arrived(other) == []
+
+
+def test_scheduler_counts_no_cut_as_a_failure(make_bench: Callable[[int], Bench]) -> None:
+    bench = make_bench(1)
+    transfer = bench.open(1)
+    [part] = bench.send()
+    for _ in range(10):  # max_attempts is 3
+        cut(bench, part, 0)
+        assert bench.send() == [part]
+    for _ in range(2):
+        bench.scheduler.failed(Failed(part.number, FailureKind.BROKEN, 0, "broken"), now=0.0)
+        [again] = bench.send(now=100.0)
+        cut(bench, again, 0)
+        assert bench.send() == [part]
+    # A cut that brought no byte forgives no failure, either.
+    bench.scheduler.failed(Failed(part.number, FailureKind.BROKEN, 0, "broken"), now=0.0)
+    with pytest.raises(TransportError, match="3 attempts"):
+        transfer.take(0)
+
+
+def test_scheduler_cut_that_came_after_the_last_byte_ends_the_part(make_bench: Callable[[int], Bench]) -> None:
+    bench = make_bench(1)
+    transfer = bench.open(1)
+    [part] = bench.send()
+    cut(bench, part, PART)
+    assert arrived(transfer) == [0]
+    assert bench.send() == []
+    assert bench.scheduler.stats(0).slow_cut == 0
+
+
+def test_scheduler_part_that_is_cut_again_and_again_ends_at_its_deadline(make_bench: Callable[[int], Bench]) -> None:
+    bench = make_bench(1)
+    transfer = bench.open(1)
+    [part] = bench.send(now=0.0)
+    bench.scheduler.sent(part, 0.0)
+    for now in range(10, 100, 10):
+        cut(bench, part, 10)
+        assert bench.send(now) == [part]
+        bench.scheduler.sent(part, now)
+        bench.scheduler.expire(now)
+    bench.scheduler.expire(100.5)
+    assert bench.scheduler.take_cancelled() == [part.number]
+    with pytest.raises(PoolTimeout, match="within 100 s"):
+        transfer.take(0)
+    cut(bench, part, 0)  # the worker's answer to the Cancel
+    assert bench.scheduler.find(part.number) is None
+    assert bench.send() == []
+
+
+def test_scheduler_part_whose_worker_died_before_it_was_cut_keeps_what_had_come(
+    make_bench: Callable[[int], Bench],
+) -> None:
+    bench = make_bench(1)
+    transfer = bench.open(1)
+    [part] = bench.send()
+    cut(bench, part, 1000)
+    assert bench.send() == [part]
+    bench.scheduler.lost([part.number], -9, "killed")
+    assert bench.send() == [part]
+    assert part.left_bytes == PART - 1000
+    bench.receive([part])
+    assert arrived(transfer) == [0]
 
 
 def test_scheduler_slot_of_a_dropped_part_comes_back_only_when_its_worker_is_done(

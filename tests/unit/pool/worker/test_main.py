@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Final
 
 import pytest
@@ -21,14 +22,17 @@ from mpreader.pool.worker.connection import Connection
 from mpreader.pool.worker.main import ConnectionThread, Worker
 from mpreader.pool.worker.messages import (
     MAX_MESSAGE_BYTES,
+    AskProgress,
     Cancel,
     Failed,
     FailureKind,
     Fetch,
     Fetched,
     MapSegment,
+    PartProgress,
     Ping,
     Pong,
+    Progress,
     Ready,
     UnmapSegment,
     python_name,
@@ -69,6 +73,19 @@ class Server:
             f"Content-Range: bytes {start}-{start + PART_BYTES - 1}/{len(DATA)}\r\n\r\n"
         )
         self._sock.sendall(head.encode() + DATA[start : start + nbytes])
+
+    def respond_in_chunks(self, part: int, chunks: tuple[int, ...], rest: int) -> None:
+        """Respond with chunks of these sizes, and with the first ``rest`` bytes of one that is much larger."""
+        start = position = part * PART_BYTES
+        body = b""
+        for size in chunks:
+            body += b"%x\r\n%b\r\n" % (size, DATA[position : position + size])
+            position += size
+        head = (
+            f"HTTP/1.1 206 Partial Content\r\nETag: {ETAG}\r\nTransfer-Encoding: chunked\r\n"
+            f"Content-Range: bytes {start}-{start + PART_BYTES - 1}/{len(DATA)}\r\n\r\n"
+        )
+        self._sock.sendall(head.encode() + body + b"%x\r\n" % (PART_BYTES - sum(chunks)) + DATA[position:][:rest])
 
     def serve(self) -> int:
         """Respond to the next request."""
@@ -154,6 +171,20 @@ class Bench:
         """Returns when the worker has acted on all messages that were sent."""
         self.send(Ping())
         assert self.receive() == Pong()
+
+    def progress(self) -> dict[int, PartProgress]:
+        """How far the parts are that are being received."""
+        self.send(AskProgress())
+        progress = self.receive()
+        assert isinstance(progress, Progress)
+        return {each.part: each for each in progress.parts}
+
+    def wait_for_bytes(self, part: int, count: int) -> PartProgress:
+        """Wait until so many bytes of a part are in memory."""
+        deadline = time.monotonic() + PATIENCE_S
+        while (progress := self.progress()[part]).received < count:
+            assert time.monotonic() < deadline, f"{progress.received} of {count} bytes came"
+        return progress
 
     def memory(self) -> bytes:
         return os.pread(self._memory, len(DATA), 0)
@@ -320,6 +351,90 @@ def test_cancel_that_comes_too_late_does_no_harm(start: Callable[..., Bench]) ->
     bench.fetch(2)
     assert server.serve() == 2
     assert isinstance(bench.receive(), Fetched)
+
+
+def test_progress_tells_how_far_each_part_is(start: Callable[..., Bench]) -> None:
+    bench = start(connections=2)
+    assert bench.progress() == {}
+    before_s = time.monotonic()
+    first = bench.occupy(1)
+    bench.occupy(2)
+    bench.fetch(3)
+    first.respond(1, nbytes=40)
+    progress = bench.wait_for_bytes(1, 40)
+    assert before_s <= progress.started_s <= progress.first_byte_s <= time.monotonic()
+    assert progress.received == 40
+    found = bench.progress()
+    assert (found[2].received, found[2].first_byte_s) == (0, 0.0)
+    assert set(found) == {1, 2}, "a part that waits for a connection is left out"
+
+
+def test_numbers_of_a_part_that_has_just_ended_are_left_out(start: Callable[..., Bench]) -> None:
+    class Ending:
+        """A connection that goes on to another part while it is looked at."""
+
+        part, started_s, first_byte_s, deadline = 1, 1.0, 1.5, float("inf")
+
+        @property
+        def received(self) -> int:
+            self.part = 2
+            return 70
+
+    bench = start(connections=1)
+    bench.settle()
+    bench._worker._threads.append(SimpleNamespace(connection=Ending()))  # type: ignore[arg-type]
+    try:
+        assert bench.progress() == {}
+    finally:
+        bench._worker._threads.clear()
+
+
+def test_slow_part_is_cut_and_its_rest_comes_by_a_new_connection(start: Callable[..., Bench]) -> None:
+    bench = start(connections=1)
+    slow = bench.occupy(1)
+    slow.respond(1, nbytes=40)
+    bench.wait_for_bytes(1, 40)
+    bench.send(Cancel(1, FailureKind.SLOW))
+    failed = bench.receive()
+    assert (failed.part, failed.kind, failed.received) == (1, FailureKind.SLOW, 40)
+    assert bench.memory()[PART_BYTES:][:40] == part(1)[:40]
+    bench.fetch(1)
+    assert bench.server().serve() == 1
+    assert isinstance(bench.receive(), Fetched)
+
+
+def test_slow_part_of_a_chunked_body_is_cut_where_its_bytes_end(start: Callable[..., Bench]) -> None:
+    bench = start(connections=1)
+    server = bench.occupy(1)
+    server.respond_in_chunks(1, (10, 30), rest=7)
+    bench.wait_for_bytes(1, 47)
+    bench.send(Cancel(1, FailureKind.SLOW))
+    assert bench.receive().received == 47
+    assert bench.memory()[PART_BYTES:][:PART_BYTES] == part(1)[:47] + bytes(PART_BYTES - 47)
+
+
+@pytest.mark.parametrize("has_begun", [True, False])
+def test_cut_of_a_part_that_has_ended_does_not_strike_it_when_it_is_sent_again(
+    start: Callable[..., Bench], *, has_begun: bool
+) -> None:
+    bench = start(connections=1)
+    server = bench.occupy(1)
+    if has_begun:
+        server.respond(1)
+        assert isinstance(bench.receive(), Fetched)
+        number = 1
+    else:
+        number = 2
+        bench.fetch(number)
+    bench.send(Cancel(number, FailureKind.SLOW))
+    if has_begun:
+        bench.fetch(number)
+    else:
+        server.respond(1)
+        assert isinstance(bench.receive(), Fetched)
+    assert server.serve() == number
+    fetched = bench.receive()
+    assert (type(fetched), fetched.part) == (Fetched, number)
 
 
 def test_connection_that_brings_nothing_is_ended_after_the_stall_timeout(start: Callable[..., Bench]) -> None:
