@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mpreader.testing.fault import Fault as Fault
     from mpreader.testing.fault import FaultKind as FaultKind
     from mpreader.testing.fault import random_faults as random_faults
+    from mpreader.testing.fault import scattered_faults as scattered_faults
     from mpreader.testing.fault_server import FaultedRequest as FaultedRequest
     from mpreader.testing.fault_server import FaultServer as FaultServer
     from mpreader.testing.request_log import S3Request as S3Request
@@ -24,6 +25,7 @@ _HOME_OF = {
     "Fault": "mpreader.testing.fault",
     "FaultKind": "mpreader.testing.fault",
     "random_faults": "mpreader.testing.fault",
+    "scattered_faults": "mpreader.testing.fault",
     "FaultServer": "mpreader.testing.fault_server",
     "FaultedRequest": "mpreader.testing.fault_server",
     "S3Server": "mpreader.testing.s3_server",

@@ -10,11 +10,11 @@ import random
 import threading
 import time
 from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Final
 
-__all__ = ["TRANSIENT_KINDS", "Fault", "FaultKind", "Schedule", "random_faults"]
+__all__ = ["TRANSIENT_KINDS", "Fault", "FaultKind", "Schedule", "random_faults", "scattered_faults"]
 
 
 class FaultKind(Enum):
@@ -58,6 +58,7 @@ class Fault:
         covering: Match only requests whose range holds this byte of the object; None: any range.
         until_s: Seconds after the schedule was set from which on it strikes no more; None: it never ends.
         after_bytes: Bytes of the body that are sent unchanged before the fault.
+        after_share: Share of the body, 0 to 1, that is sent unchanged before the fault; None: ``after_bytes`` says it.
         seconds: Duration of STALL and DELAY; time between two bytes of TRICKLE.
         delta: Bytes by which WRONG_LENGTH, WRONG_RANGE, WRONG_TOTAL and EXTRA_BYTES are wrong.
         status: HTTP status of STATUS and NO_IF_MATCH.
@@ -74,6 +75,7 @@ class Fault:
     covering: int | None = None
     until_s: float | None = None
     after_bytes: int = 0
+    after_share: float | None = None
     seconds: float = 0.1
     delta: int = 1
     status: int = 503
@@ -82,10 +84,16 @@ class Fault:
     def __post_init__(self) -> None:
         if self.after_bytes < 0 or self.seconds < 0:
             raise ValueError("after_bytes and seconds must not be negative")
+        if self.after_share is not None and not 0 <= self.after_share <= 1:
+            raise ValueError(f"after_share must not be less than 0 or more than 1, got {self.after_share}")
         if self.kind is FaultKind.EXTRA_BYTES and self.delta < 1:
             raise ValueError("EXTRA_BYTES needs a delta of at least 1")
         if self.kind is FaultKind.STATUS and not 300 <= self.status <= 599:
             raise ValueError(f"STATUS needs an error's status, got {self.status}")
+
+    def unchanged_bytes(self, nbytes: int) -> int:
+        """Bytes of a body of ``nbytes`` bytes that are sent unchanged before the fault."""
+        return min(self.after_bytes, nbytes) if self.after_share is None else int(self.after_share * nbytes)
 
 
 TRANSIENT_KINDS: Final = (
@@ -127,6 +135,24 @@ def random_faults(
         )
         for number in range(1, gets + 1)
         if rng.random() < rate
+    )
+
+
+def scattered_faults(fault: Fault, *, seed: int, every: int = 100, requests: int = 10_000) -> tuple[Fault, ...]:
+    """Make a schedule that strikes one request of each ``every``; the same for the same arguments.
+
+    Each strikes within the body after another share of it.
+
+    Args:
+        fault: What strikes; its ``at`` and ``after_share`` are chosen here.
+        seed: Decides which requests are struck, and where.
+        every: Requests of which exactly one is struck, from 1.
+        requests: Requests after which nothing is struck any more.
+    """
+    rng = random.Random(seed)  # noqa: S311  # a schedule that can be repeated, not a secret
+    return tuple(
+        replace(fault, at=(first + rng.randrange(every),), after_share=rng.random())
+        for first in range(1, requests + 1, every)
     )
 
 

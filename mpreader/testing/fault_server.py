@@ -241,8 +241,9 @@ class FaultServer:
             # The client can't tell where the next response would begin.
             misframed = fault is not None and fault.kind in (FaultKind.WRONG_LENGTH, FaultKind.EXTRA_BYTES)
             return not misframed and request.method in ("GET", "HEAD")
-        self._send(connection, response.body[: fault.after_bytes])
-        return self._break(connection, response.body[fault.after_bytes :], fault)
+        unchanged = fault.unchanged_bytes(len(response.body))
+        self._send(connection, response.body[:unchanged])
+        return self._break(connection, response.body[unchanged:], fault)
 
     def _break(self, connection: socket.socket, rest: memoryview, fault: Fault) -> bool:
         """Do what a fault does within a body; False if the connection must be closed then."""

@@ -249,7 +249,7 @@ def _wrong_response(response: Response, request: Request, stored: StoredObject, 
         case FaultKind.FLIPPED_BIT if body:
             flipped = bytearray(body)
             # covering is a position in the object, after_bytes one in the body.
-            position = fault.after_bytes if fault.covering is None else fault.covering - start
+            position = fault.unchanged_bytes(len(body)) if fault.covering is None else fault.covering - start
             flipped[min(position, len(flipped) - 1)] ^= 1
             body = memoryview(flipped)
     return Response(response.status, headers, body)

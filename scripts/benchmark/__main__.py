@@ -3,6 +3,7 @@
   scripts/bench           all contenders, interleaved: about half an hour on 2 cores
   scripts/bench --quick   one round of a few of them: 2 minutes
   scripts/bench scaling   a fetch with more and more workers and connections
+  scripts/bench tail      loads from servers of which some answers are slow: a quarter of an hour
   scripts/bench big       memory over time of a load of 10.7 GB
 
 The seconds compare ways of loading on one machine; they are not those of a load from AWS.
@@ -18,7 +19,7 @@ import tempfile
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 # Must be set before numpy is imported: OpenBLAS would start threads, and measure.py forks this process, which is not
 # safe for one with threads.
@@ -37,7 +38,11 @@ from results import Results
 from scaling import CHECKPOINTS as SCALING_CHECKPOINTS
 from scaling import run_scaling
 from servers import Servers
+from tail import CASES, measure_tail
+from tail import CHECKPOINTS as TAIL_CHECKPOINTS
+from tail_report import report_tail
 
+_COMMANDS: Final = ("compare", "scaling", "tail", "big", "coordinator")
 Command = Callable[[Servers, Path, Path, dict[str, Any]], None]
 
 
@@ -58,6 +63,7 @@ def main() -> int:
         "compare": ({checkpoint_of(cell.workload) for cell in cells}, _comparison(cells, options)),
         "scaling": (SCALING_CHECKPOINTS, run_scaling),
         "big": (BIG_CHECKPOINTS, run_big),
+        "tail": (TAIL_CHECKPOINTS, _tail(options)),
     }
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # cleans up, as Ctrl-C does
     try:
@@ -74,7 +80,7 @@ def _run(checkpoints: set[str], command: Command, options: argparse.Namespace) -
         make_checkpoints(data, checkpoints)
         # Before the measurements, so that a folder that can't be made does not cost half an hour.
         options.out.mkdir(parents=True, exist_ok=True)
-        servers = stack.enter_context(Servers(data))
+        servers = stack.enter_context(Servers(data, tail=options.command == "tail"))
         print(f"{servers.kind} serves {data}", flush=True)
         if servers.kind != "nginx":
             print("nginx is not installed: a slower server takes its place, and more of the processors", flush=True)
@@ -100,6 +106,15 @@ def _comparison(cells: list[Cell], options: argparse.Namespace) -> Command:
     return run
 
 
+def _tail(options: argparse.Namespace) -> Command:
+    rounds = 1 if options.quick else options.rounds
+
+    def run(servers: Servers, data: Path, out: Path, machine: dict[str, Any]) -> None:
+        report_tail(measure_tail(servers, data, options.rows, options.contenders, rounds), out, machine)
+
+    return run
+
+
 def _report(results: Results, machine: dict[str, Any], out: Path) -> None:
     tables = [(main_table(results), 4), (goal_table(results), 1)]
     for table, text_columns in tables:
@@ -116,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="scripts/bench", description=__doc__, epilog=_names(), formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", nargs="?", choices=("compare", "scaling", "big", "coordinator"), default="compare")
+    parser.add_argument("command", nargs="?", choices=_COMMANDS, default="compare")
     parser.add_argument("--quick", action="store_true", help="one round; a few cells where no others are chosen")
     parser.add_argument("--all", action="store_true", help="choose from the whole cross product: takes hours")
     parser.add_argument("--rounds", type=_at_least_one, default=5, metavar="N", help="timed rounds (default: 5)")
@@ -124,6 +139,8 @@ def _parser() -> argparse.ArgumentParser:
                         metavar="a,b,…", help="workloads; load and fetch stand for all of theirs")  # fmt: skip
     parser.add_argument("--servers", type=_some_of(SERVERS), default=(), metavar="plain,…", help="servers")
     parser.add_argument("--contenders", type=_some_of(CONTENDERS), default=(), metavar="mpreader,…", help="contenders")
+    parser.add_argument("--rows", type=_some_of({case.key for case in CASES}), default=(), metavar="1,…",
+                        help="rows of tail")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("benchmark-results"), metavar="DIR",
                         help="where tables, charts and JSON go (default: benchmark-results)")  # fmt: skip
     parser.add_argument("--data", type=Path, metavar="DIR", help="keep the checkpoints here (up to 4 GB), and use them")
@@ -132,7 +149,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _names() -> str:
-    groups = {"workloads": WORKLOADS, "servers": SERVERS, "contenders": {name: TITLES[name] for name in CONTENDERS}}
+    groups = {
+        "workloads": WORKLOADS,
+        "servers": SERVERS,
+        "contenders": {name: TITLES[name] for name in CONTENDERS},
+        "rows of tail": {case.key: case.title for case in CASES},
+    }
     return "\n\n".join(
         "\n".join([f"{group}:", *(f"  {name:16} {title}" for name, title in known.items())])
         for group, known in groups.items()

@@ -28,7 +28,7 @@ TINY: Final = "tiny"  # loaded once before each measurement; see loads.warm_up
 _VERSION: Final = 1  # of the checkpoints; data folders with another one are written anew
 _HIDDEN: Final = 2048
 _VOCABULARY: Final = 48_000
-_THREADS: Final = {"a": 4}  # each writes a file of its own
+_THREADS: Final = {"a": 4, "small": 64}  # each writes a file of its own
 _COPIES: Final = 20
 _MANIFEST: Final = "manifest.json"
 
@@ -61,7 +61,9 @@ class Checkpoint:
 
 def checkpoint_of(workload: str) -> str:
     """Name of the checkpoint that a workload reads."""
-    return workload if workload in ("a", "b", "d", "big") else "a"  # c loads half of (a), fetches read its files
+    return (
+        workload if workload in ("a", "b", "d", "big", "small") else "a"
+    )  # c loads half of (a), fetches read its files
 
 
 def make_checkpoints(data: Path, names: set[str]) -> None:
@@ -130,6 +132,8 @@ def _shapes(name: str) -> dict[str, tuple[int, ...]]:
         return {"tensor": (1_000_000, 1_000)}
     if name == "big":
         return {"tensor": (131_072, 2_048)}
+    if name == "small":
+        return {f"tensor_{number:02}": (512, 1024) for number in range(64)}
     return _transformer() if name == "a" else {"tensor": (1_000,)}
 
 

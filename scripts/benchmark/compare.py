@@ -15,10 +15,10 @@ from cells import Cell
 from checkpoints import BUCKET, Checkpoint, checkpoint_of
 from fetches import SCATTERED, SCATTERED_BYTES
 from measure import Failure, TooSlow, measure
+from private import NotReplaced
 from results import Results, Row
 from servers import Site
 from tasks import Job
-from trust import Untrusted
 
 __all__ = ["compare"]
 
@@ -69,7 +69,7 @@ def _measure(row: Row, site: Site, data: Path, *, checking: bool) -> None:
     except TooSlow:
         row.note, row.rounds = "> 60 s", []
         print(f"  {cell}: longer than 60 s, not run again", flush=True)
-    except Untrusted as error:
+    except NotReplaced as error:
         row.note = "not run"
         print(f"  {cell}: not run: {error}", flush=True)
     except Failure as failure:

@@ -64,6 +64,7 @@ class FetchTask:
         from libraries import library_maker
 
         self.target_ranges: list[tuple[int, int]] = []
+        self.cuts = 0
         self._make_library = library_maker(job)
         self._library: Library | None = None
         self._bucket_folder = job.data / BUCKET

@@ -33,6 +33,7 @@ class LoadTask:
         self._targets = Targets(
             self._checkpoint.shapes_for(job.workload), fresh=job.fresh, shared=job.workload == "big"
         )
+        self.cuts = 0
         self._make_reader = reader_maker(job.contender, f"s3://{BUCKET}/{self._checkpoint.folder.name}", job)
 
     @property
@@ -43,7 +44,10 @@ class LoadTask:
         self._targets.renew()
 
     def run(self) -> None:
-        load(dict(self._targets.tensors), storage_reader=self._make_reader(), no_dist=True)
+        reader = self._make_reader()
+        load(dict(self._targets.tensors), storage_reader=reader, no_dist=True)
+        if hasattr(reader, "stats"):  # mpreader's
+            self.cuts = reader.stats.slow_cut
 
     def check(self) -> None:
         for name, tensor in self._targets.tensors.items():
@@ -63,9 +67,11 @@ def reader_maker(contender: str, uri: str, job: Job) -> ReaderMaker:
 
 
 def _mpreader(uri: str, _: Job) -> ReaderMaker:
+    from mpreader import S3ClientConfig
     from mpreader.dcp import S3StorageReader
 
-    return lambda: S3StorageReader(_REGION, uri)
+    config = S3ClientConfig(force_path_style=True)
+    return lambda: S3StorageReader(_REGION, uri, config)
 
 
 def _drop_in(uri: str, _: Job) -> ReaderMaker:

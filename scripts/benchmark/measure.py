@@ -16,15 +16,18 @@ import os
 import signal
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any, Final
 
 from cells import FETCHES
 from memory import Memory
+from names import resolve_in_this_process
+from private import NotReplaced
 from tasks import Job, Task
 from tree import tree_cpu_s
-from trust import Untrusted, trust_in_this_process
+from trust import trust_in_this_process
 
 from mpreader.testing.s3_server import aws_environment
 
@@ -57,6 +60,8 @@ class Run:
             memory was not sampled.
         samples: ``(seconds, extra bytes)``; empty where memory was not sampled.
         requests: Requests that the server got.
+        served_bytes: Bytes of the bodies that the server sent; 0 if it keeps no count.
+        cuts: Requests that mpreader cut, since they were slower than others.
     """
 
     name: str
@@ -65,15 +70,22 @@ class Run:
     peak_extra_bytes: int | None = None
     samples: list[tuple[float, int]] = field(default_factory=list)
     requests: int = 0
+    served_bytes: int = 0
+    cuts: int = 0
 
 
-def measure(job: Job, limit_s: float = LIMIT_S) -> list[Run]:
+def measure(job: Job, limit_s: float = LIMIT_S, runs: Sequence[str] = RUNS) -> list[Run]:
     """Run a job in a new process, twice.
 
+    Args:
+        job: The job.
+        limit_s: Most seconds of a run.
+        runs: Names of the runs; with one name it is run once.
+
     Raises:
-        TooSlow: It took longer than ``limit_s``.
+        TooSlow: A run took longer than ``limit_s``.
         Failure: It raised something.
-        Untrusted: The contender can't be told to trust the server.
+        NotReplaced: The process can't be told whom to trust, or where the server is.
     """
     # A fork copies the calling thread only: locks that another one holds would be held for ever.
     if len(os.listdir("/proc/self/task")) != 1:
@@ -83,7 +95,7 @@ def measure(job: Job, limit_s: float = LIMIT_S) -> list[Run]:
     process.start()
     theirs.close()  # else the end of the child would not end the pipe
     try:
-        return [_run(job, ours, name, limit_s) for name in RUNS]
+        return [_run(job, ours, name, limit_s) for name in runs]
     finally:
         ours.close()
         process.join(5)
@@ -99,7 +111,7 @@ def _run(job: Job, child: Connection, name: str, limit_s: float) -> Run:
     mark = job.site.mark()
     child.send("go")
     run = Run(name, **_receive(child, limit_s))
-    run.requests = job.site.requests_since(mark)
+    run.requests, run.served_bytes = job.site.served_since(mark)
     return run
 
 
@@ -126,7 +138,7 @@ def _serve(job: Job, parent: Connection, other_end: Connection) -> None:
     with contextlib.suppress(EOFError, BrokenPipeError):  # the parent has given up
         try:
             _run_twice(job, parent)
-        except Untrusted as error:
+        except NotReplaced as error:
             parent.send(error)
         except Exception:  # noqa: BLE001  # the parent raises it
             parent.send(Failure(traceback.format_exc()))
@@ -134,6 +146,8 @@ def _serve(job: Job, parent: Connection, other_end: Connection) -> None:
 
 def _run_twice(job: Job, parent: Connection) -> None:
     _set_environment(job)
+    if not job.cutting:
+        _switch_cutting_off()
     task = _make_task(job)
     memory = Memory(enabled=job.checking)
     for _ in RUNS:
@@ -148,15 +162,22 @@ def _run_twice(job: Job, parent: Connection) -> None:
     task.close()
 
 
-def _time(task: Task) -> dict[str, float]:
+def _time(task: Task) -> dict[str, Any]:
     cpu, started = tree_cpu_s(os.getpid()), time.perf_counter()
     task.run()
     seconds = time.perf_counter() - started
-    return {"seconds": seconds, "cpu_s": tree_cpu_s(os.getpid()) - cpu}
+    return {"seconds": seconds, "cpu_s": tree_cpu_s(os.getpid()) - cpu, "cuts": task.cuts}
+
+
+def _switch_cutting_off() -> None:
+    from mpreader.pool.coordinator.tail import SlowTail
+
+    # The coordinator is a thread of this process. It still asks its workers for progress, and finds nothing slow.
+    SlowTail.judge = lambda *_: []  # type: ignore[method-assign]
 
 
 def _make_task(job: Job) -> Task:
-    if job.workload in FETCHES:
+    if job.workload in FETCHES or job.contender == "obstore":
         from fetches import FetchTask
 
         return FetchTask(job)
@@ -173,6 +194,8 @@ def _set_environment(job: Job) -> None:
         if name.startswith(("AWS_", "MPREADER_")) or name.lower() in ("http_proxy", "https_proxy", "all_proxy"):
             del os.environ[name]
     os.environ.update(aws_environment(job.site.endpoint_url, job.site.ca_file))
+    if job.site.addresses:
+        resolve_in_this_process(job.site.host, job.site.addresses)
     if job.site.ca_file is not None:
         os.environ["SSL_CERT_FILE"] = str(job.site.ca_file)  # for obstore
         if job.contender in _SYSTEM_TRUST:

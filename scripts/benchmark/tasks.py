@@ -31,6 +31,7 @@ class Job:
         checking: True: bytes are compared and memory is sampled; the times of such a run are not used.
         workers: Worker processes of mpreader's fetcher; None: its default.
         connections: Connections of each; None: its default.
+        cutting: False: mpreader cuts no slow requests.
     """
 
     contender: str
@@ -41,6 +42,7 @@ class Job:
     checking: bool
     workers: int | None = None
     connections: int | None = None
+    cutting: bool = True
 
 
 class Task(Protocol):
@@ -49,6 +51,10 @@ class Task(Protocol):
     @property
     def target_ranges(self) -> list[tuple[int, int]]:
         """Addresses and sizes of memory that is not to be counted."""
+
+    @property
+    def cuts(self) -> int:
+        """Requests of the last run that mpreader cut, since they were slower than others."""
 
     def prepare(self) -> None:
         """Forget the run before, make targets ready. Not timed."""

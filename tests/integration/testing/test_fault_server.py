@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mpreader.testing import Fault, FaultKind, FaultServer, random_faults
+from mpreader.testing import Fault, FaultKind, FaultServer, random_faults, scattered_faults
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -317,11 +317,27 @@ def test_random_faults_repeat_with_their_seed_and_pickle() -> None:
     assert random_faults(7, rate=0) == ()
 
 
+def test_scattered_faults_strike_one_request_of_each_hundred_after_a_share_of_its_body() -> None:
+    fault = Fault(FaultKind.EARLY_CLOSE)
+    faults = scattered_faults(fault, seed=3, requests=1000)
+    assert faults == scattered_faults(fault, seed=3, requests=1000) != scattered_faults(fault, seed=4, requests=1000)
+    struck = [number for number in range(1, 2001) if any(each.at and number in each.at for each in faults)]
+    assert [(number - 1) // 100 for number in struck] == list(range(10))
+    [only] = scattered_faults(fault, seed=3, every=1, requests=1)
+    with FaultServer({KEY: DATA}, [only]) as server:
+        with Client(server) as client, pytest.raises(http.client.IncompleteRead) as caught:
+            client.get()
+        assert len(caught.value.partial) == int((only.after_share or 0) * 100)
+        with Client(server) as client:
+            assert client.get()[2] == DATA[100:200]
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
         {"kind": FaultKind.RESET, "after_bytes": -1},
         {"kind": FaultKind.STALL, "seconds": -1},
+        {"kind": FaultKind.STALL, "after_share": 1.1},
         {"kind": FaultKind.EXTRA_BYTES, "delta": 0},
         {"kind": FaultKind.STATUS, "status": 200},
     ],
