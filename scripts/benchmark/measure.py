@@ -41,7 +41,9 @@ _SYSTEM_TRUST: Final = ("drop-in", "dcp_optimized", "sequential", "range_based",
 
 
 class TooSlow(Exception):
-    """A run took longer than ``LIMIT_S``, and was ended."""
+    """A run took longer than ``LIMIT_S``, and was ended; the exception's ``runs`` ended before."""
+
+    runs: Sequence[Run] = ()
 
 
 class Failure(Exception):
@@ -94,8 +96,15 @@ def measure(job: Job, limit_s: float = LIMIT_S, runs: Sequence[str] = RUNS) -> l
     process = multiprocessing.get_context("fork").Process(target=_serve, args=(job, theirs, ours))
     process.start()
     theirs.close()  # else the end of the child would not end the pipe
+    ended: list[Run] = []
     try:
-        return [_run(job, ours, name, limit_s) for name in runs]
+        for name in runs:
+            run = _run(job, ours, name, limit_s)
+            ended.append(run)
+        return ended
+    except TooSlow as error:
+        error.runs = ended
+        raise
     finally:
         ours.close()
         process.join(5)

@@ -171,9 +171,9 @@ def _measure(tail: Tail, setting: Setting, servers: Servers, data: Path) -> list
     try:
         with pauses:
             return measure(job, LIMIT_S, tail.case.runs)
-    except TooSlow:
-        # What was slow in the first run has no second one.
+    except TooSlow as error:
         tail.too_slow += 1
-        return [Run(name, LIMIT_S, 0.0) for name in tail.case.runs]
+        # The runs after it were not made, and count as no faster.
+        return [*error.runs, *(Run(name, LIMIT_S, 0.0) for name in tail.case.runs[len(error.runs) :])]
     except Failure as failure:
         raise Failure(f"{tail.case.title}, {tail.contender}: {failure}") from None
