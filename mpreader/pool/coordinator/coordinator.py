@@ -33,11 +33,12 @@ from mpreader.errors import MpreaderError, PoolClosed, PoolError
 from mpreader.pool.blocking import make_selector
 from mpreader.pool.coordinator.arena import Arena
 from mpreader.pool.coordinator.concurrency import ConcurrencyLimiter, is_host_busy
+from mpreader.pool.coordinator.in_flight import ServerAndSize
 from mpreader.pool.coordinator.memory import SlotMemory
 from mpreader.pool.coordinator.reports import report_request
 from mpreader.pool.coordinator.scheduler import Scheduler, SchedulerLimits
 from mpreader.pool.coordinator.state import PartState
-from mpreader.pool.coordinator.tail import ServerAndSize, SlowTail
+from mpreader.pool.coordinator.tail import SlowTail
 from mpreader.pool.coordinator.wakeup import Wakeup
 from mpreader.pool.coordinator.workers import WorkerHandle, WorkerLimits, WorkerSupervisor
 from mpreader.pool.requests import (

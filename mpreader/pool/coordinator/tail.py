@@ -1,7 +1,7 @@
 """Slow tail: finds the requests that are much slower than their peers, so that their rest is requested again.
 
-Used by the coordinator, in its thread, which sends what is decided here. It keeps numbers of requests only; it sends
-nothing, and knows neither reads nor workers.
+Used by the coordinator, in its thread, which sends what is decided here. It sends nothing, and knows neither reads nor
+workers; what it knows of requests is in :mod:`~mpreader.pool.coordinator.in_flight`.
 
 Object stores answer one request in fifty a hundred times more slowly than the others. Such a request is *cut*: its
 connection is closed, and the bytes that it has not brought are requested on another one. What is slow is never a fixed
@@ -19,19 +19,18 @@ and those that are in flight with it; where these are too few, with the ones tha
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable
-from typing import Final, NamedTuple
+from typing import Final
 
+from mpreader.pool.coordinator.in_flight import InFlight, Peer, Request, Server, ServerAndSize, quantile
 from mpreader.pool.worker.messages import PartProgress
 
-__all__ = ["ServerAndSize", "SlowTail"]
+__all__ = ["SlowTail"]
 
-ServerAndSize = tuple[str, int, int]  # host, port, bytes of the request
-
-_PEERS_KEPT: Final = 64  # requests that ended lately, for each server and size
 # With fewer peers than this nothing is known: a request is compared with older ones, or left alone.
 _LEAST_PEERS: Final = 3
+# Of those in flight no more are looked at: the oldest, which are told apart best.
+_MOST_PEERS: Final = 64
 # Those older ones are few, so that a server that becomes slow for all is soon known as such.
 _OLDER_PEERS: Final = 16
 # A request is slow if its rest would take so many times as long as a new request for it usually does.
@@ -61,99 +60,19 @@ _SHORTEST_LOOK_S: Final = 0.02
 _LONGEST_LOOK_S: Final = 1.0
 
 
-class _Peer(NamedTuple):
-    """How another request goes or went: seconds to its first byte, bytes per second from then on, time of its end."""
-
-    first_byte_s: float
-    bytes_per_s: float
-    ended_s: float
-
-    def seconds(self, nbytes: int) -> float:
-        """Time that it would take for ``nbytes``."""
-        return self.first_byte_s + nbytes / self.bytes_per_s
-
-
-class _Server:
-    """What is known of a server.
+class _Allowance:
+    """Cuts that a server may see.
 
     Attributes:
-        ended: Requests that ended lately, the newest last, by the number of bits of their size.
         budget: Cuts that may be made now.
         patience: Factor of all waits; more than 1 after cuts that were in vain.
-        ended_s: Time at which a request of it last brought all its bytes.
     """
 
-    __slots__ = ("budget", "ended", "ended_s", "patience")
+    __slots__ = ("budget", "patience")
 
     def __init__(self, budget: float) -> None:
-        self.ended: dict[int, deque[_Peer]] = {}
         self.budget = budget
         self.patience = 1.0
-        self.ended_s = 0.0
-
-    def history(self, size_class: int) -> deque[_Peer]:
-        """Requests of about a size that ended lately."""
-        return self.ended.setdefault(size_class, deque(maxlen=_PEERS_KEPT))
-
-    def any_history(self) -> list[_Peer]:
-        """Requests of any size that ended lately."""
-        return [peer for history in self.ended.values() for peer in history]
-
-
-class _Request:
-    """A GET in flight.
-
-    Attributes:
-        number: Number of its part.
-        server: Its server.
-        nbytes: Bytes that it asks for.
-        sent_s: Time at which a worker got it; the worker may begin with it later.
-        cuts: Number of times that its part was cut before.
-        cut_bytes_per_s: Bytes per second of the request that was cut last; 0 if it had received nothing.
-        progress: What its worker said of it last; None if nothing.
-        reported_s: Time at which that came.
-        moved_s: Time at which it was last known to have received something; 0 if it has not.
-        bytes_per_s: Rate since its first byte; 0 if none has come.
-        is_cut: True once it was decided to cut it.
-    """
-
-    def __init__(self, number: int, server: _Server, nbytes: int, now: float) -> None:
-        self.number = number
-        self.server = server
-        self.nbytes = nbytes
-        self.size_class = nbytes.bit_length()
-        self.sent_s = now
-        self.cuts = 0
-        self.cut_bytes_per_s = 0.0
-        self.progress: PartProgress | None = None
-        self.reported_s = now
-        self.moved_s = 0.0
-        self.bytes_per_s = 0.0
-        self.is_cut = False
-
-    def note(self, progress: PartProgress, now: float) -> None:
-        """Take a report of its worker."""
-        if progress.received > (self.progress.received if self.progress is not None else 0):
-            self.moved_s = now
-        # Not the rate since the last report: some servers send in bursts, with pauses that are longer than that.
-        self.bytes_per_s = progress.received / max(now - progress.first_byte_s, 1e-6) if progress.first_byte_s else 0.0
-        self.progress, self.reported_s = progress, now
-
-    @property
-    def first_byte_s(self) -> float | None:
-        """Seconds until its response began; None if it has not."""
-        if self.progress is None or not self.progress.first_byte_s:
-            return None
-        return self.progress.first_byte_s - self.progress.started_s
-
-    def as_peer(self, least_age_s: float) -> _Peer | None:
-        """Its rate when it was last reported, as an example for others; None if it was younger, or had no byte."""
-        first_byte_s = self.first_byte_s
-        if first_byte_s is None or not self.bytes_per_s or self.progress is None:
-            return None
-        if self.reported_s - self.progress.started_s < least_age_s:
-            return None
-        return _Peer(first_byte_s, self.bytes_per_s, self.reported_s)
 
 
 class SlowTail:
@@ -161,13 +80,15 @@ class SlowTail:
 
     Args:
         connections: Most connections, of all workers together. They bound how many requests are cut at one time.
+
+    Attributes:
+        in_flight: The requests that are in flight.
     """
 
     def __init__(self, connections: int) -> None:
         self._most_budget = max(2.0, _BUDGET_PER_CONNECTION * connections)
-        self._servers: dict[tuple[str, int], _Server] = {}
-        self._in_flight: dict[int, _Request] = {}  # by the part's number, in the order in which they were sent
-        self._looked_s = 0.0
+        self._allowances: dict[Server, _Allowance] = {}
+        self.in_flight = InFlight()
 
     def sent(
         self, number: int, server_and_size: ServerAndSize, now: float, *, cuts: int = 0, cut_bytes_per_s: float = 0.0
@@ -181,12 +102,10 @@ class SlowTail:
             cuts: Requests for the part that were cut before.
             cut_bytes_per_s: Rate of the last one of them; 0 if it had received nothing.
         """
-        host, port, nbytes = server_and_size
-        server = self._servers.get((host, port))
-        if server is None:
-            server = self._servers[host, port] = _Server(self._most_budget)
-        request = self._in_flight[number] = _Request(number, server, nbytes, now)
+        request = self.in_flight.sent(number, server_and_size, now)
         request.cuts, request.cut_bytes_per_s = cuts, cut_bytes_per_s
+        if request.server not in self._allowances:
+            self._allowances[request.server] = _Allowance(self._most_budget)
 
     def fetched(self, number: int, seconds: float, first_byte_s: float, now: float) -> None:
         """Learn from a request that brought all its bytes.
@@ -197,75 +116,74 @@ class SlowTail:
             first_byte_s: Time from its start until its first byte.
             now: Monotonic time.
         """
-        request = self._in_flight.pop(number, None)
+        request = self.in_flight.ended(number)
         if request is None:
             return
-        server = request.server
         bytes_per_s = request.nbytes / max(seconds - first_byte_s, 1e-6)
-        server.history(request.size_class).append(_Peer(first_byte_s, bytes_per_s, now))
-        server.ended_s = now
-        server.budget = min(self._most_budget, server.budget + _BUDGET_PER_SUCCESS)
+        request.history.append(Peer(first_byte_s, bytes_per_s, now))
+        request.server.ended_s = now
+        allowance = self._allowances[request.server]
+        allowance.budget = min(self._most_budget, allowance.budget + _BUDGET_PER_SUCCESS)
         if request.cuts:
             was_in_vain = request.cut_bytes_per_s and bytes_per_s < 2 * request.cut_bytes_per_s
             factor = 2.0 if was_in_vain else 0.5
-            server.patience = min(_MOST_PATIENCE, max(1.0, server.patience * factor))
+            allowance.patience = min(_MOST_PATIENCE, max(1.0, allowance.patience * factor))
 
     def ended(self, number: int) -> None:
         """Forget a request that failed or was cut, or whose worker died."""
-        self._in_flight.pop(number, None)
+        self.in_flight.ended(number)
 
     def next_look(self) -> float:
         """Time, by the monotonic clock, to ask for the progress of all requests; infinite if there are none."""
-        oldest = next(iter(self._in_flight.values()), None)
+        oldest = next(iter(self.in_flight.requests.values()), None)
         if oldest is None:
             return float("inf")
-        history = oldest.server.history(oldest.size_class)
-        if len(history) < _LEAST_PEERS:
+        asked_s = self.in_flight.asked_s
+        if len(oldest.history.peers) < _LEAST_PEERS:
             # Nothing is known: the first requests are compared with each other, more and more rarely.
-            interval_s = max(self._looked_s - oldest.sent_s, 2 * _SHORTEST_LOOK_S) / 2
+            interval_s = max(asked_s - oldest.sent_s, 2 * _SHORTEST_LOOK_S) / 2
             due = oldest.sent_s + 2 * _SHORTEST_LOOK_S
         else:
-            usual_s = _quantile((peer.seconds(oldest.nbytes) for peer in history), 0.5)
+            usual_s = oldest.history.usual().seconds(oldest.nbytes)
             interval_s, due = usual_s / 2, oldest.sent_s + usual_s
-        return max(due, self._looked_s + min(_LONGEST_LOOK_S, max(_SHORTEST_LOOK_S, interval_s)))
+        return max(due, asked_s + min(_LONGEST_LOOK_S, max(_SHORTEST_LOOK_S, interval_s)))
 
     def looked(self, now: float) -> None:
         """Note that the workers are asked for progress now."""
-        refill = _BUDGET_PER_S * min(_LONGEST_LOOK_S, now - self._looked_s)
-        for server in self._servers.values():
-            server.budget = min(self._most_budget, server.budget + refill)
-        self._looked_s = now
+        refill = _BUDGET_PER_S * min(_LONGEST_LOOK_S, now - self.in_flight.asked_s)
+        for allowance in self._allowances.values():
+            allowance.budget = min(self._most_budget, allowance.budget + refill)
+        self.in_flight.asked_s = now
 
     def judge(self, progress: Iterable[PartProgress], now: float) -> list[int]:
         """Take a worker's report; returns the numbers of the parts to cut."""
-        reported = []
-        for each in progress:
-            request = self._in_flight.get(each.part)
-            if request is not None and not request.is_cut:
-                request.note(each, now)
-                reported.append(request)
+        reported = self.in_flight.report(progress, now)
         # The slowest first, in case that the budget does not last for all.
         reported.sort(key=lambda request: request.bytes_per_s)
         cut = []
         for request in reported:
-            if request.server.budget >= 1 and self._is_slow(request, now):
-                request.server.budget -= 1
+            allowance = self._allowances[request.server]
+            if allowance.budget >= 1 and self._is_slow(request, allowance.patience, now):
+                allowance.budget -= 1
                 request.is_cut = True
                 cut.append(request.number)
         return cut
 
-    def _is_slow(self, request: _Request, now: float) -> bool:
+    def _is_slow(self, request: Request, patience: float, now: float) -> bool:
         progress = request.progress
         assert progress is not None, "only requests that were reported are judged"
-        others = [each for each in self._in_flight.values() if each is not request and each.server is request.server]
-        peers = self._peers(request, others, now)
+        is_known = len(request.history.peers) >= _LEAST_PEERS
+        if is_known and now - progress.started_s <= request.history.usual().seconds(request.nbytes):
+            return False  # most are younger, and need no closer look
+        others = [each for each in request.server.in_flight.values() if each is not request]
+        peers = _peers(request, others, now)
         if len(peers) < _LEAST_PEERS:
             return False
         left = request.nbytes - progress.received
-        usual_s = _quantile((peer.seconds(request.nbytes) for peer in peers), 0.5)
-        anew_s = _quantile((peer.seconds(left) for peer in peers), 0.5)
-        patience = request.server.patience * 2.0**request.cuts
-        clock_s = self._served_s(request, others, now)
+        usual_s = quantile((peer.seconds(request.nbytes) for peer in peers), 0.5)
+        anew_s = quantile((peer.seconds(left) for peer in peers), 0.5)
+        patience *= 2.0**request.cuts
+        clock_s = _served_s(request, others, now)
         if now - clock_s > max(_LEAST_PAUSE_S, _PAUSE_PATIENCE * patience * usual_s):
             if any(each.cuts or each.is_cut for each in others):
                 return False  # one was cut already, and its new request fares no better
@@ -274,7 +192,7 @@ class SlowTail:
         if age_s < _LEAST_AGE_S:
             return False
         if request.first_byte_s is None:
-            late_s = _LATENESS * _quantile((peer.first_byte_s for peer in peers), 0.9)
+            late_s = _LATENESS * quantile((peer.first_byte_s for peer in peers), 0.9)
             return age_s > patience * max(late_s, usual_s)
         if age_s <= patience * _OVERTIME * usual_s or clock_s - progress.first_byte_s < _LEAST_AGE_S:
             return False
@@ -282,30 +200,26 @@ class SlowTail:
         # The second one: if it fell silent near its end, its rate since the first byte says little.
         return left > slow_s * request.bytes_per_s or clock_s - request.moved_s > max(slow_s, patience * usual_s)
 
-    def _peers(self, request: _Request, others: list[_Request], now: float) -> list[_Peer]:
-        assert request.progress is not None, "only requests that were reported are judged"
-        started_s, history = request.progress.started_s, request.server.history(request.size_class)
-        # Of a much younger one the rate says little: perhaps it is about to pause, as this one does.
-        least_age_s = (now - started_s) / 2
-        peers = [peer for each in others if (peer := each.as_peer(least_age_s)) is not None]
-        peers += [peer for peer in history if peer.ended_s > started_s]
-        if len(peers) >= _LEAST_PEERS:
-            return peers
-        # Few others are left, or a part that was cut is requested again: what was known before has to do.
-        older = [*history] if len(history) >= _LEAST_PEERS else request.server.any_history()
-        return [*peers, *older[-_OLDER_PEERS:]]
 
-    def _served_s(self, request: _Request, others: list[_Request], now: float) -> float:
-        """Time until which the server is known to have served others: in a pause for all, nobody gets slower.
-
-        With few others in flight nothing is known of it, and it is ``now``.
-        """
-        if len(others) < _PAUSE_WITNESSES:
-            return now
-        return max(request.server.ended_s, *(each.moved_s for each in others))
+def _peers(request: Request, others: list[Request], now: float) -> list[Peer]:
+    assert request.progress is not None, "only requests that were reported are judged"
+    started_s, history = request.progress.started_s, request.history.peers
+    # Of a much younger one the rate says little: perhaps it is about to pause, as this one does.
+    least_age_s = (now - started_s) / 2
+    peers = [peer for each in others[:_MOST_PEERS] if (peer := each.as_peer(least_age_s)) is not None]
+    peers += [peer for peer in history if peer.ended_s > started_s]
+    if len(peers) >= _LEAST_PEERS:
+        return peers
+    # Few others are left, or a part that was cut is requested again: what was known before has to do.
+    older = [*history] if len(history) >= _LEAST_PEERS else request.server.peers_of_any_size()
+    return [*peers, *older[-_OLDER_PEERS:]]
 
 
-def _quantile(values: Iterable[float], share: float) -> float:
-    """The value below which that share of the values lies."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+def _served_s(request: Request, others: list[Request], now: float) -> float:
+    """Time until which the server is known to have served others: in a pause for all, nobody gets slower.
+
+    With few others in flight nothing is known of it, and it is ``now``.
+    """
+    if len(others) < _PAUSE_WITNESSES:
+        return now
+    return max(request.server.ended_s, *(each.moved_s for each in others))

@@ -1,0 +1,213 @@
+"""Requests in flight: how far each one is, and how others to the same server went.
+
+Used by :mod:`~mpreader.pool.coordinator.tail` and :mod:`~mpreader.pool.coordinator.halving`, which decide by it, in the
+coordinator's thread. It keeps numbers only, and decides nothing.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from typing import Final, NamedTuple
+
+from mpreader.pool.worker.messages import PartProgress
+
+__all__ = ["History", "InFlight", "Peer", "Request", "Server", "ServerAndSize", "quantile"]
+
+ServerAndSize = tuple[str, int, int]  # host, port, bytes of the request
+
+_PEERS_KEPT: Final = 64  # requests that ended lately, for each server and size
+# What is usual is computed anew after so many of them: sorting at each part would cost more than all the rest.
+_PEERS_PER_LOOK: Final = 8
+
+
+class Peer(NamedTuple):
+    """How another request goes or went: seconds to its first byte, bytes per second from then on, time of its end."""
+
+    first_byte_s: float
+    bytes_per_s: float
+    ended_s: float
+
+    def seconds(self, nbytes: int) -> float:
+        """Time that it would take for ``nbytes``."""
+        return self.first_byte_s + nbytes / self.bytes_per_s
+
+
+class History:
+    """Requests of about one size to one server that ended lately.
+
+    Attributes:
+        peers: The requests, the newest last.
+    """
+
+    __slots__ = ("_appended", "_bytes_per_s", "_first_byte_s", "peers")
+
+    def __init__(self) -> None:
+        self.peers: deque[Peer] = deque(maxlen=_PEERS_KEPT)
+        self._appended = 0
+        self._first_byte_s = 0.0
+        self._bytes_per_s = 1.0
+
+    def append(self, peer: Peer) -> None:
+        """Add a request that has just ended."""
+        self.peers.append(peer)
+        if self._appended < _PEERS_PER_LOOK or self._appended % _PEERS_PER_LOOK == 0:
+            self._first_byte_s = quantile((each.first_byte_s for each in self.peers), 0.5)
+            self._bytes_per_s = quantile((each.bytes_per_s for each in self.peers), 0.5)
+        self._appended += 1
+
+    def usual(self) -> Peer:
+        """A request as they usually were, as of late; not for an empty history."""
+        return Peer(self._first_byte_s, self._bytes_per_s, 0.0)
+
+
+class Server:
+    """What is known of a server.
+
+    Attributes:
+        histories: Its requests that ended lately, by the number of bits of their size.
+        ended_s: Time at which one of them last brought all its bytes.
+        in_flight: Its requests that are in flight, by the part's number, in the order in which they were sent.
+    """
+
+    __slots__ = ("ended_s", "histories", "in_flight")
+
+    def __init__(self) -> None:
+        self.histories: dict[int, History] = {}
+        self.ended_s = 0.0
+        self.in_flight: dict[int, Request] = {}
+
+    def history(self, nbytes: int) -> History:
+        """Requests of about ``nbytes`` bytes that ended lately."""
+        size_class = nbytes.bit_length()
+        history = self.histories.get(size_class)
+        if history is None:
+            history = self.histories[size_class] = History()
+        return history
+
+    def peers_of_any_size(self) -> list[Peer]:
+        """Requests of any size that ended lately."""
+        return [peer for history in self.histories.values() for peer in history.peers]
+
+
+class Request:
+    """A GET in flight.
+
+    Attributes:
+        number: Number of its part.
+        server: Its server.
+        nbytes: Bytes that it asks for, or less, if it was told to end earlier.
+        history: Requests of about its size to its server.
+        sent_s: Time at which a worker got it; the worker may begin with it later.
+        cuts: Number of times that its part was cut before.
+        cut_bytes_per_s: Bytes per second of the request that was cut last; 0 if it had received nothing.
+        progress: What its worker said of it last; None if nothing.
+        reported_s: Time at which that came.
+        moved_s: Time at which it was last known to have received something; 0 if it has not.
+        bytes_per_s: Rate since its first byte; 0 if none has come.
+        is_cut: True once it was decided to cut it.
+    """
+
+    __slots__ = (
+        "bytes_per_s",
+        "cut_bytes_per_s",
+        "cuts",
+        "history",
+        "is_cut",
+        "moved_s",
+        "nbytes",
+        "number",
+        "progress",
+        "reported_s",
+        "sent_s",
+        "server",
+    )
+
+    def __init__(self, number: int, server: Server, nbytes: int, now: float) -> None:
+        self.number = number
+        self.server = server
+        self.nbytes = nbytes
+        self.history = server.history(nbytes)
+        self.sent_s = now
+        self.cuts = 0
+        self.cut_bytes_per_s = 0.0
+        self.progress: PartProgress | None = None
+        self.reported_s = now
+        self.moved_s = 0.0
+        self.bytes_per_s = 0.0
+        self.is_cut = False
+
+    def note(self, progress: PartProgress, now: float) -> None:
+        """Take a report of its worker."""
+        if progress.received > self.received:
+            self.moved_s = now
+        # Not the rate since the last report: some servers send in bursts, with pauses that are longer than that.
+        self.bytes_per_s = progress.received / max(now - progress.first_byte_s, 1e-6) if progress.first_byte_s else 0.0
+        self.progress, self.reported_s = progress, now
+
+    @property
+    def received(self) -> int:
+        """Bytes that it had received when it was last reported."""
+        return self.progress.received if self.progress is not None else 0
+
+    @property
+    def first_byte_s(self) -> float | None:
+        """Seconds until its response began; None if it has not."""
+        if self.progress is None or not self.progress.first_byte_s:
+            return None
+        return self.progress.first_byte_s - self.progress.started_s
+
+    def as_peer(self, least_age_s: float) -> Peer | None:
+        """Its rate when it was last reported, as an example for others; None if it was younger, or had no byte."""
+        first_byte_s = self.first_byte_s
+        if first_byte_s is None or not self.bytes_per_s or self.progress is None:
+            return None
+        if self.reported_s - self.progress.started_s < least_age_s:
+            return None
+        return Peer(first_byte_s, self.bytes_per_s, self.reported_s)
+
+
+class InFlight:
+    """All requests in flight. Not thread-safe: owned by the coordinator's thread.
+
+    Attributes:
+        requests: The requests by the part's number, in the order in which they were sent.
+        asked_s: Time at which the workers were last asked for progress.
+    """
+
+    def __init__(self) -> None:
+        self.requests: dict[int, Request] = {}
+        self.asked_s = 0.0
+        self._servers: dict[tuple[str, int], Server] = {}
+
+    def sent(self, number: int, server_and_size: ServerAndSize, now: float) -> Request:
+        """Note that a worker has got a request for (the rest of) a part; returns it."""
+        host, port, nbytes = server_and_size
+        server = self._servers.get((host, port))
+        if server is None:
+            server = self._servers[host, port] = Server()
+        request = self.requests[number] = server.in_flight[number] = Request(number, server, nbytes, now)
+        return request
+
+    def ended(self, number: int) -> Request | None:
+        """Forget a request that has ended in any way; returns it, if it was known."""
+        request = self.requests.pop(number, None)
+        if request is not None:
+            del request.server.in_flight[number]
+        return request
+
+    def report(self, progress: Iterable[PartProgress], now: float) -> list[Request]:
+        """Take a worker's report; returns the requests that it tells of, but for those that are cut."""
+        reported = []
+        for each in progress:
+            request = self.requests.get(each.part)
+            if request is not None and not request.is_cut:
+                request.note(each, now)
+                reported.append(request)
+        return reported
+
+
+def quantile(values: Iterable[float], share: float) -> float:
+    """The value below which that share of the values lies."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
