@@ -137,6 +137,12 @@ class Part:
         left = self.end - start - sum(end - skip for skip, end in skips)
         return Part(start, self.end, slot_offset=self.slot_offset + self.kept_bytes - left, skips=skips)
 
+    def first(self, nbytes: int) -> Part:
+        """Return a part of the first ``nbytes`` requested bytes; its over-read is not counted."""
+        end = self.start + nbytes
+        skips = tuple((skip, min(skip_end, end)) for skip, skip_end in self.skips if skip < end)
+        return Part(self.start, end, slot_offset=self.slot_offset, skips=skips)
+
 
 def check_max_gap(value: object) -> None:
     """Check the public argument ``max_gap_size``: the largest gap, in bytes, that is fetched.

@@ -232,3 +232,8 @@ def test_rest_of_a_part_continues_where_the_received_bytes_end(
     assert not left or rest.slot_offset == places[left[0]]
     assert [byte for byte in range(rest.start, 140) if not any(a <= byte < b for a, b in rest.skips)] == left
     assert rest.rest(0) is rest
+    first = part.first(received)
+    assert (first.start, first.end, first.slot_offset) == (100, 100 + received, 7)
+    assert first.kept_bytes + rest.kept_bytes == part.kept_bytes
+    before = [byte for byte in places if byte < rest.start]
+    assert [byte for byte in range(100, first.end) if not any(a <= byte < b for a, b in first.skips)] == before

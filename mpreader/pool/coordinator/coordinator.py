@@ -33,11 +33,12 @@ from mpreader.errors import MpreaderError, PoolClosed, PoolError
 from mpreader.pool.blocking import make_selector
 from mpreader.pool.coordinator.arena import Arena
 from mpreader.pool.coordinator.concurrency import ConcurrencyLimiter, is_host_busy
+from mpreader.pool.coordinator.halving import Half, Halving
 from mpreader.pool.coordinator.in_flight import ServerAndSize
 from mpreader.pool.coordinator.memory import SlotMemory
 from mpreader.pool.coordinator.reports import report_request
 from mpreader.pool.coordinator.scheduler import Scheduler, SchedulerLimits
-from mpreader.pool.coordinator.state import PartState
+from mpreader.pool.coordinator.state import PartState, SlotStatus
 from mpreader.pool.coordinator.tail import SlowTail
 from mpreader.pool.coordinator.wakeup import Wakeup
 from mpreader.pool.coordinator.workers import WorkerHandle, WorkerLimits, WorkerSupervisor
@@ -62,6 +63,7 @@ from mpreader.pool.worker.messages import (
     Fetched,
     MapSegment,
     Progress,
+    Shorten,
     UnmapSegment,
 )
 
@@ -147,6 +149,9 @@ class Coordinator:
         self._scheduler = Scheduler(SlotMemory(self._arena), self._post_to, limits)
         self._limiter = ConcurrencyLimiter(sizes.workers, sizes.workers * sizes.connections_per_worker, is_host_busy)
         self._tail = SlowTail(sizes.workers * sizes.connections_per_worker)
+        self._halving = Halving(self._tail.in_flight)
+        self._has_idle = False  # connections, and nothing that they could receive
+        self._next_look = float("inf")
         self._limit = 2 * sizes.workers  # parts that may be in flight, by the limiter's last word
         self._is_held_back = False  # by the limiter: a part could be sent, and must wait
         self._handlers: dict[type, Callable[[Any], None]] = {
@@ -314,14 +319,18 @@ class Coordinator:
             return _END_TICK_S
         if scheduler.has_views and scheduler.waits_for_views:  # the end of a view wakes nobody
             return _LEASE_TICK_S
+        # Computed here only, not with every message.
+        self._next_look = self._tail.next_look()
+        if self._has_idle:
+            self._next_look = min(self._next_look, self._halving.next_look())
         if scheduler.is_idle:
             idle_s = self._busy_until + self._idle_timeout_s - time.monotonic()
             return max(0.0, min(idle_s, _DEADLINE_TICK_S if scheduler.has_views else _LONGEST_WAIT_S))
         if not self.workers.has_room():  # a retry that is due can't be sent before a worker has responded
-            return max(0.0, min(_DEADLINE_TICK_S, self._tail.next_look() - time.monotonic()))
+            return max(0.0, min(_DEADLINE_TICK_S, self._next_look - time.monotonic()))
         # While the limiter holds a part back: a server that does not respond soon is asked for more.
         tick_s = _LIMITER_TICK_S if self._is_held_back else _DEADLINE_TICK_S
-        next_event = min(scheduler.next_event(), self._tail.next_look())
+        next_event = min(scheduler.next_event(), self._next_look)
         return max(0.0, min(tick_s, next_event - time.monotonic()))
 
     def _read_inbox(self) -> None:
@@ -345,12 +354,31 @@ class Coordinator:
         # Also of a process that has ended: what it said before counts, and its parts must not be received again.
         for result in self.workers.receive(worker, now):
             if isinstance(result, Progress):
-                for number in self._tail.judge(result.parts, now):
-                    self.workers.send_to_holder(number, Cancel(number, FailureKind.SLOW))
+                self._handle_progress(result, now)
             else:
                 self._handle_result(worker.process.number, result, now)
         if has_ended:
             self._replace(worker)
+
+    def _handle_progress(self, progress: Progress, now: float) -> None:
+        for number in self._tail.judge(progress.parts, now):
+            self.workers.send_to_holder(number, Cancel(number, FailureKind.SLOW))
+        for count in range(self.workers.idle_connections if self._has_idle else 0):
+            half = self._halving.choose(now)
+            part = None if half is None else self._scheduler.find(half.part)
+            if half is None or part is None or not self._try_halve(part, half, count, now):
+                return
+
+    def _try_halve(self, part: PartState, half: Half, queued: int, now: float) -> bool:
+        """Let another connection receive the end of a part; ``queued`` halves wait for theirs already."""
+        host, port, _ = _server_and_size(part)
+        self._limit = self._limiter.limit(host, port, half.nbytes, now)
+        if self.workers.in_flight + queued >= self._limit or part.slot_read.status is not SlotStatus.FILLING:
+            return False
+        self._scheduler.halve(part, half.nbytes)
+        self._halving.halved(half, now)
+        self.workers.send_to_holder(part.number, Shorten(part.number, part.left_bytes))
+        return True
 
     def _replace(self, worker: WorkerHandle) -> None:
         lost = self.workers.replace(worker)
@@ -364,6 +392,8 @@ class Coordinator:
             nbytes, seconds = result.received, 0.0
         else:
             nbytes, seconds = 0 if part is None else part.left_bytes, result.seconds
+            if result.received is not None:
+                nbytes = result.received
         # Before the part learns of it: what it was asked for, and how much of that has come, are facts of this request.
         self._scheduler.count_request(part, worker, nbytes, seconds)
         if part is not None:
@@ -384,19 +414,21 @@ class Coordinator:
             self.workers.watch(now)
             self._scheduler.expire(now)
             self._cancel_unwanted()
-        if now >= self._tail.next_look():
+        if now >= self._next_look:
+            self._next_look = float("inf")
             self._tail.looked(now)
             self.workers.ask_progress()
 
     def _dispatch(self) -> None:
         """Send parts until the workers, the limiter or the scheduler have no room for more."""
         now = time.monotonic()
-        self._is_held_back = False
+        self._is_held_back = self._has_idle = False
         while self.workers.has_room():
             self._scheduler.window_bytes = self._window_bytes()
             part = self._scheduler.next_part(now)
             self._announce_segments()
             if part is None:
+                self._has_idle = not self._scheduler.has_pending
                 return
             self._limit = self._limiter.limit(*_server_and_size(part), now)
             self._is_held_back = self.workers.in_flight >= self._limit

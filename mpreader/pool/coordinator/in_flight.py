@@ -19,6 +19,8 @@ ServerAndSize = tuple[str, int, int]  # host, port, bytes of the request
 _PEERS_KEPT: Final = 64  # requests that ended lately, for each server and size
 # What is usual is computed anew after so many of them: sorting at each part would cost more than all the rest.
 _PEERS_PER_LOOK: Final = 8
+# Some servers send in bursts: bytes that come within so many seconds are taken for one.
+_BURST_S: Final = 0.2
 
 
 class Peer(NamedTuple):
@@ -106,12 +108,16 @@ class Request:
         moved_s: Time at which it was last known to have received something; 0 if it has not.
         bytes_per_s: Rate since its first byte; 0 if none has come.
         is_cut: True once it was decided to cut it.
+        halved_s: Time at which it was last told to end earlier; 0 if it was not.
+        burst_bytes: Most bytes that have come in a short time.
     """
 
     __slots__ = (
+        "burst_bytes",
         "bytes_per_s",
         "cut_bytes_per_s",
         "cuts",
+        "halved_s",
         "history",
         "is_cut",
         "moved_s",
@@ -136,11 +142,16 @@ class Request:
         self.moved_s = 0.0
         self.bytes_per_s = 0.0
         self.is_cut = False
+        self.halved_s = 0.0
+        self.burst_bytes = 0
 
     def note(self, progress: PartProgress, now: float) -> None:
         """Take a report of its worker."""
-        if progress.received > self.received:
+        gained = progress.received - self.received
+        if gained:
             self.moved_s = now
+            if now - (self.reported_s if self.progress is not None else progress.first_byte_s) <= _BURST_S:
+                self.burst_bytes = max(self.burst_bytes, gained)
         # Not the rate since the last report: some servers send in bursts, with pauses that are longer than that.
         self.bytes_per_s = progress.received / max(now - progress.first_byte_s, 1e-6) if progress.first_byte_s else 0.0
         self.progress, self.reported_s = progress, now

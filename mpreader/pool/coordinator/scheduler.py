@@ -57,6 +57,7 @@ from mpreader.pool.requests import (
 from mpreader.pool.stats import PoolStats, Tally
 from mpreader.pool.worker.messages import Failed, FailureKind
 from mpreader.pool.worker.version import Validators, find_change
+from mpreader.ranges import Part
 
 __all__ = ["Scheduler", "SchedulerLimits"]
 
@@ -127,6 +128,11 @@ class Scheduler:
     def waits_for_views(self) -> bool:
         """True while a consumer waits for memory that only the end of a view can bring."""
         return any(slot_read.waits_for_views_since is not None for slot_read in self._demanded)
+
+    @property
+    def has_pending(self) -> bool:
+        """True if there is more to be received than what is in flight, queued or delayed."""
+        return any(read.next_pending() is not None for read in self._reads.values())
 
     def next_event(self) -> float:
         """Time, by the monotonic clock, at which a delayed part is due; infinite if there is none."""
@@ -230,6 +236,21 @@ class Scheduler:
             self._learn_version(part, found)
             self._end_part(part)
 
+    def halve(self, part: PartState, nbytes: int) -> None:
+        """Take the last bytes of a part that is in flight for a part of their own, which is queued.
+
+        Args:
+            part: The part, of a slot read that is being filled.
+            nbytes: How many of its bytes; less than it lacks.
+        """
+        middle = part.range.size - nbytes
+        other = PartState(next(self._numbers), part.slot_read, part.range.rest(middle))
+        part.range = part.range.first(middle)
+        self._parts[other.number] = other
+        part.slot_read.parts.append(other)
+        part.slot_read.open_parts += 1
+        self._queued.append(other)
+
     def failed(self, failure: Failed, now: float) -> None:
         """Decide about a part that did not arrive, or not wholly."""
         part = self._parts.get(failure.part)
@@ -243,7 +264,7 @@ class Scheduler:
             part.malformed += failure.kind is FailureKind.MALFORMED
             part.last_failure = failure.detail
         self._learn_version(part, failure.found)
-        if part.slot_read.status is not SlotStatus.FILLING or not part.left_bytes:
+        if part.slot_read.status is not SlotStatus.FILLING or part.left_bytes <= 0:
             self._end_part(part)  # in the second case all is there: what failed came after the last byte
         elif failure.kind is FailureKind.SLOW:
             self._note_cut(part, failure)

@@ -139,6 +139,12 @@ class WorkerSupervisor:
         """Number of parts that the workers have."""
         return sum(len(worker.parts) for worker in self._workers)
 
+    @property
+    def idle_connections(self) -> int:
+        """Connections, of the workers that can take a part, for which there is none."""
+        most = self._limits.connections_per_worker
+        return sum(max(0, most - len(worker.parts)) for worker in self._workers if self._can_take(worker))
+
     def has_room(self) -> bool:
         """Returns True if a worker can take a part."""
         return any(map(self._can_take, self._workers))

@@ -43,7 +43,7 @@ from typing import TYPE_CHECKING, Final
 from mpreader.pool.worker.destination import Destination
 from mpreader.pool.worker.failure import GetFailed, check_response, is_condition_refused
 from mpreader.pool.worker.http import ConnectionEnded, HttpSocket, MalformedResponse, Response
-from mpreader.pool.worker.messages import FailureKind, Fetch
+from mpreader.pool.worker.messages import FailureKind, Fetch, Shorten
 from mpreader.pool.worker.route import Route
 from mpreader.pool.worker.transport import address_of, addresses, host_and_port, open_socket, server_of
 from mpreader.pool.worker.version import Validators, is_strong
@@ -100,6 +100,7 @@ class Connection:
         self._connect_timeout_s = connect_timeout_s
         self._stall_timeout_s = stall_timeout_s
         self._http: HttpSocket | None = None
+        self._shortened: Shorten | None = None
         self._connecting: socket.socket | None = None  # the socket while it connects, before _http has it
         self._address: Address | None = None  # the one that _http is connected to
         self._origin: object = None  # origin of _http, which is used again only for routes of an equal origin
@@ -124,6 +125,14 @@ class Connection:
             with contextlib.suppress(OSError):  # the owner may have closed the socket already
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
+    def shorten(self, message: Shorten) -> None:
+        """Make the GET in progress end earlier, if it is for the part that is meant, and not past that place.
+
+        Called by another thread than the owner.
+        """
+        # Stored with the part's number, which the owner compares: it may just begin another part.
+        self._shortened = message
+
     def get(self, fetch: Fetch, into: memoryview, cancelled: Container[int] = ()) -> None:
         """Receive a part.
 
@@ -135,14 +144,15 @@ class Connection:
                 time.
 
         Raises:
-            GetFailed: The part was not, or not wholly, received. Its first ``received`` bytes, without those that are
-                skipped, are in ``into``, and right.
+            GetFailed: The part was not, or not wholly, received, and that was not for ``shorten``. Its first ``received``
+                bytes, without those that are skipped, are in ``into``, and right.
         """
         self._abort_reason = None
         self.started_s = time.monotonic()
         self.first_byte_s = 0.0
         self.received = 0
         self.found = ()
+        self._shortened = None
         self._extend_deadline()
         # Last: whoever reads the attributes of this part must not read those of the one before it.
         self.part = fetch.part
@@ -199,7 +209,7 @@ class Connection:
             _add(_refuse_if_match, origin)
         self._receive(response, fetch, into)
         addresses.served(self._address)
-        if response.will_close:
+        if response.will_close or self.received < fetch.end - fetch.start:
             self.close()
 
     def _accepted(self, fetch: Fetch, is_conditional: bool) -> Response:
@@ -271,7 +281,7 @@ class Connection:
         destination = Destination(fetch, into)
         try:
             while received < wanted:
-                count = destination.receive(response)
+                count = destination.receive(response, wanted - received)
                 if not count:  # a body may end early without any error
                     raise GetFailed(FailureKind.BROKEN, f"the body ended after {received} of {wanted} bytes", received)
                 received += count
@@ -279,6 +289,10 @@ class Connection:
                 if received >= next_check:
                     self._extend_deadline()
                     next_check = received + CHUNK_BYTES
+                if self._shortened is not None and self._shortened.part == fetch.part:
+                    wanted = min(wanted, self._shortened.nbytes)
+            if received < fetch.end - fetch.start:
+                return  # shortened: the rest of the response is not read
             # The length of a body that does not state it is known only at its end. The end of a chunked one must be
             # read in any case: left in the socket, it would be taken for the start of the next response.
             if response.length is None and response.read(1):

@@ -34,8 +34,8 @@ class Destination:
         self._offset = fetch.start  # of the next byte, in the object
         self._skips = list(fetch.skips[::-1])  # those that lie ahead; the next one comes last
 
-    def receive(self, response: Response) -> int:
-        """Receive the next bytes of the body, as many as have come, and keep or drop them.
+    def receive(self, response: Response, most: int) -> int:
+        """Receive the next bytes of the body, as many as have come, but no more than ``most``, and keep or drop them.
 
         Returns:
             Number of bytes received; 0 at the end of the body.
@@ -45,11 +45,11 @@ class Destination:
             OSError: As for :meth:`Response.receive_into`.
         """
         if not self._skips:
-            return self._keep(response, self._into)
+            return self._keep(response, self._into[:most])
         start, end = self._skips[-1]
         if self._offset < start:
-            return self._keep(response, self._into[: start - self._offset])
-        count = response.receive_into(_DROPPED[: end - self._offset], socket.MSG_TRUNC)
+            return self._keep(response, self._into[: min(most, start - self._offset)])
+        count = response.receive_into(_DROPPED[: min(most, end - self._offset)], socket.MSG_TRUNC)
         self._offset += count
         if self._offset == end:
             self._skips.pop()

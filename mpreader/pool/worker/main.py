@@ -13,6 +13,7 @@ replaced at any time. The coordinator decides which part comes next and what is 
         │                             │   (all busy: the part waits)     │ takes the part that waits longest, or is idle
         │ Cancel ───────────────────► │ ─ Connection.abort ────────────► │ ends the GET
         │                             │ ─ abort, if a deadline passed ─► │ ends the GET
+        │ Shorten ──────────────────► │ ─ Connection.shorten ──────────► │ ends the GET earlier
         │ Ping, AskProgress ────────► │                                  │
         │ ◄──── Ready, Pong, Progress │                                  │
         │ ◄─────────────────────────────────────────────── Fetched, Failed │
@@ -56,6 +57,7 @@ from mpreader.pool.worker.messages import (
     Pong,
     Progress,
     Ready,
+    Shorten,
     UnmapSegment,
     python_name,
 )
@@ -124,6 +126,7 @@ class ConnectionThread(threading.Thread):
             started_s,
             self.connection.first_byte_s,
             self.connection.found,
+            self.connection.received,
         )
 
     def _failed(self, fetch: Fetch, failure: GetFailed, started_s: float) -> Failed:
@@ -245,13 +248,21 @@ class Worker:
             # No part is received into the segment, so no thread holds a view of it: this drops the last reference, and
             # that unmaps the memory.
             self.segments.pop(message.segment, None)
-        elif isinstance(message, Cancel):
+        else:
+            self._handle_request_about_parts(message)
+        return True
+
+    def _handle_request_about_parts(self, message: object) -> None:
+        if isinstance(message, Cancel):
             self._cancel(message)
+        elif isinstance(message, Shorten):
+            for thread in self._threads:
+                if thread.connection.part == message.part:
+                    thread.connection.shorten(message)
         elif isinstance(message, AskProgress):
             self.send(self._progress())
         elif isinstance(message, Ping):
             self.send(Pong())
-        return True
 
     def _map(self, message: MapSegment, fd: int) -> None:
         try:

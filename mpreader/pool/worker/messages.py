@@ -30,6 +30,7 @@ __all__ = [
     "Pong",
     "Progress",
     "Ready",
+    "Shorten",
     "UnmapSegment",
     "python_name",
 ]
@@ -123,6 +124,20 @@ class Cancel(NamedTuple):
     kind: FailureKind = FailureKind.CANCELLED
 
 
+class Shorten(NamedTuple):
+    """Request to receive less of a part: another request takes the rest.
+
+    The worker may be past that place already, or have ended; its Fetched or Failed says how far it came.
+
+    Attributes:
+        part: Number of the part.
+        nbytes: Bytes, from the start of its Fetch, after which it is to end.
+    """
+
+    part: int
+    nbytes: int
+
+
 class AskProgress(NamedTuple):
     """Request for a Progress."""
 
@@ -178,7 +193,7 @@ class Progress(NamedTuple):
 
 
 class Fetched(NamedTuple):
-    """All bytes of a part are in its segment.
+    """All bytes of a part are in its segment, or as many as a Shorten has left of it.
 
     Points of time are of the monotonic clock, which all processes of a host share.
 
@@ -191,6 +206,7 @@ class Fetched(NamedTuple):
         started_s: Time at which the worker began with the part.
         first_byte_s: Time at which the response began.
         found: Validators of the response that the expected version does not have.
+        received: Bytes received; None: all that the Fetch asked for.
     """
 
     part: int
@@ -200,6 +216,7 @@ class Fetched(NamedTuple):
     started_s: float = 0.0
     first_byte_s: float = 0.0
     found: Validators = ()
+    received: int | None = None
 
 
 class Failed(NamedTuple):
