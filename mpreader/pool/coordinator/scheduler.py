@@ -57,7 +57,6 @@ from mpreader.pool.requests import (
 from mpreader.pool.stats import PoolStats, Tally
 from mpreader.pool.worker.messages import Failed, FailureKind
 from mpreader.pool.worker.version import Validators, find_change
-from mpreader.ranges import Part
 
 __all__ = ["Scheduler", "SchedulerLimits"]
 

@@ -144,8 +144,8 @@ class Connection:
                 time.
 
         Raises:
-            GetFailed: The part was not, or not wholly, received, and that was not for ``shorten``. Its first ``received``
-                bytes, without those that are skipped, are in ``into``, and right.
+            GetFailed: The part was not, or not wholly, received, and that was not for ``shorten``. Its first
+                ``received`` bytes, without those that are skipped, are in ``into``, and right.
         """
         self._abort_reason = None
         self.started_s = time.monotonic()
