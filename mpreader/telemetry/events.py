@@ -26,8 +26,9 @@ class RequestEvent(NamedTuple):
         started_s: Time at which the request was begun, by the monotonic clock.
         first_byte_s: Time at which the response began; ``ended_s`` if there was none.
         ended_s: Time at which it ended.
-        outcome: ``"ok"``, or why it failed: ``"broken"``, ``"stalled"``, ``"busy"``, …
-        attempt: 1 for the first request for these bytes.
+        outcome: ``"ok"``, or why it failed: ``"broken"``, ``"stalled"``, ``"busy"``, …; ``"slow"``, which is no
+            failure, if it was cut since it was much slower than others.
+        attempt: 1 for the first request for these bytes; a request that was cut does not count.
     """
 
     uri: str

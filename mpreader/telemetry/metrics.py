@@ -9,8 +9,9 @@
 ========================================  =========  =========================================================
 
 The other attributes are those of OpenTelemetry's conventions: ``aws.s3.bucket``, or ``server.address`` and
-``server.port`` of an http(s) URL; ``error.type`` where a request failed. Keys of objects are not attributes: each key
-would be a time series of its own.
+``server.port`` of an http(s) URL; ``error.type`` where a request failed. A request that was cut, since it was much
+slower than others, has the outcome ``slow``, and is no failure. Keys of objects are not attributes: each key would be a
+time series of its own.
 
 Programs call :func:`instrument`. OpenTelemetry is optional, and must not be imported before that.
 """
@@ -122,7 +123,7 @@ class _Report:
         self._first_byte = _histogram(meter, "mpreader.request.time_to_first_byte", "From a request to its answer")
 
     def __call__(self, event: RequestEvent) -> None:
-        is_ok = event.outcome == "ok"
+        is_ok = event.outcome in ("ok", "slow")
         place = _place(event.uri)
         # Bytes and retries are counted for each place only; requests and durations also for each kind of failure.
         result = place if is_ok else {**place, "error.type": event.outcome}
@@ -132,7 +133,7 @@ class _Report:
             self._retries.add(1, place)
         self._duration.record(event.ended_s - event.started_s, result)
         # A request that got no response has no time to its first byte: its first_byte_s is its ended_s.
-        if is_ok or event.first_byte_s < event.ended_s:
+        if event.outcome == "ok" or event.first_byte_s < event.ended_s:
             self._first_byte.record(event.first_byte_s - event.started_s, result)
 
 

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["write_picture"]
 
-_WAITING, _RECEIVING, _FAILED = "waiting for the first byte", "receiving", "failed"
-_COLORS: Final = {_WAITING: "#f2b134", _RECEIVING: "#2a7fbf", _FAILED: "#c8352b"}
+_WAITING, _RECEIVING, _FAILED, _CUT = "waiting for the first byte", "receiving", "failed", "slow, cut"
+_COLORS: Final = {_WAITING: "#f2b134", _RECEIVING: "#2a7fbf", _FAILED: "#c8352b", _CUT: "#8e5ea2"}
 _WIDTH_IN: Final = 12.0  # all sizes are in inches, as matplotlib's
 _ROW_IN: Final = 0.22  # one row, unless all of them would be higher than _MOST_ROWS_IN
 _LEAST_ROWS_IN: Final = 1.2
@@ -56,9 +56,10 @@ def _title(events: Sequence[RequestEvent]) -> str:
         return "no requests"
     seconds = max(event.ended_s for event in events) - min(event.started_s for event in events)
     received = sum(event.received for event in events)
-    failed = sum(event.outcome != "ok" for event in events)
+    cut = sum(event.outcome == "slow" for event in events)
+    failed = sum(event.outcome != "ok" for event in events) - cut
     rate = f": {received / seconds / 1e9:.3g} GB/s" if seconds else ""
-    requests = f"{len(events):,} request{'s' * (len(events) != 1)} ({failed:,} failed)"
+    requests = f"{len(events):,} request{'s' * (len(events) != 1)} ({failed:,} failed{f', {cut:,} cut' if cut else ''})"
     return f"{received / 1e6:,.1f} MB in {requests} in {seconds:.2f} s{rate}"
 
 
@@ -69,13 +70,15 @@ def _draw_requests(axes: Axes, rows: Rows, began_s: float) -> None:
         bars: dict[str, list[tuple[float, float]]] = {label: [] for label in _COLORS}
         for event in events:
             if event.outcome != "ok":
-                bars[_FAILED].append((event.started_s - began_s, event.ended_s - event.started_s))
+                bars[_CUT if event.outcome == "slow" else _FAILED].append(
+                    (event.started_s - began_s, event.ended_s - event.started_s)
+                )
                 continue
             bars[_WAITING].append((event.started_s - began_s, event.first_byte_s - event.started_s))
             bars[_RECEIVING].append((event.first_byte_s - began_s, event.ended_s - event.first_byte_s))
         for label, color in _COLORS.items():
             # Where many requests share a pixel, it has the mean of their colours. An edge keeps failures visible there.
-            edge = 1.0 if label == _FAILED else 0.0
+            edge = 1.0 if label in (_FAILED, _CUT) else 0.0
             axes.broken_barh(bars[label], (place - 0.4, 0.8), color=color, linewidth=edge, snap=False)
     if not rows:
         axes.text(0.5, 0.5, "no requests were recorded", transform=axes.transAxes, ha="center", va="center")

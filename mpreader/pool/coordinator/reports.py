@@ -40,7 +40,7 @@ def report_request(part: PartState, worker: int, nbytes: int, result: Fetched | 
         first_byte_s=result.first_byte_s or ended_s,
         ended_s=ended_s,
         outcome=result.kind.name.lower() if isinstance(result, Failed) else "ok",
-        attempt=part.requests,
+        attempt=part.requests - part.cuts,
     )
     for observe in events.observers:
         try:
