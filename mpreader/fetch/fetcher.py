@@ -49,7 +49,7 @@ class RangeFetcher:
       each range. Bytes are copied there piece by piece, so that ``max_memory`` does not limit their size. None: the
       method returns views of shared memory. For several sources, ``out`` is a mapping with an entry for each of them.
     - ``max_gap_size``: largest gap, in bytes, between two ranges that are fetched as one. Default: 1 MiB, which takes
-      about as long to receive as the answer to another request takes to arrive.
+      about as long to receive as the answer to another request takes to arrive. Large gaps take no memory.
     - ``timeout_s``: seconds for the whole call, until the last range has been taken; None: no limit.
     - ``order``: order in which a stream hands out its ranges. ``"offset"``: by their offsets, empty ranges first.
       ``"input"``: as they were given; then only neighbours in the input that ascend are fetched as one.

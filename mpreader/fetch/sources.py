@@ -28,7 +28,7 @@ class Sources:
         s3client_config: Settings of the S3 client.
         known: Ready-made sources by name: such a name is not parsed as a URI. The fsspec file system passes its files
             by their paths, each pinned to the version that it wants to read.
-        on_client_needed: Called before a source is made that needs the S3 client. Making the client takes 0.2 s, for
+        on_client_needed: Called before a source is made that needs the S3 client. Making the client takes 0.1 s, for
             the import of boto3: the callback can start other work that runs in the meantime.
     """
 

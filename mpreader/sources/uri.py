@@ -35,7 +35,7 @@ def source_of(uri: str, client: Callable[[], BaseS3Client], max_attempts: int) -
         from mpreader.sources.http import HttpSource
 
         return HttpSource(uri, max_attempts)
-    # Called before the imports below, which take 0.2 s because of boto3: the callable may start the worker processes,
+    # Called before the imports below, which take 0.1 s because of boto3: the callable may start the worker processes,
     # which then come up during the imports.
     s3_client = client()
     from mpreader.s3 import parse_s3_uri
