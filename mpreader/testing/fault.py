@@ -25,6 +25,7 @@ class FaultKind(Enum):
     CLOSE_ON_ACCEPT = "the connection is closed as soon as it is there; counts connections, not requests"
     STALL = "after after_bytes of the body nothing comes for seconds"
     TRICKLE = "after after_bytes of the body one byte comes every seconds"
+    SLOW = "after after_bytes of the body 4 KiB come every seconds"
     DELAY = "the response starts only after seconds"
     WRONG_LENGTH = "Content-Length is wrong by delta; then the connection is closed"
     WRONG_RANGE = "Content-Range names a range delta bytes further on; the body is that of the right one"
@@ -59,7 +60,7 @@ class Fault:
         until_s: Seconds after the schedule was set from which on it strikes no more; None: it never ends.
         after_bytes: Bytes of the body that are sent unchanged before the fault.
         after_share: Share of the body, 0 to 1, that is sent unchanged before the fault; None: ``after_bytes`` says it.
-        seconds: Duration of STALL and DELAY; time between two bytes of TRICKLE.
+        seconds: Duration of STALL and DELAY; time between two bytes of TRICKLE, between 4 KiB of SLOW.
         delta: Bytes by which WRONG_LENGTH, WRONG_RANGE, WRONG_TOTAL and EXTRA_BYTES are wrong.
         status: HTTP status of STATUS and NO_IF_MATCH.
         code: S3's error code of STATUS, such as ``"ExpiredToken"``; "": the usual one of the status.

@@ -40,7 +40,11 @@ __all__ = ["FaultServer", "FaultedRequest"]
 _CHUNK_BYTES: Final = 256 * 1024
 _RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)  # struct linger: on, for 0 seconds
 # Kinds that strike within the body, whose first after_bytes are sent before.
-_CUT_KINDS: Final = frozenset({FaultKind.RESET, FaultKind.EARLY_CLOSE, FaultKind.STALL, FaultKind.TRICKLE})
+_CUT_KINDS: Final = frozenset(
+    {FaultKind.RESET, FaultKind.EARLY_CLOSE, FaultKind.STALL, FaultKind.TRICKLE, FaultKind.SLOW}
+)
+# Bytes that come at one time of a body that comes slowly.
+_SLOW_STEPS: Final = {FaultKind.TRICKLE: 1, FaultKind.SLOW: 4096}
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,11 +257,11 @@ class FaultServer:
         elif fault.kind is FaultKind.STALL:
             self._pause(fault.seconds)
             self._send(connection, rest)
-        elif fault.kind is FaultKind.TRICKLE:
-            for position in range(len(rest)):
+        elif (step := _SLOW_STEPS.get(fault.kind)) is not None:
+            for position in range(0, len(rest), step):
                 self._pause(fault.seconds)
-                connection.sendall(rest[position : position + 1])
-        return fault.kind in (FaultKind.STALL, FaultKind.TRICKLE)
+                connection.sendall(rest[position : position + step])
+        return fault.kind is FaultKind.STALL or fault.kind in _SLOW_STEPS
 
     def _send(self, connection: socket.socket, body: memoryview) -> None:
         """Send a body, no faster than ``bytes_per_s``."""

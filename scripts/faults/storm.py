@@ -1,8 +1,8 @@
 """Storm: random reads under random faults, while workers are killed and objects overwritten, all derived from a seed.
 
 Each schedule, which is one read and its faults, must end within its deadline in exactly the right bytes of one version,
-or in one error of mpreader's; anything else raises :class:`StormFailure` with the seed that repeats it. The tests run
-some schedules; for hours of them::
+or in one error of mpreader's; where nothing is wrong but that answers are slow, in the right bytes. Anything else
+raises :class:`StormFailure` with the seed that repeats it. The tests run some schedules; for hours of them::
 
     scripts/soak --seconds 3600
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import itertools
 import os
 import random
 import secrets
@@ -47,6 +48,10 @@ _LASTING_KINDS: Final = (
     FaultKind.WRONG_TOTAL,
     FaultKind.STATUS,
 )
+# Kinds by which an answer is right, but slow: for ever, where nobody cuts it.
+_SLOW_KINDS: Final = (FaultKind.DELAY, FaultKind.STALL, FaultKind.TRICKLE, FaultKind.SLOW)
+_PASSING_KINDS: Final = (*TRANSIENT_KINDS, FaultKind.TRICKLE, FaultKind.SLOW)
+_FOR_EVER_S: Final = 3600.0
 _LASTING_STATUSES: Final = (403, 404, 412, 416, 503)
 
 
@@ -58,7 +63,9 @@ class Outcome:
         plan: Name of the plan.
         result: ``"exact"``, or the name of the error's class.
         is_transient: True if each fault struck single requests only, and nothing was killed, stopped or overwritten.
+        is_slow: True if nothing was wrong but that some answers were slow.
         faults: Responses that were made wrong.
+        cuts: Requests of the fetcher that were cut, since they were much slower than others.
         kills: Workers that were killed or stopped.
         seconds: Wall time.
     """
@@ -66,7 +73,9 @@ class Outcome:
     plan: str
     result: str
     is_transient: bool
+    is_slow: bool
     faults: int
+    cuts: int
     kills: int
     seconds: float
 
@@ -105,7 +114,8 @@ def _setup(rng: random.Random, *, with_checkpoint: bool) -> Iterator[Setup]:
         part_size=rng.choice((64, 128, 512)) * KiB,
         # Timeouts far below the defaults, so that stalls and stopped workers are dealt with within DEADLINE_S.
         connect_timeout_s=2.0,
-        stall_timeout_s=0.3,
+        # With the longer one slow answers have mostly been cut before.
+        stall_timeout_s=rng.choice((0.3, 0.6)),
         timeout_s=8.0,
         worker_timeout_s=0.6,
         lease_timeout_s=1.0,
@@ -143,26 +153,38 @@ def _run_named(setup: Setup, rng: random.Random, name: str) -> Outcome:
 
 
 def _run_schedule(setup: Setup, rng: random.Random) -> Outcome:
-    is_transient = rng.random() < 0.5
+    is_transient = rng.random() < 0.6
+    is_slow = is_transient and rng.random() < 0.4
     plan = choose_plan(setup, rng)
-    setup.server.inject(*_choose_faults(setup, rng, is_transient=is_transient))
+    faults = _choose_slow(rng, plan) if is_slow else _choose_faults(setup, rng, is_transient=is_transient)
+    setup.server.inject(*faults)
     for versions in plan.objects:
         setup.server.put(versions.path, versions.contents[0], versions.headers(versions.contents[0]))
     # Kills and overwritten objects may end a read in an error, so schedules whose faults all pass have none.
     disruption = Disruption(setup.server, None if is_transient else rng, plan.objects)
-    requests_before = len(setup.server.requests)
+    requests_before, cuts_before = len(setup.server.requests), setup.fetcher.stats.slow_cut
     started = time.monotonic()
     with disruption:
         result = _result_of(plan)
-    faults = sum(request.fault is not None for request in setup.server.requests[requests_before:])
-    return Outcome(plan.name, result, is_transient, faults, disruption.kills, time.monotonic() - started)
+    if is_slow and result != "exact":
+        raise StormFailure(f"{plan.name} ended in {result}, though nothing was wrong but that answers were slow")
+    return Outcome(
+        plan.name,
+        result,
+        is_transient,
+        is_slow,
+        faults=sum(request.fault is not None for request in setup.server.requests[requests_before:]),
+        cuts=setup.fetcher.stats.slow_cut - cuts_before,
+        kills=disruption.kills,
+        seconds=time.monotonic() - started,
+    )
 
 
 def _choose_faults(setup: Setup, rng: random.Random, *, is_transient: bool) -> list[Fault]:
     # mpreader gives a part up after three wrong responses in a row. Where a read should survive its faults, they are so
     # rare that hardly any part is struck three times.
     rate = rng.choice((0.0, 0.05, 0.2) if is_transient else (0.0, 0.2, 0.4))
-    faults = list(random_faults(rng.randrange(1 << 30), gets=60, rate=rate, kinds=TRANSIENT_KINDS))
+    faults = list(random_faults(rng.randrange(1 << 30), gets=60, rate=rate, kinds=_PASSING_KINDS))
     if setup.checkpoint:
         faults += _choose_flips(rng)
     if not is_transient and rng.random() < 0.5:
@@ -172,6 +194,19 @@ def _choose_faults(setup: Setup, rng: random.Random, *, is_transient: bool) -> l
         # First, since of several faults that would strike one request only the first one of the schedule does.
         faults.insert(0, Fault(kind, at=struck, status=status, seconds=0.02, after_bytes=rng.randrange(1 << 16)))
     return faults
+
+
+def _choose_slow(rng: random.Random, plan: Plan) -> Iterator[Fault]:
+    """Choose answers that are slow; most would take hours."""
+    rate = rng.choice((0.05, 0.1, 0.2))
+    # Not .metadata, which boto3 reads.
+    paths = [None] if plan.objects else [f"/storm/checkpoint/__0_{number}.distcp" for number in range(3)]
+    for path, number in itertools.product(paths, range(1, 61)):
+        if rng.random() < rate:
+            kind = rng.choice(_SLOW_KINDS)
+            seconds = rng.choice((0.1, 1.0)) if kind in (FaultKind.TRICKLE, FaultKind.SLOW) else _FOR_EVER_S
+            after_bytes = rng.choice((0, 1, rng.randrange(1 << 19)))
+            yield Fault(kind, at=(number,), path=path, after_bytes=after_bytes, seconds=seconds)
 
 
 def _choose_flips(rng: random.Random) -> Iterator[Fault]:
@@ -237,13 +272,15 @@ def summary(outcomes: Sequence[Outcome]) -> str:
     results = collections.Counter(outcome.result for outcome in outcomes)
     transient = [outcome for outcome in outcomes if outcome.is_transient]
     exact = sum(outcome.result == "exact" for outcome in transient)
+    slow, cuts = sum(outcome.is_slow for outcome in outcomes), sum(outcome.cuts for outcome in outcomes)
     return "\n".join(
         [
             f"{len(outcomes)} schedules, {sum(outcome.faults for outcome in outcomes)} faults injected, "
             f"{sum(outcome.kills for outcome in outcomes)} workers killed or stopped, "
             f"slowest {max((outcome.seconds for outcome in outcomes), default=0):.1f} s",
             "outcomes: " + ", ".join(f"{name} {count}" for name, count in results.most_common()),
-            f"of {len(transient)} schedules whose faults pass, {exact} were exact",
+            f"of {len(transient)} schedules whose faults pass, {exact} were exact; in {slow} of them answers were slow",
+            f"{cuts} requests were cut",
         ]
     )
 

@@ -8,8 +8,8 @@ import pytest
 
 from scripts.faults import storm
 
-# A seed with many kills. scripts/soak runs thousands of schedules.
-SEED = 10
+# A seed with many kills and slow answers. scripts/soak runs thousands of schedules.
+SEED = 18
 SCHEDULES = 32
 
 
@@ -22,6 +22,8 @@ def test_storm_ends_in_exact_bytes_or_one_typed_error(capsys: pytest.CaptureFixt
     # Or it would prove nothing: what passes must mostly be survived, and there must have been something to survive.
     passing = [outcome for outcome in outcomes if outcome.is_transient]
     assert sum(outcome.result == "exact" for outcome in passing) >= 0.9 * len(passing)
+    assert sum(outcome.faults for outcome in outcomes if outcome.is_slow) >= SCHEDULES // 8
+    assert sum(outcome.cuts for outcome in outcomes) >= 1
     assert sum(outcome.faults for outcome in outcomes) >= SCHEDULES // 2
     assert sum(outcome.kills for outcome in outcomes) >= SCHEDULES // 10
     assert {outcome.plan for outcome in outcomes} == {"fetch", "stream", "fetch_object", "fetch_many", "load"}

@@ -275,6 +275,15 @@ def test_trickle_sends_byte_by_byte() -> None:
         assert time.monotonic() - started >= 0.15
 
 
+def test_slow_body_comes_in_pieces() -> None:
+    fault = Fault(FaultKind.SLOW, after_bytes=1, seconds=0.05)
+    with FaultServer({KEY: DATA}, [fault]) as server, Client(server) as client:
+        for _ in range(2):  # the connection is kept
+            started = time.monotonic()
+            assert client.get(range="bytes=0-8193")[2] == DATA[:8194]
+            assert time.monotonic() - started >= 0.15
+
+
 def test_close_ends_a_stall_at_once() -> None:
     with FaultServer({KEY: DATA}, [Fault(FaultKind.STALL, seconds=3600)]) as server, Client(server) as client:
         client.connection.request("GET", "/bucket/a%20key")

@@ -23,6 +23,8 @@ from mpreader.pool.worker.messages import FailureKind, Fetch
 from mpreader.pool.worker.route import Route
 from mpreader.pool.worker.version import ObjectVersion
 
+pytestmark = [pytest.mark.timeout(60), pytest.mark.row("one of several addresses is slow, or refuses")]
+
 HOST: Final = "store.test"
 DATA: Final = bytes(range(256))
 PATIENCE_S: Final = 30.0  # for what comes at once; longer only where something is wrong
