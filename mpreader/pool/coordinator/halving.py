@@ -104,6 +104,6 @@ def _left_s(request: Request, now: float) -> float:
 def _new_request(last: Request) -> Peer:
     """A new request, as the others to the same server lead to expect it."""
     peers = [peer for each in last.server.in_flight.values() if (peer := each.as_peer(_LEAST_BODY_S)) is not None]
-    peers += last.history.peers or last.server.peers_of_any_size()
+    peers += last.history.peers or last.server.larger_peers(last.nbytes)
     first_byte_s = quantile((peer.first_byte_s for peer in peers), 0.5)
     return Peer(first_byte_s, quantile((peer.bytes_per_s for peer in peers), 0.5), 0.0)

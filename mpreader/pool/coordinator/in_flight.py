@@ -87,9 +87,14 @@ class Server:
             history = self.histories[size_class] = History()
         return history
 
-    def peers_of_any_size(self) -> list[Peer]:
-        """Requests of any size that ended lately."""
-        return [peer for history in self.histories.values() for peer in history.peers]
+    def larger_peers(self, nbytes: int) -> list[Peer]:
+        """Requests of about ``nbytes`` bytes, or of more, that ended lately.
+
+        Much smaller ones tell nothing: where all bytes come with the first one, there is no rate.
+        """
+        least_class = nbytes.bit_length() - 1
+        histories = [history for size_class, history in self.histories.items() if size_class >= least_class]
+        return [peer for history in histories for peer in history.peers]
 
 
 class Request:
@@ -212,7 +217,8 @@ class InFlight:
         reported = []
         for each in progress:
             request = self.requests.get(each.part)
-            if request is not None and not request.is_cut:
+            # A report that was under way while the request failed, and was sent again, is of the one before.
+            if request is not None and not request.is_cut and each.started_s >= request.sent_s:
                 request.note(each, now)
                 reported.append(request)
         return reported

@@ -211,7 +211,7 @@ def _peers(request: Request, others: list[Request], now: float) -> list[Peer]:
     if len(peers) >= _LEAST_PEERS:
         return peers
     # Few others are left, or a part that was cut is requested again: what was known before has to do.
-    older = [*history] if len(history) >= _LEAST_PEERS else request.server.peers_of_any_size()
+    older = [*history] if len(history) >= _LEAST_PEERS else request.server.larger_peers(request.nbytes)
     return [*peers, *older[-_OLDER_PEERS:]]
 
 

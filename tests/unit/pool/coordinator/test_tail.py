@@ -75,6 +75,7 @@ class Load:
     is_cutting: bool = True
     step_s: float = 0.002
     began_s: float = 1000.0
+    server: str = "server"
     seconds: float = 0.0
     cuts: list[int] = field(default_factory=list)
     looks: int = 0
@@ -87,7 +88,7 @@ class Load:
             while queue and len(flying) < self.connections:
                 part = queue.popleft()
                 flying[part.number] = Request(part, self.answer(), now)
-                size = ("server", 443, part.nbytes)
+                size = (self.server, 443, part.nbytes)
                 self.tail.sent(part.number, size, now, cuts=part.cuts, cut_bytes_per_s=part.cut_bytes_per_s)
             now += self.step_s
             if not any(start <= now - self.began_s < end for start, end in self.pauses):
@@ -195,3 +196,36 @@ def test_next_load_knows_what_is_slow_from_the_last_one() -> None:
     load = Load(lambda: next(answers), parts=2, tail=tail, began_s=2000.0).run()
     assert load.cuts == [1]
     assert load.seconds < 1.0
+
+
+def test_slow_server_is_not_compared_with_another_one() -> None:
+    tail = SlowTail(32)
+    Load(steady(90e6), tail=tail, server="fast").run()
+    # One part only, so that it would be compared with what ended before.
+    assert Load(steady(2e6), parts=1, tail=tail, began_s=2000.0, server="slow").run().cuts == []
+
+
+def test_large_request_is_not_compared_with_small_ones_whose_bytes_come_with_the_first() -> None:
+    tail, answer = SlowTail(32), steady(10e6, first_byte_s=0.001)
+    Load(answer, parts=300, nbytes=1000, tail=tail).run()
+    assert Load(answer, parts=2, tail=tail, began_s=2000.0).run().cuts == []
+
+
+def test_rest_of_a_request_is_compared_with_larger_ones() -> None:
+    tail = SlowTail(32)
+    Load(steady(90e6), tail=tail).run()
+    Load(steady(90e6), parts=300, nbytes=1000, tail=tail, began_s=2000.0).run()
+    answers = iter([Answer(1e9, 90e6), Answer(0.03, 90e6)])
+    assert Load(lambda: next(answers), parts=1, nbytes=PART // 5, tail=tail, began_s=3000.0).run().cuts == [0]
+
+
+def test_report_of_a_request_that_was_sent_again_meanwhile_is_left_out() -> None:
+    tail = SlowTail(32)
+    Load(steady(90e6), tail=tail).run()
+    size = ("server", 443, PART)
+    tail.sent(1, size, 2000.0)
+    late = PartProgress(1, 0, 2000.001, 0.0)
+    tail.ended(1)
+    tail.sent(1, size, 2004.9)
+    assert tail.judge([late], 2005.0) == []
+    assert tail.judge([PartProgress(1, 0, 2004.901, 0.0)], 2010.0) == [1]
