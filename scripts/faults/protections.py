@@ -29,6 +29,12 @@ BASELINE_TIMEOUT_S = 600
 NETWORK = "tests/faults/test_network.py"
 WORKERS = "tests/faults/test_workers.py"
 CONNECTION = "mpreader/pool/worker/connection.py"
+TAIL = "mpreader/pool/coordinator/tail.py"
+TAIL_TEST = "tests/unit/pool/coordinator/test_tail.py"
+SCHEDULER = "mpreader/pool/coordinator/scheduler.py"
+SCHEDULER_TEST = "tests/unit/pool/coordinator/test_scheduler.py"
+ADDRESSES = "mpreader/pool/worker/addresses.py"
+ADDRESSES_TEST = "tests/integration/pool/worker/test_addresses.py"
 PARTIAL_CONTENT = "mpreader/pool/worker/partial_content.py"
 
 
@@ -173,6 +179,127 @@ PROTECTIONS = (
         "[part for part in self._parts.values() if part.deadline < now]",
         "[]",
         f"{NETWORK}::test_part_that_takes_too_long_in_all_is_a_timeout",
+    ),
+    Protection(
+        "one answer among many: its rate is far below the others'",
+        "a slow request is cut",
+        TAIL,
+        "if allowance.budget >= 1 and self._is_slow(request, allowance.patience, now):",
+        "if False:",
+        f"{TAIL_TEST}::test_tail_is_cut_and_costs_little[2 % at 200 kB/s]",
+    ),
+    Protection(
+        "one answer among many: its first byte is late",
+        "cuts have a budget",
+        TAIL,
+        "if allowance.budget >= 1 and self._is_slow(request, allowance.patience, now):",
+        "if self._is_slow(request, allowance.patience, now):",
+        f"{TAIL_TEST}::test_cuts_are_bounded_by_the_budget_where_many_requests_are_slow[0.3-late]",
+    ),
+    Protection(
+        "one answer among many: it falls silent in its body",
+        "a silence counts, however fast the body came before",
+        TAIL,
+        " or clock_s - request.moved_s > max(slow_s, patience * usual_s)",
+        "",
+        f"{TAIL_TEST}::test_tail_is_cut_and_costs_little[1 % fall silent just before the end]",
+    ),
+    Protection(
+        "one answer among many: it falls silent in its body",
+        "a cut is no failure",
+        SCHEDULER,
+        "if failure.kind is not FailureKind.SLOW:  # a cut is no failure",
+        "if True:",
+        f"{SCHEDULER_TEST}::test_scheduler_counts_no_cut_as_a_failure",
+    ),
+    Protection(
+        "one answer among many: it falls silent in its body",
+        "the bytes that came before a cut are kept",
+        SCHEDULER,
+        "part.received += failure.received",
+        "part.received += failure.received * (failure.kind is not FailureKind.SLOW)",
+        f"{SCHEDULER_TEST}::test_scheduler_sends_the_rest_of_a_part_that_was_cut_before_all_others",
+    ),
+    Protection(
+        "one answer among many: its first byte is late",
+        "a cut that comes too late does not strike the next request for its part",
+        "mpreader/pool/worker/main.py",
+        "if message.kind is FailureKind.CANCELLED:",
+        "if True:",
+        "tests/unit/pool/worker/test_main.py"
+        "::test_cut_of_a_part_that_has_ended_does_not_strike_it_when_it_is_sent_again[True]",
+    ),
+    Protection(
+        "one answer among many: its first byte is late",
+        "a report of the request before is left out",
+        "mpreader/pool/coordinator/in_flight.py",
+        " and each.started_s >= request.sent_s:",
+        ":",
+        f"{TAIL_TEST}::test_report_of_a_request_that_was_sent_again_meanwhile_is_left_out",
+    ),
+    Protection(
+        "a slow server: all answers are slow",
+        "a request is compared with its peers of the same time",
+        TAIL,
+        "if len(peers) >= _LEAST_PEERS:\n        return peers\n",
+        "if False:\n        return peers\n",
+        f"{TAIL_TEST}::test_server_that_becomes_slow_for_all_sees_no_cuts_in_vain[8]",
+    ),
+    Protection(
+        "a slow server: all answers are slow",
+        "a large request is not compared with small ones",
+        "mpreader/pool/coordinator/in_flight.py",
+        "if size_class >= least_class",
+        "if True",
+        f"{TAIL_TEST}::test_large_request_is_not_compared_with_small_ones_whose_bytes_come_with_the_first",
+    ),
+    Protection(
+        "a slow server: all answers are slow",
+        "cuts that were in vain make patient",
+        TAIL,
+        "factor = 2.0 if was_in_vain else 0.5",
+        "factor = 0.5",
+        f"{TAIL_TEST}::test_cuts_in_vain_become_rare",
+    ),
+    Protection(
+        "a slow server: it pauses as a whole",
+        "while a server pauses for all, nobody gets slower",
+        TAIL,
+        "clock_s = _served_s(request, others, now)",
+        "clock_s = now",
+        f"{TAIL_TEST}::test_short_pauses_of_the_whole_server_see_no_cuts",
+    ),
+    Protection(
+        "one of several addresses is slow, or refuses",
+        "new connections are made to other addresses",
+        ADDRESSES,
+        "(max(now, self._record(info[4]).avoided_until_s), os.urandom(4))",
+        "os.urandom(4)",
+        f"{ADDRESSES_TEST}::test_address_that_refuses_is_left_alone_at_once",
+    ),
+    Protection(
+        "one of several addresses is slow, or refuses",
+        "kept connections are left for other addresses",
+        "mpreader/pool/worker/connection.py",
+        "if addresses.should_leave(*server_of(route), self._address):",
+        "if False:",
+        f"{ADDRESSES_TEST}::test_address_whose_requests_were_cut_twice_is_left_alone_by_kept_connections_too",
+    ),
+    Protection(
+        "one of several addresses is slow, or refuses",
+        "one slow request says nothing of its address",
+        ADDRESSES,
+        "if record.strikes + 1 < _STRIKES:",
+        "if False:",
+        f"{ADDRESSES_TEST}::test_address_whose_requests_were_cut_twice_is_left_alone_by_kept_connections_too",
+    ),
+    Protection(
+        "one of several addresses is slow, or refuses",
+        "a connection that is not made yet can be cut",
+        "mpreader/pool/worker/transport.py",
+        "announce(sock)  # outside of _try_connect: whoever raises in it wants no other address to be tried",
+        "pass",
+        f"{ADDRESSES_TEST}::test_address_that_swallows_packets_is_left_alone_once_its_request_is_cut",
     ),
     Protection(
         "refused connection, unknown host, TLS failure",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import deque
 from collections.abc import Callable
@@ -170,10 +171,12 @@ def test_rates_that_scatter_widely_see_few_cuts() -> None:
     assert len(load.cuts) <= 3
 
 
-def test_server_that_becomes_slow_for_all_sees_no_cuts_in_vain() -> None:
+@pytest.mark.parametrize("connections", [32, 8])
+def test_server_that_becomes_slow_for_all_sees_no_cuts_in_vain(connections: int) -> None:
     tail = SlowTail(32)
     Load(steady(90e6), tail=tail).run()
-    assert Load(steady(2e6), tail=tail, began_s=2000.0).run().cuts == []
+    load = Load(steady(9e6), parts=100, connections=connections, tail=tail, began_s=2000.0).run()
+    assert load.cuts == []
 
 
 def test_pause_of_the_whole_server_sees_no_more_cuts_than_the_budget_has() -> None:
@@ -183,9 +186,32 @@ def test_pause_of_the_whole_server_sees_no_more_cuts_than_the_budget_has() -> No
     assert len(load.cuts) <= 8 + 0.1 * 600
 
 
-def test_cuts_are_bounded_by_the_budget_where_most_requests_are_slow() -> None:
-    load = Load(mixed(0.6, lambda _: Answer(0.03, 1e6), 1)).run()
-    assert len(load.cuts) <= 8 + 0.1 * 150
+def test_short_pauses_of_the_whole_server_see_no_cuts() -> None:
+    load = Load(steady(90e6), parts=600, pauses=((0.5, 1.2), (1.6, 2.3), (2.6, 3.3))).run()
+    assert load.cuts == []
+
+
+@pytest.mark.parametrize("slow", [Answer(2.0, 90e6), Answer(0.03, 1e6)], ids=["late", "far below"])
+@pytest.mark.parametrize("share", [0.3, 0.6])
+def test_cuts_are_bounded_by_the_budget_where_many_requests_are_slow(share: float, slow: Answer) -> None:
+    load = Load(mixed(share, lambda _: slow, 1)).run()
+    assert len(load.cuts) <= 8 + 0.1 * load.parts + 0.5 * load.seconds
+
+
+def test_cuts_in_vain_become_rare() -> None:
+    tail, fast, slow = SlowTail(32), steady(90e6), Answer(0.03, 9e6)
+    Load(fast, tail=tail).run()
+    known_cuts, numbers = [0], itertools.count()
+
+    def answer() -> Answer:
+        if len(load.cuts) > known_cuts[-1]:  # the rest of a part that was cut comes as slowly
+            known_cuts.append(len(load.cuts))
+            return slow
+        return fast() if next(numbers) % 5 else slow
+
+    load = Load(answer, parts=100, connections=1, tail=tail, began_s=2000.0)
+    load.run()
+    assert len(load.cuts) <= 5, "of twenty parts that are slow however often they are requested"
 
 
 def test_next_load_knows_what_is_slow_from_the_last_one() -> None:
