@@ -12,12 +12,14 @@ Workers and downloads are those of the multiprocess constructor, the default. Wi
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import logging
 import os
 import threading
 import time
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
@@ -29,6 +31,7 @@ from mpreader.dcp.filesystem import Path, S3FileSystem
 from mpreader.dcp.items import ItemLoader, ItemReader, PlannedItem
 from mpreader.dcp.metadata import load_metadata
 from mpreader.errors import ConfigError, ObjectMissing, PlanError
+from mpreader.pool.background import call_twice_if_slow
 from mpreader.pool.stats import PoolStats
 from mpreader.readers.client import S3Client
 from mpreader.readers.kinds import S3ReaderConstructor
@@ -45,6 +48,17 @@ if TYPE_CHECKING:
 __all__ = ["S3StorageReader"]
 
 log = logging.getLogger(__name__)
+
+# What is read of a file to know that the server is sending it.
+_FIRST_BYTES: Final = 64 * 1024
+
+
+class _Opened(NamedTuple):
+    """A file that is being read: the stream, its first bytes, and what closes it."""
+
+    stream: IO[bytes]
+    first: bytes
+    stack: contextlib.ExitStack
 
 
 class S3StorageReader(FileSystemReader):
@@ -228,13 +242,25 @@ class S3StorageReader(FileSystemReader):
         self.close()
 
     def _load_metadata(self, name: str) -> Metadata:
-        with self._fs.create_stream(self._fs.concat_path(self.path, name), "rb") as stream:
-            raw = cast("IO[bytes]", stream)
-            # This makes several objects for each item, and no garbage: the collector would only take time.
-            with collector_paused():
-                metadata = load_metadata(raw, allowed_globals=self._allowed_globals)
-                spare_new_objects()
+        raw = io.BytesIO(self._read(name))
+        # This makes several objects for each item, and no garbage: the collector would only take time.
+        with collector_paused():
+            metadata = load_metadata(raw, allowed_globals=self._allowed_globals)
+            spare_new_objects()
         return metadata
+
+    def _read(self, name: str) -> bytes:
+        """Read a whole file of the checkpoint; it is opened once more if its first bytes are slow to come."""
+        path = self._fs.concat_path(self.path, name)
+
+        def open_and_begin() -> _Opened:
+            with contextlib.ExitStack() as stack:
+                stream = cast("IO[bytes]", stack.enter_context(self._fs.create_stream(path, "rb")))
+                return _Opened(stream, stream.read(_FIRST_BYTES), stack.pop_all())
+
+        opened = call_twice_if_slow("mpreader-metadata", open_and_begin, lambda late: late.stack.close())
+        with opened.stack:
+            return opened.first + opened.stream.read()
 
     def _own_load(self) -> tuple[Path, dict[MetadataIndex, StoredItem]]:
         """Returns the path and the storage data of the load that this thread has begun.

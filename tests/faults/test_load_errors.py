@@ -108,3 +108,20 @@ def test_bit_that_stays_flipped_names_the_tensor(server: FaultServer) -> None:
     [(error, _)] = caught.value.failures.values()
     assert type(error) is ChecksumMismatch
     assert re.search(r"'layers\.0\.weight' is damaged in s3://bucket/run/__0_0\.distcp.*verify=False", str(error))
+
+
+@pytest.mark.row("one answer among many: its first byte is late")
+@pytest.mark.parametrize(
+    "slow",
+    [
+        {"method": "GET", "path": "/bucket/run/.metadata"},
+        {"method": "HEAD", "path": FILE},
+    ],
+    ids=lambda slow: f"{slow['method']} {slow['path']}",
+)
+@pytest.mark.timeout(50)  # less than the answer takes, and boto3 waits for it
+def test_late_answer_about_a_file_is_asked_for_once_more(server: FaultServer, slow: dict[str, str]) -> None:
+    server.inject(Fault(FaultKind.DELAY, at=(1,), seconds=3600.0, **slow))  # type: ignore[arg-type]
+    assert torch.equal(load_from(server)["layers.0.weight"], STATE["layers.0.weight"])
+    asked = [request for request in server.requests if (request.method, request.path) == tuple(slow.values())]
+    assert len(asked) == 2

@@ -167,3 +167,73 @@ def test_background_without_any_thread_is_an_error(threads: BackgroundThreads, m
     threads.submit(int, outcomes.put)
     assert outcomes.get(timeout=_WAIT_S) == 0
     assert len(_alive()) == 1
+
+
+class SlowOnce:
+    """A call whose first run ends only when it is told to."""
+
+    def __init__(self) -> None:
+        self.runs = 0
+        self.may_end = threading.Event()
+        self._lock = threading.Lock()
+
+    def __call__(self) -> int:
+        with self._lock:
+            self.runs += 1
+            run = self.runs
+        if run == 1:
+            self.may_end.wait(_WAIT_S)
+        return run
+
+
+def test_call_that_is_slow_is_made_twice_and_its_outcome_told_once(threads: BackgroundThreads) -> None:
+    outcomes: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    late: queue.SimpleQueue[int] = queue.SimpleQueue()
+    call = SlowOnce()
+    threads.submit(call, outcomes.put, late.put)
+    assert outcomes.get(timeout=_WAIT_S) == 2
+    call.may_end.set()
+    assert late.get(timeout=_WAIT_S) == 1
+    assert outcomes.empty()
+    _await_idle(threads)
+
+
+def test_call_that_is_slow_keeps_no_other_from_being_made(threads: BackgroundThreads) -> None:
+    outcomes: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    slow = [SlowOnce() for _ in range(2)]
+    for call in slow:
+        threads.submit(call, outcomes.put)
+    assert [outcomes.get(timeout=_WAIT_S) for _ in slow] == [2, 2]
+    for number in range(20):  # by the threads that are not blocked
+        threads.submit(partial(int, number), outcomes.put)
+    assert {outcomes.get(timeout=_WAIT_S) for _ in range(20)} == set(range(20))
+    for call in slow:
+        call.may_end.set()
+
+
+def test_second_call_that_fails_leaves_the_first_one_its_time(threads: BackgroundThreads) -> None:
+    outcomes: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    may_end, has_failed = threading.Event(), threading.Event()
+
+    def call() -> str:
+        if may_end.is_set():
+            has_failed.set()
+            raise OSError("refused")
+        may_end.set()
+        has_failed.wait(_WAIT_S)
+        return "first"
+
+    threads.submit(call, outcomes.put)
+    assert outcomes.get(timeout=_WAIT_S) == "first"
+
+
+def test_calls_are_made_twice_only_for_a_share_of_all(threads: BackgroundThreads) -> None:
+    outcomes: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    slow = [SlowOnce() for _ in range(3)]
+    for call in slow:
+        threads.submit(call, outcomes.put)
+    assert [outcomes.get(timeout=_WAIT_S) for _ in range(2)] == [2, 2]
+    assert sorted(call.runs for call in slow) == [1, 2, 2]
+    for call in slow:
+        call.may_end.set()
+    assert outcomes.get(timeout=_WAIT_S) == 1
