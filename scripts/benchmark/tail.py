@@ -22,9 +22,9 @@ from tasks import Job
 __all__ = ["CASES", "CHECKPOINTS", "Case", "Pair", "Setting", "Tail", "measure_tail"]
 
 CHECKPOINTS: Final = {"a", "small"}
-# A run that takes longer is ended, and counts as one of this time; a contender that had two of them is not run again.
-LIMIT_S: Final = 30.0
-_MOST_TOO_SLOW: Final = 2
+# A run that takes longer is ended, and counts as one of this time. A contender of which no run with the tail ends in a
+# round has no further rounds: it is far off, and they would take most of the time.
+LIMIT_S: Final = 20.0
 # Who loads, and what: obstore knows no checkpoints, and fetches the same files.
 _LOAD: Final = {"mpreader": "a", "dcp_optimized": "a", "obstore": "f"}
 _SMALL: Final = {"mpreader": "small"}  # of many files, so that the rate of a connection does not make it last
@@ -101,20 +101,18 @@ class Tail:
         case: The case.
         contender: The contender.
         rounds: Its rounds.
-        too_slow: Number of runs that were ended since they took too long.
         note: Reason, in words, for which it was not run; empty if it was.
     """
 
     case: Case
     contender: str
     rounds: list[Pair] = field(default_factory=list)
-    too_slow: int = 0
     note: str = ""
 
     @property
     def is_over(self) -> bool:
         """True if it is not worth another round."""
-        return bool(self.note) or self.too_slow >= _MOST_TOO_SLOW
+        return bool(self.note) or any(all(run.seconds >= LIMIT_S for run in pair.tail) for pair in self.rounds)
 
 
 def measure_tail(
@@ -172,7 +170,6 @@ def _measure(tail: Tail, setting: Setting, servers: Servers, data: Path) -> list
         with pauses:
             return measure(job, LIMIT_S, tail.case.runs)
     except TooSlow as error:
-        tail.too_slow += 1
         # The runs after it were not made, and count as no faster.
         return [*error.runs, *(Run(name, LIMIT_S, 0.0) for name in tail.case.runs[len(error.runs) :])]
     except Failure as failure:

@@ -22,7 +22,7 @@ _CONTENDERS: Final = ("mpreader", "s3torchconnector", "obstore")
 _NOTES: Final = f"""\
 Medians of the rounds, first / second load of a process; seconds with the tail ÷ seconds without, where nothing else is
 said. s3torchconnector loads with its dcp_optimized reader; obstore knows no checkpoints, and fetches the same files.
-A run of more than {LIMIT_S:.0f} s was ended, which is written as ">"; after two of them a contender was not run again.
+A run of more than {LIMIT_S:.0f} s was ended, which is written as ">"; whose runs all were had no further rounds.
 """
 
 
