@@ -31,6 +31,10 @@ _SMALL: Final = {"mpreader": "small"}  # of many files, so that the rate of a co
 _SCATTERED: Final = {"mpreader": "g", "s3torchconnector": "g", "obstore": "g"}
 
 
+class _NoServer(Exception):
+    """No server of that kind runs."""
+
+
 @dataclass(frozen=True, slots=True)
 class Setting:
     """Circumstances of a measurement.
@@ -57,6 +61,7 @@ class Case:
         without: Circumstances without it; None: there is no tail, a process's first run is compared with its second.
         work: Workload of each contender.
         runs: Runs of each process.
+        limit_s: Most seconds of a run.
     """
 
     key: str
@@ -65,13 +70,16 @@ class Case:
     without: Setting | None
     work: Mapping[str, str] = field(default_factory=lambda: _LOAD)
     runs: tuple[str, ...] = RUNS
+    limit_s: float = LIMIT_S
 
 
 CASES: Final = (
     Case("1", "2 % of answers at 200 kB/s", Setting("some-slow"), Setting("slow90")),
     Case("2", "1 % of answers wait 5 s", Setting("some-late"), Setting("steady")),
     Case("3", "1 % of connections go silent", Setting("some-silent"), Setting("steady")),
-    Case("4", "all answers at 200 kB/s", Setting("all-slow"), Setting("all-slow", cutting=False), _SMALL, RUNS[:1]),
+    Case(
+        "4", "all answers at 200 kB/s", Setting("all-slow"), Setting("all-slow", cutting=False), _SMALL, RUNS[:1], 60.0
+    ),
     Case("5", "the server pauses for 3 s, twice", Setting("plain", pausing=True), Setting("plain"), runs=RUNS[:1]),
     Case("6", "one of four addresses is slow", Setting("address-slow"), Setting("addresses")),
     Case("7", "one of four addresses refuses", Setting("address-refuses"), Setting("addresses")),
@@ -112,7 +120,9 @@ class Tail:
     @property
     def is_over(self) -> bool:
         """True if it is not worth another round."""
-        return bool(self.note) or any(all(run.seconds >= LIMIT_S for run in pair.tail) for pair in self.rounds)
+        return bool(self.note) or any(
+            all(run.seconds >= self.case.limit_s for run in pair.tail) for pair in self.rounds
+        )
 
 
 def measure_tail(
@@ -151,9 +161,10 @@ def _measure_pair(tail: Tail, servers: Servers, data: Path, number: int) -> None
     try:
         for setting, runs in settings[:: 1 if number % 2 else -1]:
             runs += _measure(tail, setting, servers, data)
-    except NotReplaced as error:
-        tail.note = "not run"
-        print(f"  {tail.case.title}, {tail.contender}: not run: {error}", flush=True)
+    except (_NoServer, NotReplaced, Failure) as error:
+        # That a contender does not survive the tail is a result, too.
+        tail.note = "failed" if isinstance(error, Failure) else "not run"
+        print(f"  {tail.case.title}, {tail.contender}: {tail.note}: {error}", flush=True)
         return
     tail.rounds.append(pair)
     told = " with, ".join(", ".join(f"{run.seconds:.2f} s" for run in runs) for runs in (pair.tail, pair.without))
@@ -163,14 +174,13 @@ def _measure_pair(tail: Tail, servers: Servers, data: Path, number: int) -> None
 def _measure(tail: Tail, setting: Setting, servers: Servers, data: Path) -> list[Run]:
     site = servers.sites.get(setting.site)
     if site is None:
-        raise NotReplaced("nginx is not installed")
+        raise _NoServer("nginx is not installed")
     job = Job(tail.contender, tail.case.work[tail.contender], False, site, data, False, cutting=setting.cutting)
     pauses = paused_twice(site, servers.pid) if setting.pausing else contextlib.nullcontext()
     try:
         with pauses:
-            return measure(job, LIMIT_S, tail.case.runs)
+            return measure(job, tail.case.limit_s, tail.case.runs)
     except TooSlow as error:
         # The runs after it were not made, and count as no faster.
-        return [*error.runs, *(Run(name, LIMIT_S, 0.0) for name in tail.case.runs[len(error.runs) :])]
-    except Failure as failure:
-        raise Failure(f"{tail.case.title}, {tail.contender}: {failure}") from None
+        missing = tail.case.runs[len(error.runs) :]
+        return [*error.runs, *(Run(name, tail.case.limit_s, 0.0) for name in missing)]

@@ -22,7 +22,7 @@ _CONTENDERS: Final = ("mpreader", "s3torchconnector", "obstore")
 _NOTES: Final = f"""\
 Medians of the rounds, first / second load of a process; seconds with the tail ÷ seconds without, where nothing else is
 said. s3torchconnector loads with its dcp_optimized reader; obstore knows no checkpoints, and fetches the same files.
-A run of more than {LIMIT_S:.0f} s was ended, which is written as ">"; whose runs all were had no further rounds.
+A run of more than {LIMIT_S:.0f} s (row 4: 60 s) was ended, which is written as ">"; whose runs all were had no further rounds.
 """
 
 
@@ -104,7 +104,8 @@ def report_tail(tails: Sequence[Tail], out: Path, machine: dict[str, Any]) -> No
         for figure in FIGURES if not figure.as_share
     ]  # fmt: skip
     shown = [panel for panel in panels if any(value is not None for _, value in panel[2])]
-    tail_chart(shown, out / "tail.png")
+    if shown:
+        tail_chart(shown, out / "tail.png")
     print("written:", *(out / f"tail.{kind}" for kind in ("json", "md", "png")))
 
 
@@ -148,8 +149,10 @@ def _values(tail: Tail, figure: Figure, run: str) -> list[Value]:
         # Without a tail the runs of one process are compared: all that is said of them belongs to the first.
         runs = [pair.tail[:1], pair.tail[1:]] if tail.case.without is None else [pair.tail, pair.without]
         for with_tail, without in zip(*runs, strict=True):
-            is_ended = with_tail.seconds >= LIMIT_S
-            if with_tail.name == run and not (figure.as_share and is_ended):
+            is_ended = with_tail.seconds >= tail.case.limit_s
+            # A run without the tail that was ended has no seconds to compare with, and one that was ended no bytes.
+            is_told = without.seconds < tail.case.limit_s and not (figure.as_share and is_ended)
+            if with_tail.name == run and is_told:
                 found.append(Value(figure.of(with_tail, without), is_ended))
     return found
 
