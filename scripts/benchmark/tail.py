@@ -73,6 +73,7 @@ class Case:
     limit_s: float = LIMIT_S
 
 
+_ALL_SLOW: Final = Setting("all-slow")
 CASES: Final = (
     Case("1", "2 % of answers at 200 kB/s", Setting("some-slow"), Setting("slow90")),
     Case("2", "1 % of answers wait 5 s", Setting("some-late"), Setting("steady")),

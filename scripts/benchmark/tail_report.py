@@ -22,7 +22,8 @@ _CONTENDERS: Final = ("mpreader", "s3torchconnector", "obstore")
 _NOTES: Final = f"""\
 Medians of the rounds, first / second load of a process; seconds with the tail ÷ seconds without, where nothing else is
 said. s3torchconnector loads with its dcp_optimized reader; obstore knows no checkpoints, and fetches the same files.
-A run of more than {LIMIT_S:.0f} s (row 4: 60 s) was ended, which is written as ">"; whose runs all were had no further rounds.
+A run of more than {LIMIT_S:.0f} s was ended, which is written as ">"; a contender whose runs all were had no further
+rounds. Where all answers are slow, the limit is 60 s.
 """
 
 
