@@ -257,7 +257,7 @@ PROTECTIONS = (
         "a slow server: all answers are slow",
         "cuts that were in vain make patient",
         TAIL,
-        "factor = 2.0 if was_in_vain else 0.5",
+        "factor = 2.0 if request.cut.was_in_vain(first_byte_s, bytes_per_s) else 0.5",
         "factor = 0.5",
         f"{TAIL_TEST}::test_cuts_in_vain_become_rare",
     ),

@@ -455,7 +455,7 @@ class Coordinator:
             return False
         self._scheduler.sent(part, now)
         server_and_size = (*_server_and_size(part)[:2], part.left_bytes)
-        self._tail.sent(part.number, server_and_size, now, cuts=part.cuts, cut_bytes_per_s=part.cut_bytes_per_s)
+        self._tail.sent(part.number, server_and_size, now, cuts=part.cuts, cut=part.cut)
         return True
 
     def _window_bytes(self) -> int:

@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 
 from mpreader.pool.worker.messages import PartProgress
 
-__all__ = ["History", "InFlight", "Peer", "Request", "Server", "ServerAndSize", "quantile"]
+__all__ = ["Cut", "History", "InFlight", "Peer", "Request", "Server", "ServerAndSize", "quantile"]
 
 ServerAndSize = tuple[str, int, int]  # host, port, bytes of the request
 
@@ -33,6 +33,17 @@ class Peer(NamedTuple):
     def seconds(self, nbytes: int) -> float:
         """Time that it would take for ``nbytes``."""
         return self.first_byte_s + nbytes / self.bytes_per_s
+
+
+class Cut(NamedTuple):
+    """How a request went until it was cut: seconds in all; bytes per second since its first byte, 0 if it had none."""
+
+    seconds: float
+    bytes_per_s: float
+
+    def was_in_vain(self, first_byte_s: float, bytes_per_s: float) -> bool:
+        """True if the request for the rest fared hardly better, by its first byte and its rate."""
+        return bytes_per_s < 2 * self.bytes_per_s if self.bytes_per_s else first_byte_s > self.seconds / 2
 
 
 class History:
@@ -88,13 +99,13 @@ class Server:
         return history
 
     def larger_peers(self, nbytes: int) -> list[Peer]:
-        """Requests of about ``nbytes`` bytes, or of more, that ended lately.
+        """Requests of about ``nbytes`` bytes, or of more, that ended lately, the newest last.
 
         Much smaller ones tell nothing: where all bytes come with the first one, there is no rate.
         """
         least_class = nbytes.bit_length() - 1
         histories = [history for size_class, history in self.histories.items() if size_class >= least_class]
-        return [peer for history in histories for peer in history.peers]
+        return sorted((peer for history in histories for peer in history.peers), key=lambda peer: peer.ended_s)
 
 
 class Request:
@@ -107,7 +118,7 @@ class Request:
         history: Requests of about its size to its server.
         sent_s: Time at which a worker got it; the worker may begin with it later.
         cuts: Number of times that its part was cut before.
-        cut_bytes_per_s: Bytes per second of the request that was cut last; 0 if it had received nothing.
+        cut: How the request for its part went that was cut last; None if none was.
         progress: What its worker said of it last; None if nothing.
         reported_s: Time at which that came.
         moved_s: Time at which it was last known to have received something; 0 if it has not.
@@ -120,7 +131,7 @@ class Request:
     __slots__ = (
         "burst_bytes",
         "bytes_per_s",
-        "cut_bytes_per_s",
+        "cut",
         "cuts",
         "halved_s",
         "history",
@@ -141,7 +152,7 @@ class Request:
         self.history = server.history(nbytes)
         self.sent_s = now
         self.cuts = 0
-        self.cut_bytes_per_s = 0.0
+        self.cut: Cut | None = None
         self.progress: PartProgress | None = None
         self.reported_s = now
         self.moved_s = 0.0

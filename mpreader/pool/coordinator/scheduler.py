@@ -26,6 +26,7 @@ from typing import Final, NamedTuple
 from mpreader.errors import ArenaError, ArenaExhausted, MpreaderError, PlanError, WorkerCrashed
 from mpreader.pool.coordinator import retry, routes
 from mpreader.pool.coordinator.arena import Slot
+from mpreader.pool.coordinator.in_flight import Cut
 from mpreader.pool.coordinator.memory import SlotMemory
 from mpreader.pool.coordinator.state import (
     PartState,
@@ -595,7 +596,7 @@ class Scheduler:
     def _note_cut(self, part: PartState, failure: Failed) -> None:
         part.cuts += 1
         body_s = failure.started_s + failure.seconds - failure.first_byte_s
-        part.cut_bytes_per_s = failure.received / max(body_s, 1e-6)
+        part.cut = Cut(failure.seconds, failure.received / max(body_s, 1e-6))
         self._tally.slow_cut += 1
         part.slot_read.read.post(RequestCut(part.slot_read.read.id))
 

@@ -35,6 +35,7 @@ from typing import Final
 
 from mpreader.errors import MpreaderError
 from mpreader.pool.coordinator.arena import Slot
+from mpreader.pool.coordinator.in_flight import Cut
 from mpreader.pool.requests import OpenRead, SlotRead, SourceName
 from mpreader.pool.source import ObjectVersion
 from mpreader.pool.worker.messages import Failed, FailureKind
@@ -192,7 +193,7 @@ class PartState:
         malformed: Those of them that a wrong answer has ended.
         crashes: Workers that died while they had it.
         cuts: Requests for it that were cut, since they were much slower than others.
-        cut_bytes_per_s: Rate of the one that was cut last.
+        cut: How the one went that was cut last; None if there was none.
         is_resigned: True if a new route was made for it already.
         route_number: Number of its source's route by which it was last sent.
         refusal: The server's refusal of that route, while another one is looked for.
@@ -202,7 +203,7 @@ class PartState:
     __slots__ = (
         "attempts",
         "crashes",
-        "cut_bytes_per_s",
+        "cut",
         "cuts",
         "deadline",
         "is_resigned",
@@ -230,7 +231,7 @@ class PartState:
         self.malformed = 0
         self.crashes = 0
         self.cuts = 0
-        self.cut_bytes_per_s = 0.0
+        self.cut: Cut | None = None
         self.is_resigned = False
         self.route_number = 0
         self.refusal: Failed | None = None

@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
-from mpreader.pool.coordinator.in_flight import InFlight, Peer, Request, Server, ServerAndSize, quantile
+from mpreader.pool.coordinator.in_flight import Cut, InFlight, Peer, Request, Server, ServerAndSize, quantile
 from mpreader.pool.worker.messages import PartProgress
 
 __all__ = ["SlowTail"]
@@ -91,7 +91,7 @@ class SlowTail:
         self.in_flight = InFlight()
 
     def sent(
-        self, number: int, server_and_size: ServerAndSize, now: float, *, cuts: int = 0, cut_bytes_per_s: float = 0.0
+        self, number: int, server_and_size: ServerAndSize, now: float, *, cuts: int = 0, cut: Cut | None = None
     ) -> None:
         """Note that a worker has got a request for (the rest of) a part.
 
@@ -100,10 +100,10 @@ class SlowTail:
             server_and_size: Host, port, and bytes that the request asks for.
             now: Monotonic time.
             cuts: Requests for the part that were cut before.
-            cut_bytes_per_s: Rate of the last one of them; 0 if it had received nothing.
+            cut: How the last one of them went; None if there was none.
         """
         request = self.in_flight.sent(number, server_and_size, now)
-        request.cuts, request.cut_bytes_per_s = cuts, cut_bytes_per_s
+        request.cuts, request.cut = cuts, cut
         if request.server not in self._allowances:
             self._allowances[request.server] = _Allowance(self._most_budget)
 
@@ -124,9 +124,8 @@ class SlowTail:
         request.server.ended_s = now
         allowance = self._allowances[request.server]
         allowance.budget = min(self._most_budget, allowance.budget + _BUDGET_PER_SUCCESS)
-        if request.cuts:
-            was_in_vain = request.cut_bytes_per_s and bytes_per_s < 2 * request.cut_bytes_per_s
-            factor = 2.0 if was_in_vain else 0.5
+        if request.cut is not None:
+            factor = 2.0 if request.cut.was_in_vain(first_byte_s, bytes_per_s) else 0.5
             allowance.patience = min(_MOST_PATIENCE, max(1.0, allowance.patience * factor))
 
     def ended(self, number: int) -> None:

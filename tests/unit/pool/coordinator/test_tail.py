@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import pytest
 
+from mpreader.pool.coordinator.in_flight import Cut
 from mpreader.pool.coordinator.tail import SlowTail
 from mpreader.pool.worker.messages import PartProgress
 
@@ -32,12 +33,13 @@ class Part(NamedTuple):
     number: int
     nbytes: int
     cuts: int = 0
-    cut_bytes_per_s: float = 0.0
+    cut: Cut | None = None
 
     def rest(self, request: Request, now: float) -> Part:
         """What is to be requested again after a cut."""
         rate = request.received / max(now - request.first_byte_s, 1e-6)
-        return Part(self.number, self.nbytes - int(request.received), self.cuts + 1, rate)
+        cut = Cut(now - request.started_s, rate if request.received else 0.0)
+        return Part(self.number, self.nbytes - int(request.received), self.cuts + 1, cut)
 
 
 @dataclass
@@ -90,7 +92,7 @@ class Load:
                 part = queue.popleft()
                 flying[part.number] = Request(part, self.answer(), now)
                 size = (self.server, 443, part.nbytes)
-                self.tail.sent(part.number, size, now, cuts=part.cuts, cut_bytes_per_s=part.cut_bytes_per_s)
+                self.tail.sent(part.number, size, now, cuts=part.cuts, cut=part.cut)
             now += self.step_s
             if not any(start <= now - self.began_s < end for start, end in self.pauses):
                 for request in flying.values():
@@ -255,3 +257,18 @@ def test_report_of_a_request_that_was_sent_again_meanwhile_is_left_out() -> None
     tail.sent(1, size, 2004.9)
     assert tail.judge([late], 2005.0) == []
     assert tail.judge([PartProgress(1, 0, 2004.901, 0.0)], 2010.0) == [1]
+
+
+@pytest.mark.parametrize(
+    ("cut", "first_byte_s", "bytes_per_s", "was_in_vain"),
+    [
+        (Cut(1.0, 1e6), 0.1, 1.5e6, True),
+        (Cut(1.0, 1e6), 0.1, 3e6, False),
+        (Cut(1.0, 0.0), 0.9, 90e6, True),
+        (Cut(1.0, 0.0), 0.1, 90e6, False),
+    ],
+)
+def test_cut_was_in_vain_where_the_new_request_fares_no_better(
+    cut: Cut, first_byte_s: float, bytes_per_s: float, was_in_vain: bool
+) -> None:
+    assert cut.was_in_vain(first_byte_s, bytes_per_s) is was_in_vain
