@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -78,9 +78,7 @@ CASES: Final = (
     Case("1", "2 % of answers at 200 kB/s", Setting("some-slow"), Setting("slow90")),
     Case("2", "1 % of answers wait 5 s", Setting("some-late"), Setting("steady")),
     Case("3", "1 % of connections go silent", Setting("some-silent"), Setting("steady")),
-    Case(
-        "4", "all answers at 200 kB/s", Setting("all-slow"), Setting("all-slow", cutting=False), _SMALL, RUNS[:1], 60.0
-    ),
+    Case("4", "all answers at 200 kB/s", _ALL_SLOW, replace(_ALL_SLOW, cutting=False), _SMALL, RUNS[:1], 60.0),
     Case("5", "the server pauses for 3 s, twice", Setting("plain", pausing=True), Setting("plain"), runs=RUNS[:1]),
     Case("6", "one of four addresses is slow", Setting("address-slow"), Setting("addresses")),
     Case("7", "one of four addresses refuses", Setting("address-refuses"), Setting("addresses")),
