@@ -200,7 +200,7 @@ PROTECTIONS = (
         "one answer among many: it falls silent in its body",
         "a silence counts, however fast the body came before",
         TAIL,
-        " or clock_s - request.moved_s > max(slow_s, patience * usual_s)",
+        " or silent_s > max(slow_s, patience * usual_s)",
         "",
         f"{TAIL_TEST}::test_tail_is_cut_and_costs_little[1 % fall silent just before the end]",
     ),
@@ -268,6 +268,14 @@ PROTECTIONS = (
         "clock_s = _served_s(request, others, now)",
         "clock_s = now",
         f"{TAIL_TEST}::test_short_pauses_of_the_whole_server_see_no_cuts",
+    ),
+    Protection(
+        "a slow server: it pauses as a whole",
+        "a pause makes no request older",
+        TAIL,
+        "age_s = clock_s - progress.started_s - request.paused_s",
+        "age_s = clock_s - progress.started_s",
+        f"{TAIL_TEST}::test_long_pauses_of_the_whole_server_see_one_cut_each",
     ),
     Protection(
         "one of several addresses is slow, or refuses",

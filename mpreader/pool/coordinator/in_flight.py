@@ -19,6 +19,12 @@ ServerAndSize = tuple[str, int, int]  # host, port, bytes of the request
 _PEERS_KEPT: Final = 64  # requests that ended lately, for each server and size
 # What is usual is computed anew after so many of them: sorting at each part would cost more than all the rest.
 _PEERS_PER_LOOK: Final = 8
+# A time without any byte from a server, to which at least so many requests are in flight, is a pause for all of them if
+# it is longer than this. It does not count for the age of those requests, nor do some more seconds, as a share of it: a
+# server that goes on does not serve all at the same moment.
+_LEAST_PAUSE_S: Final = 0.2
+_PAUSE_WITNESSES: Final = 3
+_RESUMPTION: Final = 0.1
 # Some servers send in bursts: bytes that come within so many seconds are taken for one.
 _BURST_S: Final = 0.2
 
@@ -79,15 +85,15 @@ class Server:
 
     Attributes:
         histories: Its requests that ended lately, by the number of bits of their size.
-        ended_s: Time at which one of them last brought all its bytes.
+        served_s: Time at which one of them last brought something, or was sent while there was no other.
         in_flight: Its requests that are in flight, by the part's number, in the order in which they were sent.
     """
 
-    __slots__ = ("ended_s", "histories", "in_flight")
+    __slots__ = ("histories", "in_flight", "served_s")
 
     def __init__(self) -> None:
         self.histories: dict[int, History] = {}
-        self.ended_s = 0.0
+        self.served_s = 0.0
         self.in_flight: dict[int, Request] = {}
 
     def history(self, nbytes: int) -> History:
@@ -97,6 +103,14 @@ class Server:
         if history is None:
             history = self.histories[size_class] = History()
         return history
+
+    def has_served(self, now: float) -> None:
+        """Note that one of its requests has brought something, which ends a pause for all, if there was one."""
+        pause_s = now - self.served_s
+        self.served_s = now
+        if pause_s > _LEAST_PAUSE_S and len(self.in_flight) >= _PAUSE_WITNESSES:
+            for request in self.in_flight.values():
+                request.paused_s += (1 + _RESUMPTION) * min(pause_s, now - request.sent_s)
 
     def larger_peers(self, nbytes: int) -> list[Peer]:
         """Requests of about ``nbytes`` bytes, or of more, that ended lately, the newest last.
@@ -121,6 +135,7 @@ class Request:
         cut: How the request for its part went that was cut last; None if none was.
         progress: What its worker said of it last; None if nothing.
         reported_s: Time at which that came.
+        paused_s: Seconds, since it was sent, in which the server paused for all.
         moved_s: Time at which it was last known to have received something; 0 if it has not.
         bytes_per_s: Rate since its first byte; 0 if none has come.
         is_cut: True once it was decided to cut it.
@@ -139,6 +154,7 @@ class Request:
         "moved_s",
         "nbytes",
         "number",
+        "paused_s",
         "progress",
         "reported_s",
         "sent_s",
@@ -155,6 +171,7 @@ class Request:
         self.cut: Cut | None = None
         self.progress: PartProgress | None = None
         self.reported_s = now
+        self.paused_s = 0.0
         self.moved_s = 0.0
         self.bytes_per_s = 0.0
         self.is_cut = False
@@ -166,6 +183,7 @@ class Request:
         gained = progress.received - self.received
         if gained:
             self.moved_s = now
+            self.server.has_served(now)
             if now - (self.reported_s if self.progress is not None else progress.first_byte_s) <= _BURST_S:
                 self.burst_bytes = max(self.burst_bytes, gained)
         # Not the rate since the last report: some servers send in bursts, with pauses that are longer than that.
@@ -213,6 +231,8 @@ class InFlight:
         server = self._servers.get((host, port))
         if server is None:
             server = self._servers[host, port] = Server()
+        if not server.in_flight:
+            server.served_s = now
         request = self.requests[number] = server.in_flight[number] = Request(number, server, nbytes, now)
         return request
 

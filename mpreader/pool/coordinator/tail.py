@@ -121,7 +121,7 @@ class SlowTail:
             return
         bytes_per_s = request.nbytes / max(seconds - first_byte_s, 1e-6)
         request.history.append(Peer(first_byte_s, bytes_per_s, now))
-        request.server.ended_s = now
+        request.server.has_served(now)
         allowance = self._allowances[request.server]
         allowance.budget = min(self._most_budget, allowance.budget + _BUDGET_PER_SUCCESS)
         if request.cut is not None:
@@ -187,7 +187,7 @@ class SlowTail:
             if any(each.cuts or each.is_cut for each in others):
                 return False  # one was cut already, and its new request fares no better
             clock_s = now
-        age_s = clock_s - progress.started_s
+        age_s = clock_s - progress.started_s - request.paused_s
         if age_s < _LEAST_AGE_S:
             return False
         if request.first_byte_s is None:
@@ -196,8 +196,9 @@ class SlowTail:
         if age_s <= patience * _OVERTIME * usual_s or clock_s - progress.first_byte_s < _LEAST_AGE_S:
             return False
         slow_s = patience * _SLOWNESS * anew_s
+        silent_s = clock_s - max(request.moved_s, progress.first_byte_s) - request.paused_s
         # The second one: if it fell silent near its end, its rate since the first byte says little.
-        return left > slow_s * request.bytes_per_s or clock_s - request.moved_s > max(slow_s, patience * usual_s)
+        return left > slow_s * request.bytes_per_s or silent_s > max(slow_s, patience * usual_s)
 
 
 def _peers(request: Request, others: list[Request], now: float) -> list[Peer]:
@@ -215,10 +216,8 @@ def _peers(request: Request, others: list[Request], now: float) -> list[Peer]:
 
 
 def _served_s(request: Request, others: list[Request], now: float) -> float:
-    """Time until which the server is known to have served others: in a pause for all, nobody gets slower.
+    """Time until which the server is known to have served anybody: in a pause for all, nobody gets slower.
 
     With few others in flight nothing is known of it, and it is ``now``.
     """
-    if len(others) < _PAUSE_WITNESSES:
-        return now
-    return max(request.server.ended_s, *(each.moved_s for each in others))
+    return now if len(others) < _PAUSE_WITNESSES else request.server.served_s

@@ -94,8 +94,10 @@ class Load:
                 size = (self.server, 443, part.nbytes)
                 self.tail.sent(part.number, size, now, cuts=part.cuts, cut=part.cut)
             now += self.step_s
-            if not any(start <= now - self.began_s < end for start, end in self.pauses):
-                for request in flying.values():
+            for request in flying.values():
+                # After a pause one request after the other is served again.
+                resumed_s = now - self.began_s - request.part.number % 20 / 100
+                if not any(start <= resumed_s < end or start <= now - self.began_s < end for start, end in self.pauses):
                     request.serve(self.step_s, now)
             for request in [each for each in flying.values() if each.received >= each.part.nbytes]:
                 del flying[request.part.number]
@@ -181,11 +183,12 @@ def test_server_that_becomes_slow_for_all_sees_no_cuts_in_vain(connections: int)
     assert load.cuts == []
 
 
-def test_pause_of_the_whole_server_sees_no_more_cuts_than_the_budget_has() -> None:
+def test_long_pauses_of_the_whole_server_see_one_cut_each() -> None:
     pauses = ((0.5, 3.5), (4.5, 7.5))
     load = Load(steady(90e6), parts=600, pauses=pauses).run()
-    assert load.seconds < Load(steady(90e6), parts=600, is_cutting=False).run().seconds + 6.2
-    assert len(load.cuts) <= 8 + 0.1 * 600
+    assert load.seconds < Load(steady(90e6), parts=600, is_cutting=False).run().seconds + 6.8
+    # After a second of each pause, one request is cut: a new one may fare better.
+    assert len(load.cuts) <= 2
 
 
 def test_short_pauses_of_the_whole_server_see_no_cuts() -> None:
