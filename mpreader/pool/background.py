@@ -234,16 +234,16 @@ class BackgroundThreads:
         return max(_SHORTEST_PATIENCE_S, min(left_s)) if left_s else None
 
     def _start_repeat(self, call: _Call[Any]) -> None:
-        def work() -> None:
-            self._make(call)
-            self._work()
-
         try:
-            threading.Thread(target=work, name=self._name, daemon=True).start()
+            threading.Thread(target=self._work_from, args=([call],), name=self._name, daemon=True).start()
         except RuntimeError:  # a limit: the first one has to do
             with self._lock:
                 self._unfinished -= 1
                 self._threads -= 1
+
+    def _work_from(self, calls: list[_Call[Any]]) -> None:
+        self._make(calls.pop())  # popped, or this thread would keep it while it waits for others
+        self._work()
 
     def _patience_s(self) -> float:
         if len(self._times_s) < _LEAST_KNOWN:
