@@ -265,7 +265,7 @@ PROTECTIONS = (
         "a slow server: it pauses as a whole",
         "while a server pauses for all, nobody gets slower",
         TAIL,
-        "clock_s = _served_s(request, others, now)",
+        "clock_s = request.server.served_until(now)",
         "clock_s = now",
         f"{TAIL_TEST}::test_short_pauses_of_the_whole_server_see_no_cuts",
     ),

@@ -391,9 +391,8 @@ class Coordinator:
         if isinstance(result, Failed):
             nbytes, seconds = result.received, 0.0
         else:
-            nbytes, seconds = 0 if part is None else part.left_bytes, result.seconds
-            if result.received is not None:
-                nbytes = result.received
+            seconds = result.seconds
+            nbytes = (0 if part is None else part.left_bytes) if result.received is None else result.received
         # Before the part learns of it: what it was asked for, and how much of that has come, are facts of this request.
         self._scheduler.count_request(part, worker, nbytes, seconds)
         if part is not None:

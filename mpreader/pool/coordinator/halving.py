@@ -1,8 +1,8 @@
 """Halving: lets idle connections take what large requests in flight have not received yet.
 
-Used by the coordinator, in its thread, when nothing is left to be sent: at the end of a load, in a fetch of one large
-range, or while a consumer waits for one part and memory is full. A request keeps its connection and goes on, but ends
-earlier; the bytes from there on become a part of their own. It sends nothing, and knows neither reads nor workers.
+Used by the coordinator, in its thread, when nothing is left to be sent: at the end of a load, or in a fetch of one
+large range. A request keeps its connection and goes on, but ends earlier; the bytes from there on become a part of
+their own. It sends nothing, and knows neither reads nor workers.
 
 What is gained is estimated by rates: a new connection has its first byte as late as others had it, and receives as
 fast from then on. The two should end at the same time.

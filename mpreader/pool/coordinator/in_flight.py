@@ -30,7 +30,13 @@ _BURST_S: Final = 0.2
 
 
 class Peer(NamedTuple):
-    """How another request goes or went: seconds to its first byte, bytes per second from then on, time of its end."""
+    """Example for other requests: a request that has ended, or one in flight, as it was last reported.
+
+    Attributes:
+        first_byte_s: Seconds from its start until its first byte.
+        bytes_per_s: Rate from its first byte on; more than 0.
+        ended_s: Time, by the monotonic clock, at which it ended or was reported.
+    """
 
     first_byte_s: float
     bytes_per_s: float
@@ -42,7 +48,12 @@ class Peer(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """How a request went until it was cut: seconds in all; bytes per second since its first byte, 0 if it had none."""
+    """Request that was cut, as it had gone until then.
+
+    Attributes:
+        seconds: Time from its start until the cut.
+        bytes_per_s: Rate from its first byte on; 0 if it had received nothing.
+    """
 
     seconds: float
     bytes_per_s: float
@@ -81,7 +92,7 @@ class History:
 
 
 class Server:
-    """What is known of a server.
+    """Server, by host and port, with its requests in flight and those that ended lately.
 
     Attributes:
         histories: Its requests that ended lately, by the number of bits of their size.
@@ -111,6 +122,13 @@ class Server:
         if pause_s > _LEAST_PAUSE_S and len(self.in_flight) >= _PAUSE_WITNESSES:
             for request in self.in_flight.values():
                 request.paused_s += (1 + _RESUMPTION) * min(pause_s, now - request.sent_s)
+
+    def served_until(self, now: float) -> float:
+        """Time until which it is known to have served anybody: in a pause for all, no request gets slower.
+
+        With few requests in flight nothing is known of a pause, and it is ``now``.
+        """
+        return now if len(self.in_flight) < _PAUSE_WITNESSES else self.served_s
 
     def larger_peers(self, nbytes: int) -> list[Peer]:
         """Requests of about ``nbytes`` bytes, or of more, that ended lately, the newest last.

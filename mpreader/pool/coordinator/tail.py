@@ -39,10 +39,8 @@ _SLOWNESS: Final = 3.0
 _OVERTIME: Final = 1.5
 # Its first byte is late after so many times the time within which nine of ten others had theirs.
 _LATENESS: Final = 3.0
-# If at least this many others are in flight, and none of them has received anything, then the server pauses for all.
-_PAUSE_WITNESSES: Final = 2
-# Such a pause is waited for, for so many times as long as for one slow request, and no less than this. Then one request
-# is cut, to see whether a new one fares better.
+# A pause of the server for all is waited for, for so many times as long as for one slow request, and no less than this.
+# Then one request is cut, to see whether a new one fares better.
 _PAUSE_PATIENCE: Final = 8.0
 _LEAST_PAUSE_S: Final = 1.0
 # Cuts that a success adds to the budget, and a second, for what is in flight when nothing else is left that could
@@ -178,27 +176,33 @@ class SlowTail:
         peers = _peers(request, others, now)
         if len(peers) < _LEAST_PEERS:
             return False
-        left = request.nbytes - progress.received
         usual_s = quantile((peer.seconds(request.nbytes) for peer in peers), 0.5)
-        anew_s = quantile((peer.seconds(left) for peer in peers), 0.5)
         patience *= 2.0**request.cuts
-        clock_s = _served_s(request, others, now)
+        clock_s = request.server.served_until(now)
         if now - clock_s > max(_LEAST_PAUSE_S, _PAUSE_PATIENCE * patience * usual_s):
             if any(each.cuts or each.is_cut for each in others):
                 return False  # one was cut already, and its new request fares no better
             clock_s = now
-        age_s = clock_s - progress.started_s - request.paused_s
-        if age_s < _LEAST_AGE_S:
-            return False
-        if request.first_byte_s is None:
-            late_s = _LATENESS * quantile((peer.first_byte_s for peer in peers), 0.9)
-            return age_s > patience * max(late_s, usual_s)
-        if age_s <= patience * _OVERTIME * usual_s or clock_s - progress.first_byte_s < _LEAST_AGE_S:
-            return False
-        slow_s = patience * _SLOWNESS * anew_s
-        silent_s = clock_s - max(request.moved_s, progress.first_byte_s) - request.paused_s
-        # The second one: if it fell silent near its end, its rate since the first byte says little.
-        return left > slow_s * request.bytes_per_s or silent_s > max(slow_s, patience * usual_s)
+        return _is_behind(request, progress, peers, usual_s, patience, clock_s)
+
+
+def _is_behind(
+    request: Request, progress: PartProgress, peers: list[Peer], usual_s: float, patience: float, clock_s: float
+) -> bool:
+    """True if a request, by its last report, is much slower than its peers were, which usually took ``usual_s``."""
+    age_s = clock_s - progress.started_s - request.paused_s
+    if age_s < _LEAST_AGE_S:
+        return False
+    if request.first_byte_s is None:
+        late_s = _LATENESS * quantile((peer.first_byte_s for peer in peers), 0.9)
+        return age_s > patience * max(late_s, usual_s)
+    if age_s <= patience * _OVERTIME * usual_s or clock_s - progress.first_byte_s < _LEAST_AGE_S:
+        return False
+    left = request.nbytes - progress.received
+    slow_s = patience * _SLOWNESS * quantile((peer.seconds(left) for peer in peers), 0.5)
+    silent_s = clock_s - max(request.moved_s, progress.first_byte_s) - request.paused_s
+    # The second one: if it fell silent near its end, its rate since the first byte says little.
+    return left > slow_s * request.bytes_per_s or silent_s > max(slow_s, patience * usual_s)
 
 
 def _peers(request: Request, others: list[Request], now: float) -> list[Peer]:
@@ -213,11 +217,3 @@ def _peers(request: Request, others: list[Request], now: float) -> list[Peer]:
     # Few others are left, or a part that was cut is requested again: what was known before has to do.
     older = [*history] if len(history) >= _LEAST_PEERS else request.server.larger_peers(request.nbytes)
     return [*peers, *older[-_OLDER_PEERS:]]
-
-
-def _served_s(request: Request, others: list[Request], now: float) -> float:
-    """Time until which the server is known to have served anybody: in a pause for all, nobody gets slower.
-
-    With few others in flight nothing is known of it, and it is ``now``.
-    """
-    return now if len(others) < _PAUSE_WITNESSES else request.server.served_s

@@ -26,7 +26,7 @@ _MOST_ADDRESSES: Final = 1024
 
 
 class _Record(NamedTuple):
-    """How the requests to an address went.
+    """Record of an address: how the requests to it went, and how long it is left alone.
 
     Attributes:
         strikes: Requests in a row that were slow or failed.
@@ -43,7 +43,7 @@ _UNKNOWN: Final = _Record()
 
 
 class Addresses:
-    """What a worker knows of the addresses of servers."""
+    """Addresses of servers, as one worker knows them: in which order to try them, and which ones to leave alone."""
 
     def __init__(self) -> None:
         self._records: dict[Address | None, _Record] = {}
