@@ -1,6 +1,6 @@
 """PyTorch Distributed Checkpoints (DCP) on S3: storage reader and writer, and functions for whole checkpoints.
 
-Users import its public names, listed below, from here. No other folder of the library may import torch.
+Users import its public names, listed below, from here. Besides it, only ``mpreader.formats`` may import torch.
 """
 
 from mpreader.dcp.checkpoint import ItemRefused, load_checkpoint

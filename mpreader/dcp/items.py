@@ -19,9 +19,9 @@ import torch
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, ReadItem
 
-from mpreader.dcp.record import BufferItem, ItemBytes, RecordCorrupted, decode_layout
 from mpreader.dcp.tensor import check_archive, copy_into, load_whole
 from mpreader.errors import ArenaError, ChecksumMismatch, PlanError, PoolError, TransportError
+from mpreader.formats.torch_save import BufferItem, ItemBytes, RecordCorrupted, decode_layout
 from mpreader.readers.protocols import StoredItem
 from mpreader.s3 import parse_s3_uri
 

@@ -30,11 +30,11 @@ from typing import Final
 import numpy as np
 import torch
 
-from mpreader.dcp.crc import crc32
 from mpreader.dcp.fill import unfilled_memory
-from mpreader.dcp.layout import TensorLayout
-from mpreader.dcp.record import ItemBytes, RecordCorrupted, read_payload_crc
 from mpreader.errors import PlanError
+from mpreader.formats.crc import crc32
+from mpreader.formats.layout import TensorLayout
+from mpreader.formats.torch_save import ItemBytes, RecordCorrupted, read_payload_crc
 
 __all__ = ["check_archive", "copy_into", "load_whole"]
 

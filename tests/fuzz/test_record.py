@@ -14,10 +14,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpreader.dcp.layout import TensorLayout
-from mpreader.dcp.record import RecordCorrupted, decode_layout
 from mpreader.dcp.tensor import copy_into, load_whole
 from mpreader.errors import PlanError
+from mpreader.formats.layout import TensorLayout
+from mpreader.formats.torch_save import RecordCorrupted, decode_layout
 
 if TYPE_CHECKING:
     from tests.fuzz.conftest import Mutant, Mutants

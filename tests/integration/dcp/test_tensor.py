@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 _PEAK_SCRIPT = """
 import io, re, sys, torch
 from pathlib import Path
-from mpreader.dcp.record import BufferItem, decode_layout
+from mpreader.formats.torch_save import BufferItem, decode_layout
 from mpreader.dcp.tensor import copy_into
 
 def status(name):

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from mpreader.dcp.record import BufferItem, decode_layout
 from mpreader.dcp.sample import differing, make_state
 from mpreader.dcp.state import allocate
 from mpreader.dcp.tensor import copy_into, load_whole
+from mpreader.formats.torch_save import BufferItem, decode_layout
 from tests.unit.dcp.test_tensor import DTYPES, bits, record_of
 
 pytestmark = [

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed._shard._utils import narrow_tensor_by_index
 
-from mpreader.dcp.record import BufferItem, RecordCorrupted, decode_layout
 from mpreader.dcp.tensor import copy_into
 from mpreader.errors import PlanError
+from mpreader.formats.torch_save import BufferItem, RecordCorrupted, decode_layout
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 

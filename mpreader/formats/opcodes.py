@@ -1,8 +1,9 @@
 """Reader of the pickle of a ``torch.save`` record; it makes a tree of the pickle and never runs it.
 
-:mod:`mpreader.dcp.layout` uses it to find the shape of a tensor. It must not import or call anything that the pickle
-names: an import becomes a :class:`Global` and a call a :class:`Call`, which only hold their parts, so a hostile pickle
-can do no harm. It knows the few opcodes that a plain tensor needs and refuses all others; the record is then read by
+:mod:`mpreader.formats.torch_pickle` uses it to find the shape of a tensor. It must not import or call anything that
+the pickle names: an import becomes a :class:`Global` and a call a :class:`Call`, which only hold their parts, so a
+hostile pickle can do no harm. It knows the few opcodes that a plain tensor needs and refuses all others; the record is
+then read by
 ``torch.load(weights_only=True)``.
 """
 

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpreader.dcp.record import BufferItem, RecordCorrupted, _known_fronts, decode_layout, read_payload_crc
 from mpreader.dcp.tensor import copy_into, load_whole
+from mpreader.formats.torch_save import BufferItem, RecordCorrupted, _known_fronts, decode_layout, read_payload_crc
 
 
 def record_of(value: object, **options: Any) -> bytearray:

@@ -1,42 +1,20 @@
-"""Layout of the tensor in a ``torch.save`` record: reads and checks the pickle of the record.
+"""Reader of the pickle in a ``torch.save`` record: finds the layout of the tensor that it describes.
 
-:mod:`mpreader.dcp.record` uses it. The pickle is not trusted: a layout is returned only if every number in it was
-checked, so that the code that copies the tensor need not check them again.
+:mod:`mpreader.formats.torch_save` uses it. The pickle is not trusted: a layout is returned only if every number in it
+was checked, so that the code that copies the tensor need not check them again.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import torch
 
-from mpreader.dcp.opcodes import Call, Global, Persistent, read_opcodes
+from mpreader.formats.layout import TensorLayout
+from mpreader.formats.opcodes import Call, Global, Persistent, read_opcodes
 
-__all__ = ["TensorLayout", "read_layout"]
-
-
-class TensorLayout(NamedTuple):
-    """Layout of a tensor in its record.
-
-    Attributes:
-        dtype: Element type.
-        size: Shape.
-        stride: Strides, in elements.
-        storage_offset: First element within the payload, in elements.
-        payload_offset: First byte of the payload (the whole storage) within the record.
-        payload_nbytes: Bytes of the payload.
-        has_crc: True if the record was saved with checksums.
-    """
-
-    dtype: torch.dtype
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    storage_offset: int
-    payload_offset: int
-    payload_nbytes: int
-    has_crc: bool
-
+__all__ = ["read_layout"]
 
 # Element type of each typed storage. torch pickles a tensor of one of these types by _rebuild_tensor_v2.
 _STORAGE_DTYPES: Final = {

@@ -1,6 +1,6 @@
 """CRC-32 function of the fastest library that is installed.
 
-The decoder and the copier of tensors use it; no other module of ``dcp/`` imports a library for CRCs. isal (installed by
+The decoders and the copier of tensors use it; no other module of theirs imports a library for CRCs. isal (installed by
 the extra ``dcp``) computes 60 GB/s and zlib 7 GB/s, so that with isal the check of every tensor takes hardly any time.
 """
 

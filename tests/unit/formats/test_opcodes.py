@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpreader.dcp.opcodes import Call, Global, read_opcodes
+from mpreader.formats.opcodes import Call, Global, read_opcodes
 
 plain = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.text(),

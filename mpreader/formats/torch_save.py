@@ -21,9 +21,10 @@ from collections.abc import Iterator
 from struct import Struct
 from typing import Final, NamedTuple, Protocol
 
-from mpreader.dcp.crc import crc32
-from mpreader.dcp.layout import TensorLayout, read_layout
 from mpreader.errors import MpreaderError
+from mpreader.formats.crc import crc32
+from mpreader.formats.layout import TensorLayout
+from mpreader.formats.torch_pickle import read_layout
 
 __all__ = ["BufferItem", "ItemBytes", "RecordCorrupted", "decode_layout", "read_payload_crc"]
 
