@@ -3,8 +3,7 @@
 :mod:`mpreader.formats.torch_pickle` uses it to find the shape of a tensor. It must not import or call anything that
 the pickle names: an import becomes a :class:`Global` and a call a :class:`Call`, which only hold their parts, so a
 hostile pickle can do no harm. It knows the few opcodes that a plain tensor needs and refuses all others; the record is
-then read by
-``torch.load(weights_only=True)``.
+then read by ``torch.load(weights_only=True)``.
 """
 
 from __future__ import annotations

@@ -11,6 +11,8 @@ stream::
 Each entry consists of a local header, padding, the content, and a *data descriptor* with the CRC-32 and the size of the
 content. ``data.pkl`` is the pickle with dtype, shape and strides. The directory at the end of the archive isn't needed.
 
+Its length tells nearly where the payload begins, before any byte of the record is read (:func:`payload_place`).
+
 A record that has anything unknown in it is not decoded: :func:`decode_layout` returns None, and
 :func:`mpreader.dcp.tensor.load_whole` reads the record by ``torch.load``.
 """
@@ -26,7 +28,7 @@ from mpreader.formats.crc import crc32
 from mpreader.formats.layout import TensorLayout
 from mpreader.formats.torch_pickle import read_layout
 
-__all__ = ["BufferItem", "ItemBytes", "RecordCorrupted", "decode_layout", "read_payload_crc"]
+__all__ = ["BufferItem", "ItemBytes", "RecordCorrupted", "decode_layout", "payload_place", "read_payload_crc"]
 
 
 class RecordCorrupted(MpreaderError):
@@ -120,6 +122,10 @@ _IGNORED_ENTRIES: Final = frozenset({".storage_alignment", "version", ".data/ser
 # Known entries that would change it: with any other content, the record is left to torch.load.
 _REQUIRED_CONTENT: Final = {"byteorder": b"little", ".format_version": b"1"}
 
+# Bytes of all that follows the payload. torch 2.2 to 2.14 write 668 to 873 bytes, depending on their version and on the
+# payload's length (the next entry is aligned), and up to 60 more behind a payload of 4 GiB or more.
+_TAIL_NBYTES: Final = (640, 1024)
+
 # The payload of most records begins within the first 1024 bytes; a storage alignment of 4 KiB needs the longer front.
 _FRONT_SIZES: Final = (1024, 64 * 1024)
 # Cache of layouts: tensors of equal shape and dtype have equal fronts, and reading a front takes longer than comparing
@@ -130,16 +136,43 @@ _MAX_KNOWN_FRONTS: Final = 4096
 _known_fronts: dict[bytes, tuple[bytes, TensorLayout]] = {}
 
 
-def decode_layout(item: ItemBytes) -> TensorLayout | None:
+def payload_place(record_nbytes: int, payload_nbytes: int) -> tuple[int, int] | None:
+    """Returns the lowest and the highest place where the payload of a record may begin, if it is one of ``torch.save``.
+
+    The record need not have been read: torch writes as much around a payload as its version, the shape and an
+    alignment of the payload require, of which the part behind the payload hardly varies.
+
+    Args:
+        record_nbytes: Bytes of the record.
+        payload_nbytes: Bytes of the payload.
+
+    Returns:
+        The two places; None if a record of this length can't hold the payload, or is longer than any that
+        :func:`decode_layout` understands.
+    """
+    around = record_nbytes - payload_nbytes
+    lowest, highest = (around - nbytes for nbytes in reversed(_TAIL_NBYTES))
+    if highest < _LOCAL_HEADER.size or lowest > _FRONT_SIZES[-1]:
+        return None
+    return max(0, lowest), highest
+
+
+def decode_layout(item: ItemBytes, front_nbytes: int | None = None) -> TensorLayout | None:
     """Find the tensor in a record; returns None if it is not a plain tensor as ``torch.save`` writes it.
 
     Reads and checks the front of the record only. The payload of a layout that is returned lies within the item, but
     its bytes are unchecked: compare their CRC with that of :func:`read_payload_crc`.
 
+    Args:
+        item: The record.
+        front_nbytes: Number of bytes at its start that may be read; None is also returned if the payload does not
+            begin within them. None: as many as are needed.
+
     Raises:
         RecordCorrupted: The front of the record doesn't match its checksums.
     """
-    for limit in _FRONT_SIZES:  # the longer front is read only if the payload does not begin in the shorter one
+    # The longer front is read only if the payload does not begin in the shorter one.
+    for limit in _FRONT_SIZES if front_nbytes is None else (front_nbytes,):
         # A copy, so that the view ends here: it may be of a slot of shared memory.
         front = bytes(item.view(0, min(limit, item.size)))
         layout = _known_layout(front) or _parse_front(front)
