@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Final
 
 from mpreader.errors import PlanError
@@ -223,7 +224,11 @@ class FilePlan:
 
 
 def plan_files(
-    ranges_by_file: Mapping[str, Sequence[ItemRange]], *, max_gap_bytes: float, part_bytes: int
+    ranges_by_file: Mapping[str, Sequence[ItemRange]],
+    *,
+    max_gap_bytes: float,
+    part_bytes: int,
+    max_gap_by_file: Mapping[str, float] = MappingProxyType({}),
 ) -> dict[str, FilePlan]:
     """Cut the ranges of a load into requests.
 
@@ -231,6 +236,7 @@ def plan_files(
         ranges_by_file: Ranges by URI.
         max_gap_bytes: Largest gap within one request. Values above ``MAX_LOAD_GAP_BYTES`` count as that.
         part_bytes: Largest number of bytes of one request, at least 1.
+        max_gap_by_file: Smaller bounds than ``max_gap_bytes`` for some files, by URI.
 
     Returns:
         The requests by URI, in the order of ``ranges_by_file``.
@@ -243,7 +249,7 @@ def plan_files(
     bound = min(max_gap_bytes, MAX_LOAD_GAP_BYTES)
     plans = {}
     for uri, ranges in ranges_by_file.items():
-        groups = coalesce(ranges, max_gap_bytes=bound)
+        groups = coalesce(ranges, max_gap_bytes=min(bound, max_gap_by_file.get(uri, bound)))
         parts = [part for group in groups for part in partition(group, part_bytes=part_bytes)]
         plans[uri] = FilePlan(len(groups), parts)
     return plans

@@ -15,7 +15,7 @@ from mpreader.errors import PlanError
 from mpreader.ranges import ItemRange
 from mpreader.readers.protocols import PlanItem, StoredItem
 
-__all__ = ["is_extent", "is_inside", "item_ranges_by_file"]
+__all__ = ["is_extent", "is_inside", "item_ranges_by_file", "range_of", "uri_of"]
 
 
 def item_ranges_by_file(
@@ -44,8 +44,8 @@ def item_ranges_by_file(
     ranges_by_file: dict[str, list[ItemRange]] = {}
     for plan_item in plan_items:
         stored = storage_data[plan_item.storage_index]
-        uri = _uri_of(os.fspath(base_path), stored.relative_path)
-        ranges_by_file.setdefault(uri, []).append(_range_of(stored))
+        uri = uri_of(base_path, stored.relative_path)
+        ranges_by_file.setdefault(uri, []).append(range_of(stored))
     return ranges_by_file
 
 
@@ -62,15 +62,26 @@ def is_extent(offset: object, length: object) -> bool:
     return type(offset) is int and type(length) is int and offset >= 0 and length >= 0
 
 
-def _uri_of(base_path: str, relative_path: object) -> str:
+def uri_of(base_path: str | os.PathLike[str], relative_path: object) -> str:
+    """Returns the URI under which DCP opens a file of the checkpoint at ``base_path``.
+
+    Raises:
+        PlanError: The file lies outside of the checkpoint.
+    """
+    base = os.fspath(base_path)
     if not is_inside(relative_path):
         raise PlanError(f"the checkpoint's metadata names a file outside of the checkpoint: {relative_path!r}")
     # The file systems of DCP join them in the same way when they open the file, and the reader is found by the URI: a
     # slash at the end of base_path is not doubled.
-    return f"{base_path}{relative_path}" if base_path.endswith("/") else f"{base_path}/{relative_path}"
+    return f"{base}{relative_path}" if base.endswith("/") else f"{base}/{relative_path}"
 
 
-def _range_of(stored: StoredItem) -> ItemRange:
+def range_of(stored: StoredItem) -> ItemRange:
+    """Returns the bytes of an item.
+
+    Raises:
+        PlanError: Its offset or length is negative or no whole number.
+    """
     if not is_extent(stored.offset, stored.length):
         raise PlanError(
             f"the checkpoint's metadata gives an item of {stored.relative_path!r} an impossible place: "

@@ -26,7 +26,7 @@ from mpreader.readers.intervals import Intervals
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-__all__ = ["ItemView", "MultiprocessS3Reader", "PlannedReads"]
+__all__ = ["ItemView", "MultiprocessS3Reader", "PlannedReads", "SelectedItemView"]
 
 # An item of at most so many parts is held for a second reading of its bytes. A longer item gives each part back as soon
 # as its bytes were read, so that it may be larger than the arena.
@@ -209,6 +209,22 @@ class MultiprocessS3Reader(S3Reader):
             self._give_back_before(self._first_part_needed(offset))
         return ItemView(self, offset, length, keep=self._may_keep(offset, length))
 
+    def selected_item(self, offset: int, length: int, first: int) -> SelectedItemView:
+        """Returns the bytes of one item of which only parts are within the ranges; see :meth:`item`.
+
+        Args:
+            offset: First byte of the item in the object.
+            length: Number of its bytes.
+            first: First of its bytes that will be read, counted from its start.
+
+        Raises:
+            ValueError: That byte is not within the ranges, or the reader is closed.
+        """
+        self._check_open()
+        self._check_covered(offset + first, offset + first + 1)
+        self._give_back_before(self._first_part_needed(offset + first))
+        return SelectedItemView(self, offset, length, keep=False)
+
     def refetch(self, offset: int, length: int) -> ItemView:
         """Returns the same as :meth:`item`, but the bytes are received again.
 
@@ -238,6 +254,19 @@ class MultiprocessS3Reader(S3Reader):
             # the caller may keep the slot.
             yield self._view(index, keep_part)[start - part.start : stop - part.start]
             start = stop
+
+    def holds(self, start: int, end: int) -> bool:
+        """Returns True if all bytes [start, end) of the object are within the ranges; there must be at least one."""
+        return self._covered.hold(start, end)
+
+    def release_before(self, position: int) -> None:
+        """Give back the parts that end before the byte at ``position``, if they are held.
+
+        A later reading of them downloads them again.
+        """
+        index = self._parts.index_at(position)
+        if any(held < index for held in self._held):
+            self._held = {held: view for held, view in self._held.items() if held >= index}
 
     # -- parts
 
@@ -395,3 +424,22 @@ class ItemView:
     def _check(self, start: int, end: int) -> None:
         if not 0 <= start <= end <= self.size:
             raise PlanError(f"bytes {start}-{end} are not within an item of {self.size} bytes")
+
+
+class SelectedItemView(ItemView):
+    """Bytes of one item of which only parts are within the ranges of the reader. They are read forwards.
+
+    What lies before the bytes that are asked for is given back at once: the runs of one item may be more than the
+    arena has room for.
+    """
+
+    __slots__ = ()
+
+    def holds(self, start: int, end: int) -> bool:
+        """Returns True if all bytes [start, end) of the item can be read; there must be at least one."""
+        return start >= 0 and end <= self.size and self._reader.holds(self._start + start, self._start + end)
+
+    def _check(self, start: int, end: int) -> None:
+        if start < end and not self.holds(start, end):
+            raise PlanError(f"bytes {start}-{end} of an item of {self.size} bytes were not selected")
+        self._reader.release_before(self._start + start)

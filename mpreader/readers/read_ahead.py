@@ -19,13 +19,14 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from mpreader.config import PoolConfig, S3ClientConfig, check_type
 from mpreader.errors import PoolClosed
 from mpreader.pool.pool import Pool, release_shared_pool, shared_pool, use_shared_pool
 from mpreader.pool.requests import SlotRead
-from mpreader.pool.stats import PoolStats
+from mpreader.pool.stats import PoolStats, total
 from mpreader.pool.transfer import Transfer
 from mpreader.ranges import DEFAULT_MAX_GAP_SIZE, ItemRange, Part, plan_files
 from mpreader.readers.base import GetObjectInfo, GetStream, S3Reader
@@ -48,6 +49,8 @@ class ReadAhead:
         client: S3 client that signs the requests.
         ranges_by_file: Ranges of the plan by URI, in the order in which DCP will read them.
         max_gap_bytes: Largest gap between two ranges that are fetched as one.
+        max_gap_by_file: Smaller bounds for some files, by URI.
+        before: Reads of the same load that came before these: they have decided which versions of its files are read.
         progress: Progress bar: ``show`` of :func:`~mpreader.telemetry.progress.progress_bar`.
 
     Attributes:
@@ -65,17 +68,28 @@ class ReadAhead:
         ranges_by_file: Mapping[str, Sequence[ItemRange]],
         max_gap_bytes: float,
         *,
+        max_gap_by_file: Mapping[str, float] = MappingProxyType({}),
+        before: ReadAhead | None = None,
         progress: bool | None = False,
     ) -> None:
         # Imported here, because they import boto3, which takes 0.1 s: a constructor can be made without it.
         from mpreader.s3 import parse_s3_uri
         from mpreader.sources.s3 import S3Source
+        from mpreader.sources.versions import SteadySource
 
         self.ranges_by_file = ranges_by_file
         self.parts_by_file: dict[str, tuple[int, list[Part]]] = {}
-        sources = [S3Source(client, *parse_s3_uri(uri)) for uri in ranges_by_file]
+        known = before._sources if before is not None else {}
+        self._sources: dict[str, SteadySource] = {
+            uri: known.get(uri) or SteadySource(S3Source(client, *parse_s3_uri(uri))) for uri in ranges_by_file
+        }
         slot_reads: list[SlotRead] = []
-        plans = plan_files(ranges_by_file, max_gap_bytes=max_gap_bytes, part_bytes=pool.sizes.part_bytes)
+        plans = plan_files(
+            ranges_by_file,
+            max_gap_bytes=max_gap_bytes,
+            part_bytes=pool.sizes.part_bytes,
+            max_gap_by_file=max_gap_by_file,
+        )
         for number, (uri, plan) in enumerate(plans.items()):
             self.parts_by_file[uri] = (len(slot_reads), plan.parts)
             slot_reads.extend(SlotRead(number, part.size, (part,), part.over_read) for part in plan.parts)
@@ -91,6 +105,7 @@ class ReadAhead:
         self._release_pool = weakref.finalize(self, release_shared_pool, pool, keep_warm=True)
         # Last: whatever fails after it, a Ctrl-C for one, would leave a read that nobody closes. It may grow beyond
         # max_memory, because an item that is read in pieces smaller than its parts is held until the next one.
+        sources = list(self._sources.values())
         self.transfer: Transfer | None = pool.read(sources, slot_reads, grows=True) if slot_reads else None
 
     @property
@@ -176,6 +191,7 @@ class MultiprocessConstructor(ItemRangeConstructor):
     _leave_pool: weakref.finalize[..., MultiprocessConstructor]  # releases _pool when the constructor is dropped
     _read_ahead: ReadAhead | None  # reads of the last plan
     _end_read_ahead: Callable[[], object]  # retires _read_ahead, also when the constructor is dropped
+    _stats_before: tuple[PoolStats, ...]  # of reads of the same load that came before _read_ahead
 
     def __init__(
         self,
@@ -214,12 +230,37 @@ class MultiprocessConstructor(ItemRangeConstructor):
     ) -> None:
         """Replace the ranges of the load plan and begin to read them; see the base class."""
         super().set_item_ranges_by_file(plan_items, storage_data, base_path)
+        self._stats_before = ()
         self._set_read_ahead(self._begin(self._item_ranges_by_file) if self._item_ranges_by_file else None)
+
+    def set_ranges_by_file(
+        self,
+        ranges_by_file: Mapping[str, Sequence[ItemRange]],
+        max_gap_by_file: Mapping[str, float],
+        *,
+        continues: bool = False,
+    ) -> None:
+        """Replace the ranges by others than those of whole items, and begin to read them.
+
+        Args:
+            ranges_by_file: At least one range by the URI of its file, in the order in which they will be read.
+            max_gap_by_file: Smaller bounds than ``max_gap_size`` for some files, by URI.
+            continues: True: these reads belong to the same load as the last ones. The same versions of the files are
+                read, and :meth:`stats` counts both.
+
+        Raises:
+            PoolError: The worker processes can't be started.
+        """
+        before = self._read_ahead if continues else None
+        self._stats_before = (self.stats(),) if continues else ()
+        self._item_ranges_by_file = {uri: list(ranges) for uri, ranges in ranges_by_file.items()}
+        self._set_read_ahead(self._begin(self._item_ranges_by_file, max_gap_by_file, before))
 
     def stats(self) -> PoolStats:
         """Returns the statistics of the last plan so far: bytes, requests, retries and waits, also for each worker."""
         ahead = self._read_ahead
-        return PoolStats() if ahead is None or ahead.transfer is None else ahead.transfer.stats()
+        stats = PoolStats() if ahead is None or ahead.transfer is None else ahead.transfer.stats()
+        return total([*self._stats_before, stats]) if self._stats_before else stats
 
     def close(self) -> None:
         """End the downloads, and the workers if no other user of their pool is left. Idempotent.
@@ -252,14 +293,27 @@ class MultiprocessConstructor(ItemRangeConstructor):
         begun = ahead.ranges_by_file[uri]
         return MultiprocessS3Reader(bucket, key, begun, get_object_info, get_stream, read_ahead=ahead)
 
-    def _begin(self, ranges_by_file: Mapping[str, Sequence[ItemRange]]) -> ReadAhead:
+    def _begin(
+        self,
+        ranges_by_file: Mapping[str, Sequence[ItemRange]],
+        max_gap_by_file: Mapping[str, float] = MappingProxyType({}),
+        before: ReadAhead | None = None,
+    ) -> ReadAhead:
         """Begin to read the ranges; makes the S3 client and the pool if there are none."""
         if self._client is None:
             # Imported here, because it imports boto3, which start() does not need.
             from mpreader.s3 import BaseS3Client
 
             self._client = BaseS3Client(s3client_config=self._s3client_config)
-        return ReadAhead(self._get_pool(), self._client, ranges_by_file, self._max_gap_size, progress=self._progress)
+        return ReadAhead(
+            self._get_pool(),
+            self._client,
+            ranges_by_file,
+            self._max_gap_size,
+            max_gap_by_file=max_gap_by_file,
+            before=before,
+            progress=self._progress if before is None else False,
+        )
 
     def _get_pool(self) -> Pool:
         if self._pool is None:
@@ -285,6 +339,7 @@ class MultiprocessConstructor(ItemRangeConstructor):
         self._pool = None
         self._read_ahead = None
         self._end_read_ahead = _nothing
+        self._stats_before = ()
 
     def __getstate__(self) -> dict[str, Any]:
         # Processes and shared memory belong to this process. The S3 client pickles its settings only.

@@ -21,7 +21,7 @@ from mpreader.pool.source import ObjectVersion, Refusal, Reroutable, Source
 from mpreader.pool.worker.route import Route
 from mpreader.pool.worker.version import find_change
 
-__all__ = ["PinnedSource", "resolve_versions", "try_resolve_versions"]
+__all__ = ["PinnedSource", "SteadySource", "resolve_versions", "try_resolve_versions"]
 
 _CLOSED_POLL_S: Final = 0.25  # time between two checks whether the caller has been closed
 
@@ -58,14 +58,7 @@ class PinnedSource:
 
     def learn(self, version: ObjectVersion) -> None:
         """Take over the validators that a read has found; see :class:`mpreader.pool.source.LearningSource`."""
-        change = find_change(self.version.validators, version.validators)
-        if change is not None:
-            raise ObjectChanged(
-                f"{self.uri}: the object was overwritten while it was read: {change}; read it again",
-                bucket=self.bucket,
-                key=self.key,
-            )
-        self.version = self.version.learned(version.validators)
+        self.version = _learned(self.uri, self.bucket, self.key, self.version, version)
 
     def route(self) -> Route:
         """Make a new route; see :meth:`mpreader.pool.source.Source.route`."""
@@ -74,6 +67,68 @@ class PinnedSource:
     def other_route(self, refusal: Refusal) -> Route | None:
         """Make a route of another kind; see :meth:`mpreader.pool.source.Reroutable.other_route`."""
         return self._source.other_route(refusal) if isinstance(self._source, Reroutable) else None
+
+
+class SteadySource:
+    """Source whose reads are all of the version that the first of them has found.
+
+    It is for reads one after the other: those of a load and what the load reads again. See
+    :class:`mpreader.pool.source.Source`.
+
+    Args:
+        source: Source of the object.
+
+    Attributes:
+        version: The version, with the validators that reads have found since; None before the first read.
+        bucket: Bucket of ``source``.
+        key: Key of ``source``.
+        uri: URI of ``source``.
+    """
+
+    version: ObjectVersion | None = None
+
+    def __init__(self, source: Source) -> None:
+        self.bucket = source.bucket
+        self.key = source.key
+        self.uri = source.uri
+        self._source = source
+
+    @property
+    def max_attempts(self) -> int:
+        """Largest number of requests that are made for the same bytes."""
+        return self._source.max_attempts
+
+    def open(self) -> ObjectVersion:
+        """Request the object's present version, once; see :meth:`mpreader.pool.source.Source.open`."""
+        if self.version is None:
+            self.version = self._source.open()
+        return self.version
+
+    def learn(self, version: ObjectVersion) -> None:
+        """Take over the validators that a read has found; see :class:`mpreader.pool.source.LearningSource`."""
+        self.version = _learned(self.uri, self.bucket, self.key, self.open(), version)
+
+    def route(self) -> Route:
+        """Make a new route; see :meth:`mpreader.pool.source.Source.route`."""
+        return self._source.route()
+
+    def other_route(self, refusal: Refusal) -> Route | None:
+        """Make a route of another kind; see :meth:`mpreader.pool.source.Reroutable.other_route`."""
+        return self._source.other_route(refusal) if isinstance(self._source, Reroutable) else None
+
+
+def _learned(uri: str, bucket: str, key: str, known: ObjectVersion, version: ObjectVersion) -> ObjectVersion:
+    """Returns the known version of an object with the validators of what a read has found.
+
+    Raises:
+        ObjectChanged: It has found another version.
+    """
+    change = find_change(known.validators, version.validators)
+    if change is not None:
+        raise ObjectChanged(
+            f"{uri}: the object was overwritten while it was read: {change}; read it again", bucket=bucket, key=key
+        )
+    return known.learned(version.validators)
 
 
 def resolve_versions(sources: Sequence[Source], deadline: float, is_closed: Callable[[], bool]) -> list[PinnedSource]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mpreader.errors import PlanError
 from mpreader.ranges import ItemRange, Part
 from mpreader.readers.multiprocess import MultiprocessS3Reader
 
@@ -92,6 +93,33 @@ def test_items_that_overlap_are_held_together(opened: Callable[..., Opened]) -> 
     assert sorted(reads.taken) == [0, 1, 2, 3]
     reader.item(4000, 1000)
     assert reads.held() == []
+
+
+def test_selected_item_gives_its_runs_and_refuses_the_rest(opened: Callable[..., Opened]) -> None:
+    reader, _ = opened((100, 300), (2500, 4500), (7200, 7300), (9000, 9500))
+    item = reader.selected_item(100, 8000, 0)
+    assert item.view(0, 200) == DATA[100:300]
+    assert [item.holds(0, 200), item.holds(0, 201), item.holds(2400, 4400), item.holds(-1, 5)] == [
+        *(True, False, True, False)
+    ]
+    assert not item.holds(8900, 8950)  # within the ranges, but of the next item
+    for start, end in ((200, 2500), (2300, 2500), (4000, 4500), (7999, 8001)):
+        with pytest.raises(PlanError, match="were not selected"):
+            item.pieces(start, end)
+    assert b"".join(item.pieces(2400, 4400)) == DATA[2500:4500]
+    with pytest.raises(ValueError, match="not within the ranges"):
+        reader.selected_item(100, 8000, 300)
+
+
+def test_selected_item_holds_no_part_of_a_run_that_was_read(opened: Callable[..., Opened]) -> None:
+    """Of each run a little more is received than is needed, so that its last part is not read to the end."""
+    reader, reads = opened((100, 300), *((at, at + 1500) for at in (1000, 3000, 5000)))
+    item = reader.selected_item(100, 8000, 0)
+    assert item.view(0, 200) == DATA[100:300]
+    for run in (1000, 3000, 5000):
+        assert b"".join(item.pieces(run - 100, run + 1300)) == DATA[run : run + 1400]
+        assert reads.held() == [run // PART + 1]
+    assert reads.taken == [0, 1, 2, 3, 4, 5, 6]
 
 
 def test_refetched_item_is_taken_again(opened: Callable[..., Opened]) -> None:

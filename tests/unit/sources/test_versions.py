@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from mpreader import MpreaderError, ObjectMissing, PoolClosed, PoolTimeout
+from mpreader import MpreaderError, ObjectChanged, ObjectMissing, PoolClosed, PoolTimeout
 from mpreader.pool.source import ObjectVersion
 from mpreader.pool.worker.route import Route
-from mpreader.sources.versions import resolve_versions, try_resolve_versions
+from mpreader.sources.versions import SteadySource, resolve_versions, try_resolve_versions
 
 _WAIT_S = 10
 
@@ -93,3 +93,14 @@ def test_versions_are_not_waited_for_beyond_deadline_or_close(
 
 def test_versions_of_nothing_are_nothing() -> None:
     assert resolve_versions([], math.inf, _is_open) == try_resolve_versions([], math.inf, _is_open) == []
+
+
+def test_steady_source_asks_once_and_stays_with_that_version() -> None:
+    answers = iter([ObjectVersion(5, '"e"'), ObjectVersion(5, '"f"')])
+    source = SteadySource(_Source(0, lambda: next(answers)))
+    assert source.version is None
+    assert [source.open(), source.open(), source.version] == [ObjectVersion(5, '"e"')] * 3
+    source.learn(ObjectVersion(5, '"e"'))
+    with pytest.raises(ObjectChanged, match="the object was overwritten while it was read"):
+        source.learn(ObjectVersion(5, '"f"'))
+    assert source.version == ObjectVersion(5, '"e"')
