@@ -6,6 +6,9 @@ to an item's bytes without copying them. A tensor is decoded from these bytes, w
     reader.item ──> decode_layout ──> planner.resolve_tensor ──> copy_into (checks the CRC) ──> planner.commit_tensor
                         └ None: torch.load, after a check of its CRCs
 
+Of some items only the bytes of a box were requested, by what the plan expects of their records. The front of the record
+tells if it was right. If it was not, no byte is copied: the item is returned, with what is to be read of it instead.
+
 If bytes contradict their CRC, the item is received a second time. If these bytes are damaged, too, the load ends in a
 ``ChecksumMismatch`` that names the item. This module must not ask S3 for anything itself.
 """
@@ -21,11 +24,13 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, Read
 
 from mpreader.dcp.tensor import check_archive, copy_into, load_whole
 from mpreader.errors import ArenaError, ChecksumMismatch, PlanError, PoolError, TransportError
+from mpreader.formats.layout import TensorLayout
+from mpreader.formats.selection import Run, Selection, box_of, stored_runs
 from mpreader.formats.torch_save import BufferItem, ItemBytes, RecordCorrupted, decode_layout
 from mpreader.readers.protocols import StoredItem
 from mpreader.s3 import parse_s3_uri
 
-__all__ = ["ItemLoader", "ItemReader", "PlannedItem"]
+__all__ = ["ItemLoader", "ItemReader", "LoadedBytes", "PlannedItem", "SelectedBytes"]
 
 
 class ItemReader(Protocol):
@@ -37,6 +42,16 @@ class ItemReader(Protocol):
     def refetch(self, offset: int, length: int) -> ItemBytes:
         """Returns the same item as :meth:`item`, received once more."""
 
+    def selected_item(self, offset: int, length: int, first: int) -> SelectedBytes:
+        """Returns an item of which only parts were received; ``first`` is the first byte of it that will be read."""
+
+
+class SelectedBytes(ItemBytes, Protocol):
+    """Bytes of an item of which only parts were received. They are read in ascending order."""
+
+    def holds(self, start: int, end: int) -> bool:
+        """Returns True if all bytes [start, end) can be read; there must be at least one."""
+
 
 class PlannedItem(NamedTuple):
     """Item of a load plan, and its location in the checkpoint.
@@ -44,10 +59,36 @@ class PlannedItem(NamedTuple):
     Attributes:
         request: The plan's entry: the name of the item, and which box of it is wanted.
         stored: File, offset and length of the item.
+        selection: What is received of it; None: all of it.
+        layout: Layout of its tensor, if that is known already; else it is read from the front.
     """
 
     request: ReadItem
     stored: StoredItem
+    selection: Selection | None = None
+    layout: TensorLayout | None = None
+
+
+class LoadedBytes:
+    """Counters of the bytes that an :class:`ItemLoader` has loaded.
+
+    Attributes:
+        verified: Bytes of items whose checksum was compared.
+        unverified: Bytes of the other items; of a box, its own bytes.
+        over_read: Bytes within the runs of boxes that the boxes don't need.
+    """
+
+    def __init__(self) -> None:
+        self.verified = 0
+        self.unverified = 0
+        self.over_read = 0
+
+    def count(self, nbytes: int, *, is_verified: bool) -> None:
+        """Count an item."""
+        if is_verified:
+            self.verified += nbytes
+        else:
+            self.unverified += nbytes
 
 
 class ItemLoader:
@@ -57,12 +98,13 @@ class ItemLoader:
         planner: Returns the target of each tensor, and takes the bytes of other items.
         transforms: Undoes the extensions of the save, such as compression. None if torch is too old for extensions.
         verify: True checks the CRC-32s that ``torch.save`` wrote.
+        loaded: Counts what was loaded.
 
     Raises:
         PlanError: A mode of torch is active in which new tensors have no bytes, such as ``FakeTensorMode``.
     """
 
-    def __init__(self, planner: LoadPlanner, transforms: Any, *, verify: bool) -> None:
+    def __init__(self, planner: LoadPlanner, transforms: Any, *, verify: bool, loaded: LoadedBytes) -> None:
         # Once for each load rather than for each item, since a load is not left between its items.
         made = type(torch.empty(0, device="cpu"))
         if made is not torch.Tensor:
@@ -70,14 +112,21 @@ class ItemLoader:
         self._planner = planner
         self._transforms = transforms
         self._verify = verify
+        self._loaded = loaded
+        # Several boxes of one item may be wanted, one after the other: the front is read for the first of them.
+        self._last_layout: tuple[str, int, TensorLayout] | None = None  # URI and offset of the item
 
-    def load(self, item: PlannedItem, uri: str, reader: ItemReader) -> None:
+    def load(self, item: PlannedItem, uri: str, reader: ItemReader) -> PlannedItem | None:
         """Load an item.
 
         Args:
             item: The item.
             uri: URI of its file.
             reader: Reader of that file.
+
+        Returns:
+            None if it was loaded; otherwise what has to be received of the item in place of its selection, since its
+            record is not as it was expected. That will be right.
 
         Raises:
             ChecksumMismatch: The item's bytes don't match their CRC-32, also when received again.
@@ -87,12 +136,46 @@ class ItemLoader:
             ArenaError: Shared memory is used up; the error names the item.
         """
         try:
+            if item.selection is not None:
+                return self._load_selected(item, item.selection, uri, reader)
             self._load_checked(item, uri, reader)
+            return None
         except ChecksumMismatch:
             raise  # a TransportError that names the item already
         except (TransportError, PoolError, ArenaError) as error:
             # The copy takes the place of the original, so it keeps the original's cause.
             raise error.needed_for(item.request.storage_index.fqn) from error.__cause__
+
+    def _load_selected(
+        self, item: PlannedItem, selection: Selection, uri: str, reader: ItemReader
+    ) -> PlannedItem | None:
+        """Load a box whose bytes were selected; returns what to receive instead if they are the wrong ones."""
+        stored, request = item.stored, item.request
+        layout = item.layout or self._known_layout(uri, stored)
+        first = 0 if layout is None else selection.runs[0].start
+        content = reader.selected_item(stored.offset, stored.length, first)
+        if layout is None:
+            layout = _read_layout(content, selection.front_nbytes)
+            if layout is None:
+                return PlannedItem(request, stored)
+            self._last_layout = uri, stored.offset, layout
+        runs = _runs_of(layout, request)
+        if runs is None:
+            return PlannedItem(request, stored)
+        if not all(content.holds(run.start, run.end) for run in runs):
+            return PlannedItem(request, stored, Selection(0, runs), layout)
+        target = self._planner.resolve_tensor(request).detach()
+        copy_into(content, layout, target, request.storage_offsets, request.lengths, verify=False)
+        self._planner.commit_tensor(request, target)
+        nbytes = request.lengths.numel() * layout.dtype.itemsize
+        self._loaded.count(nbytes, is_verified=False)
+        self._loaded.over_read += sum(run.size for run in selection.runs) - nbytes
+        return None
+
+    def _known_layout(self, uri: str, stored: StoredItem) -> TensorLayout | None:
+        if self._last_layout is not None and self._last_layout[:2] == (uri, stored.offset):
+            return self._last_layout[2]
+        return None
 
     def _load_checked(self, item: PlannedItem, uri: str, reader: ItemReader) -> None:
         offset, length = item.stored.offset, item.stored.length
@@ -116,21 +199,24 @@ class ItemLoader:
         content = self._transformed(item, stored_bytes)
         if request.type == LoadItemType.BYTE_IO:
             value = io.BytesIO(content.view(0, content.size))
-            if self._verify:
-                check_archive(value)
+            is_verified = self._verify and check_archive(value)
             self._planner.load_bytes(request, value)
+            self._loaded.count(item.stored.length, is_verified=is_verified)
             return
         layout = decode_layout(content)
         if layout is not None:
             target = self._planner.resolve_tensor(request).detach()  # autograd refuses copies into a leaf
-            copy_into(content, layout, target, request.storage_offsets, request.lengths, verify=self._verify)
+            is_verified = copy_into(
+                content, layout, target, request.storage_offsets, request.lengths, verify=self._verify
+            )
         else:
-            loaded = load_whole(content, verify=self._verify)
+            loaded, is_verified = load_whole(content, verify=self._verify)
             loaded = narrow_tensor_by_index(loaded, request.storage_offsets, request.lengths)
             target = self._planner.resolve_tensor(request).detach()
             _check_shape(loaded, target)  # copy_ would broadcast a smaller tensor
             target.copy_(loaded)
         self._planner.commit_tensor(request, target)
+        self._loaded.count(item.stored.length, is_verified=is_verified)
 
     def _transformed(self, item: PlannedItem, stored_bytes: ItemBytes) -> ItemBytes:
         """Returns the item as it was before the extensions of the save."""
@@ -143,6 +229,23 @@ class ItemLoader:
             return BufferItem(bytearray(stream.read(-1)))  # writable, as an item's bytes must be
         except Exception as error:  # each extension raises errors of its own types for damaged bytes
             raise RecordCorrupted(f"{', '.join(descriptors)} can't read it: {error}") from error
+
+
+def _read_layout(content: SelectedBytes, front_nbytes: int) -> TensorLayout | None:
+    """Read the front; returns None if it is damaged or not understood: then all of the item is needed."""
+    try:
+        return decode_layout(content, front_nbytes)
+    except RecordCorrupted:
+        return None
+
+
+def _runs_of(layout: TensorLayout, request: ReadItem) -> tuple[Run, ...] | None:
+    """Returns what the box of a request needs of its record; None: all of it."""
+    box = box_of(layout.size, request.storage_offsets, request.lengths)
+    runs = stored_runs(layout.size, layout.stride, layout.storage_offset, layout.dtype.itemsize, box)
+    if not runs:
+        return None
+    return tuple(Run(run.start + layout.payload_offset, run.end + layout.payload_offset) for run in runs)
 
 
 def _mismatch(item: PlannedItem, uri: str, error: RecordCorrupted) -> ChecksumMismatch:

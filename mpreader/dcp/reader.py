@@ -19,16 +19,17 @@ import logging
 import os
 import threading
 import time
-from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple, cast
+from typing import IO, TYPE_CHECKING, Any, Final, Literal, NamedTuple, cast
 
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
 from mpreader.collector import collector_paused, spare_new_objects
+from mpreader.dcp.boxes import BoxKey, load_ranges, planned_items, select_boxes
 from mpreader.dcp.filesystem import Path, S3FileSystem
-from mpreader.dcp.items import ItemLoader, ItemReader, PlannedItem
+from mpreader.dcp.items import ItemLoader, ItemReader, LoadedBytes, PlannedItem
 from mpreader.dcp.metadata import load_metadata
 from mpreader.errors import ConfigError, ObjectMissing, PlanError
 from mpreader.pool.background import call_twice_if_slow
@@ -39,11 +40,12 @@ from mpreader.readers.protocols import DCPS3ReaderConstructorProtocol, S3ReaderC
 from mpreader.readers.read_ahead import MultiprocessConstructor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping, Sequence
 
     from typing_extensions import Self
 
     from mpreader.config import PoolConfig, S3ClientConfig
+    from mpreader.formats.selection import Selection
 
 __all__ = ["S3StorageReader"]
 
@@ -73,8 +75,10 @@ class S3StorageReader(FileSystemReader):
         s3client_config: Settings of the S3 client.
         reader_constructor: Makes the readers of the files. None: ``S3ReaderConstructor.multiprocess()``.
         pool_config: Settings of the worker pool, for the default constructor.
-        verify: True checks the CRC-32s that ``torch.save`` wrote. Works with a multiprocess constructor only (the
-            default is one); torch itself does not check them.
+        verify: True checks the CRC-32s that ``torch.save`` wrote, of all items that are received whole. Of an item of
+            which a small box is wanted, only that is received, and no CRC can be checked; ``"whole"`` receives all
+            items whole, and checks them. False checks nothing. Works with a multiprocess constructor only (the default
+            is one); torch itself does not check them.
         allowed_globals: Classes, such as ``"package.module.Name"``, that ``.metadata`` may use besides DCP's own.
         progress: True shows a progress bar on stderr during a load, False shows none, for the default constructor.
             None: on a terminal or in a notebook, and only in the first of several ranks.
@@ -83,7 +87,7 @@ class S3StorageReader(FileSystemReader):
     Raises:
         ValueError: ``path`` is not an ``s3://`` URI.
         ConfigError: ``pool_config`` or ``progress`` is given beside a constructor, which has its own; or
-            ``allowed_globals`` is a single string.
+            ``allowed_globals`` is a single string, or ``verify`` has another value.
     """
 
     def __init__(
@@ -94,7 +98,7 @@ class S3StorageReader(FileSystemReader):
         reader_constructor: S3ReaderConstructorProtocol | None = None,
         *,
         pool_config: PoolConfig | None = None,
-        verify: bool = True,
+        verify: bool | Literal["whole"] = True,
         allowed_globals: Iterable[str] = (),
         progress: bool | None = None,
         **kwargs: Any,
@@ -108,7 +112,12 @@ class S3StorageReader(FileSystemReader):
         elif pool_config is not None:
             raise ConfigError("give pool_config to the reader_constructor: S3ReaderConstructor.multiprocess(…)")
         self._reader_constructor = reader_constructor
+        if not isinstance(verify, bool) and verify != "whole":
+            raise ConfigError(f'verify must be True, False or "whole", got {verify!r}')
         self._verify = verify
+        self._entries: Mapping[str, Any] = {}  # descriptions of the tensors, from .metadata
+        self._selections: dict[BoxKey, Selection] = {}  # of the items that the plan does not take whole
+        self._loaded = LoadedBytes()
         if isinstance(allowed_globals, str):  # would be taken for a collection of letters
             raise ConfigError(f"allowed_globals is a collection of names: write ({allowed_globals!r},)")
         self._allowed_globals = tuple(allowed_globals)
@@ -171,8 +180,16 @@ class S3StorageReader(FileSystemReader):
         metadata.storage_meta.load_id = self.load_id  # type: ignore[union-attr]
         return metadata
 
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Take over what ``.metadata`` says of the items."""
+        super().set_up_storage_reader(metadata, is_coordinator, *args, **kwargs)
+        self._entries = metadata.state_dict_metadata
+
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """Sort the items by their location, and give the plan to the constructor if it reads ahead.
+
+        Of items of which only a box is wanted, the multiprocess constructor is told to read no more than that, where
+        it is cheaper.
 
         Raises:
             PlanError: Another thread has begun a load on this reader meanwhile.
@@ -183,13 +200,31 @@ class S3StorageReader(FileSystemReader):
             # have set its client since read_metadata.
             self._reader_constructor.use_client(self._fs.client)
         with collector_paused():
-            items = sorted(plan.items, key=lambda request: _location(storage_data[request.storage_index]))
+            # Boxes of one item in the order of their bytes, too.
+            items = sorted(
+                plan.items,
+                key=lambda request: (*_location(storage_data[request.storage_index]), request.storage_offsets),
+            )
             plan = dataclasses.replace(plan, items=items)
-            # By protocol, not by class: the user may pass a constructor of s3torchconnector.
-            if isinstance(self._reader_constructor, DCPS3ReaderConstructorProtocol):
-                self._reader_constructor.set_item_ranges_by_file(plan.items, storage_data, path)
+            self._begin_reads(plan.items, storage_data, path)
             spare_new_objects()
         return plan
+
+    def _begin_reads(
+        self, items: Sequence[ReadItem], storage_data: Mapping[MetadataIndex, StoredItem], path: Path
+    ) -> None:
+        constructor = self._reader_constructor
+        self._selections, self._loaded = {}, LoadedBytes()
+        if isinstance(constructor, MultiprocessConstructor) and self._verify != "whole":
+            boxes = select_boxes(items, storage_data, self._entries)
+            if boxes.files:
+                self._selections = boxes.selections
+                planned = planned_items(items, storage_data, self._selections)
+                constructor.set_ranges_by_file(*load_ranges(planned, boxes.files, path))
+                return
+        # By protocol, not by class: the user may pass a constructor of s3torchconnector.
+        if isinstance(constructor, DCPS3ReaderConstructorProtocol):
+            constructor.set_item_ranges_by_file(items, storage_data, path)
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read all items of the plan into the planner's targets.
@@ -201,35 +236,60 @@ class S3StorageReader(FileSystemReader):
             TransportError: Bytes could not be received.
         """
         path, storage_data = self._own_load()
-        if not isinstance(self._reader_constructor, MultiprocessConstructor):
+        constructor = self._reader_constructor
+        if not isinstance(constructor, MultiprocessConstructor):
             return super().read_data(plan, planner)
-        items_by_file: dict[str, list[PlannedItem]] = {}
-        for request in plan.items:
-            stored = storage_data[request.storage_index]
-            items_by_file.setdefault(stored.relative_path, []).append(PlannedItem(request, stored))
+        items = planned_items(plan.items, storage_data, self._selections)
         transforms = getattr(self, "transforms", None)  # older torch has no extensions
-        loader = ItemLoader(planner, transforms, verify=self._verify)
-        for relative_path, items in items_by_file.items():
-            uri = self._fs.concat_path(path, relative_path)
-            with self._fs.create_stream(uri, "rb") as reader:
-                for item in items:
-                    loader.load(item, uri, cast("ItemReader", reader))
+        loader = ItemLoader(planner, transforms, verify=bool(self._verify), loaded=self._loaded)
+        unexpected = self._load_items(items, path, loader)
+        if unexpected:
+            # All of them at once, since each alone would cost a round trip.
+            log.debug("%d items of %s are not stored as expected: reading them again", len(unexpected), path)
+            files = {item.stored.relative_path for item in unexpected}
+            constructor.set_ranges_by_file(*load_ranges(unexpected, files, path), continues=True)
+            self._load_items(unexpected, path, loader)
         log.info("loaded %s in %.2f s: %s", path, time.monotonic() - self._began_s, self.stats)
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
+    def _load_items(self, items: Iterable[PlannedItem], path: Path, loader: ItemLoader) -> list[PlannedItem]:
+        """Load items, file by file; returns those that have to be received in another way."""
+        items_by_file: dict[str, list[PlannedItem]] = {}
+        for item in items:
+            items_by_file.setdefault(item.stored.relative_path, []).append(item)
+        unexpected = []
+        for relative_path, planned in items_by_file.items():
+            uri = self._fs.concat_path(path, relative_path)
+            with self._fs.create_stream(uri, "rb") as reader:
+                for item in planned:
+                    again = loader.load(item, uri, cast("ItemReader", reader))
+                    if again is not None:
+                        unexpected.append(again)
+        return unexpected
+
     @property
     def stats(self) -> PoolStats:
         """Counts of the last load so far: bytes, over-read, requests, retries, waits, each worker's share.
 
-        All of them are zero if the constructor is not a multiprocess one.
+        Also how many bytes were verified, and how many were not. All of them are zero if the constructor is not a
+        multiprocess one.
         """
         constructor = self._reader_constructor
-        return constructor.stats() if isinstance(constructor, MultiprocessConstructor) else PoolStats()
+        if not isinstance(constructor, MultiprocessConstructor):
+            return PoolStats()
+        stats, loaded = constructor.stats(), self._loaded
+        return dataclasses.replace(
+            stats,
+            over_read=stats.over_read + loaded.over_read,
+            verified_bytes=loaded.verified,
+            unverified_bytes=loaded.unverified,
+        )
 
     def close(self) -> None:
         """End the downloads, leave the worker pool and close the connections. Idempotent; a later load starts anew."""
+        self._loaded = LoadedBytes()
         close = getattr(self._reader_constructor, "close", None)  # only some constructors have something to close
         if close is not None:
             close()

@@ -8,11 +8,13 @@ A *box* is a range of indices in each dimension. There are three ways to copy on
 
 * Same dtype, and the bytes of the box are contiguous in the storage and in the target: they are copied piece by piece.
 * The tensor fills its storage without gaps: blocks of rows, of at most 512 KiB, are gathered, converted and copied.
-* The tensor has gaps or repeated elements (a slice of a larger storage, an expanded tensor), or the target is of a
-  subclass of Tensor: the whole storage is gathered.
+* The tensor has gaps or repeated elements (a slice of a larger storage, an expanded tensor): the whole storage is
+  gathered.
 
 The first two take a bounded amount of memory, however large the tensor is, wherever the item is cut into pieces, and
-whatever strides, dtype and device the target has.
+whatever strides, dtype and device the target has. Where no CRC is checked, they read no byte outside of the runs of
+:mod:`mpreader.formats.selection`, so that only these need be there. A target of a subclass of Tensor takes as much
+memory more as the box has.
 """
 
 from __future__ import annotations
@@ -23,7 +25,6 @@ import pickle
 import zipfile
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
 from itertools import chain
 from typing import Final
 
@@ -34,16 +35,15 @@ from mpreader.dcp.fill import unfilled_memory
 from mpreader.errors import PlanError
 from mpreader.formats.crc import crc32
 from mpreader.formats.layout import TensorLayout
+from mpreader.formats.selection import Box, box_of, contiguous_order, index_in_memory
 from mpreader.formats.torch_save import ItemBytes, RecordCorrupted, read_payload_crc
 
 __all__ = ["check_archive", "copy_into", "load_whole"]
 
 # Computing the CRC reads a block, and copying reads it again: a block of this size is then still in the processor's own
-# cache (1 MiB or more). A larger block would be slower to copy, too: the C library would read the target first.
+# cache (1 MiB or more). A larger block would be slower to copy, too: the C library would read the target first. Nor may
+# it be larger than the largest gap within a run: rows of a block are read with the gaps between their parts of the box.
 _BLOCK_NBYTES: Final = 512 * 1024
-
-Box = tuple[tuple[int, int], ...]
-"""First index and length in each dimension of the stored tensor."""
 
 
 def copy_into(
@@ -54,7 +54,7 @@ def copy_into(
     lengths: Sequence[int] = (),
     *,
     verify: bool = True,
-) -> None:
+) -> bool:
     """Copy the box at ``offsets`` of the stored tensor into ``target``, converting dtype and device as needed.
 
     Args:
@@ -64,32 +64,38 @@ def copy_into(
         offsets: First index of the box in each dimension, outermost first; further dimensions are taken whole.
         lengths: Length of the box in each dimension, in elements, outermost first. As in DCP, a length that is not less
             than the stored dimension takes all of it.
-        verify: True checks the CRC of the whole stored tensor, the bytes outside of the box included.
+        verify: True checks the CRC of the whole stored tensor, the bytes outside of the box included. False reads no
+            more than the runs of the box.
+
+    Returns:
+        True if the bytes were compared with a CRC.
 
     Raises:
         PlanError: The box is not inside of the stored tensor, or ``target`` has another shape.
         RecordCorrupted: The bytes don't match their CRC. They were copied before that was known, so the contents of
             ``target`` must not be used.
     """
-    box = _box(layout.size, offsets, lengths)
+    box = box_of(layout.size, offsets, lengths)
     if tuple(target.shape) != tuple(length for _, length in box):
         raise PlanError(f"a box of shape {[length for _, length in box]} can't be read into {list(target.shape)}")
     payload = _Payload(item, layout, verify)
     if target.numel():
         _copy_box(payload, layout, box, target)
-    payload.finish()
+    return payload.finish()
 
 
-def load_whole(item: ItemBytes, *, verify: bool = True) -> torch.Tensor:
+def load_whole(item: ItemBytes, *, verify: bool = True) -> tuple[torch.Tensor, bool]:
     """Load any record with ``torch.load(weights_only=True)``; takes memory for the whole item.
+
+    Returns:
+        The tensor, and True if the bytes were compared with CRCs.
 
     Raises:
         RecordCorrupted: An entry of the record doesn't match its CRC, or the record can't be read.
         pickle.UnpicklingError: The record needs a class that ``weights_only`` does not allow.
     """
     record = io.BytesIO(item.view(0, item.size))
-    if verify:
-        check_archive(record)
+    is_verified = verify and check_archive(record)
     try:
         # torch.load makes some kinds of tensors on the default device, whatever map_location says.
         with torch.device("cpu"), unfilled_memory():
@@ -100,15 +106,18 @@ def load_whole(item: ItemBytes, *, verify: bool = True) -> torch.Tensor:
         # The CRCs were right, but no CRC covers the headers and the directory, and torch reads them in another way than
         # zipfile does: damage there is first noticed here.
         raise RecordCorrupted(f"torch.load can't read it: {error}") from error
-    return loaded
+    return loaded, is_verified
 
 
-def check_archive(record: io.BytesIO) -> None:
+def check_archive(record: io.BytesIO) -> bool:
     """Check the CRC of every entry of an archive.
 
     Args:
         record: A record of ``torch.save``; its position is at the start before and after. A record that is not a zip
             archive has no checksums, so it is not checked.
+
+    Returns:
+        True if there were CRCs to check.
 
     Raises:
         RecordCorrupted: An entry doesn't match its CRC, or the archive is not complete.
@@ -117,7 +126,7 @@ def check_archive(record: io.BytesIO) -> None:
     is_archive = bytes(record.getbuffer()[:4]) == b"PK\x03\x04" or zipfile.is_zipfile(record)
     record.seek(0)
     if not is_archive:
-        return
+        return False
     try:
         with zipfile.ZipFile(record) as archive:
             # torch.save without checksums writes a CRC of 0 for every entry.
@@ -128,6 +137,7 @@ def check_archive(record: io.BytesIO) -> None:
     if broken is not None:
         raise RecordCorrupted(f"{broken} of a torch.save record doesn't match its CRC-32")
     record.seek(0)
+    return has_crc
 
 
 class _Payload:
@@ -155,25 +165,30 @@ class _Payload:
         self._position = end
         return self._checked(start, end)
 
-    def gather(self, start: int, end: int) -> torch.Tensor:
-        """Returns a copy of the bytes ``[start, end)``, aligned for every dtype; the payload itself may not be."""
+    def gather(self, start: int, end: int, needed: tuple[int, int] | None = None) -> torch.Tensor:
+        """Returns a copy of the bytes ``[start, end)``, aligned for every dtype; the payload itself may not be.
+
+        Only the bytes ``needed``, counted from ``start``, are read into it; None: all of them.
+        """
+        first, stop = needed or (0, end - start)
         # The device is named because the user may have set another default one, even "meta", which holds no bytes.
         buffer = torch.empty(end - start, dtype=torch.uint8, device="cpu")
-        _fill(buffer, self.blocks(start, end))
+        _fill(buffer[first:stop], self.blocks(start + first, start + stop))
         return buffer
 
-    def finish(self) -> None:
-        """Read the rest of the payload and compare its CRC, if it is to be checked.
+    def finish(self) -> bool:
+        """Read the rest of the payload and compare its CRC, if it is to be checked; returns True if it was compared.
 
         Raises:
             RecordCorrupted: The CRC is not the one that was saved, or the payload is not followed by its descriptor.
         """
         if not self._verify:
-            return
+            return False
         self._skip_to(self._layout.payload_nbytes)
         saved = read_payload_crc(self._item, self._layout)
         if saved is not None and saved != self._crc:
             raise RecordCorrupted(f"a tensor's bytes have CRC-32 {self._crc:08x}, saved was {saved:08x}")
+        return saved is not None
 
     def _skip_to(self, start: int) -> None:
         """Add the bytes up to ``start`` to the CRC, if it is to be checked."""
@@ -233,23 +248,15 @@ def _fill(target: torch.Tensor, blocks: Iterator[memoryview]) -> None:
         raise RecordCorrupted(f"an item ended {len(target) - position} bytes early")
 
 
-def _box(size: Sequence[int], offsets: Sequence[int], lengths: Sequence[int]) -> Box:
-    """Returns the box that a plan item asks for, with one entry for every dimension of the stored tensor."""
-    if len(offsets) != len(lengths) or len(offsets) > len(size):
-        raise PlanError(f"offsets {list(offsets)} and lengths {list(lengths)} don't fit a tensor of {list(size)}")
-    box = [(0, whole) for whole in size]
-    for dim, (offset, length, whole) in enumerate(zip(offsets, lengths, size, strict=False)):
-        if length < whole:  # else all of the dimension, as torch's narrow_tensor_by_index takes it
-            box[dim] = (offset, length)
-            if offset < 0 or length < 0 or offset + length > whole:
-                raise PlanError(f"box at {list(offsets)} of {list(lengths)} is outside of a tensor of {list(size)}")
-    return tuple(box)
-
-
 def _copy_box(payload: _Payload, layout: TensorLayout, box: Box, target: torch.Tensor) -> None:
     """Copy a box into a target of its shape, in the cheapest of the three ways that the module's docstring lists."""
-    # A subclass of Tensor may override copy_, so it must be filled by one call of its copy_ with all elements.
-    order = _memory_order(layout.size, layout.stride) if type(target) is torch.Tensor else None
+    if type(target) is not torch.Tensor:
+        # A subclass may override copy_, so it must be filled by one call of its copy_ with all elements.
+        plain = torch.empty(target.shape, dtype=layout.dtype, device="cpu")
+        _copy_box(payload, layout, box, plain)
+        target.copy_(plain)
+        return
+    order = contiguous_order(layout.size, layout.stride)
     if order is None:
         _copy_gathered(payload, layout, box, target)
         return
@@ -260,7 +267,7 @@ def _copy_box(payload: _Payload, layout: TensorLayout, box: Box, target: torch.T
     if order != tuple(range(len(order))):  # most tensors are in this order already: small ones load faster without it
         target = target.permute(order)
     first = layout.storage_offset * layout.dtype.itemsize
-    run_start = _start_of_run(size, box)
+    run_start = index_in_memory(size, box)
     if run_start is not None and target.dtype == layout.dtype and _is_plain(target):
         start = first + run_start * layout.dtype.itemsize
         # as_strided, since view(-1) would keep the odd stride that a dimension of length 1 may have, and then a view as
@@ -279,40 +286,6 @@ def _copy_gathered(payload: _Payload, layout: TensorLayout, box: Box, target: to
     for dim, (start, length) in enumerate(box):
         stored = stored.narrow(dim, start, length)
     target.copy_(stored)
-
-
-@lru_cache(maxsize=4096)  # the tensors of a checkpoint have few different shapes
-def _memory_order(size: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...] | None:
-    """Returns the dimensions, outermost in memory first; None if the elements don't fill memory without gaps."""
-    # Two orders are tried: the tensor's own, which nearly all have, and that of descending strides. The stride of a
-    # dimension of length 1 has no meaning, so it is not compared, and the second order puts such dimensions innermost.
-    natural = range(len(size))
-    by_stride = sorted(natural, key=lambda dim: (size[dim] == 1, -stride[dim]))
-    for order in (tuple(natural), tuple(by_stride)):
-        expected = 1
-        for dim in reversed(order):
-            if size[dim] != 1 and stride[dim] != expected:
-                break
-            expected *= size[dim]
-        else:
-            return order
-    return None
-
-
-def _start_of_run(size: tuple[int, ...], box: Box) -> int | None:
-    """Returns the index in memory of the box's first element, if all its elements are contiguous; None if they aren't.
-
-    Args:
-        size: Shape of the tensor, which is contiguous.
-        box: The box.
-    """
-    start = 0
-    for dim, (offset, length) in enumerate(box):
-        start += offset * math.prod(size[dim + 1 :])
-        # Where the box is longer than 1 in a dimension, it is contiguous only if it takes all further dimensions whole.
-        if length != 1 and box[dim + 1 :] != tuple((0, whole) for whole in size[dim + 1 :]):
-            return None
-    return start
 
 
 def _is_plain(target: torch.Tensor) -> bool:
@@ -343,10 +316,24 @@ def _copy_rows(
             _copy_rows(payload, dtype, first + (start + row) * row_nbytes, size[1:], box[1:], target[row])
         return
     rows_at_once = max(1, _BLOCK_NBYTES // row_nbytes)
+    # Bytes before the first element of the box in the first row, and up to the end of its last element in the last one.
+    before, row_end = _span_in_row(size[1:], box[1:], dtype.itemsize)
     for done in range(0, length, rows_at_once):
         count = min(rows_at_once, length - done)
         at = first + (start + done) * row_nbytes
-        rows = payload.gather(at, at + count * row_nbytes).view(dtype).view(count, *size[1:])
+        needed = before, (count - 1) * row_nbytes + row_end
+        rows = payload.gather(at, at + count * row_nbytes, needed).view(dtype).view(count, *size[1:])
         for dim, (offset, wanted) in enumerate(box[1:], start=1):
             rows = rows.narrow(dim, offset, wanted)
         target.narrow(0, done, count).copy_(rows)
+
+
+def _span_in_row(size: Sequence[int], box: Box, itemsize: int) -> tuple[int, int]:
+    """Returns the first byte of a box's part of one row, and the end of the last one, counted from the row's start."""
+    first = last = 0  # elements
+    step = 1
+    for whole, (offset, length) in zip(reversed(size), reversed(box), strict=True):
+        first += offset * step
+        last += (offset + length - 1) * step
+        step *= whole
+    return first * itemsize, (last + 1) * itemsize

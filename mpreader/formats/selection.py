@@ -28,6 +28,7 @@ from mpreader.errors import PlanError
 from mpreader.ranges import MAX_LOAD_GAP_BYTES, gap_worth_receiving
 
 __all__ = [
+    "LEAST_SAVED_BYTES",
     "MAX_RECORD_GAP_BYTES",
     "MAX_RUN_GAP_BYTES",
     "Box",
@@ -51,7 +52,7 @@ MAX_RUN_GAP_BYTES: Final = MAX_LOAD_GAP_BYTES
 # over the one network interface of a host. There the time of a request is hidden by those beside it.
 MAX_RECORD_GAP_BYTES: Final = gap_worth_receiving(request_s=0.002)
 # A record of which less than this is not needed is taken whole, for only then can its checksum be compared.
-_LEAST_SAVED_BYTES: Final = 64 * 1024
+LEAST_SAVED_BYTES: Final = 64 * 1024
 _LEAST_SAVED_SHARE: Final = 1 / 32
 # Nor is a record selected from in more requests than this. The metadata of a checkpoint, which is not trusted, says how
 # large a tensor is: without a bound it could ask for any number of runs.
@@ -225,7 +226,7 @@ def select_box(
         return None  # what the metadata says of the shape does not fit the record
     requested = highest + sum(run.size for run in moved) - max(0, highest - moved[0].start)
     saved = record_nbytes - requested
-    if saved < max(_LEAST_SAVED_BYTES, int(record_nbytes * _LEAST_SAVED_SHARE)):
+    if saved < max(LEAST_SAVED_BYTES, int(record_nbytes * _LEAST_SAVED_SHARE)):
         return None
     return Selection(highest, moved)
 

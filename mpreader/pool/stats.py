@@ -38,6 +38,9 @@ class PoolStats:
             wanted, because memory was full of bytes that nobody had taken.
         over_read: Bytes received that nobody had asked for: gaps between ranges that were fetched as one.
         workers: The numbers of each worker.
+        verified_bytes: Bytes of the items of a load whose checksum was compared.
+        unverified_bytes: Bytes of the items of a load whose checksum was not compared: those of which a part was
+            received only, those that have none, and all of them where that was not asked for.
     """
 
     retries: int = 0
@@ -47,6 +50,8 @@ class PoolStats:
     over_read: int = 0
     workers: tuple[WorkerStats, ...] = field(default=())
     slow_cut: int = 0
+    verified_bytes: int = 0
+    unverified_bytes: int = 0
 
     @property
     def bytes(self) -> int:
@@ -62,11 +67,14 @@ class PoolStats:
         """For a log: one line."""
         share = 100 * self.over_read / self.bytes if self.bytes else 0.0
         cut = f", {self.slow_cut} slow ones cut" if self.slow_cut else ""
+        verified = ""
+        if self.verified_bytes or self.unverified_bytes:
+            verified = f"; {self.verified_bytes} bytes were verified, {self.unverified_bytes} were not"
         return (
             f"{self.bytes} bytes in {self.requests} requests by {len(self.workers)} workers, "
             f"{self.retries} retries{cut}, "
             f"{self.over_read} bytes over-read ({share:.1f} %), waited {self.seconds:.2f} s for the network and "
-            f"{self.consumer_seconds:.2f} s for the consumer"
+            f"{self.consumer_seconds:.2f} s for the consumer{verified}"
         )
 
 
@@ -126,4 +134,6 @@ def total(runs: Iterable[PoolStats]) -> PoolStats:
         sum(run.over_read for run in runs),
         workers,
         sum(run.slow_cut for run in runs),
+        sum(run.verified_bytes for run in runs),
+        sum(run.unverified_bytes for run in runs),
     )

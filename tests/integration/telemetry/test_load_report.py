@@ -51,7 +51,8 @@ def test_each_load_has_its_own_numbers_and_one_line(
     assert len(lines) == 2
     assert re.fullmatch(
         rf"loaded {checkpoint} in [\d.]+ s: {first.bytes} bytes in {first.requests} requests by 1 workers, 0 retries, "
-        r"0 bytes over-read \(0\.0 %\), waited [\d.]+ s for the network and [\d.]+ s for the consumer",
+        r"0 bytes over-read \(0\.0 %\), waited [\d.]+ s for the network and [\d.]+ s for the consumer; "
+        rf"{first.bytes} bytes were verified, 0 were not",
         lines[0],
     )
 
