@@ -17,7 +17,7 @@ from mpreader.cli.output import human_bytes, print_json, print_table
 
 if TYPE_CHECKING:
     from mpreader.dcp import CheckpointSummary
-    from mpreader.dcp.summary import LoadSummary
+    from mpreader.dcp.summary import LoadSummary, ShardedLoadSummary
 
 __all__ = ["command"]
 
@@ -31,8 +31,23 @@ __all__ = ["command"]
 @click.option(
     "--limit", type=click.IntRange(0), default=40, show_default=True, help="Most rows of a table; 0 shows all."
 )
+@click.option(
+    "--ranks", type=click.IntRange(1), help="Also plan a load by so many ranks, each with a shard of every tensor."
+)
+@click.option(
+    "--shard", type=click.IntRange(0), default=0, show_default=True, help="Dimension in which --ranks divide tensors."
+)
 @json_option
-def command(uri: str, settings: dict[str, Any], parts: bool, sort: str, limit: int, as_json: bool) -> None:
+def command(
+    uri: str,
+    settings: dict[str, Any],
+    parts: bool,
+    sort: str,
+    limit: int,
+    ranks: int | None,
+    shard: int,
+    as_json: bool,
+) -> None:
     """Show what a checkpoint holds, and what a load of it would ask S3 for. Only .metadata is read.
 
     \b
@@ -40,10 +55,11 @@ def command(uri: str, settings: dict[str, Any], parts: bool, sort: str, limit: i
       mpreader inspect s3://my-bucket/checkpoint --sort size
       mpreader inspect s3://my-bucket/checkpoint --match 'model.layers.0.*' --parts
       mpreader inspect s3://my-bucket/checkpoint --part-size 16MiB --json
+      mpreader inspect s3://my-bucket/checkpoint --ranks 4 --shard 0
     """  # noqa: D301  # click reads the \b
     from mpreader.dcp import describe_checkpoint  # imports torch, for which --help should not wait
 
-    summary = describe_checkpoint(uri, **settings)
+    summary = describe_checkpoint(uri, ranks=ranks, shard=shard, **settings)
     if as_json:
         print_json(_document(summary, parts=parts))
         return
@@ -59,6 +75,8 @@ def command(uri: str, settings: dict[str, Any], parts: bool, sort: str, limit: i
     _print_load(summary.load, limit)
     if parts:
         _print_parts(summary.load, limit)
+    if summary.sharded is not None:
+        _print_sharded(summary.sharded, limit)
 
 
 def _document(summary: CheckpointSummary, *, parts: bool) -> dict[str, Any]:
@@ -118,6 +136,24 @@ def _print_load(load: LoadSummary, limit: int) -> None:
 def _print_parts(load: LoadSummary, limit: int) -> None:
     rows = [(file.path, part.start, part.end, part.size, part.over_read) for file in load.files for part in file.parts]
     _print_limited(("file", "first byte", "end", "bytes", "over-read"), rows, limit)
+
+
+def _print_sharded(sharded: ShardedLoadSummary, limit: int) -> None:
+    click.echo(
+        f"\nA load by {_count(len(sharded.ranks), 'rank')}, each with a shard of every tensor in dimension "
+        f"{sharded.dim}, needs {human_bytes(sharded.nbytes)} and asks for {human_bytes(sharded.fetched_nbytes)}."
+    )
+    rows = [
+        (
+            rank.rank,
+            rank.requests,
+            human_bytes(rank.nbytes),
+            human_bytes(rank.fetched_nbytes),
+            f"{rank.fetched_nbytes / rank.nbytes:.2f}" if rank.nbytes else None,
+        )
+        for rank in sharded.ranks
+    ]
+    _print_limited(("rank", "GETs", "needed", "fetched", "fetched / needed"), rows, limit)
 
 
 def _print_limited(headers: Sequence[str], rows: Sequence[Sequence[object]], limit: int) -> None:

@@ -23,6 +23,8 @@ from mpreader.dcp.summary import (
     FileSummary,
     ItemSummary,
     LoadSummary,
+    RankSummary,
+    ShardedLoadSummary,
     TensorSummary,
 )
 from mpreader.dcp.writer import S3StorageWriter
@@ -39,11 +41,13 @@ __all__ = [
     "LoadSummary",
     "MetadataRefused",
     "NumericPrefixStrategy",
+    "RankSummary",
     "RoundRobinPrefixStrategy",
     "S3FileSystem",
     "S3PrefixStrategyBase",
     "S3StorageReader",
     "S3StorageWriter",
+    "ShardedLoadSummary",
     "TensorSummary",
     "dcp_to_torch_save",
     "describe_checkpoint",

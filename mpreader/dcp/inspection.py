@@ -13,10 +13,13 @@ from typing import Any, Final
 
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import ReadItem
 
 from mpreader.config import PoolConfig, S3ClientConfig, check_type
+from mpreader.dcp.boxes import LoadRanges, load_ranges, planned_items, select_boxes
 from mpreader.dcp.loader import read_metadata
 from mpreader.dcp.reader import S3StorageReader
+from mpreader.dcp.sharding import plan_shard, shard_bytes
 from mpreader.dcp.state import empty_state, errors_as_refused, name_patterns, plan_whole, state_bytes
 from mpreader.dcp.summary import (
     CheckpointSummary,
@@ -25,8 +28,11 @@ from mpreader.dcp.summary import (
     ItemSummary,
     LoadSummary,
     PlannedRequest,
+    RankSummary,
+    ShardedLoadSummary,
     TensorSummary,
 )
+from mpreader.errors import ConfigError
 from mpreader.host import Host
 from mpreader.pool.sizing import size_pool
 from mpreader.ranges import DEFAULT_MAX_GAP_SIZE, ItemRange, check_max_gap, coverage, plan_files
@@ -48,6 +54,8 @@ def describe_checkpoint(  # noqa: D417  # the other arguments are explained at l
     max_gap_size: float = DEFAULT_MAX_GAP_SIZE,
     match: str | Iterable[str] | None = None,
     allowed_globals: Iterable[str] = (),
+    ranks: int | None = None,
+    shard: int = 0,
 ) -> CheckpointSummary:
     """Summarize the contents of a checkpoint and the requests that a load of it makes; only ``.metadata`` is read.
 
@@ -57,10 +65,13 @@ def describe_checkpoint(  # noqa: D417  # the other arguments are explained at l
         pool_config: Settings of the worker pool of the load. A limit that they leave open is derived from this host, as
             it is now, and may bound the size of a request.
         match: Patterns that select the items of the load. The contents are summarized for all items.
+        ranks: Number of ranks of a load in shards, which is summarized, too. None: none is.
+        shard: Dimension in which each tensor is divided among them, as by DTensor's ``Shard``.
 
     All other arguments are those of :func:`load_checkpoint`.
 
     Raises:
+        ConfigError: ``ranks`` or ``shard`` is too small.
         PlanError: Nothing matches.
         MetadataRefused: ``.metadata`` is damaged, or needs a class or names a path that is not allowed.
         TransportError: ``.metadata`` can't be read.
@@ -68,6 +79,8 @@ def describe_checkpoint(  # noqa: D417  # the other arguments are explained at l
     # Checked first: the constructor below takes neither of the two, and wrong ones should fail before any request.
     check_type("pool_config", pool_config, PoolConfig)
     check_max_gap(max_gap_size)
+    if (ranks is not None and ranks < 1) or shard < 0:
+        raise ConfigError(f"a load in shards needs at least one rank and dimension 0, got {ranks} and {shard}")
     patterns = name_patterns(match)
     # The default constructor would start worker processes, which are not needed for one file.
     constructor = S3ReaderConstructor.sequential()
@@ -77,19 +90,54 @@ def describe_checkpoint(  # noqa: D417  # the other arguments are explained at l
         plan = plan_whole(metadata, selected)
         reader.set_up_storage_reader(metadata, is_coordinator=True)
         plan = reader.prepare_local_plan(plan)  # sorts the items, as in a load
+        shards = [
+            reader.prepare_local_plan(plan_shard(metadata, selected, shard, rank, ranks or 0)).items
+            for rank in range(ranks or 0)
+        ]
     part_size = size_pool(pool_config or PoolConfig(), s3client_config or S3ClientConfig(), Host.now()).part_bytes
     ranges_by_file = item_ranges_by_file(plan.items, metadata.storage_data, uri)
-    files = _file_requests(os.fspath(uri), ranges_by_file, max_gap_size, part_size)
+    files = _file_requests(os.fspath(uri), ranges_by_file, {}, max_gap_size, part_size)
     load = _load_summary(selected, files, match=patterns, part_size=part_size, max_gap_size=max_gap_size)
+    loads = [_shard_ranges(items, metadata, uri) for items in shards]
+    requests = [_file_requests(os.fspath(uri), *ranges, max_gap_size, part_size) for ranges in loads]
+    nbytes = [shard_bytes(selected, shard, rank, len(shards)) for rank in range(len(shards))]
+    sharded = _sharded_summary(shard, nbytes, requests) if shards else None
     with errors_as_refused(metadata):
-        return _summarize(os.fspath(uri), metadata, selected, load)
+        return _summarize(os.fspath(uri), metadata, selected, load, sharded)
+
+
+def _shard_ranges(items: Sequence[ReadItem], metadata: Metadata, uri: str | os.PathLike[str]) -> LoadRanges:
+    boxes = select_boxes(items, metadata.storage_data, metadata.state_dict_metadata)
+    return load_ranges(planned_items(items, metadata.storage_data, boxes.selections), boxes.files, uri)
+
+
+def _sharded_summary(
+    dim: int, nbytes: Sequence[int], requests: Sequence[tuple[FileRequests, ...]]
+) -> ShardedLoadSummary:
+    ranks = tuple(
+        RankSummary(
+            rank,
+            needed,
+            requests=sum(file.requests for file in files),
+            fetched_nbytes=sum(file.fetched_nbytes for file in files),
+        )
+        for rank, (needed, files) in enumerate(zip(nbytes, requests, strict=True))
+    )
+    return ShardedLoadSummary(dim, sum(nbytes), sum(rank.fetched_nbytes for rank in ranks), ranks)
 
 
 def _file_requests(
-    uri: str, ranges_by_file: Mapping[str, Sequence[ItemRange]], max_gap_size: float, part_size: int
+    uri: str,
+    ranges_by_file: Mapping[str, Sequence[ItemRange]],
+    max_gap_by_file: Mapping[str, float],
+    max_gap_size: float,
+    part_size: int,
 ) -> tuple[FileRequests, ...]:
     """Plan the requests of a load for each file, in the order in which the files are read."""
     base = uri if uri.endswith("/") else f"{uri}/"
+    plans = plan_files(
+        ranges_by_file, max_gap_bytes=max_gap_size, part_bytes=part_size, max_gap_by_file=max_gap_by_file
+    )
     return tuple(
         FileRequests(
             path=file.removeprefix(base),
@@ -100,7 +148,7 @@ def _file_requests(
             over_read_nbytes=sum(part.over_read for part in plan.parts),
             parts=tuple(PlannedRequest(part.start, part.end, part.over_read) for part in plan.parts),
         )
-        for file, plan in plan_files(ranges_by_file, max_gap_bytes=max_gap_size, part_bytes=part_size).items()
+        for file, plan in plans.items()
     )
 
 
@@ -122,7 +170,13 @@ def _load_summary(selected: Mapping[str, Any], files: tuple[FileRequests, ...], 
     )
 
 
-def _summarize(uri: str, metadata: Metadata, selected: Mapping[str, Any], load: LoadSummary) -> CheckpointSummary:
+def _summarize(
+    uri: str,
+    metadata: Metadata,
+    selected: Mapping[str, Any],
+    load: LoadSummary,
+    sharded: ShardedLoadSummary | None,
+) -> CheckpointSummary:
     whole = empty_state(metadata)
     pieces: dict[str, list[StoredItem]] = {fqn: [] for fqn in whole}
     for index, stored in metadata.storage_data.items():
@@ -138,7 +192,7 @@ def _summarize(uri: str, metadata: Metadata, selected: Mapping[str, Any], load: 
     )
     files = _file_summaries(metadata.storage_data.values())
     stored_nbytes = sum(file.nbytes for file in files)
-    return CheckpointSummary(uri, state_bytes(whole), stored_nbytes, files, tensors, items, load)
+    return CheckpointSummary(uri, state_bytes(whole), stored_nbytes, files, tensors, items, load, sharded)
 
 
 def _file_summaries(pieces: Iterable[StoredItem]) -> tuple[FileSummary, ...]:

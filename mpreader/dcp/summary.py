@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["CheckpointSummary", "FileRequests", "FileSummary", "ItemSummary", "LoadSummary", "TensorSummary"]
+__all__ = [
+    "CheckpointSummary",
+    "FileRequests",
+    "FileSummary",
+    "ItemSummary",
+    "LoadSummary",
+    "RankSummary",
+    "ShardedLoadSummary",
+    "TensorSummary",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +159,40 @@ class LoadSummary:
 
 
 @dataclass(frozen=True, slots=True)
+class RankSummary:
+    """Requests of one rank of a load in shards.
+
+    Attributes:
+        rank: The rank.
+        nbytes: Bytes of its shards in memory.
+        requests: Number of GETs of the files.
+        fetched_nbytes: Bytes of the GETs.
+    """
+
+    rank: int
+    nbytes: int
+    requests: int
+    fetched_nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ShardedLoadSummary:
+    """Requests of a load by several ranks, each of which has a shard of every tensor.
+
+    Attributes:
+        dim: Dimension in which the tensors are divided. Those that don't have it are loaded by every rank.
+        nbytes: Bytes of the shards of all ranks in memory.
+        fetched_nbytes: Bytes of the GETs of all ranks.
+        ranks: The ranks.
+    """
+
+    dim: int
+    nbytes: int
+    fetched_nbytes: int
+    ranks: tuple[RankSummary, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class CheckpointSummary:
     """Contents of a checkpoint, and the requests of a load of it.
 
@@ -161,6 +204,7 @@ class CheckpointSummary:
         tensors: Its tensors, in the order of ``.metadata``.
         items: Its items that are no tensors, in the same order.
         load: Requests of a load of the selected tensors and items.
+        sharded: Requests of a load of them by several ranks; None if that was not asked for.
     """
 
     uri: str
@@ -170,3 +214,4 @@ class CheckpointSummary:
     tensors: tuple[TensorSummary, ...]
     items: tuple[ItemSummary, ...]
     load: LoadSummary
+    sharded: ShardedLoadSummary | None = None

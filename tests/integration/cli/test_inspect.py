@@ -28,6 +28,7 @@ from mpreader.dcp import (
     describe_checkpoint,
     load_checkpoint,
 )
+from mpreader.errors import ConfigError
 from mpreader.testing import S3Server
 
 if TYPE_CHECKING:
@@ -221,6 +222,25 @@ def test_inspect_shows_what_matches_with_its_parts(checkpoint: str, run: Run) ->
                 line.split()[:4] == [file.path, f"{part.start:,}", f"{part.end:,}", f"{part.size:,}"]
                 for line in shown.splitlines()
             )
+
+
+def test_inspect_plans_a_load_in_shards(checkpoint: str, run: Run) -> None:
+    shown = run(checkpoint, "--ranks", "4", "--shard", "0", "--limit", "3", "--match", "large.*").stdout
+    sharded = describe_checkpoint(checkpoint, match="large.*", ranks=4).sharded
+    assert sharded is not None
+    assert sharded.nbytes == 8 * (150_001 + 3 * 320_000)
+    assert sum(rank.nbytes for rank in sharded.ranks) == sharded.nbytes
+    assert sharded.nbytes < sharded.fetched_nbytes < 1.05 * sharded.nbytes
+    assert "A load by 4 ranks, each with a shard of every tensor in dimension 0, needs 8.88 MB" in shown
+    row = ["1", f"{sharded.ranks[1].requests}", "2.22", "MB", "2.23", "MB"]
+    assert row in [line.split()[:6] for line in shown.splitlines()]
+    document = json.loads(run(checkpoint, "--json", "--ranks", "2", "--shard", "1").stdout)
+    assert [rank["rank"] for rank in document["sharded"]["ranks"]] == [0, 1]
+
+
+def test_inspect_refuses_no_ranks(checkpoint: str) -> None:
+    with pytest.raises(ConfigError, match="at least one rank and dimension 0, got 0 and 0"):
+        describe_checkpoint(checkpoint, ranks=0)
 
 
 def test_inspect_prints_json_with_parts_only_where_they_are_asked_for(checkpoint: str, run: Run) -> None:
