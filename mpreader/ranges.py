@@ -26,12 +26,15 @@ __all__ = [
     "clusters",
     "coalesce",
     "coverage",
+    "estimated_seconds",
     "gap_worth_receiving",
     "partition",
     "plan_files",
 ]
 
 _CONNECTION_BYTES_PER_S: Final = 90_000_000  # of S3, on one connection
+_FIRST_BYTE_S: Final = 0.03  # what a connection waits for the first byte of an answer of S3, at best
+_CONNECTIONS: Final = 32  # of a load on a host of few cores
 
 
 def gap_worth_receiving(request_s: float) -> int:
@@ -46,6 +49,20 @@ def gap_worth_receiving(request_s: float) -> int:
     """
     # Rounded down to a power of two, since the rate is known only roughly.
     return 1 << (int(request_s * _CONNECTION_BYTES_PER_S).bit_length() - 1)
+
+
+def estimated_seconds(requests: int, nbytes: int, longest_nbytes: int) -> float:
+    """Return how long S3 takes for some requests at least, to compare plans of the same load with each other.
+
+    Args:
+        requests: Number of requests.
+        nbytes: Bytes of all of them together.
+        longest_nbytes: Bytes of the longest one.
+    """
+    if not requests:
+        return 0.0
+    shared_s = (requests * _FIRST_BYTE_S + nbytes / _CONNECTION_BYTES_PER_S) / _CONNECTIONS
+    return max(shared_s, _FIRST_BYTE_S + longest_nbytes / _CONNECTION_BYTES_PER_S)
 
 
 # The default of the public argument ``max_gap_size`` of loads, the same as in s3torchconnector. It is so large because

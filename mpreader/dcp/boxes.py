@@ -8,9 +8,9 @@ compared with the record when it is loaded (:mod:`mpreader.dcp.items`).
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Mapping
-from itertools import pairwise
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, pairwise
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
@@ -18,13 +18,19 @@ from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
 from mpreader.dcp.items import PlannedItem
 from mpreader.errors import PlanError
-from mpreader.formats.selection import LEAST_SAVED_BYTES, MAX_RECORD_GAP_BYTES, Run, Selection, box_of, select_box
+from mpreader.formats.selection import GAPS, Box, Gaps, Run, Selection, box_of, select_box
 from mpreader.formats.torch_save import payload_place
-from mpreader.ranges import ItemRange
+from mpreader.ranges import ItemRange, estimated_seconds
 from mpreader.readers.load_plan import is_extent, range_of, uri_of
 from mpreader.readers.protocols import StoredItem
 
-__all__ = ["BoxKey", "Boxes", "LoadRanges", "load_ranges", "planned_items", "select_boxes"]
+__all__ = ["NO_BOXES", "BoxKey", "Boxes", "LoadRanges", "load_ranges", "planned_items", "select_boxes"]
+
+# A plan may take so many times as long as the quickest one if it needs fewer bytes: the ranks of a host share its
+# network interface, which the estimate does not know.
+_MOST_SLOWDOWN: Final = 3.0
+_MANY_BOXES: Final = 1000
+_PART_NBYTES: Final = 8 * 1024 * 1024  # of a request: the default, which is near enough to compare plans
 
 BoxKey = tuple[MetadataIndex, torch.Size, torch.Size]
 """Name of a box: the stored item, and the box's offsets and lengths in it."""
@@ -35,12 +41,16 @@ class Boxes(NamedTuple):
 
     Attributes:
         selections: What to receive of an item, by box. An item whose box is not in it is taken whole.
-        files: Paths of the files that hold such items, relative to the checkpoint. Only in these, the gap between two
-            ranges that are received as one is smaller than in other loads.
+        files: Paths of the files that hold such items, relative to the checkpoint.
+        max_gap_bytes: Largest gap that is received between two ranges of one of these files.
     """
 
     selections: dict[BoxKey, Selection]
     files: frozenset[str]
+    max_gap_bytes: int
+
+
+NO_BOXES: Final = Boxes({}, frozenset(), GAPS[-1].between_records)
 
 
 class LoadRanges(NamedTuple):
@@ -60,35 +70,27 @@ def _box_key(request: ReadItem) -> BoxKey:
 
 
 def select_boxes(
-    items: Iterable[ReadItem], storage_data: Mapping[MetadataIndex, StoredItem], entries: Mapping[str, Any]
+    items: Sequence[ReadItem], storage_data: Mapping[MetadataIndex, StoredItem], entries: Mapping[str, Any]
 ) -> Boxes:
     """Select the bytes of those items of a plan of which a part is wanted, where a part is cheaper than the whole.
+
+    Of all plans that would not take much longer than the quickest one, the one of the fewest bytes is taken.
 
     Args:
         items: The plan's items.
         storage_data: Location of each stored item.
         entries: Descriptions of the tensors by name, ``state_dict_metadata`` of the checkpoint.
     """
-    sizes = _ChunkSizes(entries)
-    boxes: dict[MetadataIndex, dict[BoxKey, Selection | None]] = {}  # by the stored item
-    files = set()
-    for request in items:
-        index = request.storage_index
-        stored = storage_data[index]
-        # Nearly all items of most loads are whole, or too small: they must not cost more than these comparisons.
-        is_candidate = request.type == LoadItemType.TENSOR and stored.length > LEAST_SAVED_BYTES
-        size = sizes.of(index) if is_candidate else None
-        if size is not None and request.lengths != size:
-            files.add(stored.relative_path)
-            dtype = entries[index.fqn].properties.dtype
-            boxes.setdefault(index, {})[_box_key(request)] = _select(request, stored, size, dtype)
-    selections: dict[BoxKey, Selection] = {}
-    for selected in boxes.values():
-        known = {key: selection for key, selection in selected.items() if selection is not None}
-        # Bytes that several boxes need are received once only where the whole item is.
-        if len(known) == len(selected) and _are_apart(known.values()):
-            selections.update(known)
-    return Boxes(selections, frozenset(files))
+    wanted = list(_wanted_boxes(items, storage_data, entries))
+    files = frozenset(box.stored.relative_path for box in wanted)
+    if not files:
+        return NO_BOXES
+    # With so many boxes no plan of yet more requests is the quickest, and making one takes its time, too.
+    possible = GAPS if len(wanted) <= _MANY_BOXES else GAPS[1:]
+    plans = [Boxes(_selections(wanted, gaps), files, gaps.between_records) for gaps in possible]
+    seconds = [_estimated_seconds(items, storage_data, plan) for plan in plans]
+    bearable_s = _MOST_SLOWDOWN * min(seconds)
+    return next(plan for plan, plan_s in zip(plans, seconds, strict=True) if plan_s <= bearable_s)
 
 
 def planned_items(
@@ -105,12 +107,15 @@ def planned_items(
     ]
 
 
-def load_ranges(items: Iterable[PlannedItem], files: Collection[str], base_path: str | os.PathLike[str]) -> LoadRanges:
+def load_ranges(
+    items: Iterable[PlannedItem], files: Collection[str], max_gap_bytes: int, base_path: str | os.PathLike[str]
+) -> LoadRanges:
     """Returns what is received for the items.
 
     Args:
         items: The items, in the order in which they will be read.
         files: Paths of the files of which boxes are read.
+        max_gap_bytes: Largest gap that is received between two ranges of one of these files.
         base_path: URI of the checkpoint.
 
     Raises:
@@ -121,12 +126,11 @@ def load_ranges(items: Iterable[PlannedItem], files: Collection[str], base_path:
         uri, whole = uri_of(base_path, item.stored.relative_path), range_of(item.stored)
         of_file = ranges.by_file.setdefault(uri, [])
         if item.stored.relative_path in files:
-            ranges.max_gap_by_file[uri] = MAX_RECORD_GAP_BYTES
+            ranges.max_gap_by_file[uri] = max_gap_bytes
         if item.selection is None:
             of_file.append(whole)
-            continue
-        for start, end in (Run(0, item.selection.front_nbytes), *item.selection.runs):
-            of_file.append(ItemRange(whole.start + start, whole.start + end))
+        else:
+            of_file.extend(ItemRange(start, end) for start, end in _placed(item.selection, whole.start))
     return ranges
 
 
@@ -153,22 +157,124 @@ class _ChunkSizes:
         return sizes if isinstance(sizes, torch.Size) else None  # a forged one may be anything
 
 
-def _are_apart(selections: Iterable[Selection]) -> bool:
+class _WantedBox(NamedTuple):
+    """A box of a stored item that is wanted.
+
+    Attributes:
+        key: Name of the box.
+        stored: File, offset and length of the item.
+        size: Shape of the stored piece.
+        box: The box; None if what the plan or ``.metadata`` says can't be true, or the item has other bytes than the
+            tensor: then it is taken whole.
+        itemsize: Bytes of an element.
+        payload: Lowest and highest place where the payload may begin.
+    """
+
+    key: BoxKey
+    stored: StoredItem
+    size: torch.Size
+    box: Box | None
+    itemsize: int = 0
+    payload: tuple[int, int] = (0, 0)
+
+    def select(self, gaps: Gaps) -> Selection | None:
+        """Returns what is received of the item; None: all of it."""
+        if self.box is None:
+            return None
+        return select_box(self.size, self.box, self.itemsize, self.stored.length, self.payload, gaps)
+
+
+def _wanted_boxes(
+    items: Iterable[ReadItem], storage_data: Mapping[MetadataIndex, StoredItem], entries: Mapping[str, Any]
+) -> Iterator[_WantedBox]:
+    sizes = _ChunkSizes(entries)
+    least_nbytes = GAPS[0].between_records
+    for request in items:
+        index = request.storage_index
+        stored = storage_data[index]
+        # Nearly all items of most loads are whole, or too small: they must not cost more than these comparisons.
+        is_candidate = request.type == LoadItemType.TENSOR and stored.length > least_nbytes
+        size = sizes.of(index) if is_candidate else None
+        if size is not None and request.lengths != size:
+            yield _wanted_box(request, stored, size, entries[index.fqn].properties.dtype)
+
+
+def _wanted_box(request: ReadItem, stored: StoredItem, size: torch.Size, dtype: object) -> _WantedBox:
+    whole = _WantedBox(_box_key(request), stored, size, None)
+    # What an extension has transformed has other bytes than the tensor; older torch has no such attribute.
+    if getattr(stored, "transform_descriptors", None) or not isinstance(dtype, torch.dtype):
+        return whole
+    if not is_extent(stored.offset, stored.length):
+        return whole
+    place = payload_place(stored.length, size.numel() * dtype.itemsize)
+    if place is None:
+        return whole
+    try:
+        box = box_of(size, request.storage_offsets, request.lengths)
+    except PlanError:
+        return whole  # the loader of items refuses it, with the name of the item
+    return whole._replace(box=box, itemsize=dtype.itemsize, payload=place)
+
+
+def _selections(wanted: Iterable[_WantedBox], gaps: Gaps) -> dict[BoxKey, Selection]:
+    boxes: dict[MetadataIndex, dict[BoxKey, Selection | None]] = {}  # by the stored item
+    for box in wanted:
+        boxes.setdefault(box.key[0], {})[box.key] = box.select(gaps)
+    selections: dict[BoxKey, Selection] = {}
+    for selected in boxes.values():
+        known = {key: selection for key, selection in selected.items() if selection is not None}
+        # Bytes that several boxes need are received once only where the whole item is.
+        if len(known) == len(selected) and _are_apart(known.values()):
+            selections.update(known)
+    return selections
+
+
+def _are_apart(selections: Collection[Selection]) -> bool:
+    if len(selections) < 2:  # as for most items
+        return True
     runs = sorted(run for selection in selections for run in selection.runs)
     return all(run.end <= following.start for run, following in pairwise(runs))
 
 
-def _select(request: ReadItem, stored: StoredItem, size: torch.Size, dtype: object) -> Selection | None:
-    # What an extension has transformed has other bytes than the tensor; older torch has no such attribute.
-    if getattr(stored, "transform_descriptors", None) or not isinstance(dtype, torch.dtype):
-        return None
-    if not is_extent(stored.offset, stored.length):
-        return None
-    place = payload_place(stored.length, size.numel() * dtype.itemsize)
-    if place is None:
-        return None
-    try:
-        box = box_of(size, request.storage_offsets, request.lengths)
-    except PlanError:
-        return None  # the loader of items refuses it, with the name of the item
-    return select_box(size, box, dtype.itemsize, stored.length, place)
+def _placed(selection: Selection, offset: int) -> Iterator[Run]:
+    """Yield what is received of an item, as bytes of its file, in which it begins at ``offset``."""
+    for start, end in (Run(0, selection.front_nbytes), *selection.runs):
+        yield Run(offset + start, offset + end)
+
+
+def _estimated_seconds(
+    items: Iterable[ReadItem], storage_data: Mapping[MetadataIndex, StoredItem], boxes: Boxes
+) -> float:
+    """Returns how long the requests of a plan to the files of which boxes are read would take."""
+    by_file: dict[str, list[Run]] = {path: [] for path in boxes.files}
+    for request in items:
+        stored = storage_data[request.storage_index]
+        runs = by_file.get(stored.relative_path)
+        if runs is None or not is_extent(stored.offset, stored.length):
+            continue
+        selection = boxes.selections.get(_box_key(request)) if boxes.selections else None
+        if selection is None:
+            runs.append(Run(stored.offset, stored.offset + stored.length))
+        else:
+            runs.extend(_placed(selection, stored.offset))
+    requests = nbytes = longest = 0
+    for start, end in chain.from_iterable(_joined(runs, boxes.max_gap_bytes) for runs in by_file.values()):
+        parts = -(-(end - start) // _PART_NBYTES)
+        requests += parts
+        nbytes += end - start
+        longest = max(longest, (end - start) // max(1, parts))
+    return estimated_seconds(requests, nbytes, longest)
+
+
+def _joined(runs: list[Run], max_gap_bytes: int) -> Iterator[Run]:
+    runs.sort()
+    start, reached = -1, -1
+    for run in runs:
+        if start >= 0 and run.start - reached <= max_gap_bytes:
+            reached = max(reached, run.end)
+            continue
+        if start >= 0:
+            yield Run(start, reached)
+        start, reached = run
+    if start >= 0:
+        yield Run(start, reached)

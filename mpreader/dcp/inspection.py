@@ -108,7 +108,8 @@ def describe_checkpoint(  # noqa: D417  # the other arguments are explained at l
 
 def _shard_ranges(items: Sequence[ReadItem], metadata: Metadata, uri: str | os.PathLike[str]) -> LoadRanges:
     boxes = select_boxes(items, metadata.storage_data, metadata.state_dict_metadata)
-    return load_ranges(planned_items(items, metadata.storage_data, boxes.selections), boxes.files, uri)
+    planned = planned_items(items, metadata.storage_data, boxes.selections)
+    return load_ranges(planned, boxes.files, boxes.max_gap_bytes, uri)
 
 
 def _sharded_summary(

@@ -159,11 +159,11 @@ class ItemLoader:
             if layout is None:
                 return PlannedItem(request, stored)
             self._last_layout = uri, stored.offset, layout
-        runs = _runs_of(layout, request)
+        runs = _runs_of(layout, request, selection.max_gap_bytes)
         if runs is None:
             return PlannedItem(request, stored)
         if not all(content.holds(run.start, run.end) for run in runs):
-            return PlannedItem(request, stored, Selection(0, runs), layout)
+            return PlannedItem(request, stored, Selection(0, runs, selection.max_gap_bytes), layout)
         target = self._planner.resolve_tensor(request).detach()
         copy_into(content, layout, target, request.storage_offsets, request.lengths, verify=False)
         self._planner.commit_tensor(request, target)
@@ -239,10 +239,10 @@ def _read_layout(content: SelectedBytes, front_nbytes: int) -> TensorLayout | No
         return None
 
 
-def _runs_of(layout: TensorLayout, request: ReadItem) -> tuple[Run, ...] | None:
+def _runs_of(layout: TensorLayout, request: ReadItem, max_gap_bytes: int) -> tuple[Run, ...] | None:
     """Returns what the box of a request needs of its record; None: all of it."""
     box = box_of(layout.size, request.storage_offsets, request.lengths)
-    runs = stored_runs(layout.size, layout.stride, layout.storage_offset, layout.dtype.itemsize, box)
+    runs = stored_runs(layout.size, layout.stride, layout.storage_offset, layout.dtype.itemsize, box, max_gap_bytes)
     if not runs:
         return None
     return tuple(Run(run.start + layout.payload_offset, run.end + layout.payload_offset) for run in runs)

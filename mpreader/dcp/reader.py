@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
 from mpreader.collector import collector_paused, spare_new_objects
-from mpreader.dcp.boxes import BoxKey, load_ranges, planned_items, select_boxes
+from mpreader.dcp.boxes import NO_BOXES, load_ranges, planned_items, select_boxes
 from mpreader.dcp.filesystem import Path, S3FileSystem
 from mpreader.dcp.items import ItemLoader, ItemReader, LoadedBytes, PlannedItem
 from mpreader.dcp.metadata import load_metadata
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from mpreader.config import PoolConfig, S3ClientConfig
-    from mpreader.formats.selection import Selection
 
 __all__ = ["S3StorageReader"]
 
@@ -116,7 +115,7 @@ class S3StorageReader(FileSystemReader):
             raise ConfigError(f'verify must be True, False or "whole", got {verify!r}')
         self._verify = verify
         self._entries: Mapping[str, Any] = {}  # descriptions of the tensors, from .metadata
-        self._selections: dict[BoxKey, Selection] = {}  # of the items that the plan does not take whole
+        self._boxes = NO_BOXES  # of the items that the plan does not take whole
         self._loaded = LoadedBytes()
         if isinstance(allowed_globals, str):  # would be taken for a collection of letters
             raise ConfigError(f"allowed_globals is a collection of names: write ({allowed_globals!r},)")
@@ -214,13 +213,13 @@ class S3StorageReader(FileSystemReader):
         self, items: Sequence[ReadItem], storage_data: Mapping[MetadataIndex, StoredItem], path: Path
     ) -> None:
         constructor = self._reader_constructor
-        self._selections, self._loaded = {}, LoadedBytes()
+        self._boxes, self._loaded = NO_BOXES, LoadedBytes()
         if isinstance(constructor, MultiprocessConstructor) and self._verify != "whole":
             boxes = select_boxes(items, storage_data, self._entries)
             if boxes.files:
-                self._selections = boxes.selections
-                planned = planned_items(items, storage_data, self._selections)
-                constructor.set_ranges_by_file(*load_ranges(planned, boxes.files, path))
+                self._boxes = boxes
+                planned = planned_items(items, storage_data, boxes.selections)
+                constructor.set_ranges_by_file(*load_ranges(planned, boxes.files, boxes.max_gap_bytes, path))
                 return
         # By protocol, not by class: the user may pass a constructor of s3torchconnector.
         if isinstance(constructor, DCPS3ReaderConstructorProtocol):
@@ -239,7 +238,7 @@ class S3StorageReader(FileSystemReader):
         constructor = self._reader_constructor
         if not isinstance(constructor, MultiprocessConstructor):
             return super().read_data(plan, planner)
-        items = planned_items(plan.items, storage_data, self._selections)
+        items = planned_items(plan.items, storage_data, self._boxes.selections)
         transforms = getattr(self, "transforms", None)  # older torch has no extensions
         loader = ItemLoader(planner, transforms, verify=bool(self._verify), loaded=self._loaded)
         unexpected = self._load_items(items, path, loader)
@@ -247,7 +246,9 @@ class S3StorageReader(FileSystemReader):
             # All of them at once, since each alone would cost a round trip.
             log.debug("%d items of %s are not stored as expected: reading them again", len(unexpected), path)
             files = {item.stored.relative_path for item in unexpected}
-            constructor.set_ranges_by_file(*load_ranges(unexpected, files, path), continues=True)
+            constructor.set_ranges_by_file(
+                *load_ranges(unexpected, files, self._boxes.max_gap_bytes, path), continues=True
+            )
             self._load_items(unexpected, path, loader)
         log.info("loaded %s in %.2f s: %s", path, time.monotonic() - self._began_s, self.stats)
         done: Future[None] = Future()

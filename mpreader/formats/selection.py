@@ -22,16 +22,16 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import Final, NamedTuple
 
 from mpreader.errors import PlanError
 from mpreader.ranges import MAX_LOAD_GAP_BYTES, gap_worth_receiving
 
 __all__ = [
-    "LEAST_SAVED_BYTES",
-    "MAX_RECORD_GAP_BYTES",
-    "MAX_RUN_GAP_BYTES",
+    "GAPS",
     "Box",
+    "Gaps",
     "Run",
     "Selection",
     "box_of",
@@ -45,14 +45,29 @@ __all__ = [
 Box = tuple[tuple[int, int], ...]
 """First index and length in each dimension of a stored tensor."""
 
-# The largest gap within a box that is received: what S3 needs for so many bytes is what one more request costs.
-MAX_RUN_GAP_BYTES: Final = MAX_LOAD_GAP_BYTES
-# The largest gap between the runs and fronts of records of which only boxes are wanted. Smaller than the other one: the
-# ranks of a job leave such gaps to each other, so that all of them together would receive the same bytes several times
-# over the one network interface of a host. There the time of a request is hidden by those beside it.
-MAX_RECORD_GAP_BYTES: Final = gap_worth_receiving(request_s=0.002)
-# A record of which less than this is not needed is taken whole, for only then can its checksum be compared.
-LEAST_SAVED_BYTES: Final = 64 * 1024
+
+class Gaps(NamedTuple):
+    """Largest gaps that a load receives, in bytes.
+
+    Attributes:
+        between_records: Between the runs and fronts of records of which boxes are wanted. A record of which no more
+            than this could be left out is taken whole, for only then can its checksum be compared.
+        within_box: Within a run.
+    """
+
+    between_records: int
+    within_box: int
+
+
+# From the fewest bytes to the fewest requests. In a load of few boxes most connections are idle, and one more request
+# costs no time; in one of thousands each request delays the others. Within a box no gap of 512 KiB or less is left out:
+# the copier reads blocks of rows of this size.
+GAPS: Final = (
+    Gaps(gap_worth_receiving(request_s=0.0005), gap_worth_receiving(request_s=0.006)),
+    Gaps(gap_worth_receiving(request_s=0.002), MAX_LOAD_GAP_BYTES),
+    Gaps(MAX_LOAD_GAP_BYTES, MAX_LOAD_GAP_BYTES),
+)
+# A record of which a smaller share could be left out is taken whole.
 _LEAST_SAVED_SHARE: Final = 1 / 32
 # Nor is a record selected from in more requests than this. The metadata of a checkpoint, which is not trusted, says how
 # large a tensor is: without a bound it could ask for any number of runs.
@@ -78,10 +93,12 @@ class Selection(NamedTuple):
         front_nbytes: Bytes from the start of the record on that certainly hold all that comes before the payload.
         runs: The runs, counted from the start of the record, in ascending order. They are as much longer than what is
             needed as the place of the payload is uncertain.
+        max_gap_bytes: Largest gap within a run.
     """
 
     front_nbytes: int
     runs: tuple[Run, ...]
+    max_gap_bytes: int
 
 
 def box_of(size: Sequence[int], offsets: Sequence[int], lengths: Sequence[int]) -> Box:
@@ -141,9 +158,7 @@ def index_in_memory(size: Sequence[int], box: Box) -> int | None:
     return start
 
 
-def box_runs(
-    size: Sequence[int], box: Box, itemsize: int, *, max_gap_bytes: int = MAX_RUN_GAP_BYTES
-) -> list[Run] | None:
+def box_runs(size: Sequence[int], box: Box, itemsize: int, *, max_gap_bytes: int) -> list[Run] | None:
     """Find the runs of a box in a C-contiguous tensor.
 
     Args:
@@ -178,7 +193,7 @@ def box_runs(
 
 
 def stored_runs(
-    size: tuple[int, ...], stride: tuple[int, ...], storage_offset: int, itemsize: int, box: Box
+    size: tuple[int, ...], stride: tuple[int, ...], storage_offset: int, itemsize: int, box: Box, max_gap_bytes: int
 ) -> list[Run] | None:
     """Find the runs of a box of a tensor of any strides.
 
@@ -188,6 +203,7 @@ def stored_runs(
         storage_offset: Its first element within the payload, in elements.
         itemsize: Bytes of one element.
         box: The box.
+        max_gap_bytes: Largest gap within a run.
 
     Returns:
         As :func:`box_runs`, but counted from the start of the payload. None also for a tensor that has gaps or repeated
@@ -196,12 +212,14 @@ def stored_runs(
     order = contiguous_order(size, stride)
     if order is None:
         return None
-    runs = box_runs([size[dim] for dim in order], tuple(box[dim] for dim in order), itemsize)
+    sizes, boxes = [size[dim] for dim in order], tuple(box[dim] for dim in order)
+    runs = box_runs(sizes, boxes, itemsize, max_gap_bytes=max_gap_bytes)
     return None if runs is None else list(_moved(runs, storage_offset * itemsize, storage_offset * itemsize))
 
 
+@lru_cache(maxsize=4096)  # likewise
 def select_box(
-    size: Sequence[int], box: Box, itemsize: int, record_nbytes: int, payload: tuple[int, int]
+    size: tuple[int, ...], box: Box, itemsize: int, record_nbytes: int, payload: tuple[int, int], gaps: Gaps
 ) -> Selection | None:
     """Decide which bytes of a record to request for a box of its tensor, before anything of the record is read.
 
@@ -212,23 +230,25 @@ def select_box(
         itemsize: Bytes of one element.
         record_nbytes: Bytes of the record.
         payload: Lowest and highest place in the record where the payload may begin.
+        gaps: Largest gaps that the load receives.
 
     Returns:
         What to request; None if the whole record is cheaper, or costs so little more that it is better taken whole,
         since its checksum can be compared then.
     """
-    runs = box_runs(size, box, itemsize)
+    runs = box_runs(size, box, itemsize, max_gap_bytes=gaps.within_box)
     if not runs:
         return None
     lowest, highest = payload
     moved = tuple(_moved(runs, lowest, highest))
     if moved[-1].end > record_nbytes:
         return None  # what the metadata says of the shape does not fit the record
-    requested = highest + sum(run.size for run in moved) - max(0, highest - moved[0].start)
-    saved = record_nbytes - requested
-    if saved < max(LEAST_SAVED_BYTES, int(record_nbytes * _LEAST_SAVED_SHARE)):
+    bounds = (Run(0, highest), *moved, Run(record_nbytes, record_nbytes))
+    left_out = [following.start - run.end for run, following in pairwise(bounds)]
+    saved = sum(nbytes for nbytes in left_out if nbytes > gaps.between_records)
+    if saved <= int(record_nbytes * _LEAST_SAVED_SHARE):
         return None
-    return Selection(highest, moved)
+    return Selection(highest, moved, gaps.within_box)
 
 
 def _moved(runs: Sequence[Run], start_by: int, end_by: int) -> Iterator[Run]:

@@ -20,13 +20,14 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
 from mpreader.dcp import tensor as tensor_module
-from mpreader.dcp.boxes import load_ranges, planned_items, select_boxes
+from mpreader.dcp.boxes import NO_BOXES, load_ranges, planned_items, select_boxes
 from mpreader.dcp.items import ItemLoader, LoadedBytes, PlannedItem
-from mpreader.formats import selection as selection_module
+from mpreader.formats.selection import GAPS, Gaps
 from mpreader.formats.torch_save import decode_layout, payload_place
 from mpreader.ranges import ItemRange
 
 KiB = 1024
+MiB = 1024 * KiB
 URI = "s3://bucket/checkpoint/a.distcp"
 
 
@@ -110,7 +111,7 @@ def plan(tensor: torch.Tensor, record: bytes, offsets: Sequence[int], lengths: S
 
 
 def load(item: PlannedItem, record: bytes, target: torch.Tensor, loaded: LoadedBytes) -> PlannedItem | None:
-    ranges = load_ranges([item], (), "s3://bucket/checkpoint").by_file[URI]
+    ranges = load_ranges([item], (), 0, "s3://bucket/checkpoint").by_file[URI]
     planner: Any = Planner(target)
     again = ItemLoader(planner, None, verify=True, loaded=loaded).load(item, URI, OneFile(record, ranges))
     assert planner.committed == (again is None)
@@ -210,7 +211,8 @@ def test_boxes_of_one_item_that_share_bytes_are_taken_from_the_whole() -> None:
     shared = [read_item("w", tensor.size(), (row, 0), (100, 1000)) for row in (0, 50)]
     stored = {apart[0].storage_index: _StorageInfo("a.distcp", 0, 4_001_577)}
     assert len(select_boxes(apart, stored, entries).selections) == 2
-    assert select_boxes(shared, stored, entries) == ({}, frozenset({"a.distcp"}))
+    boxes = select_boxes(shared, stored, entries)
+    assert (boxes.selections, boxes.files) == ({}, frozenset({"a.distcp"}))
 
 
 @pytest.mark.parametrize(
@@ -226,22 +228,50 @@ def test_item_that_is_not_understood_is_taken_whole(stored: _StorageInfo) -> Non
     tensor = torch.zeros(1000, 1000)
     request = read_item("w", tensor.size(), (0, 0), (100, 1000))
     storage_data = {request.storage_index: stored}
-    assert select_boxes([request], storage_data, {"w": entry_of(tensor)}) == ({}, frozenset({"a.distcp"}))
-    assert select_boxes([request], storage_data, {}) == ({}, frozenset())
+    boxes = select_boxes([request], storage_data, {"w": entry_of(tensor)})
+    assert (boxes.selections, boxes.files) == ({}, frozenset({"a.distcp"}))
+    assert select_boxes([request], storage_data, {}) is NO_BOXES
 
 
 def test_gaps_are_smaller_in_files_of_which_boxes_are_read() -> None:
     tensor = torch.zeros(1000, 1000)
-    for rows, files in ((1000, {}), (999, {URI: selection_module.MAX_RECORD_GAP_BYTES})):
+    for rows, files in ((1000, {}), (999, {URI: GAPS[0].between_records})):
         request = read_item("w", tensor.size(), (0, 0), (rows, 1000))
         storage_data = {request.storage_index: _StorageInfo("a.distcp", 0, 4_001_577)}
         boxes = select_boxes([request], storage_data, {"w": entry_of(tensor)})
         assert boxes.selections == {}  # hardly anything could be left out
         items = planned_items([request], storage_data, boxes.selections)
-        ranges = load_ranges(items, boxes.files, "s3://bucket/checkpoint")
+        ranges = load_ranges(items, boxes.files, boxes.max_gap_bytes, "s3://bucket/checkpoint")
         assert ranges == ({URI: [ItemRange(0, 4_001_577)]}, files)
 
 
 def test_block_of_the_copier_is_not_larger_than_a_gap_within_a_run() -> None:
     """Else it would read, in rows that are no larger than a block, gaps that were not received."""
-    assert tensor_module._BLOCK_NBYTES <= selection_module.MAX_RUN_GAP_BYTES
+    assert all(gaps.within_box >= tensor_module._BLOCK_NBYTES for gaps in GAPS)
+
+
+def sliced_plan(count: int, nbytes: int) -> tuple[list[ReadItem], dict[MetadataIndex, _StorageInfo], dict[str, Any]]:
+    """Returns a plan of the second quarter of the rows of each of ``count`` tensors, side by side in one file."""
+    tensor = torch.empty(nbytes // 1024, 1024, dtype=torch.uint8, device="meta")
+    rows = nbytes // 4096
+    requests = [read_item(f"w{i}", tensor.size(), (rows, 0), (rows, 1024)) for i in range(count)]
+    record = nbytes + 1600
+    stored = {request.storage_index: _StorageInfo("a.distcp", i * record, record) for i, request in enumerate(requests)}
+    return requests, stored, {f"w{i}": entry_of(tensor) for i in range(count)}
+
+
+@pytest.mark.parametrize(
+    ("count", "nbytes", "gaps"),
+    [
+        (32, 256 * KiB, GAPS[0]),  # few: each has a connection of its own
+        (300, 2 * MiB, GAPS[0]),
+        (10_000, 256 * KiB, GAPS[2]),  # many small ones: requests for each would take fifteen times as long
+        (100, 8 * MiB, GAPS[0]),
+        (1000, 512 * KiB, GAPS[2]),
+        (10_000, 64 * MiB, GAPS[1]),  # many large ones: bytes take longer than requests
+    ],
+)
+def test_more_bytes_are_received_where_requests_would_take_longer(count: int, nbytes: int, gaps: Gaps) -> None:
+    boxes = select_boxes(*sliced_plan(count, nbytes))
+    assert boxes.max_gap_bytes == gaps.between_records
+    assert len(boxes.selections) == (0 if gaps is GAPS[2] else count)

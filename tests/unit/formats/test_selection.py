@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from mpreader.errors import PlanError
 from mpreader.formats.selection import (
-    MAX_RECORD_GAP_BYTES,
-    MAX_RUN_GAP_BYTES,
+    GAPS,
     Box,
+    Gaps,
     Run,
     Selection,
     box_of,
@@ -67,7 +67,7 @@ def test_runs_of_a_tensor_in_another_order_of_memory(
     stored = np.empty([size[dim] for dim in order], np.float32)
     tensor = stored.transpose(np.argsort(order)) if order else stored
     stride = tuple(nbytes // 4 for nbytes in tensor.strides)
-    runs = stored_runs(tuple(size), stride, storage_offset, 4, box)
+    runs = stored_runs(tuple(size), stride, storage_offset, 4, box, 2 * MiB)
     assert runs is not None
     indices = product(*(range(offset, offset + length) for offset, length in box))
     elements = [sum(index * step for index, step in zip(at, stride, strict=True)) for at in indices]
@@ -88,11 +88,11 @@ def test_index_in_memory_tells_of_boxes_without_gaps(drawn: tuple[list[int], Box
 )
 def test_tensor_with_gaps_or_repeated_elements_is_needed_whole(size: tuple[int, ...], stride: tuple[int, ...]) -> None:
     assert contiguous_order(size, stride) is None
-    assert stored_runs(size, stride, 0, 4, tuple((0, 1) for _ in size)) is None
+    assert stored_runs(size, stride, 0, 4, tuple((0, 1) for _ in size), 2 * MiB) is None
 
 
 def test_empty_box_has_no_runs() -> None:
-    assert box_runs([4, 5], ((0, 0), (0, 5)), 4) == []
+    assert box_runs([4, 5], ((0, 0), (0, 5)), 4, max_gap_bytes=0) == []
 
 
 def test_box_of_a_longer_length_takes_all_of_the_dimension() -> None:
@@ -101,39 +101,44 @@ def test_box_of_a_longer_length_takes_all_of_the_dimension() -> None:
         box_of([4], [3], [2])
 
 
-def test_rows_are_selected_exactly_but_for_the_front() -> None:
+@pytest.mark.parametrize("gaps", GAPS)
+def test_rows_are_selected_exactly_but_for_the_front(gaps: Gaps) -> None:
     nbytes = 8 * MiB
     record = nbytes + 1600
     for row in range(4):
-        selection = select_box([1024, 2048], ((256 * row, 256), (0, 2048)), 4, record, FRONT)
+        selection = select_box((1024, 2048), ((256 * row, 256), (0, 2048)), 4, record, FRONT, gaps)
         start = 2 * MiB * row
-        assert selection == Selection(900, (Run(600 + start, 900 + start + 2 * MiB),))
+        assert selection == Selection(900, (Run(600 + start, 900 + start + 2 * MiB),), gaps.within_box)
 
 
-def test_columns_of_short_rows_are_one_run_and_of_long_ones_many() -> None:
-    short = select_box([1024, 2048], ((0, 1024), (512, 512)), 4, 8 * MiB + 1600, FRONT)
+@pytest.mark.parametrize("gaps", GAPS)
+def test_columns_of_short_rows_are_one_run_and_of_long_ones_many(gaps: Gaps) -> None:
+    short = select_box((1024, 2048), ((0, 1024), (512, 512)), 4, 8 * MiB + 1600, FRONT, gaps)
     assert short is None  # nearly everything is received, so all of it may be
-    long = select_box([5, 4 * MiB], ((0, 5), (MiB, MiB)), 1, 20 * MiB + 1600, FRONT)
+    long = select_box((5, 4 * MiB), ((0, 5), (MiB, MiB)), 1, 20 * MiB + 1600, FRONT, gaps)
     assert long is not None
     assert [run.size for run in long.runs] == [MiB + 300] * 5
-    assert 3 * MiB > MAX_RUN_GAP_BYTES  # that is, the gap
+    assert 3 * MiB > gaps.within_box  # that is, the gap
 
 
+@pytest.mark.parametrize("gaps", GAPS)
 @pytest.mark.parametrize("nbytes", [1, 1000, 64 * 1024, 10 * MiB])
-def test_record_of_which_little_could_be_left_out_is_taken_whole(nbytes: int) -> None:
-    left_out = max(64 * 1024, (nbytes + 1600) // 32) - 2000
+def test_record_of_which_little_could_be_left_out_is_taken_whole(nbytes: int, gaps: Gaps) -> None:
+    left_out = max(gaps.between_records, (nbytes + 1600) // 32) - 2000
     wanted = max(1, nbytes - max(0, left_out))
-    assert select_box([nbytes], ((0, wanted),), 1, nbytes + 1600, FRONT) is None
+    assert select_box((nbytes,), ((0, wanted),), 1, nbytes + 1600, FRONT, gaps) is None
 
 
 def test_shape_that_does_not_fit_the_record_is_no_selection() -> None:
-    assert select_box([100 * MiB], ((99 * MiB, 100),), 1, 50 * MiB, FRONT) is None
+    gaps = GAPS[0]
+    assert select_box((100 * MiB,), ((99 * MiB, 100),), 1, 50 * MiB, FRONT, gaps) is None
 
 
 def test_forged_shape_makes_no_endless_list_of_runs() -> None:
-    assert box_runs([2**40, 2**30], ((0, 2**40), (0, 1)), 1) is None
-    assert select_box([2**40, 2**30], ((0, 2**40), (0, 1)), 1, 2**71, FRONT) is None
+    gaps = GAPS[0]
+    assert box_runs([2**40, 2**30], ((0, 2**40), (0, 1)), 1, max_gap_bytes=0) is None
+    assert select_box((2**40, 2**30), ((0, 2**40), (0, 1)), 1, 2**71, FRONT, gaps) is None
 
 
-def test_gap_between_records_is_smaller_than_that_within_a_box() -> None:
-    assert MAX_RECORD_GAP_BYTES < MAX_RUN_GAP_BYTES
+def test_gap_between_records_is_never_larger_than_that_within_a_box() -> None:
+    assert all(gaps.between_records <= gaps.within_box for gaps in GAPS)
