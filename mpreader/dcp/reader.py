@@ -38,6 +38,7 @@ from mpreader.readers.client import S3Client
 from mpreader.readers.kinds import S3ReaderConstructor
 from mpreader.readers.protocols import DCPS3ReaderConstructorProtocol, S3ReaderConstructorProtocol, StoredItem
 from mpreader.readers.read_ahead import MultiprocessConstructor
+from mpreader.telemetry.events import LoadEvent, report_load
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -251,6 +252,7 @@ class S3StorageReader(FileSystemReader):
             )
             self._load_items(unexpected, path, loader)
         log.info("loaded %s in %.2f s: %s", path, time.monotonic() - self._began_s, self.stats)
+        report_load(LoadEvent(str(path), self._loaded.verified, self._loaded.unverified))
         done: Future[None] = Future()
         done.set_result(None)
         return done

@@ -68,7 +68,7 @@ def copy_into(
             more than the runs of the box.
 
     Returns:
-        True if the bytes were compared with a CRC.
+        True if the bytes, if there are any, were compared with a CRC.
 
     Raises:
         PlanError: The box is not inside of the stored tensor, or ``target`` has another shape.
@@ -149,9 +149,8 @@ class _Payload:
     def __init__(self, item: ItemBytes, layout: TensorLayout, verify: bool) -> None:
         self._item = item
         self._layout = layout
-        # An empty payload has no descriptor behind it, and so no CRC.
-        self._verify = verify and layout.payload_nbytes > 0
-        self._with_crc = self._verify and layout.has_crc
+        self._verify = verify
+        self._with_crc = verify and layout.has_crc
         self._crc = 0  # of the bytes before the position
         self._position = 0  # end of what was read, in the payload
 
@@ -184,6 +183,8 @@ class _Payload:
         """
         if not self._verify:
             return False
+        if not self._layout.payload_nbytes:  # no bytes, and no descriptor behind them; the front's CRCs were compared
+            return self._layout.has_crc
         self._skip_to(self._layout.payload_nbytes)
         saved = read_payload_crc(self._item, self._layout)
         if saved is not None and saved != self._crc:

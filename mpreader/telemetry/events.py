@@ -1,16 +1,30 @@
-"""Request events: the facts of every request that a worker has ended, and the observers that are called with them.
+"""Events: the facts of every request that a worker has ended and of every load, and the observers that are told them.
 
-Timelines and metrics are observers. A pool's coordinator calls them from its own thread. While there are no observers
-it makes no events, so that a request costs one attribute look-up.
+Timelines and metrics are observers. A pool's coordinator calls those of requests from its own thread; while there are
+none it makes no events, so that a request costs one attribute look-up. The storage reader calls those of loads.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
-__all__ = ["Observer", "RequestEvent", "add_observer", "observers", "remove_observer"]
+__all__ = [
+    "LoadEvent",
+    "LoadObserver",
+    "Observer",
+    "RequestEvent",
+    "add_load_observer",
+    "add_observer",
+    "observers",
+    "remove_load_observer",
+    "remove_observer",
+    "report_load",
+]
+
+log = logging.getLogger(__name__)
 
 
 class RequestEvent(NamedTuple):
@@ -44,11 +58,27 @@ class RequestEvent(NamedTuple):
     attempt: int
 
 
+class LoadEvent(NamedTuple):
+    """One load of a checkpoint that has reached its end. Holds no secret.
+
+    Attributes:
+        uri: The checkpoint.
+        verified_bytes: Bytes of the items whose checksum was compared.
+        unverified_bytes: Bytes of the items whose checksum was not compared.
+    """
+
+    uri: str
+    verified_bytes: int
+    unverified_bytes: int
+
+
 Observer = Callable[[RequestEvent], object]
+LoadObserver = Callable[[LoadEvent], object]
 
 _lock = threading.Lock()  # two threads that add observers at the same time must not lose one
-# Replaced as a whole, never changed in place, since coordinators read it, and iterate over it, without the lock.
+# Replaced as a whole, never changed in place, since they are read, and iterated over, without the lock.
 observers: tuple[Observer, ...] = ()
+_load_observers: tuple[LoadObserver, ...] = ()
 
 
 def add_observer(observer: Observer) -> None:
@@ -67,3 +97,26 @@ def remove_observer(observer: Observer) -> None:
     with _lock:
         # By equality, not identity: each look-up of a method makes another object, all equal.
         observers = tuple(known for known in observers if known != observer)
+
+
+def add_load_observer(observer: LoadObserver) -> None:
+    """Have ``observer`` called at the end of every load of this process, from the thread that loads."""
+    global _load_observers
+    with _lock:
+        _load_observers = (*_load_observers, observer)
+
+
+def remove_load_observer(observer: LoadObserver) -> None:
+    """Have ``observer`` called no more. Harmless if it was not added."""
+    global _load_observers
+    with _lock:
+        _load_observers = tuple(known for known in _load_observers if known != observer)
+
+
+def report_load(event: LoadEvent) -> None:
+    """Tell the observers of loads. An exception of an observer is logged, and harms no load."""
+    for observe in _load_observers:
+        try:
+            observe(event)
+        except Exception:  # noqa: PERF203  # each on its own: one that fails must not hide the event from the others
+            log.exception("an observer of loads failed")

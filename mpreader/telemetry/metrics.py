@@ -1,7 +1,8 @@
-"""OpenTelemetry metrics of the requests of all worker pools of this process.
+"""OpenTelemetry metrics of the loads and of the requests of all worker pools of this process.
 
 ========================================  =========  =========================================================
 ``mpreader.received``                     counter    bytes received, over-read and repeated ones included (By)
+``mpreader.loaded``                       counter    bytes of items loaded, by ``mpreader.verified`` (By)
 ``mpreader.requests``                     counter    requests, by ``mpreader.outcome`` ({request})
 ``mpreader.retries``                      counter    requests for bytes of which one had failed before ({request})
 ``mpreader.request.duration``             histogram  from a request to its last byte or its failure (s)
@@ -10,8 +11,9 @@
 
 The other attributes are those of OpenTelemetry's conventions: ``aws.s3.bucket``, or ``server.address`` and
 ``server.port`` of an http(s) URL; ``error.type`` where a request failed. A request that was cut, since it was much
-slower than others, has the outcome ``slow``, and is no failure. Keys of objects are not attributes: each key would be a
-time series of its own.
+slower than others, has the outcome ``slow``, and is no failure. ``mpreader.verified`` is true of items whose checksum
+was compared, false of the others, such as those of which a part was received. Keys of objects are not attributes: each
+key would be a time series of its own.
 
 Programs call :func:`instrument`. OpenTelemetry is optional, and must not be imported before that.
 """
@@ -24,7 +26,14 @@ from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
 from mpreader.errors import ConfigError
-from mpreader.telemetry.events import RequestEvent, add_observer, remove_observer
+from mpreader.telemetry.events import (
+    LoadEvent,
+    RequestEvent,
+    add_load_observer,
+    add_observer,
+    remove_load_observer,
+    remove_observer,
+)
 
 if TYPE_CHECKING:
     from opentelemetry.metrics import Histogram, Meter, MeterProvider
@@ -60,9 +69,9 @@ _reports: list[_Report] = []
 
 
 def instrument(meter_provider: MeterProvider | None = None) -> Callable[[], None]:
-    """Report every request of every worker pool of this process from now on.
+    """Report every request of every worker pool, and every load, of this process from now on.
 
-    A provider gets each request once, however often this is called for it, until the last of the calls is ended: two
+    A provider gets each of them once, however often this is called for it, until the last of the calls is ended: two
     libraries of one program may both call it.
 
     Args:
@@ -86,6 +95,7 @@ def instrument(meter_provider: MeterProvider | None = None) -> Callable[[], None
         if not report.users:
             _reports.append(report)
             add_observer(report)
+            add_load_observer(report.add_load)
         # A token, not a count: a second call of end() finds it gone, and so ends nothing twice.
         user = object()
         report.users.add(user)
@@ -96,12 +106,13 @@ def instrument(meter_provider: MeterProvider | None = None) -> Callable[[], None
             if not report.users and report in _reports:
                 _reports.remove(report)
                 remove_observer(report)
+                remove_load_observer(report.add_load)
 
     return end
 
 
 class _Report:
-    """Observer of requests that reports them to one provider.
+    """Observer of requests and loads that reports them to one provider.
 
     Attributes:
         meter_provider: The provider; None: the global one.
@@ -117,6 +128,7 @@ class _Report:
         self.users: set[object] = set()
         meter = get_meter("mpreader", __version__, meter_provider)
         self._received = meter.create_counter("mpreader.received", "By", "Bytes received")
+        self._loaded = meter.create_counter("mpreader.loaded", "By", "Bytes of items loaded")
         self._requests = meter.create_counter("mpreader.requests", "{request}", "Requests made")
         self._retries = meter.create_counter("mpreader.retries", "{request}", "Requests made again")
         self._duration = _histogram(meter, "mpreader.request.duration", "From a request to its last byte")
@@ -135,6 +147,13 @@ class _Report:
         # A request that got no response has no time to its first byte: its first_byte_s is its ended_s.
         if event.outcome == "ok" or event.first_byte_s < event.ended_s:
             self._first_byte.record(event.first_byte_s - event.started_s, result)
+
+    def add_load(self, event: LoadEvent) -> None:
+        """Report a load."""
+        place = _place(event.uri)
+        for is_verified, nbytes in ((True, event.verified_bytes), (False, event.unverified_bytes)):
+            if nbytes:
+                self._loaded.add(nbytes, {**place, "mpreader.verified": is_verified})
 
 
 def _histogram(meter: Meter, name: str, description: str) -> Histogram:

@@ -37,6 +37,9 @@ class TimedLoad:
         slow_cut: GETs that were cut, since they were much slower than others.
         network_wait_s: Seconds during which the load waited for bytes.
         consumer_wait_s: Seconds during which nothing was received, since memory was full of bytes not taken yet.
+        verified_nbytes: Bytes of the items whose checksum was compared; those around the tensors' own are included.
+        unverified_nbytes: Bytes of the items whose checksum was not compared: all of them where that was not asked for,
+            else those that were saved without checksums.
         extra_memory_bytes: Most memory that this process and its workers took during the load, beyond what they had
             before the first load; the targets were there by then. Shared memory is counted once.
     """
@@ -51,6 +54,8 @@ class TimedLoad:
     slow_cut: int
     network_wait_s: float
     consumer_wait_s: float
+    verified_nbytes: int
+    unverified_nbytes: int
     extra_memory_bytes: int
 
     @property
@@ -112,6 +117,8 @@ def _timed(reader: S3StorageReader, state: dict[str, Any], memory_before: int, *
         slow_cut=stats.slow_cut,
         network_wait_s=stats.seconds,
         consumer_wait_s=stats.consumer_seconds,
+        verified_nbytes=stats.verified_bytes,
+        unverified_nbytes=stats.unverified_bytes,
         extra_memory_bytes=max(added, added_before + memory.peak_extra_bytes),
     )
 

@@ -78,6 +78,24 @@ def test_load_prints_a_row_for_each_load_and_nothing_else(checkpoint: str, warm_
     assert lines[4].startswith("2 ")
 
 
+def test_load_tells_how_much_has_no_checksum(bucket: str, run: Run) -> None:
+    uri = f"s3://{bucket}/unchecked"
+    if not hasattr(torch.serialization, "set_crc32_options"):
+        pytest.skip("this torch saves checksums always")
+    torch.serialization.set_crc32_options(False)
+    try:
+        save({"weight": torch.ones(250_000)}, storage_writer=S3StorageWriter(None, uri))
+    finally:
+        torch.serialization.set_crc32_options(True)
+    first = run(uri).stdout.splitlines()[0]
+    assert first.endswith("1 MB of tensors, 0 B of the items verified, 1 MB not: they were saved without checksums")
+    assert run(uri, "--no-verify").stdout.splitlines()[0].endswith("1 MB of tensors, not verified")
+    document = json.loads(run(uri, "--json").stdout)
+    assert document["is_verified"] is False
+    [load] = document["loads"]
+    assert (load["verified_nbytes"], load["unverified_nbytes"]) == (0, load["received_nbytes"])
+
+
 def test_load_tells_what_it_took_as_json(checkpoint: str, s3_server: S3Server, run: Run) -> None:
     before = len(s3_server.requests)
     done = run(checkpoint, "--repeat", "3", "--part-size", "64KiB", "--json", "--no-verify")
@@ -95,6 +113,11 @@ def test_load_tells_what_it_took_as_json(checkpoint: str, s3_server: S3Server, r
         assert 0 < load["seconds"] < 60
         assert load["gb_per_s"] == pytest.approx(nbytes / load["seconds"] / 1e9)
         assert load["extra_memory_bytes"] > 0  # worker processes, at least
+        assert (load["verified_nbytes"], load["unverified_nbytes"]) == (0, load["received_nbytes"])
+    document = json.loads(run(checkpoint, "--json").stdout)
+    [load] = document["loads"]
+    assert document["is_verified"] is True
+    assert (load["verified_nbytes"], load["unverified_nbytes"]) == (load["received_nbytes"], 0)
 
 
 def test_load_of_what_matches_reads_no_more(checkpoint: str, run: Run) -> None:

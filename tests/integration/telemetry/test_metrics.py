@@ -11,9 +11,14 @@ from urllib.parse import urlsplit
 
 import boto3
 import pytest
+import torch
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from mpreader import PoolConfig, RangeFetcher
 from mpreader.config import KiB, MiB
+from mpreader.dcp import S3StorageReader, S3StorageWriter
+from mpreader.telemetry.events import LoadEvent, add_load_observer, remove_load_observer
 from mpreader.telemetry.metrics import instrument
 from mpreader.testing import Fault, FaultKind, FaultServer
 
@@ -161,3 +166,31 @@ def test_s3_is_told_by_bucket_not_by_key(
     assert (received.value, dict(received.attributes)) == (14, {"aws.s3.bucket": bucket})
     [requests] = points["mpreader.requests"]
     assert (requests.value, dict(requests.attributes)) == (2, {"aws.s3.bucket": bucket, "mpreader.outcome": "ok"})
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("verify", [True, False])
+def test_bytes_of_loads_are_told_by_whether_they_were_verified(
+    bucket: str, reporters: tuple[Reporter, Reporter], caplog: pytest.LogCaptureFixture, verify: bool
+) -> None:
+    uri = f"s3://{bucket}/checkpoint"
+    save({"weight": torch.ones(1000), "empty": torch.ones(0)}, storage_writer=S3StorageWriter(None, uri))
+
+    def fail(event: LoadEvent) -> None:
+        raise RuntimeError(event.uri)
+
+    end = instrument(reporters[0].provider)
+    add_load_observer(fail)
+    with S3StorageReader(None, uri, pool_config=CONFIG, verify=verify) as reader:
+        load({"weight": torch.zeros(1000), "empty": torch.ones(0)}, storage_reader=reader)
+        stats = reader.stats
+        end()
+        remove_load_observer(fail)
+        load({"weight": torch.zeros(1000)}, storage_reader=reader)
+    [loaded] = reporters[0].points()["mpreader.loaded"]
+    assert loaded.value == stats.bytes == (stats.verified_bytes if verify else stats.unverified_bytes)
+    assert dict(loaded.attributes) == {"aws.s3.bucket": bucket, "mpreader.verified": verify}
+    assert reporters[0].units()["mpreader.loaded"] == "By"
+    [failed] = [record for record in caplog.records if record.message == "an observer of loads failed"]
+    assert failed.exc_info is not None
+    assert str(failed.exc_info[1]) == uri
