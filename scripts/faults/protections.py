@@ -36,6 +36,8 @@ SCHEDULER_TEST = "tests/unit/pool/coordinator/test_scheduler.py"
 ADDRESSES = "mpreader/pool/worker/addresses.py"
 ADDRESSES_TEST = "tests/integration/pool/worker/test_addresses.py"
 PARTIAL_CONTENT = "mpreader/pool/worker/partial_content.py"
+ITEMS = "mpreader/dcp/items.py"
+BOXES = "tests/faults/test_boxes.py"
 
 
 class Protection(NamedTuple):
@@ -334,6 +336,54 @@ PROTECTIONS = (
         "tests/integration/dcp/test_load.py::test_flipped_bit_raises_checksum_mismatch_naming_the_tensor[plain]",
     ),
     Protection(
+        "a box of a tensor: its record is not laid out as predicted",
+        "where the payload really begins is compared with the prediction",
+        ITEMS,
+        "if not all(content.holds(run.start, run.end) for run in runs):",
+        "if False:",
+        f"{BOXES}::test_box_whose_payload_begins_elsewhere_is_read_again[long tail]",
+    ),
+    Protection(
+        "a box of a tensor: its record is not laid out as predicted",
+        "the strides that are stored say which bytes a box has",
+        ITEMS,
+        "stored_runs(layout.size, layout.stride, ",
+        "stored_runs(layout.size, layout.stride[::-1], ",
+        f"{BOXES}::test_box_of_a_tensor_in_another_order_is_read_again",
+    ),
+    Protection(
+        "a box of a tensor: its record is not laid out as predicted",
+        "an item whose front is not understood is read whole",
+        ITEMS,
+        "            if layout is None:\n                return PlannedItem(request, stored)\n",
+        "            if layout is None:\n                return None\n",
+        f"{BOXES}::test_box_whose_payload_begins_elsewhere_is_read_again[short tail]",
+    ),
+    Protection(
+        "a box of a tensor: the front of its record is damaged",
+        "the CRCs of the front are compared",
+        "mpreader/formats/torch_save.py",
+        "        _check_crcs(entries)  # first of all",
+        "        pass  # first of all",
+        f"{BOXES}::test_front_that_is_damaged_once_is_read_again_with_the_whole_item",
+    ),
+    Protection(
+        "a box of a tensor: overwritten before what was not predicted is read",
+        "what is read again is of the version that was read first",
+        "mpreader/readers/read_ahead.py",
+        "uri: known.get(uri) or SteadySource(",
+        "uri: SteadySource(",
+        "tests/integration/dcp/test_boxes.py::test_version_that_was_read_first_is_the_one_that_is_read_again",
+    ),
+    Protection(
+        "a box of a tensor: a bit of it is flipped",
+        'verify="whole" reads items whole',
+        "mpreader/dcp/reader.py",
+        ' and self._verify != "whole":',
+        ":",
+        f"{BOXES}::test_bit_that_is_flipped_in_a_box_is_found_where_items_are_read_whole",
+    ),
+    Protection(
         "worker killed, or out of memory",
         "the parts of a dead worker are given to others",
         "mpreader/pool/coordinator/coordinator.py",
@@ -468,6 +518,14 @@ PROTECTIONS = (
         "    check_bounds(data)\n",
         "",
         "tests/unit/dcp/test_metadata.py::test_metadata_of_few_bytes_reserves_few",
+    ),
+    Protection(
+        "hostile .metadata",
+        "the runs of a box are bounded",
+        "mpreader/formats/selection.py",
+        "if math.prod(map(len, apart)) > _MOST_RUNS:",
+        "if False:",
+        "tests/unit/dcp/test_boxes.py::test_forged_number_of_runs_reserves_little",
     ),
     Protection(
         "secrets",

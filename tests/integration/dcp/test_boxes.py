@@ -156,6 +156,7 @@ def test_items_that_are_not_stored_as_expected_are_read_again_all_at_once(bucket
     assert stats.bytes <= asked.nbytes
 
 
+@pytest.mark.row("a box of a tensor: overwritten before what was not predicted is read")
 def test_version_that_was_read_first_is_the_one_that_is_read_again(bucket: str) -> None:
     uri = f"s3://{bucket}/changing"
     stored = {"transposed": numbered(1000, 1000).t()}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import tracemalloc
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -231,6 +232,23 @@ def test_item_that_is_not_understood_is_taken_whole(stored: _StorageInfo) -> Non
     boxes = select_boxes([request], storage_data, {"w": entry_of(tensor)})
     assert (boxes.selections, boxes.files) == ({}, frozenset({"a.distcp"}))
     assert select_boxes([request], storage_data, {}) is NO_BOXES
+
+
+@pytest.mark.row("hostile .metadata")
+def test_forged_number_of_runs_reserves_little() -> None:
+    size = torch.Size([1_000_000, 1 << 20])  # one element of each row is wanted
+    chunk = ChunkStorageMetadata(torch.Size([0, 0]), size)
+    entries = {"w": TensorStorageMetadata(TensorProperties(torch.int32), size, [chunk])}
+    request = read_item("w", size, (0, 7), (1_000_000, 1))
+    stored = {request.storage_index: _StorageInfo("a.distcp", 0, size.numel() * 4 + 1577)}
+    tracemalloc.start()
+    try:
+        boxes = select_boxes([request], stored, entries)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert boxes.selections == {}
+    assert peak < 100 * KiB
 
 
 def test_gaps_are_smaller_in_files_of_which_boxes_are_read() -> None:
