@@ -113,6 +113,8 @@ _LOCAL_HEADER: Final = Struct("<4s2xHH4xIIIHH")
 # Fields: signature, CRC-32, stored size, size. The second form is that of entries from 4 GiB on.
 _DESCRIPTOR: Final = Struct("<4sIII")
 _DESCRIPTOR_64: Final = Struct("<4sIQQ")
+# Fields: identification, size. The padding is such a field, and the last one.
+_EXTRA_FIELD: Final = Struct("<2sH")
 _DESCRIPTOR_SIGNATURE: Final = b"PK\x07\x08"
 # Flags of a local header.
 _HAS_DESCRIPTOR: Final = 0x8
@@ -125,6 +127,11 @@ _REQUIRED_CONTENT: Final = {"byteorder": b"little", ".format_version": b"1"}
 # Bytes of all that follows the payload. torch 2.2 to 2.14 write 668 to 873 bytes, depending on their version and on the
 # payload's length (the next entry is aligned), and up to 60 more behind a payload of 4 GiB or more.
 _TAIL_NBYTES: Final = (640, 1024)
+# With another alignment of storages than torch's default of 64 bytes, those two entries that follow the payload are
+# aligned so, too, and the five before it take five times the alignment. Such records have more around the payload than
+# any other.
+_LEAST_AROUND_NBYTES: Final = 2048
+_ALIGNED_ENTRIES: Final = 6  # at least so many alignments are around the payload, and less than twice as many
 
 # The payload of most records begins within the first 1024 bytes; a storage alignment of 4 KiB needs the longer front.
 _FRONT_SIZES: Final = (1024, 64 * 1024)
@@ -151,10 +158,19 @@ def payload_place(record_nbytes: int, payload_nbytes: int) -> tuple[int, int] | 
         :func:`decode_layout` understands.
     """
     around = record_nbytes - payload_nbytes
-    lowest, highest = (around - nbytes for nbytes in reversed(_TAIL_NBYTES))
+    lowest, highest = (around - nbytes for nbytes in reversed(_tail_nbytes(around)))
     if highest < _LOCAL_HEADER.size or lowest > _FRONT_SIZES[-1]:
         return None
     return max(0, lowest), highest
+
+
+def _tail_nbytes(around: int) -> tuple[int, int]:
+    """Returns the least and the greatest number of bytes behind the payload of a record that has ``around`` besides."""
+    least, greatest = _TAIL_NBYTES
+    if around < _LEAST_AROUND_NBYTES:
+        return least, greatest
+    alignment = 1 << ((around // _ALIGNED_ENTRIES).bit_length() - 1)
+    return least + alignment - 128, greatest + 2 * alignment
 
 
 def decode_layout(item: ItemBytes, front_nbytes: int | None = None) -> TensorLayout | None:
@@ -270,9 +286,27 @@ def _read_header(front: bytes, position: int) -> _Header | None:
     understood = signature == b"PK\x03\x04" and not method and not flags & ~(_HAS_DESCRIPTOR | _UTF8_NAME)
     if not understood or stored != size or content_start > len(front):
         return None
+    if not _is_padding(front[content_start - extra_length : content_start]):
+        return None
     full_name = front[name_start : name_start + name_length].decode("utf-8", "replace")
     # The first part of the path is the archive's own name: "archive", or the name of the file that it was saved to.
     return _Header(full_name.partition("/")[2], content_start, bool(flags & _HAS_DESCRIPTOR), crc, size)
+
+
+def _is_padding(extra: bytes) -> bool:
+    """Returns True if the extra fields of a local header end in the padding that torch writes.
+
+    No CRC covers a header. A flipped bit in the length of the fields would move the content, and of a box of a tensor
+    the CRC of the content is not compared. So the bytes of the padding tell if the length is right.
+    """
+    position = 0
+    while position + _EXTRA_FIELD.size <= len(extra):
+        name, size = _EXTRA_FIELD.unpack_from(extra, position)
+        content = extra[position + _EXTRA_FIELD.size :][:size]
+        position += _EXTRA_FIELD.size + size
+        if name == b"FB":
+            return position == len(extra) and content == b"Z" * size
+    return False
 
 
 def _read_entry(front: bytes, header: _Header) -> _Entry | None:

@@ -13,7 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpreader.dcp.tensor import copy_into, load_whole
-from mpreader.formats.torch_save import BufferItem, RecordCorrupted, _known_fronts, decode_layout, read_payload_crc
+from mpreader.formats.torch_save import (
+    BufferItem,
+    RecordCorrupted,
+    _known_fronts,
+    decode_layout,
+    payload_place,
+    read_payload_crc,
+)
 
 
 def record_of(value: object, **options: Any) -> bytearray:
@@ -31,11 +38,11 @@ def _save_settings() -> Any:
     return config.save if hasattr(config.save, "storage_alignment") else None
 
 
-def padded_record(value: object) -> bytearray:
+def padded_record(value: object, alignment: int = 4096) -> bytearray:
     save = _save_settings()
     if save is None:
         pytest.skip(f"torch {torch.__version__} saves no record with a large storage alignment")
-    usual, save.storage_alignment = save.storage_alignment, 4096
+    usual, save.storage_alignment = save.storage_alignment, alignment
     try:
         return record_of(value)
     finally:
@@ -109,6 +116,34 @@ def test_layout_is_found_with_a_large_storage_alignment() -> None:
     assert layout is not None
     assert layout.payload_offset % 4096 == 0
     assert torch.equal(load_like_reader(BufferItem(record)), torch.arange(5))
+
+
+@pytest.mark.parametrize("alignment", [64 << power for power in range(8)])
+def test_place_of_a_payload_is_predicted_for_every_storage_alignment(alignment: int) -> None:
+    for shape in ((1,), (100,), (3, 1000), (1, 1, 1, 5000, 1, 1), (63, 1001)):
+        tensor = torch.zeros(shape, dtype=torch.uint8)
+        record = padded_record(tensor, alignment)
+        layout = decode_layout(BufferItem(record))
+        place = payload_place(len(record), tensor.nbytes)
+        assert layout is not None
+        assert place is not None
+        lowest, highest = place
+        assert lowest <= layout.payload_offset <= highest
+        assert highest - lowest <= 384 + alignment + 128  # no more than that is received in vain
+
+
+def test_flipped_bit_in_a_front_never_moves_the_payload() -> None:
+    record = record_of(torch.zeros(100, 1000))  # zeros would pass for extra fields without content
+    right = decode_layout(BufferItem(record))
+    assert right is not None
+    for bit in range(8 * right.payload_offset):
+        record[bit // 8] ^= 1 << bit % 8
+        try:
+            layout = decode_layout(BufferItem(record), 1024)
+        except RecordCorrupted:
+            layout = None
+        assert layout in {None, right}
+        record[bit // 8] ^= 1 << bit % 8
 
 
 def test_layout_without_saved_checksums_has_none() -> None:
