@@ -24,7 +24,7 @@ from mpreader.ranges import ItemRange, estimated_seconds
 from mpreader.readers.load_plan import is_extent, range_of, uri_of
 from mpreader.readers.protocols import StoredItem
 
-__all__ = ["NO_BOXES", "BoxKey", "Boxes", "LoadRanges", "load_ranges", "planned_items", "select_boxes"]
+__all__ = ["NO_BOXES", "BoxKey", "Boxes", "LoadRanges", "box_key", "load_ranges", "planned_items", "select_boxes"]
 
 # A plan may take so many times as long as the quickest one if it needs fewer bytes: the ranks of a host share its
 # network interface, which the estimate does not know.
@@ -65,7 +65,8 @@ class LoadRanges(NamedTuple):
     max_gap_by_file: dict[str, float]
 
 
-def _box_key(request: ReadItem) -> BoxKey:
+def box_key(request: ReadItem) -> BoxKey:
+    """Returns the name of the box that a plan's item wants."""
     return request.storage_index, request.storage_offsets, request.lengths
 
 
@@ -102,8 +103,7 @@ def planned_items(
     if not selections:  # the key of each item would have to be hashed
         return [PlannedItem(request, storage_data[request.storage_index]) for request in items]
     return [
-        PlannedItem(request, storage_data[request.storage_index], selections.get(_box_key(request)))
-        for request in items
+        PlannedItem(request, storage_data[request.storage_index], selections.get(box_key(request))) for request in items
     ]
 
 
@@ -200,7 +200,7 @@ def _wanted_boxes(
 
 
 def _wanted_box(request: ReadItem, stored: StoredItem, size: torch.Size, dtype: object) -> _WantedBox:
-    whole = _WantedBox(_box_key(request), stored, size, None)
+    whole = _WantedBox(box_key(request), stored, size, None)
     # What an extension has transformed has other bytes than the tensor; older torch has no such attribute.
     if getattr(stored, "transform_descriptors", None) or not isinstance(dtype, torch.dtype):
         return whole
@@ -252,7 +252,7 @@ def _estimated_seconds(
         runs = by_file.get(stored.relative_path)
         if runs is None or not is_extent(stored.offset, stored.length):
             continue
-        selection = boxes.selections.get(_box_key(request)) if boxes.selections else None
+        selection = boxes.selections.get(box_key(request)) if boxes.selections else None
         if selection is None:
             runs.append(Run(stored.offset, stored.offset + stored.length))
         else:

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
 from mpreader.collector import collector_paused, spare_new_objects
-from mpreader.dcp.boxes import NO_BOXES, load_ranges, planned_items, select_boxes
+from mpreader.dcp.boxes import NO_BOXES, box_key, load_ranges, planned_items, select_boxes
 from mpreader.dcp.filesystem import Path, S3FileSystem
 from mpreader.dcp.items import ItemLoader, ItemReader, LoadedBytes, PlannedItem
 from mpreader.dcp.metadata import load_metadata
@@ -117,6 +117,7 @@ class S3StorageReader(FileSystemReader):
         self._verify = verify
         self._entries: Mapping[str, Any] = {}  # descriptions of the tensors, from .metadata
         self._boxes = NO_BOXES  # of the items that the plan does not take whole
+        self._read_whole: set[MetadataIndex] = set()  # the other items, if there are boxes
         self._loaded = LoadedBytes()
         if isinstance(allowed_globals, str):  # would be taken for a collection of letters
             raise ConfigError(f"allowed_globals is a collection of names: write ({allowed_globals!r},)")
@@ -219,6 +220,7 @@ class S3StorageReader(FileSystemReader):
             boxes = select_boxes(items, storage_data, self._entries)
             if boxes.files:
                 self._boxes = boxes
+                self._read_whole = {item.storage_index for item in items} - {key[0] for key in boxes.selections}
                 planned = planned_items(items, storage_data, boxes.selections)
                 constructor.set_ranges_by_file(*load_ranges(planned, boxes.files, boxes.max_gap_bytes, path))
                 return
@@ -239,13 +241,15 @@ class S3StorageReader(FileSystemReader):
         constructor = self._reader_constructor
         if not isinstance(constructor, MultiprocessConstructor):
             return super().read_data(plan, planner)
-        items = planned_items(plan.items, storage_data, self._boxes.selections)
+        begun, added = self._begun_and_added(plan.items)
+        items = planned_items(begun, storage_data, self._boxes.selections)
         transforms = getattr(self, "transforms", None)  # older torch has no extensions
         loader = ItemLoader(planner, transforms, verify=bool(self._verify), loaded=self._loaded)
-        unexpected = self._load_items(items, path, loader)
+        unexpected = self._load_items(items, path, loader) + planned_items(added, storage_data, {})
         if unexpected:
             # All of them at once, since each alone would cost a round trip.
-            log.debug("%d items of %s are not stored as expected: reading them again", len(unexpected), path)
+            log.debug("%d items of %s are not stored or planned as expected", len(unexpected), path)
+            unexpected.sort(key=lambda item: _location(item.stored))
             files = {item.stored.relative_path for item in unexpected}
             constructor.set_ranges_by_file(
                 *load_ranges(unexpected, files, self._boxes.max_gap_bytes, path), continues=True
@@ -256,6 +260,21 @@ class S3StorageReader(FileSystemReader):
         done: Future[None] = Future()
         done.set_result(None)
         return done
+
+    def _begun_and_added(self, items: Sequence[ReadItem]) -> tuple[Sequence[ReadItem], list[ReadItem]]:
+        """Split the items of the final plan into those whose bytes are being read, and others.
+
+        Nearly always there are no others. But a planner may change its plan in ``create_global_plan`` and
+        ``finish_plan``, after the reads have begun: to other boxes of the same stored items, for one.
+        """
+        if not self._boxes.selections:  # every item is read whole, so that any box of it can be loaded
+            return items, []
+        begun: list[ReadItem] = []
+        added: list[ReadItem] = []
+        for item in items:
+            is_read = item.storage_index in self._read_whole or box_key(item) in self._boxes.selections
+            (begun if is_read else added).append(item)
+        return begun, added
 
     def _load_items(self, items: Iterable[PlannedItem], path: Path, loader: ItemLoader) -> list[PlannedItem]:
         """Load items, file by file; returns those that have to be received in another way."""

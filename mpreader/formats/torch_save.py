@@ -301,11 +301,12 @@ def _is_padding(extra: bytes) -> bool:
     """
     position = 0
     while position + _EXTRA_FIELD.size <= len(extra):
+        size: int
         name, size = _EXTRA_FIELD.unpack_from(extra, position)
-        content = extra[position + _EXTRA_FIELD.size :][:size]
-        position += _EXTRA_FIELD.size + size
+        position += _EXTRA_FIELD.size
         if name == b"FB":
-            return position == len(extra) and content == b"Z" * size
+            return extra[position:] == b"Z" * size
+        position += size
     return False
 
 

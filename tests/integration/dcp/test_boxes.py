@@ -184,6 +184,49 @@ def test_version_that_was_read_first_is_the_one_that_is_read_again(bucket: str) 
     assert isinstance(error, ObjectChanged)
 
 
+class ChangesLate(Narrowing):
+    """Changes the boxes of the plan, and which items it has, after the storage reader has seen the plan."""
+
+    def __init__(self, offset: int, *, in_global_plan: bool) -> None:
+        super().__init__(lambda _, size: ((256, 0), (256, size[1])))
+        self._offset = offset
+        self._in_global_plan = in_global_plan
+        self._left_out: list[ReadItem] = []
+
+    def create_local_plan(self) -> LoadPlan:
+        plan = super().create_local_plan()
+        self._left_out = [item for item in plan.items if item.storage_index.fqn == "layer2"]
+        return dataclasses.replace(plan, items=[item for item in plan.items if item not in self._left_out])
+
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        [plan] = super().create_global_plan(global_plan)
+        return [self._change(plan) if self._in_global_plan else plan]
+
+    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
+        return central_plan if self._in_global_plan else self._change(central_plan)
+
+    def _change(self, plan: LoadPlan) -> LoadPlan:
+        at = torch.Size((self._offset, 0))
+        changed = [
+            dataclasses.replace(item, dest_offsets=at, storage_offsets=at)
+            for item in [*self._left_out, *plan.items[::-1]]
+        ]
+        return dataclasses.replace(plan, items=changed)
+
+
+@pytest.mark.parametrize("in_global_plan", [True, False])
+@pytest.mark.parametrize("offset", [0, 256, 700])
+def test_boxes_that_the_planner_changes_after_the_reads_have_begun_are_loaded(
+    checkpoint: str, tensors: dict[str, torch.Tensor], offset: int, in_global_plan: bool
+) -> None:
+    state, stats = load_boxes(checkpoint, tensors, ChangesLate(offset, in_global_plan=in_global_plan))
+    for name, value in tensors.items():
+        assert torch.equal(state[name][offset : offset + 256], value[offset : offset + 256])
+        assert state[name].count_nonzero() <= 256 * 1024
+    # An item of the first plan is read once more only if another box of it is wanted.
+    assert stats.bytes <= (7 if offset == 256 else 15) * MiB
+
+
 def test_box_of_an_item_that_is_larger_than_the_arena(bucket: str) -> None:
     uri = f"s3://{bucket}/large"
     stored = {"large": numbered(8, 4 * MiB)}  # 128 MiB
