@@ -1,6 +1,7 @@
 """Checks of what mpreader is used for, against the S3 that the environment variables of boto3 name.
 
-  python scripts/compatibility/checks.py                 the embedded S3, which it starts; prints a line of JSON a check
+  python scripts/compatibility/checks.py [FOLDER]        the embedded S3, which it starts; prints a line of JSON. FOLDER
+                                                         holds checkpoints of other versions of torch, to be loaded, too
   from checks import CHECKS                              for scripts/servers, against a server of its own
 
 Each check takes the name of a bucket, compares every bit, and returns nothing. One that can't be made raises Skipped.
@@ -9,6 +10,7 @@ Each check takes the name of a bucket, compares every bit, and returns nothing. 
 from __future__ import annotations
 
 import asyncio
+import functools
 import importlib.util
 import json
 import os
@@ -59,6 +61,31 @@ def check_load(bucket: str) -> None:
 
     with S3StorageReader(os.environ["AWS_REGION"], f"s3://{bucket}/checkpoint") as reader:
         _load_and_compare(reader)
+
+
+def check_boxes(bucket: str, folder: Path | None = None) -> None:
+    """Loads boxes of what this torch saves, and of what older ones have left in a folder, where it leaves one, too."""
+    import boxes
+    import torch.distributed.checkpoint as dcp
+
+    from mpreader.dcp import S3StorageReader, S3StorageWriter
+
+    region = os.environ["AWS_REGION"]
+    uris = [f"s3://{bucket}/boxes"]
+    dcp.save(boxes.tensors(), storage_writer=S3StorageWriter(region, uris[0]))
+    if folder is not None:
+        own = boxes.write(folder)
+        for written in sorted(folder.iterdir()):
+            if _version(written.name) <= _version(own.name):
+                uris.append(f"s3://{bucket}/boxes-{written.name}")
+                for file in written.iterdir():
+                    put(bucket, f"boxes-{written.name}/{file.name}", file.read_bytes())
+    for uri in uris:
+        boxes.load_and_compare(functools.partial(S3StorageReader, region, uri))
+
+
+def _version(name: str) -> list[int]:
+    return [int(number) for number in name.split(".")[:2]]
 
 
 def check_drop_in(bucket: str) -> None:
@@ -141,8 +168,9 @@ def check_metrics(bucket: str) -> None:
 
 
 CHECKS: Final[dict[str, Callable[[str], None]]] = {
-    "save": check_save, "load": check_load, "drop-in": check_drop_in, "fetch": check_fetch, "asyncio": check_asyncio,
-    "fsspec": check_fsspec, "safetensors": check_safetensors, "chart": check_chart, "metrics": check_metrics,
+    "save": check_save, "load": check_load, "boxes": check_boxes, "drop-in": check_drop_in, "fetch": check_fetch,
+    "asyncio": check_asyncio, "fsspec": check_fsspec, "safetensors": check_safetensors, "chart": check_chart,
+    "metrics": check_metrics,
 }  # fmt: skip
 
 
@@ -211,10 +239,13 @@ def main() -> None:
     warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)
     for name in [name for name in os.environ if name.startswith(("AWS_", "MPREADER_"))]:
         del os.environ[name]
+    checks = dict(CHECKS)
+    if sys.argv[1:]:
+        checks["boxes"] = functools.partial(check_boxes, folder=Path(sys.argv[1]))
     with S3Server() as server:
         os.environ.update(server.environment(), MPREADER_PROGRESS="0")
         server.create_bucket("bucket")
-        outcomes = dict(run(CHECKS, "bucket"))
+        outcomes = dict(run(checks, "bucket"))
     versions = {"Python": sys.version.split()[0]}
     for module in ("torch", "numpy", "boto3"):
         versions[module] = importlib.import_module(module).__version__

@@ -5,6 +5,7 @@
   scripts/versions --all --tests                  every pair that torch has a package for; the tests as well
   scripts/versions --tests tests/unit             what follows --tests are the arguments of pytest
   scripts/versions --lowest                       the lowest versions that pyproject.toml allows
+  scripts/versions --writer 2.2                   this torch, too old for mpreader, writes what the others load
 
 Interpreters are looked for on PATH, under pyenv and by uv; those that are not there are named, and are a failure only
 if --python asked for them. uv makes the environments: it is taken from PATH, or installed into the folder of the
@@ -27,6 +28,7 @@ from typing import Final
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 CHECKS: Final = Path(__file__).with_name("checks.py")
+BOXES: Final = Path(__file__).with_name("boxes.py")
 
 # Versions of Python that torch has packages for.
 TORCHES: Final = {
@@ -36,6 +38,8 @@ TORCHES: Final = {
     "2.14": ("3.10", "3.11", "3.12", "3.13", "3.14"),
 }
 PYTHONS: Final = TORCHES["2.14"]
+# Versions of torch that mpreader does not run with, but loads the checkpoints of, and a Python for each.
+WRITERS: Final = {"2.2": "3.10", "2.3": "3.10"}
 USUAL: Final = (("3.10", "2.4"), ("3.12", "2.8"), ("3.11", "2.13"), ("3.13", "2.14"), ("3.14", "2.14"))
 EXTRAS: Final = ("dcp", "testing", "fsspec")  # of pyproject.toml; --tests takes "test", which has all of them
 EVERY_EXTRA: Final = (*EXTRAS, "plot", "otel")
@@ -77,8 +81,7 @@ def main() -> int:
     options.folder.mkdir(parents=True, exist_ok=True)
     uv = _uv(options.folder)
     results = []
-    for python, torch in _pairs(options):
-        result = _result(python, torch, options, uv)
+    for result in _results(options, uv):
         results.append(result)
         print(result, flush=True)
     if not results:
@@ -86,6 +89,13 @@ def main() -> int:
         return 2
     print(f"\n{_table(results)}")
     return int(any(result.has_failed for result in results))
+
+
+def _results(options: argparse.Namespace, uv: str) -> Iterator[Result]:
+    for torch in _writers(options):  # first, since what they have written is loaded by all others
+        yield _writer_result(torch, options, uv)
+    for python, torch in _pairs(options):
+        yield _result(python, torch, options, uv)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -96,6 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--torch", action="append", choices=TORCHES, help="a version of torch, can be repeated")
     parser.add_argument("--all", action="store_true", help="every pair of versions")
     parser.add_argument("--lowest", action="store_true", help="the lowest versions that pyproject.toml allows")
+    parser.add_argument(
+        "--writer", action="append", default=[], choices=WRITERS, help="a version of torch that only writes"
+    )
     parser.add_argument("--interpreter", action="append", default=[], type=Path, help="an interpreter to use, too")
     parser.add_argument(
         "--tests", nargs=argparse.REMAINDER, metavar="ARGUMENT", help="then run pytest, with these arguments"
@@ -103,6 +116,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--folder", type=Path, default=ROOT / ".versions", help="where the environments are made")
     parser.add_argument("--delete", action="store_true", help="delete each environment when it is done with")
     return parser
+
+
+def _writers(options: argparse.Namespace) -> Sequence[str]:
+    """The versions of torch that the options ask for to write only."""
+    is_usual = not (options.lowest or options.all or options.python or options.torch)
+    return options.writer or (list(WRITERS)[:1] if is_usual else [])
 
 
 def _pairs(options: argparse.Namespace) -> Iterator[tuple[str, str]]:
@@ -193,6 +212,33 @@ def _make(environment: Path, interpreter: str, torch: str, uv: str, *, with_test
     _uv_does([*command, "-e", f"{ROOT}[{','.join(extras)}]", *versions])
 
 
+def _writer_result(torch: str, options: argparse.Namespace, uv: str) -> Result:
+    result = Result(WRITERS[torch], torch)
+    environment = options.folder / f"torch{torch}"
+    try:
+        _write(environment, _find_interpreter(result.python, options.interpreter, uv), torch, uv)
+        result.outcomes["written"] = "ok"
+    except EnvironmentFailed as error:
+        result.outcomes["written"] = f"FAILED: {error}"
+    finally:
+        if options.delete:
+            shutil.rmtree(environment, ignore_errors=True)
+    return result
+
+
+def _write(environment: Path, interpreter: str | None, torch: str, uv: str) -> None:
+    """Write a checkpoint with a version of torch that mpreader does not run with; the checks load boxes of it."""
+    if interpreter is None:
+        raise EnvironmentFailed("there is no Python here that it has packages for")
+    _uv_does([uv, "venv", "--quiet", "--clear", "--python", interpreter, str(environment)])
+    python = str(environment / "bin/python")
+    _uv_does([uv, "pip", "install", "--quiet", "--python", python, f"torch=={torch}.*", "numpy<2"])
+    command = [python, BOXES, environment.parent / "written"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise EnvironmentFailed(" ".join(done.stderr.split())[-500:])
+
+
 def _uv_does(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -205,7 +251,7 @@ def _check(result: Result, environment: Path, folder: Path, tests: Sequence[str]
     variables = {name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "PYTHONHOME"}}
     variables["PATH"] = f"{environment / 'bin'}{os.pathsep}{variables.get('PATH', '')}"
     with (folder / f"{environment.name}.log").open("w+") as log:
-        command = [python, CHECKS]
+        command = [python, CHECKS, folder / "written"]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, text=True, env=variables, check=False)
         if done.returncode:
             raise EnvironmentFailed(f"the checks ended with status {done.returncode}: see {log.name}")
