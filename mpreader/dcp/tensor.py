@@ -268,16 +268,23 @@ def _copy_box(payload: _Payload, layout: TensorLayout, box: Box, target: torch.T
     if order != tuple(range(len(order))):  # most tensors are in this order already: small ones load faster without it
         target = target.permute(order)
     first = layout.storage_offset * layout.dtype.itemsize
+    # A scalar has no dimension; here it becomes a tensor of one row.
+    _copy_contiguous(payload, layout.dtype, first, size or (1,), box or ((0, 1),), target if size else target[None])
+
+
+def _copy_contiguous(
+    payload: _Payload, dtype: torch.dtype, first: int, size: tuple[int, ...], box: Box, target: torch.Tensor
+) -> None:
+    """Copy a box of a contiguous tensor; see :func:`_copy_rows` for the arguments."""
     run_start = index_in_memory(size, box)
-    if run_start is not None and target.dtype == layout.dtype and _is_plain(target):
-        start = first + run_start * layout.dtype.itemsize
+    if run_start is not None and target.dtype == dtype and _is_plain(target):
+        start = first + run_start * dtype.itemsize
         # as_strided, since view(-1) would keep the odd stride that a dimension of length 1 may have, and then a view as
         # bytes fails.
         flat = target.as_strided((target.numel(),), (1,)).view(torch.uint8)
         _fill(flat, payload.blocks(start, start + len(flat)))
     else:
-        # A scalar has no dimension; here it becomes a tensor of one row.
-        _copy_rows(payload, layout.dtype, first, size or (1,), box or ((0, 1),), target if size else target[None])
+        _copy_rows(payload, dtype, first, size, box, target)
 
 
 def _copy_gathered(payload: _Payload, layout: TensorLayout, box: Box, target: torch.Tensor) -> None:
@@ -312,9 +319,10 @@ def _copy_rows(
     """
     row_nbytes = math.prod(size[1:]) * dtype.itemsize
     start, length = box[0]
-    if row_nbytes > _BLOCK_NBYTES and len(size) > 1:  # a row is too large to be gathered: copy it in rows of its own
+    # A row that is too large to be gathered is copied by itself, straight into the target where that is possible.
+    if row_nbytes > _BLOCK_NBYTES and len(size) > 1:
         for row in range(length):
-            _copy_rows(payload, dtype, first + (start + row) * row_nbytes, size[1:], box[1:], target[row])
+            _copy_contiguous(payload, dtype, first + (start + row) * row_nbytes, size[1:], box[1:], target[row])
         return
     rows_at_once = max(1, _BLOCK_NBYTES // row_nbytes)
     # Bytes before the first element of the box in the first row, and up to the end of its last element in the last one.

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed._shard._utils import narrow_tensor_by_index
 
+from mpreader.dcp import tensor as tensor_module
 from mpreader.dcp.tensor import copy_into
 from mpreader.errors import PlanError
 from mpreader.formats.torch_save import BufferItem, RecordCorrupted, decode_layout
@@ -177,6 +178,17 @@ def test_copy_of_rows_longer_than_a_block(
     target = make_target(torch.Size(lengths), torch.int32, kind)
     copy_into(item, layout, target, offsets, lengths)
     assert torch.equal(target, narrow_tensor_by_index(tensor, offsets, lengths).to(target.dtype))
+
+
+def test_copy_of_a_box_of_long_rows_goes_straight_into_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = filled([3, 400_000], torch.int32, 1)
+    item = BufferItem(bytearray(record_of(stored)))
+    layout = decode_layout(item)
+    assert layout is not None
+    target = torch.zeros(2, 100_000, dtype=torch.int32)
+    monkeypatch.setattr(tensor_module._Payload, "gather", None)  # what would copy the bytes once more
+    copy_into(item, layout, target, (1, 5), (2, 100_000))
+    assert torch.equal(target, stored[1:, 5:100_005])
 
 
 def test_copy_verifies_a_record_of_more_than_4_gib_by_its_longer_descriptor() -> None:
