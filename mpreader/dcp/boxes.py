@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from itertools import chain, pairwise
+from itertools import chain
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -218,22 +218,25 @@ def _wanted_box(request: ReadItem, stored: StoredItem, size: torch.Size, dtype: 
 
 def _selections(wanted: Iterable[_WantedBox], gaps: Gaps) -> dict[BoxKey, Selection]:
     boxes: dict[MetadataIndex, dict[BoxKey, Selection | None]] = {}  # by the stored item
+    record_nbytes = {}
     for box in wanted:
         boxes.setdefault(box.key[0], {})[box.key] = box.select(gaps)
+        record_nbytes[box.key[0]] = box.stored.length
     selections: dict[BoxKey, Selection] = {}
-    for selected in boxes.values():
+    for index, selected in boxes.items():
         known = {key: selection for key, selection in selected.items() if selection is not None}
-        # Bytes that several boxes need are received once only where the whole item is.
-        if len(known) == len(selected) and _are_apart(known.values()):
+        most_nbytes = record_nbytes[index] - gaps.between_records
+        if len(known) == len(selected) and (len(known) == 1 or _requested_nbytes(known.values()) <= most_nbytes):
             selections.update(known)
     return selections
 
 
-def _are_apart(selections: Collection[Selection]) -> bool:
-    if len(selections) < 2:  # as for most items
-        return True
-    runs = sorted(run for selection in selections for run in selection.runs)
-    return all(run.end <= following.start for run, following in pairwise(runs))
+def _requested_nbytes(selections: Iterable[Selection]) -> int:
+    """Returns the bytes of the runs of all boxes of an item; those that several boxes share count for each of them.
+
+    They may be received for each of them: between its boxes, an item of more than a share of the arena is not held.
+    """
+    return sum(run.size for selection in selections for run in selection.runs)
 
 
 def _placed(selection: Selection, offset: int) -> Iterator[Run]:

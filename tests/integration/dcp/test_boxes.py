@@ -184,6 +184,48 @@ def test_version_that_was_read_first_is_the_one_that_is_read_again(bucket: str) 
     assert isinstance(error, ObjectChanged)
 
 
+class SeveralBoxes(Narrowing):
+    """Loads several boxes of every tensor."""
+
+    def __init__(self, *boxes: tuple[Sequence[int], Sequence[int]]) -> None:
+        super().__init__(lambda *_: boxes[0])
+        self._boxes = boxes
+
+    def create_local_plan(self) -> LoadPlan:
+        plan = DefaultLoadPlanner.create_local_plan(self)
+        items = [
+            dataclasses.replace(item, dest_offsets=at, storage_offsets=at, lengths=torch.Size(lengths))
+            for item in plan.items
+            for at, lengths in ((torch.Size(offsets), lengths) for offsets, lengths in self._boxes)
+        ]
+        return dataclasses.replace(plan, items=items)
+
+
+@pytest.mark.parametrize(
+    ("boxes", "most_mib"),
+    [
+        ([((0, 0), (8, MiB)), ((0, 2 * MiB), (8, MiB))], 65),  # of each row a run of one box, then one of the other
+        ([((0, 0), (2, 4 * MiB)), ((1, 0), (2, 4 * MiB))], 65),  # one row in both
+        ([((0, 0), (4, 4 * MiB)), ((4, 0), (4, 4 * MiB))], 257),  # all of it, so that its checksum can be compared
+    ],
+    ids=["interleaved", "overlapping", "all"],
+)
+def test_several_boxes_of_an_item_that_is_larger_than_the_arena(
+    bucket: str, boxes: list[tuple[Sequence[int], Sequence[int]]], most_mib: int
+) -> None:
+    uri = f"s3://{bucket}/several"
+    stored = {"large": numbered(8, 4 * MiB)}  # 128 MiB
+    save(stored, storage_writer=S3StorageWriter(None, uri))
+    state, stats = load_boxes(uri, stored, SeveralBoxes(*boxes))
+    expected = torch.zeros_like(stored["large"])
+    for (row, column), (rows_, columns) in boxes:
+        box = slice(row, row + rows_), slice(column, column + columns)
+        expected[box] = stored["large"][box]
+    assert torch.equal(state["large"], expected)
+    assert stats.bytes <= most_mib * MiB
+    assert bool(stats.verified_bytes) == (most_mib > 128)
+
+
 class ChangesLate(Narrowing):
     """Changes the boxes of the plan, and which items it has, after the storage reader has seen the plan."""
 

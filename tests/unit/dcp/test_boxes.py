@@ -205,15 +205,19 @@ def test_payload_that_does_not_fit_a_record_has_no_place() -> None:
     assert payload_place(10**9, 1000) is None
 
 
-def test_boxes_of_one_item_that_share_bytes_are_taken_from_the_whole() -> None:
+@pytest.mark.parametrize(
+    ("first", "second", "count"),
+    [((0, 100), (500, 100), 2), ((0, 100), (50, 100), 2), ((0, 600), (300, 600), 0), ((0, 500), (500, 500), 0)],
+    ids=["apart", "few shared bytes", "many shared bytes", "all together"],
+)
+def test_several_boxes_of_one_item_are_taken_from_the_whole_if_that_is_fewer_bytes(
+    first: tuple[int, int], second: tuple[int, int], count: int
+) -> None:
     tensor = torch.zeros(1000, 1000)
-    entries = {"w": entry_of(tensor)}
-    apart = [read_item("w", tensor.size(), (row, 0), (100, 1000)) for row in (0, 500)]
-    shared = [read_item("w", tensor.size(), (row, 0), (100, 1000)) for row in (0, 50)]
-    stored = {apart[0].storage_index: _StorageInfo("a.distcp", 0, 4_001_577)}
-    assert len(select_boxes(apart, stored, entries).selections) == 2
-    boxes = select_boxes(shared, stored, entries)
-    assert (boxes.selections, boxes.files) == ({}, frozenset({"a.distcp"}))
+    items = [read_item("w", tensor.size(), (row, 0), (length, 1000)) for row, length in (first, second)]
+    stored = {items[0].storage_index: _StorageInfo("a.distcp", 0, 4_001_577)}
+    boxes = select_boxes(items, stored, {"w": entry_of(tensor)})
+    assert (len(boxes.selections), boxes.files) == (count, frozenset({"a.distcp"}))
 
 
 @pytest.mark.parametrize(
