@@ -86,6 +86,7 @@ def select_boxes(
     files = frozenset(box.stored.relative_path for box in wanted)
     if not files:
         return NO_BOXES
+    wanted = _without_those_of_whole_items(wanted, items)
     # With so many boxes no plan of yet more requests is the quickest, and making one takes its time, too.
     possible = GAPS if len(wanted) <= _MANY_BOXES else GAPS[1:]
     plans = [Boxes(_selections(wanted, gaps), files, gaps.between_records) for gaps in possible]
@@ -216,18 +217,23 @@ def _wanted_box(request: ReadItem, stored: StoredItem, size: torch.Size, dtype: 
     return whole._replace(box=box, itemsize=dtype.itemsize, payload=place)
 
 
+def _without_those_of_whole_items(wanted: list[_WantedBox], items: Iterable[ReadItem]) -> list[_WantedBox]:
+    """Returns the boxes; none is to be selected of an item that the plan wants whole, too: it is received anyway."""
+    keys = {box.key for box in wanted}
+    whole = {request.storage_index for request in items if box_key(request) not in keys}
+    return [box._replace(box=None) if box.key[0] in whole else box for box in wanted]
+
+
 def _selections(wanted: Iterable[_WantedBox], gaps: Gaps) -> dict[BoxKey, Selection]:
-    boxes: dict[MetadataIndex, dict[BoxKey, Selection | None]] = {}  # by the stored item
-    record_nbytes = {}
+    boxes: dict[MetadataIndex, list[_WantedBox]] = {}  # by the stored item; a plan may want a box twice
     for box in wanted:
-        boxes.setdefault(box.key[0], {})[box.key] = box.select(gaps)
-        record_nbytes[box.key[0]] = box.stored.length
+        boxes.setdefault(box.key[0], []).append(box)
     selections: dict[BoxKey, Selection] = {}
-    for index, selected in boxes.items():
-        known = {key: selection for key, selection in selected.items() if selection is not None}
-        most_nbytes = record_nbytes[index] - gaps.between_records
-        if len(known) == len(selected) and (len(known) == 1 or _requested_nbytes(known.values()) <= most_nbytes):
-            selections.update(known)
+    for of_item in boxes.values():
+        known = [selection for box in of_item if (selection := box.select(gaps)) is not None]
+        most_nbytes = of_item[0].stored.length - gaps.between_records
+        if len(known) == len(of_item) and (len(known) == 1 or _requested_nbytes(known) <= most_nbytes):
+            selections.update((box.key, selection) for box, selection in zip(of_item, known, strict=True))
     return selections
 
 

@@ -207,8 +207,16 @@ def test_payload_that_does_not_fit_a_record_has_no_place() -> None:
 
 @pytest.mark.parametrize(
     ("first", "second", "count"),
-    [((0, 100), (500, 100), 2), ((0, 100), (50, 100), 2), ((0, 600), (300, 600), 0), ((0, 500), (500, 500), 0)],
-    ids=["apart", "few shared bytes", "many shared bytes", "all together"],
+    [
+        ((0, 100), (500, 100), 2),
+        ((0, 100), (50, 100), 2),
+        ((0, 600), (300, 600), 0),
+        ((0, 500), (500, 500), 0),
+        ((0, 100), (0, 100), 1),
+        ((0, 600), (0, 600), 0),
+        ((0, 1000), (0, 100), 0),
+    ],
+    ids=["apart", "few shared", "many shared", "all together", "one twice", "large one twice", "whole, too"],
 )
 def test_several_boxes_of_one_item_are_taken_from_the_whole_if_that_is_fewer_bytes(
     first: tuple[int, int], second: tuple[int, int], count: int
