@@ -39,7 +39,7 @@ _STORAGE_DTYPES: Final = {
 _NAMED_DTYPES: Final = {
     Global(f"torch {name}"): getattr(torch, name)
     for name in (
-        *("uint16", "uint32", "uint64", "complex32", "float8_e4m3fn", "float8_e5m2"),
+        *("uint16", "uint32", "uint64", "complex32", "bcomplex32", "float8_e4m3fn", "float8_e5m2"),
         *("float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu", "float4_e2m1fn_x2"),
     )
     if hasattr(torch, name)

@@ -25,7 +25,7 @@ from mpreader.dcp import S3StorageReader
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
-    pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental"),
+    pytest.mark.filterwarnings("ignore:.*Complex.* support is experimental"),
     pytest.mark.filterwarnings("ignore:TypedStorage is deprecated"),
 ]
 
