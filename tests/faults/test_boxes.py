@@ -138,7 +138,9 @@ def with_short_tail(record: bytes) -> bytes:
     names = ("data.pkl", ".format_version", ".storage_alignment", "byteorder", "data/0")
     with zipfile.ZipFile(io.BytesIO(record)) as old, zipfile.ZipFile(stream, "w") as new:
         for name in names:
-            new.writestr(zipfile.ZipInfo(f"archive/{name}"), old.read(f"archive/{name}"))
+            entry = zipfile.ZipInfo(f"archive/{name}")
+            entry.extra = b"FB\x04\0ZZZZ"  # padding, as torch writes it before each content
+            new.writestr(entry, old.read(f"archive/{name}"))
     return stream.getvalue()
 
 
