@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
 from mpreader.dcp.items import PlannedItem
 from mpreader.errors import PlanError
-from mpreader.formats.selection import GAPS, Box, Gaps, Run, Selection, box_of, select_box
+from mpreader.formats.selection import GAPS, Box, Gaps, Run, Selection, box_of, joined_runs, select_box
 from mpreader.formats.torch_save import payload_place
 from mpreader.ranges import ItemRange, estimated_seconds
 from mpreader.readers.load_plan import is_extent, range_of, uri_of
@@ -267,23 +267,9 @@ def _estimated_seconds(
         else:
             runs.extend(_placed(selection, stored.offset))
     requests = nbytes = longest = 0
-    for start, end in chain.from_iterable(_joined(runs, boxes.max_gap_bytes) for runs in by_file.values()):
+    for start, end in chain.from_iterable(joined_runs(runs, boxes.max_gap_bytes) for runs in by_file.values()):
         parts = -(-(end - start) // _PART_NBYTES)
         requests += parts
         nbytes += end - start
         longest = max(longest, (end - start) // max(1, parts))
     return estimated_seconds(requests, nbytes, longest)
-
-
-def _joined(runs: list[Run], max_gap_bytes: int) -> Iterator[Run]:
-    runs.sort()
-    start, reached = -1, -1
-    for run in runs:
-        if start >= 0 and run.start - reached <= max_gap_bytes:
-            reached = max(reached, run.end)
-            continue
-        if start >= 0:
-            yield Run(start, reached)
-        start, reached = run
-    if start >= 0:
-        yield Run(start, reached)

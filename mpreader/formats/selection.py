@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from typing import Final, NamedTuple
@@ -38,6 +38,7 @@ __all__ = [
     "box_runs",
     "contiguous_order",
     "index_in_memory",
+    "joined_runs",
     "select_box",
     "stored_runs",
 ]
@@ -249,6 +250,17 @@ def select_box(
     if saved <= int(record_nbytes * _LEAST_SAVED_SHARE):
         return None
     return Selection(highest, moved, gaps.within_box)
+
+
+def joined_runs(runs: Iterable[Run], max_gap_bytes: int) -> list[Run]:
+    """Returns the runs in ascending order, those joined that are at most ``max_gap_bytes`` apart."""
+    joined: list[Run] = []
+    for run in sorted(runs):
+        if joined and run.start - joined[-1].end <= max_gap_bytes:
+            joined[-1] = Run(joined[-1].start, max(joined[-1].end, run.end))
+        else:
+            joined.append(run)
+    return joined
 
 
 def _moved(runs: Sequence[Run], start_by: int, end_by: int) -> Iterator[Run]:

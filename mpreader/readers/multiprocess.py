@@ -17,16 +17,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
-from mpreader.errors import PlanError
 from mpreader.ranges import ItemRange, Part, clusters, coverage
 from mpreader.readers.base import GetObjectInfo, GetStream, S3Reader, writable_view
 from mpreader.readers.dcp_optimized import FALLBACK_GUIDANCE
 from mpreader.readers.intervals import Intervals
+from mpreader.readers.item_view import ItemView, SelectedItemView
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-__all__ = ["ItemView", "MultiprocessS3Reader", "PlannedReads", "SelectedItemView"]
+__all__ = ["MultiprocessS3Reader", "PlannedReads"]
 
 # An item of at most so many parts is held for a second reading of its bytes. A longer item gives each part back as soon
 # as its bytes were read, so that it may be larger than the arena.
@@ -371,75 +371,3 @@ def _copy(target: memoryview, piece: memoryview) -> None:
 
     # numpy's copy releases the GIL, which the pool's threads need to keep the workers busy.
     np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(piece, np.uint8))
-
-
-class ItemView:
-    """Bytes of one item of a :class:`MultiprocessS3Reader`, in one or several parts.
-
-    Args:
-        reader: Reader that takes and holds the parts.
-        offset: First byte of the item in the object.
-        length: Number of its bytes.
-        keep: True: hold its parts for a second reading. False: a second reading downloads them again.
-
-    Attributes:
-        size: Number of bytes of the item.
-    """
-
-    __slots__ = ("_keep", "_reader", "_start", "size")
-
-    def __init__(self, reader: MultiprocessS3Reader, offset: int, length: int, *, keep: bool) -> None:
-        self._reader = reader
-        self._start = offset
-        self._keep = keep
-        self.size = length
-
-    def pieces(self, start: int, end: int) -> Iterator[memoryview]:
-        """Yields writable views that together are the item's bytes [start, end), in order, without a copy.
-
-        The memory of a piece may be received into again when the caller's last reference to the piece is gone.
-
-        Args:
-            start: First byte, counted from the start of the item.
-            end: One past the last byte.
-
-        Raises:
-            PlanError: The bytes are not within the item.
-        """
-        self._check(start, end)
-        return self._reader.pieces(self._start + start, self._start + end, keep=self._keep)
-
-    def view(self, start: int, end: int) -> memoryview:
-        """Returns a writable view of the item's bytes [start, end), which is a copy if they lie in several parts.
-
-        The view is the caller's until its last reference dies, and keeps its slot until then.
-
-        Raises:
-            PlanError: The bytes are not within the item.
-        """
-        pieces = list(self.pieces(start, end))
-        # Joined to a bytearray rather than to bytes, so that this view is writable, too.
-        return pieces[0] if len(pieces) == 1 else memoryview(bytearray().join(pieces))
-
-    def _check(self, start: int, end: int) -> None:
-        if not 0 <= start <= end <= self.size:
-            raise PlanError(f"bytes {start}-{end} are not within an item of {self.size} bytes")
-
-
-class SelectedItemView(ItemView):
-    """Bytes of one item of which only parts are within the ranges of the reader. They are read forwards.
-
-    What lies before the bytes that are asked for is given back at once: the runs of one item may be more than the
-    arena has room for.
-    """
-
-    __slots__ = ()
-
-    def holds(self, start: int, end: int) -> bool:
-        """Returns True if all bytes [start, end) of the item can be read; there must be at least one."""
-        return start >= 0 and end <= self.size and self._reader.holds(self._start + start, self._start + end)
-
-    def _check(self, start: int, end: int) -> None:
-        if start < end and not self.holds(start, end):
-            raise PlanError(f"bytes {start}-{end} of an item of {self.size} bytes were not selected")
-        self._reader.release_before(self._start + start)

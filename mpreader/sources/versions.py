@@ -29,46 +29,6 @@ _CLOSED_POLL_S: Final = 0.25  # time between two checks whether the caller has b
 _Outcomes = queue.SimpleQueue[tuple[int, "ObjectVersion | Exception"]]
 
 
-class PinnedSource:
-    """Source whose version is known already: opening it makes no request. See :class:`mpreader.pool.source.Source`.
-
-    Args:
-        source: Source of the object.
-        version: The only version of the object that may be read.
-
-    Attributes:
-        version: The known version, with the validators that reads have found since.
-        bucket: Bucket of ``source``.
-        key: Key of ``source``.
-        uri: URI of ``source``.
-        max_attempts: Largest number of requests that are made for the same bytes.
-    """
-
-    def __init__(self, source: Source, version: ObjectVersion) -> None:
-        self.version = version
-        self.bucket = source.bucket
-        self.key = source.key
-        self.uri = source.uri
-        self.max_attempts = source.max_attempts
-        self._source = source
-
-    def open(self) -> ObjectVersion:
-        """Return the known version."""
-        return self.version
-
-    def learn(self, version: ObjectVersion) -> None:
-        """Take over the validators that a read has found; see :class:`mpreader.pool.source.LearningSource`."""
-        self.version = _learned(self.uri, self.bucket, self.key, self.version, version)
-
-    def route(self) -> Route:
-        """Make a new route; see :meth:`mpreader.pool.source.Source.route`."""
-        return self._source.route()
-
-    def other_route(self, refusal: Refusal) -> Route | None:
-        """Make a route of another kind; see :meth:`mpreader.pool.source.Reroutable.other_route`."""
-        return self._source.other_route(refusal) if isinstance(self._source, Reroutable) else None
-
-
 class SteadySource:
     """Source whose reads are all of the version that the first of them has found.
 
@@ -115,6 +75,24 @@ class SteadySource:
     def other_route(self, refusal: Refusal) -> Route | None:
         """Make a route of another kind; see :meth:`mpreader.pool.source.Reroutable.other_route`."""
         return self._source.other_route(refusal) if isinstance(self._source, Reroutable) else None
+
+
+class PinnedSource(SteadySource):
+    """Source whose version is known already: opening it makes no request. See :class:`mpreader.pool.source.Source`.
+
+    Args:
+        source: Source of the object.
+        version: The only version of the object that may be read.
+
+    Attributes:
+        version: The known version, with the validators that reads have found since.
+    """
+
+    version: ObjectVersion
+
+    def __init__(self, source: Source, version: ObjectVersion) -> None:
+        super().__init__(source)
+        self.version = version
 
 
 def _learned(uri: str, bucket: str, key: str, known: ObjectVersion, version: ObjectVersion) -> ObjectVersion:

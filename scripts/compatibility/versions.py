@@ -22,6 +22,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -190,39 +191,41 @@ def _result(python: str, torch: str, options: argparse.Namespace, uv: str) -> Re
         result.outcomes = {"environment": f"{kind}: there is no Python {python} here"}
         return result
     environment = options.folder / f"python{python}-torch{torch}"
-    try:
+    with _told_in(result, "environment", environment, options):
         _make(environment, interpreter, torch, uv, with_tests=options.tests is not None)
         _check(result, environment, options.folder, options.tests)
-    except EnvironmentFailed as error:
-        result.outcomes["environment"] = f"FAILED: {error}"
-    finally:
-        if options.delete:
-            shutil.rmtree(environment, ignore_errors=True)
     return result
 
 
+@contextmanager
+def _told_in(result: Result, step: str, environment: Path, options: argparse.Namespace) -> Iterator[None]:
+    """Note in a result that a step has failed, and delete its environment if that is asked for."""
+    try:
+        yield
+    except EnvironmentFailed as error:
+        result.outcomes[step] = f"FAILED: {error}"
+    finally:
+        if options.delete:
+            shutil.rmtree(environment, ignore_errors=True)
+
+
 def _make(environment: Path, interpreter: str, torch: str, uv: str, *, with_tests: bool) -> None:
-    _uv_does([uv, "venv", "--quiet", "--clear", "--python", interpreter, str(environment)])
+    _does([uv, "venv", "--quiet", "--clear", "--python", interpreter, str(environment)])
     command = [uv, "pip", "install", "--quiet", "--python", str(environment / "bin/python")]
     if torch == LOWEST:
         extras = (*EVERY_EXTRA, *["test"] * with_tests)
         versions = ["--resolution", "lowest-direct", "s3torchconnector[dcp]>=1.5"]
     else:
         extras, versions = (("test",) if with_tests else EXTRAS), [f"torch=={torch}.*", "s3torchconnector[dcp]"]
-    _uv_does([*command, "-e", f"{ROOT}[{','.join(extras)}]", *versions])
+    _does([*command, "-e", f"{ROOT}[{','.join(extras)}]", *versions])
 
 
 def _writer_result(torch: str, options: argparse.Namespace, uv: str) -> Result:
     result = Result(WRITERS[torch], torch)
     environment = options.folder / f"torch{torch}"
-    try:
+    with _told_in(result, "written", environment, options):
         _write(environment, _find_interpreter(result.python, options.interpreter, uv), torch, uv)
         result.outcomes["written"] = "ok"
-    except EnvironmentFailed as error:
-        result.outcomes["written"] = f"FAILED: {error}"
-    finally:
-        if options.delete:
-            shutil.rmtree(environment, ignore_errors=True)
     return result
 
 
@@ -230,16 +233,13 @@ def _write(environment: Path, interpreter: str | None, torch: str, uv: str) -> N
     """Write a checkpoint with a version of torch that mpreader does not run with; the checks load boxes of it."""
     if interpreter is None:
         raise EnvironmentFailed("there is no Python here that it has packages for")
-    _uv_does([uv, "venv", "--quiet", "--clear", "--python", interpreter, str(environment)])
+    _does([uv, "venv", "--quiet", "--clear", "--python", interpreter, str(environment)])
     python = str(environment / "bin/python")
-    _uv_does([uv, "pip", "install", "--quiet", "--python", python, f"torch=={torch}.*", "numpy<2"])
-    command = [python, BOXES, environment.parent / "written"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise EnvironmentFailed(" ".join(done.stderr.split())[-500:])
+    _does([uv, "pip", "install", "--quiet", "--python", python, f"torch=={torch}.*", "numpy<2"])
+    _does([python, str(BOXES), str(environment.parent / "written")])
 
 
-def _uv_does(command: list[str]) -> None:
+def _does(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise EnvironmentFailed(" ".join(done.stderr.split())[-500:])
