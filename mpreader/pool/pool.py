@@ -15,6 +15,7 @@ in the parent; the parent's workers and memory are left untouched.
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import threading
 import weakref
@@ -26,23 +27,48 @@ from mpreader.config import POOL_SETTINGS, PoolConfig, S3ClientConfig, check_typ
 from mpreader.errors import PoolClosed
 from mpreader.host import Host
 from mpreader.pool.caller import Caller
-from mpreader.pool.coordinator.coordinator import Coordinator, Timeouts
-from mpreader.pool.requests import SlotRead
+from mpreader.pool.coordinator.coordinator import Coordinator, Mailbox, Timeouts
+from mpreader.pool.requests import CloseRead, ReadId, SlotRead
 from mpreader.pool.sizing import size_pool
 from mpreader.pool.source import Source
 from mpreader.pool.stats import PoolStats, total
 from mpreader.pool.transfer import Transfer
 
-__all__ = ["Pool", "close_shared_pools", "release_shared_pool", "shared_pool", "use_shared_pool"]
+__all__ = ["Pool", "PoolConnection", "close_shared_pools", "release_shared_pool", "shared_pool", "use_shared_pool"]
 
-# A pool is the one caller of its coordinator.
-_ONLY_CALLER: Final = 1
+_OWN_CALLER: Final = 1  # number of the pool's own caller; others count on from it
 
 _pools: weakref.WeakSet[Pool] = weakref.WeakSet()
 _shared: dict[tuple[object, ...], Pool] = {}
 # Reentrant, like a pool's own: a garbage collection inside it may drop, and so release, a pool.
 _shared_lock = threading.RLock()
 _watches_forks = False
+
+
+class PoolConnection:
+    """One more caller of a coordinator, besides the pool's own.
+
+    Attributes:
+        number: Number of the caller.
+    """
+
+    def __init__(self, number: int, coordinator: Coordinator) -> None:
+        self.number = number
+        self._coordinator = coordinator
+
+    def tell(self, message: object) -> None:
+        """Send a message to the coordinator; lost once that has ended."""
+        self._coordinator.tell(message)
+
+    def try_tell(self, message: object) -> bool:
+        """Send a message to the coordinator; False if that has ended."""
+        return self._coordinator.try_tell(message)
+
+    def close(self, *reads: ReadId) -> None:
+        """End these reads, and the conversation: the mailbox is told nothing more, and what it had leased is free."""
+        for read in reads:
+            self._coordinator.tell(CloseRead(read))
+        self._coordinator.disconnect(self.number)
 
 
 class Pool:
@@ -74,6 +100,7 @@ class Pool:
         self._stop: Callable[[], object] = _nothing
         self._past_runs = PoolStats()
         self._has_read = False  # in the run that is under way, or was the last
+        self._numbers = itertools.count(_OWN_CALLER + 1)
         _watch_forks()
         _pools.add(self)
 
@@ -141,6 +168,23 @@ class Pool:
                 transfer.close()
             raise
 
+    def connect(self, mailbox: Mailbox) -> PoolConnection:
+        """Let somebody else speak to the coordinator, which is started if it is not running.
+
+        Args:
+            mailbox: Takes the coordinator's messages.
+
+        Raises:
+            PoolClosed: The pool was closed.
+            PoolError: Workers can't be started.
+        """
+        with self._lock:
+            coordinator, _ = self._running()
+            connection = PoolConnection(next(self._numbers), coordinator)
+            coordinator.connect(connection.number, mailbox)
+            self._has_read = True
+            return connection
+
     def suspend_if_unused(self) -> None:
         """End workers and downloads of a shared pool, unless somebody uses it again; the next use starts again."""
         with self._lock:
@@ -172,7 +216,7 @@ class Pool:
             coordinator = Coordinator(self.sizes, self.timeouts)
             # Also at exit, and when the pool is dropped without having been closed.
             self._stop = weakref.finalize(self, coordinator.stop)
-            caller = Caller(_ONLY_CALLER, coordinator.tell)
+            caller = Caller(_OWN_CALLER, coordinator.tell)
             coordinator.connect(caller.number, caller)
             self._coordinator, self._caller = coordinator, caller
         return self._coordinator, self._caller

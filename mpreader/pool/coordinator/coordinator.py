@@ -109,6 +109,12 @@ class _Connect(NamedTuple):
     mailbox: Mailbox
 
 
+class _Disconnect(NamedTuple):
+    """A caller is gone, and has no view of any slot."""
+
+    number: int
+
+
 class Coordinator:
     """One run of a pool, from its first use until it is stopped, idle or broken.
 
@@ -163,6 +169,7 @@ class Coordinator:
             OpenRead: self._scheduler.open,
             CloseRead: self._scheduler.close,
             _Connect: self._connect,
+            _Disconnect: self._disconnect,
         }
         worker_limits = WorkerLimits(
             sizes.workers, sizes.connections_per_worker, *timeouts[:2], timeouts.worker_timeout_s
@@ -206,6 +213,10 @@ class Coordinator:
             mailbox: Its mailbox.
         """
         self.tell(_Connect(number, mailbox))
+
+    def disconnect(self, number: int) -> None:
+        """Forget a caller, after its last message; what it had leased is free."""
+        self.tell(_Disconnect(number))
 
     def tell(self, message: object) -> None:
         """Put a message into the inbox; lost once the coordinator has ended. Never blocks, never fails."""
@@ -343,6 +354,10 @@ class Coordinator:
         self._mailboxes[message.number] = message.mailbox
         for segment in self._arena.segments.values():
             message.mailbox.post(MapSegment(segment.number, segment.size), segment)
+
+    def _disconnect(self, message: _Disconnect) -> None:
+        self._mailboxes.pop(message.number, None)
+        self._scheduler.forget_leases(message.number)
 
     def _post_to(self, caller: int) -> Callable[[object], None]:
         return self._mailboxes[caller].post

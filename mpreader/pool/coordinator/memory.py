@@ -66,6 +66,10 @@ class SlotMemory:
         slot.holders += 1
         return number
 
+    def leases_of(self, caller: int) -> list[int]:
+        """Returns the numbers of the leases that a caller has."""
+        return [number for number, lease in self._leases.items() if lease.slot_read.read.id.caller == caller]
+
     def take(self, number: int) -> SlotReadState | None:
         """Note that a consumer has a view; returns the slot read, None if the lease is over."""
         lease = self._leases.get(number)

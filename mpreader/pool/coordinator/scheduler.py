@@ -210,6 +210,11 @@ class Scheduler:
                 self._drop(slot_read)
         self._cancelled += [part.number for part in self._parts.values() if part.slot_read.read is read]
 
+    def forget_leases(self, caller: int) -> None:
+        """End all leases of a caller that is gone."""
+        for lease in self._memory.leases_of(caller):
+            self.give_back(GiveBack(lease))
+
     def clear(self) -> None:
         """Hold on to nothing more: the coordinator ends, and its callers are told by it."""
         for held in (self._reads, self._turn, self._demanded, self._queued, self._delayed, self._parts, self._held_up):

@@ -1,0 +1,141 @@
+"""Channel: messages and descriptors over a connected socket between two processes of a host.
+
+A message is pickled behind its length. A descriptor may come with it, of shared memory. Both ends are processes of one
+user, and the member has said the token of the load, before anything is unpickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import posix
+import socket
+import struct
+import threading
+import time
+from collections import deque
+from typing import Final
+
+__all__ = ["Channel", "ChannelClosed"]
+
+_LENGTH: Final = struct.Struct("<IB")  # bytes of the message, and number of its descriptors
+_RECEIVED_AT_ONCE: Final = 256 * 1024
+# The plan of a rank is the largest message: 100 bytes an item. A longer one is none of ours.
+_MOST_BYTES: Final = 1 << 30
+_MOST_FDS: Final = 64  # that one call may bring
+
+
+class ChannelClosed(Exception):
+    """The other process has closed its end, or is dead."""
+
+
+class Channel:
+    """One end of a connection. Never blocks. ``send`` may be called by several threads, all else by one.
+
+    Args:
+        connection: Connected stream socket of the family ``AF_UNIX``, which the channel owns from here on.
+
+    Attributes:
+        heard_s: Time of the last message, by the monotonic clock.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        self._socket = connection
+        self._lock = threading.Lock()
+        self._unsent: deque[tuple[memoryview, list[int]]] = deque()
+        self._received = bytearray()
+        self._fds: deque[int] = deque()
+        self.heard_s = time.monotonic()
+
+    @property
+    def fd(self) -> int:
+        """Descriptor of the socket; -1 after ``close``."""
+        return self._socket.fileno()
+
+    @property
+    def has_unsent(self) -> bool:
+        """True while the other end has not read all: then ``flush`` when the socket is writable."""
+        return bool(self._unsent)
+
+    def send(self, message: object, fd: int | None = None) -> bool:
+        """Send a message, or keep it until the other end has read; False if that end is gone.
+
+        Args:
+            message: The message.
+            fd: Descriptor to pass with it.
+        """
+        data = pickle.dumps(message, protocol=5)
+        fds = [] if fd is None else [posix.dup(fd)]  # the sender may close its own before this is sent
+        with self._lock:
+            self._unsent.append((memoryview(_LENGTH.pack(len(data), len(fds)) + data), fds))
+        return self.flush()
+
+    def flush(self) -> bool:
+        """Send what was kept, as far as the other end reads; False if that end is gone."""
+        with self._lock:
+            while self._unsent:
+                data, fds = self._unsent[0]
+                try:
+                    sent = socket.send_fds(self._socket, [data], fds) if fds else self._socket.send(data)
+                except BlockingIOError:
+                    return True
+                except OSError:
+                    return False
+                for fd in fds:
+                    posix.close(fd)
+                self._unsent.popleft()
+                if sent < len(data):
+                    self._unsent.appendleft((data[sent:], []))
+        return True
+
+    def receive(self) -> list[tuple[object, int | None]]:
+        """Receive what has come: messages, each with its descriptor, which the caller closes.
+
+        Raises:
+            ChannelClosed: Nothing more will come.
+        """
+        while True:
+            try:
+                data, fds, _, _ = socket.recv_fds(self._socket, _RECEIVED_AT_ONCE, _MOST_FDS)
+            except BlockingIOError:
+                break
+            except OSError as error:
+                raise ChannelClosed(str(error)) from error
+            if not data:
+                if self._received:
+                    raise ChannelClosed("in the middle of a message")
+                raise ChannelClosed("the other end has closed the connection")
+            self._fds.extend(fds)
+            self._received += data
+            if len(data) < _RECEIVED_AT_ONCE and not fds:
+                break
+        return self._cut()
+
+    def _cut(self) -> list[tuple[object, int | None]]:
+        messages: list[tuple[object, int | None]] = []
+        start = 0
+        while len(self._received) - start >= _LENGTH.size:
+            nbytes, fds = _LENGTH.unpack_from(self._received, start)
+            if nbytes > _MOST_BYTES:
+                raise ChannelClosed(f"a message of {nbytes} bytes")
+            end = start + _LENGTH.size + nbytes
+            if end > len(self._received):
+                break
+            # The peer is of this user, and knows the token.
+            message = pickle.loads(memoryview(self._received)[start + _LENGTH.size : end])  # noqa: S301
+            messages.append((message, self._fds.popleft() if fds else None))
+            start = end
+        del self._received[:start]
+        if messages:
+            self.heard_s = time.monotonic()
+        return messages
+
+    def close(self) -> None:
+        """Close this end. Idempotent."""
+        with self._lock, contextlib.suppress(OSError):
+            unsent, self._unsent = self._unsent, deque()
+            for fd in [*self._fds, *(fd for _, fds in unsent for fd in fds)]:
+                posix.close(fd)
+            self._fds.clear()
+            self._socket.close()

@@ -1,0 +1,221 @@
+"""Member: a rank's end of the read that its host shares.
+
+The rank takes the slot reads of the shared read like those of a read of its own, by a
+:class:`~mpreader.pool.transfer.Transfer`. Where the leader is dead, silent, or has dropped this rank, the transfer ends
+in :class:`HostLost`, and the rank reads the rest by itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import posix
+import selectors
+import socket
+import struct
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any, Final
+
+from mpreader.errors import PoolError
+from mpreader.pool.blocking import make_selector
+from mpreader.pool.caller import Caller
+from mpreader.pool.coordinator.wakeup import Wakeup
+from mpreader.pool.hosts.channel import Channel, ChannelClosed
+from mpreader.pool.hosts.identity import HostShare
+from mpreader.pool.hosts.messages import HostStats, Join, Joined
+from mpreader.pool.requests import Ended
+from mpreader.pool.source import Source
+from mpreader.pool.stats import PoolStats
+from mpreader.pool.transfer import Transfer
+from mpreader.pool.worker.messages import MapSegment
+
+__all__ = ["HostLost", "HostMember"]
+
+log = logging.getLogger(__name__)
+
+# The leader says something every second. It may be stopped, or its machine too busy to run it.
+_SILENCE_S: Final = 5.0
+# A leader may be late for its own load: its planner is still at work, say.
+_JOIN_S: Final = 8.0
+_TICK_S: Final = 0.25
+_PEER: Final = struct.Struct("3i")  # SO_PEERCRED: process, user, group
+
+
+class HostLost(PoolError):
+    """The host's shared read has ended for this rank before it was done."""
+
+
+class _Memory:
+    """A segment of the leader's shared memory. See :class:`mpreader.pool.requests.SegmentMemory`."""
+
+    def __init__(self, fd: int, size: int) -> None:
+        self.fd = fd
+        try:
+            self.map = mmap.mmap(fd, size)
+        finally:
+            posix.close(fd)
+
+
+class HostMember:
+    """A rank that takes part in the read of its host. Connects when it is made.
+
+    Args:
+        share: What the rank was told of its host.
+        need: What it needs, in the words of the leader's planner.
+
+    Raises:
+        HostLost: The leader can't be reached.
+    """
+
+    def __init__(self, share: HostShare, need: Any) -> None:
+        self._channel = _connect(share)
+        self._wakeup: Wakeup | None = None
+        self._control: mmap.mmap | None = None
+        self._place = 0
+        self._is_closing = False
+        self._host_stats = PoolStats()
+        self._transfer: Transfer | None = None
+        self.caller = Caller(share.place, self._tell)
+        try:
+            self._wakeup = Wakeup()
+            self._selector = make_selector(self._wakeup.fd)
+            self._selector.register(self._channel.fd, selectors.EVENT_READ)
+            self._channel.send(Join(need))
+            self.joined = self._join()
+        except ChannelClosed as error:
+            self._give_back()
+            raise HostLost(f"the leader of this host does not share its read: {error}") from error
+        except BaseException:
+            self._give_back()
+            raise
+        self._thread = threading.Thread(target=self._run, name="mpreader-host-member", daemon=True)
+
+    @property
+    def stats(self) -> PoolStats:
+        """Statistics of the host's read, as the leader has last told."""
+        return self._host_stats
+
+    def begin(self, sources: Sequence[Source]) -> Transfer:
+        """Return the rank's own read; ``sources`` are its objects."""
+        joined = self.joined
+        self.caller.number = joined.read.caller
+        self._transfer, _ = self.caller.open(sources, joined.slot_reads)
+        assert self._transfer.read == joined.read, "a rank has one read only"
+        self._thread.start()
+        return self._transfer
+
+    def check(self) -> None:
+        """Check that what was copied until now was right: the leader has not let others have the memory meanwhile.
+
+        Raises:
+            HostLost: It may have.
+        """
+        if self._control is not None and self._control[self._place]:
+            raise HostLost("the leader has given up this rank, which was silent for too long")
+
+    def flush(self) -> None:
+        """Tell the leader of the views that have ended."""
+        for message in self.caller.collect():
+            self._tell(message)
+
+    def close(self) -> None:
+        """Leave; idempotent. Bytes of slots that are still in use may change from here on."""
+        self._is_closing = True
+        if self._wakeup is not None:
+            self._wakeup.set()
+        if self._thread.ident is not None and threading.current_thread() is not self._thread:
+            self._thread.join(5.0)
+
+    def _tell(self, message: object) -> None:
+        if not self._channel.send(message):
+            self._is_closing = True  # the thread tells the transfer
+        if self._channel.has_unsent and self._wakeup is not None:
+            self._wakeup.set()
+
+    def _join(self) -> Joined:
+        """Wait for the answer; messages behind it are taken when the thread runs."""
+        until = time.monotonic() + _JOIN_S
+        while time.monotonic() < until:
+            if not self._selector.select(max(0.0, until - time.monotonic())):
+                break
+            self._channel.flush()
+            messages = self._channel.receive()
+            if messages:
+                joined, fd = messages[0]
+                if not isinstance(joined, Joined) or fd is None:
+                    raise ChannelClosed(f"it answers by {type(joined).__name__}")
+                try:
+                    self._control = mmap.mmap(fd, 0)
+                finally:
+                    posix.close(fd)
+                self._place = joined.place
+                self._early = messages[1:]
+                return joined
+        raise HostLost(f"the leader of this host has not answered within {_JOIN_S:.0f} s")
+
+    def _run(self) -> None:
+        error = HostLost("the leader of this host has ended its read")
+        try:
+            self._take(self._early)
+            while not self._is_closing:
+                self._watch_writable()
+                ready = self._selector.select(_TICK_S)
+                assert self._wakeup is not None, "it was made"
+                self._wakeup.clear()
+                if any(key.fd == self._channel.fd for key, _ in ready):
+                    self._channel.flush()
+                    self._take(self._channel.receive())
+                elif time.monotonic() - self._channel.heard_s > _SILENCE_S:
+                    error = HostLost(f"the leader of this host was silent for {_SILENCE_S:.0f} s")
+                    break
+        except ChannelClosed:
+            pass
+        except Exception as bug:
+            log.exception("a rank can't follow the read of its host")
+            error = HostLost(f"internal error, please report it: {bug!r}")
+        finally:
+            self.caller.post(Ended(error))
+            self._give_back()
+
+    def _take(self, messages: Sequence[tuple[object, int | None]]) -> None:
+        for message, fd in messages:
+            if isinstance(message, HostStats):
+                self._host_stats = message.stats
+            elif isinstance(message, MapSegment):
+                assert fd is not None, "a segment comes with its memory"
+                self.caller.post(message, _Memory(fd, message.size))
+            else:
+                self.caller.post(message)
+
+    def _watch_writable(self) -> None:
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._channel.has_unsent else 0)
+        if self._selector.get_key(self._channel.fd).events != events:
+            self._selector.modify(self._channel.fd, events)
+
+    def _give_back(self) -> None:
+        self._channel.flush()
+        if self._wakeup is not None:
+            self._selector.close()
+            self._wakeup.close()
+        self._channel.close()
+
+
+def _connect(share: HostShare) -> Channel:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        connection.settimeout(_JOIN_S)
+        connection.connect(share.leader.address)
+        _, uid, _ = _PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+        if uid != os.getuid():
+            raise HostLost("the leader of this host belongs to another user")
+        connection.sendall(share.leader.token)
+    except OSError as error:
+        connection.close()
+        raise HostLost(f"the leader of this host can't be reached: {error}") from error
+    except BaseException:
+        connection.close()
+        raise
+    return Channel(connection)

@@ -1,0 +1,79 @@
+"""Messages between the leader of a host and its members, besides those of :mod:`mpreader.pool.requests`.
+
+::
+
+    member                                                            leader
+    the token, as raw bytes ─────────────────────────────────────────►  who can't say it is told nothing
+    Join(need): what this rank is going to read ─────────────────────►
+                 ◄────────────────────────────────────────────────────  Joined(answer, slot reads), with the control page
+    Demand, SlotTaken, GiveBack, Discard, CloseRead ─────────────────►
+                 ◄────────────────────────────────────────────────────  MapSegment, SlotArrived, Recall, SlotFailed, …
+                 ◄────────────────────────────────────────────────────  HostStats, once a second: the leader is alive
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from mpreader.pool.requests import ReadId, SlotRead
+from mpreader.pool.stats import PoolStats
+
+__all__ = ["HostStats", "Join", "Joined", "SharedRead", "Subscription"]
+
+
+class Join(NamedTuple):
+    """A rank takes part.
+
+    Attributes:
+        need: What it is going to read, in the words of whoever plans the read; must be pickled.
+    """
+
+    need: Any
+
+
+class Subscription(NamedTuple):
+    """The part of a shared read that one rank takes.
+
+    Attributes:
+        answer: What the planner has to say to the rank; must be pickled.
+        indices: Indices of the rank's slot reads among those of the shared read, in the order in which it takes them.
+    """
+
+    answer: Any
+    indices: tuple[int, ...]
+
+
+class SharedRead(NamedTuple):
+    """A read that several ranks take together: the union of what they need, cut once.
+
+    Attributes:
+        slot_reads: Its slot reads, in the order in which all ranks take theirs.
+        subscriptions: One for each rank, in the order of the needs.
+    """
+
+    slot_reads: tuple[SlotRead, ...]
+    subscriptions: tuple[Subscription, ...]
+
+
+class Joined(NamedTuple):
+    """The shared read has begun. With it comes the descriptor of the control page.
+
+    Attributes:
+        read: Name of the rank's own read, for all further messages.
+        answer: See :class:`Subscription`.
+        slot_reads: The slot reads that the rank has subscribed to.
+        place: Place of the rank's flag in the control page.
+        ranks: Number of ranks that take part.
+    """
+
+    read: ReadId
+    answer: Any
+    slot_reads: tuple[SlotRead, ...]
+    place: int
+    ranks: int
+
+
+class HostStats(NamedTuple):
+    """Statistics of the shared read so far. Said at least once a second, so that its absence says something, too."""
+
+    stats: PoolStats

@@ -1,0 +1,398 @@
+"""Server: the thread of the leader that serves the ranks of its host.
+
+::
+
+    gathering: accepts ranks until all have said what they need, or the time is up
+        │ the planner makes one read of all needs
+    serving:   moves messages between the ranks, the broker and the coordinator
+        │ no rank is left, or the coordinator has ended
+    ended
+
+The leader's own rank takes part like the others, but without a socket. A rank that comes too late, or does not know the
+token, finds the connection closed and reads by itself.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import mmap
+import os
+import posix
+import selectors
+import socket
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from mpreader.errors import MpreaderError, PoolClosed, PoolError
+from mpreader.pool.blocking import make_selector
+from mpreader.pool.caller import Caller
+from mpreader.pool.coordinator.wakeup import Wakeup
+from mpreader.pool.hosts.broker import Broker
+from mpreader.pool.hosts.channel import Channel, ChannelClosed
+from mpreader.pool.hosts.identity import TOKEN_BYTES, Listener
+from mpreader.pool.hosts.messages import HostStats, Join, Joined, SharedRead, Subscription
+from mpreader.pool.pool import Pool, PoolConnection
+from mpreader.pool.requests import Ended, ReadId, ResolveSource, SegmentMemory, SourceName
+from mpreader.pool.resolver import SourceResolver
+from mpreader.pool.source import Source
+from mpreader.pool.stats import PoolStats
+from mpreader.shared_memory import open_shared_memory
+
+__all__ = ["HostServer"]
+
+log = logging.getLogger(__name__)
+
+# Ranks come within milliseconds of each other, since DCP has just scattered their plans. One that is held up must not
+# hold up the others for long: it reads by itself.
+_GATHER_S: Final = 3.0
+_HEARTBEAT_S: Final = 1.0
+_TICK_S: Final = 0.25
+_LEADER: Final = 0  # number of the leader's own rank
+_PEER: Final = struct.Struct("3i")  # SO_PEERCRED: process, user, group
+
+Planner = Callable[[Sequence[Any]], tuple[Sequence[Source], SharedRead]]
+"""Makes the sources of a shared read, and the read, from the needs of the ranks."""
+
+
+class _Member:
+    """A rank on the other end of a socket.
+
+    Attributes:
+        channel: Its connection; None until it has said the token.
+        need: What it has said that it needs; None until then.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        self.connection = connection
+        self.token = b""
+        self.channel: Channel | None = None
+        self.need: Any = None
+
+    def close(self) -> None:
+        if self.channel is not None:
+            self.channel.close()
+        else:
+            self.connection.close()
+
+
+class HostServer:
+    """Serves one load of the ranks of a host. Begins to do so when it is made.
+
+    Args:
+        listener: Where the other ranks connect; closed by the server.
+        ranks: Number of ranks, the leader's own included.
+        pool: Pool that receives.
+        planner: Makes the shared read.
+        need: What the leader's own rank needs.
+        drop_after_s: A rank that keeps memory for so long while others wait for it is dropped.
+
+    Attributes:
+        joined_ranks: Number of ranks that take part, the leader's own included; 0 until that is known.
+    """
+
+    def __init__(
+        self,
+        listener: Listener,
+        ranks: int,
+        pool: Pool,
+        planner: Planner,
+        need: Any,
+        *,
+        drop_after_s: float,
+    ) -> None:
+        self._listener = listener
+        self._ranks = ranks
+        self._pool = pool
+        self._planner = planner
+        self._own_need = need
+        self._drop_after_s = drop_after_s
+        self.joined_ranks = 0
+        self._inbox: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
+        self._wakeup = Wakeup()
+        self._selector = make_selector(self._wakeup.fd)
+        self._members: dict[int, _Member] = {}
+        self._numbers = iter(range(_LEADER + 1, 1 << 30))
+        self._control_fd = open_shared_memory(mmap.PAGESIZE * -(-ranks // mmap.PAGESIZE))
+        self._control = mmap.mmap(self._control_fd, 0)
+        self._places: dict[int, int] = {}
+        self._broker: Broker | None = None
+        self._pool_connection: PoolConnection | None = None
+        self._sources: Sequence[Source] = ()
+        self._resolver: SourceResolver | None = None
+        self._is_closing = False
+        self._own: Joined | None = None
+        self._own_error: Exception | None = None
+        self._is_ready = threading.Event()
+        # The leader's own rank: a caller in this process.
+        self.caller = Caller(_LEADER, self._tell_from_leader)
+        self._thread = threading.Thread(target=self._run, name="mpreader-host", daemon=True)
+        self._thread.start()
+
+    # -- for the leader's rank
+
+    def joined(self) -> Joined:
+        """Wait until the shared read has begun; returns the leader's own part of it.
+
+        Raises:
+            MpreaderError: It could not begin.
+        """
+        self._is_ready.wait()
+        if self._own is None:
+            raise PoolError(f"the ranks of this host can't share a read: {self._own_error}") from self._own_error
+        return self._own
+
+    @property
+    def stats(self) -> PoolStats:
+        """Statistics of the shared read so far."""
+        return self._broker.tally.stats() if self._broker is not None else PoolStats()
+
+    def close(self) -> None:
+        """End it; ranks that are not done read on by themselves. Idempotent."""
+        self._is_closing = True
+        self._wakeup.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(5.0)
+
+    def _tell_from_leader(self, message: object) -> None:
+        self._call(self._from_rank, _LEADER, message)
+
+    def _call(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Let the server's thread call a function."""
+        self._inbox.append((function, arguments))
+        self._wakeup.set()
+
+    # -- the coordinator's mailbox
+
+    def post(self, message: object, memory: SegmentMemory | None = None) -> None:
+        """Take a message of the coordinator, in its thread."""
+        self._call(self._from_coordinator, message, memory)
+
+    def collect(self) -> Sequence[object]:
+        """Return nothing: the end of every lease is told."""
+        return ()
+
+    # -- the thread
+
+    def _run(self) -> None:
+        try:
+            self._selector.register(self._listener.socket, selectors.EVENT_READ)
+            self._gather()
+            if not self._is_closing:
+                self._begin()
+                self._serve()
+        except Exception as error:
+            log.debug("the ranks of this host do not share any more", exc_info=True)
+            self._own_error = error
+        finally:
+            self._shut_down()
+
+    def _gather(self) -> None:
+        until = time.monotonic() + _GATHER_S
+        while not self._is_closing and time.monotonic() < until:
+            if sum(member.need is not None for member in self._members.values()) >= self._ranks - 1:
+                break
+            self._wait(until - time.monotonic())
+        self._selector.unregister(self._listener.socket)
+        self._listener.close()
+        for number in [number for number, member in self._members.items() if member.need is None]:
+            self._forget(number)
+
+    def _begin(self) -> None:
+        numbers = [_LEADER, *self._members]
+        self.joined_ranks = len(numbers)
+        log.debug("%d of %d ranks of this host share the read", len(numbers), self._ranks)
+        needs = [self._own_need, *(member.need for member in self._members.values())]
+        self._own_need = None
+        sources, read = self._planner(needs)
+        self._sources = sources
+        connection = self._pool_connection = self._pool.connect(self)
+        self._resolver = SourceResolver(connection.tell)
+        broker = self._broker = Broker(ReadId(connection.number, 1), connection.tell)
+        message = broker.open([_name_of(source) for source in sources], read.slot_reads)
+        for place, (number, subscription) in enumerate(zip(numbers, read.subscriptions, strict=True)):
+            self._places[number] = place
+            joined = Joined(
+                ReadId(number, 1),
+                subscription.answer,
+                tuple(read.slot_reads[index] for index in subscription.indices),
+                place,
+                len(numbers),
+            )
+            self._add(number, joined, subscription)
+        if not connection.try_tell(message):
+            raise PoolClosed("the pool has ended")
+        broker.discard_unwanted()
+        self._is_ready.set()
+
+    def _add(self, number: int, joined: Joined, subscription: Subscription) -> None:
+        assert self._broker is not None, "the read has begun"
+        if number == _LEADER:
+            self._own = joined
+            self._broker.add_rank(number, joined.read, self.caller.post, subscription.indices)
+            return
+        channel = self._members[number].channel
+        assert channel is not None, "a member that has said what it needs has a channel"
+        channel.send(joined, self._control_fd)
+
+        def post(message: object, memory: SegmentMemory | None) -> None:
+            channel.send(message, memory.fd if memory is not None else None)
+
+        self._broker.add_rank(number, joined.read, post, subscription.indices)
+
+    def _serve(self) -> None:
+        assert self._broker is not None, "the read has begun"
+        heartbeat_s = time.monotonic() + _HEARTBEAT_S
+        while not self._is_closing and not self._broker.is_over and not self._broker.has_ended:
+            self._wait(_TICK_S)
+            now = time.monotonic()
+            if now >= heartbeat_s:
+                heartbeat_s = now + _HEARTBEAT_S
+                self._send_all(HostStats(self.stats))
+                for number in self._broker.overdue(self._drop_after_s):
+                    if number != _LEADER and self._is_silent(number):
+                        log.debug("a rank of this host keeps memory, and is silent: it reads on by itself")
+                        self._forget(number)
+
+    def _is_silent(self, number: int) -> bool:
+        member = self._members.get(number)
+        channel = None if member is None else member.channel
+        return channel is not None and time.monotonic() - channel.heard_s > self._drop_after_s
+
+    def _wait(self, timeout_s: float) -> None:
+        for key, _ in self._selector.select(0 if self._inbox else max(0.0, timeout_s)):
+            if key.fd == self._wakeup.fd:
+                self._wakeup.clear()
+            elif key.data is None:
+                self._accept()
+            else:
+                self._read(key.data)
+        while self._inbox:
+            function, arguments = self._inbox.popleft()
+            function(*arguments)
+        for member in self._members.values():
+            self._watch_writable(member)
+
+    # -- members
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._listener.socket.accept()
+        except OSError:
+            return
+        _, uid, _ = _PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+        if uid != os.getuid():
+            connection.close()
+            return
+        number = next(self._numbers)
+        self._members[number] = _Member(connection)
+        self._selector.register(connection, selectors.EVENT_READ, number)
+
+    def _read(self, number: int) -> None:
+        member = self._members.get(number)
+        if member is None:
+            return
+        try:
+            if member.channel is None and not self._is_known(member):
+                return
+            assert member.channel is not None, "it has said the token"
+            for message, fd in member.channel.receive():
+                if fd is not None:
+                    posix.close(fd)  # members have none to send
+                if isinstance(message, Join):
+                    member.need = message.need
+                else:
+                    self._from_rank(number, message)
+            if member.channel.has_unsent:
+                member.channel.flush()
+        except ChannelClosed:
+            self._forget(number)
+
+    def _is_known(self, member: _Member) -> bool:
+        """Receive the token; True when all of it has come.
+
+        Raises:
+            ChannelClosed: It is another one.
+        """
+        try:
+            data = member.connection.recv(TOKEN_BYTES - len(member.token))
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            raise ChannelClosed(str(error)) from error
+        member.token += data
+        if not data or (
+            len(member.token) == TOKEN_BYTES and not hmac.compare_digest(member.token, self._listener.token)
+        ):
+            raise ChannelClosed("it does not know the token")
+        if len(member.token) < TOKEN_BYTES:
+            return False
+        member.channel = Channel(member.connection)
+        return True
+
+    def _watch_writable(self, member: _Member) -> None:
+        channel = member.channel
+        if channel is None or channel.fd < 0:
+            return
+        key = self._selector.get_key(channel.fd)
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if channel.has_unsent else 0)
+        if key.events != events:
+            self._selector.modify(channel.fd, events, key.data)
+
+    def _forget(self, number: int) -> None:
+        """End the part of a rank that is dead, done, silent or not one of us.
+
+        Its flag in the control page is set before anything is received into the slots that it had: if it lives, it
+        looks there after each copy.
+        """
+        member = self._members.pop(number, None)
+        if number in self._places:
+            self._control[self._places[number]] = 1
+        if member is not None:
+            self._selector.unregister(member.connection)
+            member.close()
+        if self._broker is not None:
+            self._broker.drop(number)
+
+    def _send_all(self, message: object) -> None:
+        for member in self._members.values():
+            if member.channel is not None:
+                member.channel.send(message)
+
+    # -- messages
+
+    def _from_rank(self, number: int, message: object) -> None:
+        if self._broker is not None:
+            self._broker.from_rank(number, message)
+
+    def _from_coordinator(self, message: object, memory: SegmentMemory | None) -> None:
+        assert self._broker is not None and self._resolver is not None, "the read has begun"
+        if isinstance(message, ResolveSource):
+            self._resolver.resolve(message, self._sources[message.source])
+        else:
+            self._broker.from_coordinator(message, memory)
+
+    def _shut_down(self) -> None:
+        self._listener.close()
+        error: MpreaderError = PoolClosed("the ranks of this host do not share any more")
+        for number in [*self._members]:
+            self._forget(number)
+        if self._resolver is not None:
+            self._resolver.close()
+        if self._pool_connection is not None:
+            self._pool_connection.close(ReadId(self._pool_connection.number, 1))
+        self.caller.post(Ended(error))
+        self._is_ready.set()
+        self._inbox.clear()
+        self._selector.close()
+        self._wakeup.close()
+        posix.close(self._control_fd)
+
+
+def _name_of(source: Source) -> SourceName:
+    return SourceName(source.uri, source.bucket, source.key, source.max_attempts, source.version)
