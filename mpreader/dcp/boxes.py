@@ -8,7 +8,7 @@ compared with the record when it is loaded (:mod:`mpreader.dcp.items`).
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, Final, NamedTuple
 
@@ -18,13 +18,24 @@ from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
 from mpreader.dcp.items import PlannedItem
 from mpreader.errors import PlanError
-from mpreader.formats.selection import GAPS, Box, Gaps, Run, Selection, box_of, joined_runs, select_box
+from mpreader.formats.selection import GAPS, Box, Gaps, Run, Selection, box_of, joined_runs, placed_runs, select_box
 from mpreader.formats.torch_save import payload_place
 from mpreader.ranges import ItemRange, estimated_seconds
 from mpreader.readers.load_plan import is_extent, range_of, uri_of
 from mpreader.readers.protocols import StoredItem
 
-__all__ = ["NO_BOXES", "BoxKey", "Boxes", "LoadRanges", "box_key", "load_ranges", "planned_items", "select_boxes"]
+__all__ = [
+    "NO_BOXES",
+    "BoxKey",
+    "Boxes",
+    "LoadRanges",
+    "best_gaps",
+    "box_key",
+    "load_ranges",
+    "needed_boxes",
+    "planned_items",
+    "select_boxes",
+]
 
 # A plan may take so many times as long as the quickest one if it needs fewer bytes: the ranks of a host share its
 # network interface, which the estimate does not know.
@@ -89,10 +100,31 @@ def select_boxes(
     wanted = _without_those_of_whole_items(wanted, items)
     # With so many boxes no plan of yet more requests is the quickest, and making one takes its time, too.
     possible = GAPS if len(wanted) <= _MANY_BOXES else GAPS[1:]
-    plans = [Boxes(_selections(wanted, gaps), files, gaps.between_records) for gaps in possible]
-    seconds = [_estimated_seconds(items, storage_data, plan) for plan in plans]
+    selections = {gaps: _selections(wanted, gaps) for gaps in possible}
+    gaps = best_gaps(lambda gaps: _received(items, storage_data, files, selections[gaps]), possible)
+    return Boxes(selections[gaps], files, gaps.between_records)
+
+
+def best_gaps(received: Callable[[Gaps], Iterable[Iterable[Run]]], possible: Sequence[Gaps] = GAPS) -> Gaps:
+    """Returns the gaps with which the fewest bytes are received, of those that S3 would serve in bearable time.
+
+    Args:
+        received: Returns what would be received of each file with such gaps, before these join it.
+        possible: The gaps to choose from, from the fewest bytes to the fewest requests.
+    """
+    seconds = [_estimated_seconds(received(gaps), gaps.between_records) for gaps in possible]
     bearable_s = _MOST_SLOWDOWN * min(seconds)
-    return next(plan for plan, plan_s in zip(plans, seconds, strict=True) if plan_s <= bearable_s)
+    return next(gaps for gaps, gaps_s in zip(possible, seconds, strict=True) if gaps_s <= bearable_s)
+
+
+def needed_boxes(
+    items: Sequence[ReadItem], storage_data: Mapping[MetadataIndex, StoredItem], entries: Mapping[str, Any]
+) -> dict[BoxKey, Selection]:
+    """Returns the bytes that each box needs, with no gap but those within it; what is not in it needs the whole item.
+
+    The arguments are those of :func:`select_boxes`, which also decides if that is worth its requests.
+    """
+    return _selections(_wanted_boxes(items, storage_data, entries), Gaps(0, GAPS[0].within_box))
 
 
 def planned_items(
@@ -131,7 +163,7 @@ def load_ranges(
         if item.selection is None:
             of_file.append(whole)
         else:
-            of_file.extend(ItemRange(start, end) for start, end in _placed(item.selection, whole.start))
+            of_file.extend(ItemRange(start, end) for start, end in placed_runs(item.selection, whole.start))
     return ranges
 
 
@@ -245,29 +277,31 @@ def _requested_nbytes(selections: Iterable[Selection]) -> int:
     return sum(run.size for selection in selections for run in selection.runs)
 
 
-def _placed(selection: Selection, offset: int) -> Iterator[Run]:
-    """Yield what is received of an item, as bytes of its file, in which it begins at ``offset``."""
-    for start, end in (Run(0, selection.front_nbytes), *selection.runs):
-        yield Run(offset + start, offset + end)
-
-
-def _estimated_seconds(
-    items: Iterable[ReadItem], storage_data: Mapping[MetadataIndex, StoredItem], boxes: Boxes
-) -> float:
-    """Returns how long the requests of a plan to the files of which boxes are read would take."""
-    by_file: dict[str, list[Run]] = {path: [] for path in boxes.files}
+def _received(
+    items: Iterable[ReadItem],
+    storage_data: Mapping[MetadataIndex, StoredItem],
+    files: Collection[str],
+    selections: Mapping[BoxKey, Selection],
+) -> Iterable[list[Run]]:
+    """Returns what is received of each of the files."""
+    by_file: dict[str, list[Run]] = {path: [] for path in files}
     for request in items:
         stored = storage_data[request.storage_index]
         runs = by_file.get(stored.relative_path)
         if runs is None or not is_extent(stored.offset, stored.length):
             continue
-        selection = boxes.selections.get(box_key(request)) if boxes.selections else None
+        selection = selections.get(box_key(request)) if selections else None
         if selection is None:
             runs.append(Run(stored.offset, stored.offset + stored.length))
         else:
-            runs.extend(_placed(selection, stored.offset))
+            runs.extend(placed_runs(selection, stored.offset))
+    return by_file.values()
+
+
+def _estimated_seconds(files: Iterable[Iterable[Run]], max_gap_bytes: int) -> float:
+    """Returns how long the requests for what is received of some files would take."""
     requests = nbytes = longest = 0
-    for start, end in chain.from_iterable(joined_runs(runs, boxes.max_gap_bytes) for runs in by_file.values()):
+    for start, end in chain.from_iterable(joined_runs(runs, max_gap_bytes) for runs in files):
         parts = -(-(end - start) // _PART_NBYTES)
         requests += parts
         nbytes += end - start

@@ -16,6 +16,7 @@ If bytes contradict their CRC, the item is received a second time. If these byte
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -91,6 +92,10 @@ class LoadedBytes:
             self.unverified += nbytes
 
 
+def _nothing() -> None:
+    pass
+
+
 class ItemLoader:
     """Loads items into the targets of one planner, one after the other.
 
@@ -99,12 +104,21 @@ class ItemLoader:
         transforms: Undoes the extensions of the save, such as compression. None if torch is too old for extensions.
         verify: True checks the CRC-32s that ``torch.save`` wrote.
         loaded: Counts what was loaded.
+        check: Called before an item is committed; raises if what was copied may have been overwritten meanwhile.
 
     Raises:
         PlanError: A mode of torch is active in which new tensors have no bytes, such as ``FakeTensorMode``.
     """
 
-    def __init__(self, planner: LoadPlanner, transforms: Any, *, verify: bool, loaded: LoadedBytes) -> None:
+    def __init__(
+        self,
+        planner: LoadPlanner,
+        transforms: Any,
+        *,
+        verify: bool,
+        loaded: LoadedBytes,
+        check: Callable[[], None] = _nothing,
+    ) -> None:
         # Once for each load rather than for each item, since a load is not left between its items.
         made = type(torch.empty(0, device="cpu"))
         if made is not torch.Tensor:
@@ -113,8 +127,13 @@ class ItemLoader:
         self._transforms = transforms
         self._verify = verify
         self._loaded = loaded
+        self._check = check
         # Several boxes of one item may be wanted, one after the other: the front is read for the first of them.
         self._last_layout: tuple[str, int, TensorLayout] | None = None  # URI and offset of the item
+
+    def stop_checking(self) -> None:
+        """Do not call ``check`` any more: what follows is received by this rank alone."""
+        self._check = _nothing
 
     def load(self, item: PlannedItem, uri: str, reader: ItemReader) -> PlannedItem | None:
         """Load an item.
@@ -166,6 +185,7 @@ class ItemLoader:
             return PlannedItem(request, stored, Selection(0, runs, selection.max_gap_bytes), layout)
         target = self._planner.resolve_tensor(request).detach()
         copy_into(content, layout, target, request.storage_offsets, request.lengths, verify=False)
+        self._check()
         self._planner.commit_tensor(request, target)
         nbytes = request.lengths.numel() * layout.dtype.itemsize
         self._loaded.count(nbytes, is_verified=False)
@@ -200,6 +220,7 @@ class ItemLoader:
         if request.type == LoadItemType.BYTE_IO:
             value = io.BytesIO(content.view(0, content.size))
             is_verified = self._verify and check_archive(value)
+            self._check()
             self._planner.load_bytes(request, value)
             self._loaded.count(item.stored.length, is_verified=is_verified)
             return
@@ -215,6 +236,7 @@ class ItemLoader:
             target = self._planner.resolve_tensor(request).detach()
             _check_shape(loaded, target)  # copy_ would broadcast a smaller tensor
             target.copy_(loaded)
+        self._check()
         self._planner.commit_tensor(request, target)
         self._loaded.count(item.stored.length, is_verified=is_verified)
 

@@ -27,12 +27,15 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
 from mpreader.collector import collector_paused, spare_new_objects
-from mpreader.dcp.boxes import NO_BOXES, box_key, load_ranges, planned_items, select_boxes
+from mpreader.dcp.boxes import NO_BOXES, box_key, load_ranges, needed_boxes, planned_items, select_boxes
 from mpreader.dcp.filesystem import Path, S3FileSystem
 from mpreader.dcp.items import ItemLoader, ItemReader, LoadedBytes, PlannedItem
 from mpreader.dcp.metadata import load_metadata
-from mpreader.errors import ConfigError, ObjectMissing, PlanError
+from mpreader.dcp.sharing import HostReads, Offered, group_plans, has_other_ranks, need_of, selected, try_offer
+from mpreader.errors import ArenaExhausted, ConfigError, ObjectMissing, PlanError, PoolError
 from mpreader.pool.background import call_twice_if_slow
+from mpreader.pool.hosts.identity import HostShare
+from mpreader.pool.hosts.member import HostLost
 from mpreader.pool.stats import PoolStats
 from mpreader.readers.client import S3Client
 from mpreader.readers.kinds import S3ReaderConstructor
@@ -63,6 +66,14 @@ class _Opened(NamedTuple):
     stack: contextlib.ExitStack
 
 
+class _Progress:
+    """How far a list of items was loaded: how many, and which of these must be received in another way."""
+
+    def __init__(self) -> None:
+        self.loaded = 0
+        self.again: list[PlannedItem] = []
+
+
 class S3StorageReader(FileSystemReader):
     """Storage reader of a checkpoint on S3, for ``storage_reader=`` of ``torch.distributed.checkpoint.load``.
 
@@ -82,6 +93,8 @@ class S3StorageReader(FileSystemReader):
         allowed_globals: Classes, such as ``"package.module.Name"``, that ``.metadata`` may use besides DCP's own.
         progress: True shows a progress bar on stderr during a load, False shows none, for the default constructor.
             None: on a terminal or in a notebook, and only in the first of several ranks.
+        share_host: True: the ranks of a job that run on one host receive together what they need, each byte once, if
+            the constructor is a multiprocess one. False: each rank receives by itself.
         kwargs: Further arguments of torch's ``FileSystemReader``, according to torch's version.
 
     Raises:
@@ -101,6 +114,7 @@ class S3StorageReader(FileSystemReader):
         verify: bool | Literal["whole"] = True,
         allowed_globals: Iterable[str] = (),
         progress: bool | None = None,
+        share_host: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(path, **kwargs)
@@ -126,6 +140,9 @@ class S3StorageReader(FileSystemReader):
         self._fs = S3FileSystem(s3_client=client, reader_constructor=reader_constructor)
         self.fs = self._fs  # type: ignore[assignment]
         self.path = self._fs.init_path(path)
+        self._share_host = share_host
+        self._offered: Offered | None = None  # while a load is planned
+        self._host: HostReads | None = None  # reads of the last load, if it was shared
         self._began_s = time.monotonic()
         # Process and thread that last called reset. None before the first call: a caller of the single steps may leave
         # reset out.
@@ -157,7 +174,8 @@ class S3StorageReader(FileSystemReader):
         if isinstance(self._reader_constructor, MultiprocessConstructor):
             self._reader_constructor.use_client(self._fs.client)
             # Now, so that the worker processes start while .metadata is read and the plan is made.
-            self._reader_constructor.start()
+            if not self._may_share():
+                self._reader_constructor.start()
         rank = kwargs.get("rank")  # given if each rank has saved a .metadata of its own
         if rank is None:
             self._metadata_error = ""
@@ -201,15 +219,72 @@ class S3StorageReader(FileSystemReader):
             # have set its client since read_metadata.
             self._reader_constructor.use_client(self._fs.client)
         with collector_paused():
-            # Boxes of one item in the order of their bytes, too.
-            items = sorted(
-                plan.items,
-                key=lambda request: (*_location(storage_data[request.storage_index]), request.storage_offsets),
-            )
-            plan = dataclasses.replace(plan, items=items)
+            plan = dataclasses.replace(plan, items=_sorted(plan.items, storage_data))
+            self._leave_host()
+            self._offered = try_offer() if self._may_share() else None
+            if self._offered is not None:  # who shares is known when all ranks have planned
+                return dataclasses.replace(plan, storage_data=self._offered.offer)
             self._begin_reads(plan.items, storage_data, path)
             spare_new_objects()
         return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """Find out which ranks share a host. Called in the rank that plans."""
+        return group_plans(super().prepare_global_plan(plans))
+
+    def _may_share(self) -> bool:
+        return self._share_host and isinstance(self._reader_constructor, MultiprocessConstructor) and has_other_ranks()
+
+    def _leave_host(self) -> None:
+        host, self._host = self._host, None
+        if host is not None:
+            host.close()
+        offered, self._offered = self._offered, None
+        if offered is not None:
+            offered.close()
+
+    def _begin_planned(self, plan: LoadPlan, storage_data: Mapping[MetadataIndex, StoredItem], path: Path) -> None:
+        """Begin the reads of a plan that other ranks have seen: together with those of this host, or alone."""
+        offered, self._offered = self._offered, None
+        if offered is None:
+            return  # they were begun at once
+        with collector_paused():
+            if isinstance(plan.storage_data, HostShare):
+                try:
+                    self._begin_shared(plan.storage_data, offered, plan.items, storage_data, path)
+                    return
+                except PoolError as error:
+                    log.debug("this rank reads by itself: %s", error)
+            else:
+                log.debug("this rank reads by itself: no other rank of this load is on its host")
+            offered.close()
+            self._begin_reads(plan.items, storage_data, path)
+            spare_new_objects()
+
+    def _begin_shared(
+        self,
+        share: HostShare,
+        offered: Offered,
+        items: Sequence[ReadItem],
+        storage_data: Mapping[MetadataIndex, StoredItem],
+        path: Path,
+    ) -> None:
+        constructor = cast("MultiprocessConstructor", self._reader_constructor)
+        self._boxes, self._loaded = NO_BOXES, LoadedBytes()
+        items = _sorted(items, storage_data)  # once more: a planner may have changed its plan
+        needed = needed_boxes(items, storage_data, self._entries) if self._verify != "whole" else {}
+        planned = planned_items(items, storage_data, needed)
+        began_s = self._began_s
+
+        def log_end(stats: PoolStats, ranks: int) -> None:
+            log.info(
+                "loaded %s in %.2f s for %d ranks of this host: %s", path, time.monotonic() - began_s, ranks, stats
+            )
+
+        host = HostReads(share, offered, need_of(planned, path), constructor, log_end)
+        self._host = host
+        self._shared_items = selected(planned, host.answer, path)
+        constructor.read_by(host.ahead)
 
     def _begin_reads(
         self, items: Sequence[ReadItem], storage_data: Mapping[MetadataIndex, StoredItem], path: Path
@@ -241,25 +316,42 @@ class S3StorageReader(FileSystemReader):
         constructor = self._reader_constructor
         if not isinstance(constructor, MultiprocessConstructor):
             return super().read_data(plan, planner)
-        begun, added = self._begun_and_added(plan.items)
-        items = planned_items(begun, storage_data, self._boxes.selections)
+        self._begin_planned(plan, storage_data, path)
         transforms = getattr(self, "transforms", None)  # older torch has no extensions
-        loader = ItemLoader(planner, transforms, verify=bool(self._verify), loaded=self._loaded)
-        unexpected = self._load_items(items, path, loader) + planned_items(added, storage_data, {})
-        if unexpected:
+        check = self._host.check if self._host is not None else _nothing
+        loader = ItemLoader(planner, transforms, verify=bool(self._verify), loaded=self._loaded, check=check)
+        if self._host is not None:
+            again = self._load_shared(path, loader)
+        else:
+            begun, added = self._begun_and_added(plan.items)
+            items = planned_items(begun, storage_data, self._boxes.selections)
+            again = self._load_items(items, path, loader) + planned_items(added, storage_data, {})
+        if again:
             # All of them at once, since each alone would cost a round trip.
-            log.debug("%d items of %s are not stored or planned as expected", len(unexpected), path)
-            unexpected.sort(key=lambda item: _location(item.stored))
-            files = {item.stored.relative_path for item in unexpected}
-            constructor.set_ranges_by_file(
-                *load_ranges(unexpected, files, self._boxes.max_gap_bytes, path), continues=True
-            )
-            self._load_items(unexpected, path, loader)
-        log.info("loaded %s in %.2f s: %s", path, time.monotonic() - self._began_s, self.stats)
+            log.debug("%d items of %s are not stored or planned as expected", len(again), path)
+            again.sort(key=lambda item: _location(item.stored))
+            files = {item.stored.relative_path for item in again}
+            constructor.set_ranges_by_file(*load_ranges(again, files, self._boxes.max_gap_bytes, path), continues=True)
+            self._load_items(again, path, loader)
+        log.log(
+            logging.INFO if self._host is None else logging.DEBUG,
+            *("loaded %s in %.2f s: %s", path, time.monotonic() - self._began_s, self.stats),
+        )
         report_load(LoadEvent(str(path), self._loaded.verified, self._loaded.unverified))
         done: Future[None] = Future()
         done.set_result(None)
         return done
+
+    def _load_shared(self, path: Path, loader: ItemLoader) -> list[PlannedItem]:
+        """Load the items that the ranks of this host receive together; returns those that this rank must read alone."""
+        progress = _Progress()
+        try:
+            return self._load_items(self._shared_items, path, loader, progress)
+        except (HostLost, ArenaExhausted) as error:
+            rest = self._shared_items[progress.loaded :]
+            log.debug("this rank reads %d of %d items by itself: %s", len(rest), len(self._shared_items), error)
+            loader.stop_checking()
+            return progress.again + rest
 
     def _begun_and_added(self, items: Sequence[ReadItem]) -> tuple[Sequence[ReadItem], list[ReadItem]]:
         """Split the items of the final plan into those whose bytes are being read, and others.
@@ -276,20 +368,23 @@ class S3StorageReader(FileSystemReader):
             (begun if is_read else added).append(item)
         return begun, added
 
-    def _load_items(self, items: Iterable[PlannedItem], path: Path, loader: ItemLoader) -> list[PlannedItem]:
+    def _load_items(
+        self, items: Iterable[PlannedItem], path: Path, loader: ItemLoader, progress: _Progress | None = None
+    ) -> list[PlannedItem]:
         """Load items, file by file; returns those that have to be received in another way."""
+        progress = progress or _Progress()
         items_by_file: dict[str, list[PlannedItem]] = {}
         for item in items:
             items_by_file.setdefault(item.stored.relative_path, []).append(item)
-        unexpected = []
         for relative_path, planned in items_by_file.items():
             uri = self._fs.concat_path(path, relative_path)
             with self._fs.create_stream(uri, "rb") as reader:
                 for item in planned:
                     again = loader.load(item, uri, cast("ItemReader", reader))
                     if again is not None:
-                        unexpected.append(again)
-        return unexpected
+                        progress.again.append(again)
+                    progress.loaded += 1
+        return progress.again
 
     @property
     def stats(self) -> PoolStats:
@@ -302,6 +397,8 @@ class S3StorageReader(FileSystemReader):
         if not isinstance(constructor, MultiprocessConstructor):
             return PoolStats()
         stats, loaded = constructor.stats(), self._loaded
+        if self._host is not None:
+            stats = self._host.own_stats(stats)
         return dataclasses.replace(
             stats,
             over_read=stats.over_read + loaded.over_read,
@@ -309,9 +406,15 @@ class S3StorageReader(FileSystemReader):
             unverified_bytes=loaded.unverified,
         )
 
+    @property
+    def host_stats(self) -> PoolStats:
+        """Counts of the read that the ranks of this host have shared, as far as this rank knows; else :attr:`stats`."""
+        return self._host.stats if self._host is not None else self.stats
+
     def close(self) -> None:
         """End the downloads, leave the worker pool and close the connections. Idempotent; a later load starts anew."""
         self._loaded = LoadedBytes()
+        self._leave_host()
         close = getattr(self._reader_constructor, "close", None)  # only some constructors have something to close
         if close is not None:
             close()
@@ -364,5 +467,14 @@ class S3StorageReader(FileSystemReader):
         return own
 
 
+def _sorted(items: Iterable[ReadItem], storage_data: Mapping[MetadataIndex, StoredItem]) -> list[ReadItem]:
+    """Returns items in the order of their bytes, boxes of one item included."""
+    return sorted(items, key=lambda request: (*_location(storage_data[request.storage_index]), request.storage_offsets))
+
+
 def _location(stored: StoredItem) -> tuple[str, int]:
     return stored.relative_path, stored.offset
+
+
+def _nothing() -> None:
+    pass

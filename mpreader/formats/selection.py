@@ -22,7 +22,6 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
-from itertools import pairwise
 from typing import Final, NamedTuple
 
 from mpreader.errors import PlanError
@@ -38,7 +37,9 @@ __all__ = [
     "box_runs",
     "contiguous_order",
     "index_in_memory",
+    "is_worth_selecting",
     "joined_runs",
+    "placed_runs",
     "select_box",
     "stored_runs",
 ]
@@ -244,12 +245,31 @@ def select_box(
     moved = tuple(_moved(runs, lowest, highest))
     if moved[-1].end > record_nbytes:
         return None  # what the metadata says of the shape does not fit the record
-    bounds = (Run(0, highest), *moved, Run(record_nbytes, record_nbytes))
-    left_out = [following.start - run.end for run, following in pairwise(bounds)]
-    saved = sum(nbytes for nbytes in left_out if nbytes > gaps.between_records)
-    if saved <= int(record_nbytes * _LEAST_SAVED_SHARE):
+    if not is_worth_selecting(record_nbytes, (Run(0, highest), *moved), gaps):
         return None
     return Selection(highest, moved, gaps.within_box)
+
+
+def is_worth_selecting(record_nbytes: int, runs: Sequence[Run], gaps: Gaps) -> bool:
+    """Returns True if enough of a record is left out for it not to be received, and verified, whole.
+
+    Args:
+        record_nbytes: Bytes of the record.
+        runs: What is wanted of it, the front included, sorted by their starts.
+        gaps: Largest gaps that the load receives.
+    """
+    saved, reached = 0, 0
+    for start, end in (*runs, Run(record_nbytes, record_nbytes)):
+        if start - reached > gaps.between_records:
+            saved += start - reached
+        reached = max(reached, end)
+    return saved > int(record_nbytes * _LEAST_SAVED_SHARE)
+
+
+def placed_runs(selection: Selection, offset: int) -> Iterator[Run]:
+    """Yield what is received of a record, as bytes of its file, in which the record begins at ``offset``."""
+    for start, end in (Run(0, selection.front_nbytes), *selection.runs):
+        yield Run(offset + start, offset + end)
 
 
 def joined_runs(runs: Iterable[Run], max_gap_bytes: int) -> list[Run]:

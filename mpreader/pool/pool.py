@@ -81,15 +81,29 @@ class Pool:
         suspends_when_unused: True if a user of a shared pool has asked for its end, which waits for the last user.
     """
 
-    def __init__(self, config: PoolConfig | None = None, s3client_config: S3ClientConfig | None = None) -> None:
+    def __init__(
+        self,
+        config: PoolConfig | None = None,
+        s3client_config: S3ClientConfig | None = None,
+        *,
+        for_host: bool = False,
+    ) -> None:
         """Set a pool up; nothing is started yet.
+
+        Args:
+            config: Settings of the pool.
+            s3client_config: Settings of the S3 client.
+            for_host: The pool receives for all ranks of the host: cores and memory are not divided by their number.
 
         Raises:
             ConfigError: A setting is wrong, or the host has too little memory.
         """
         _check_types(config, s3client_config)
         config = config or PoolConfig()
-        self.sizes = size_pool(config, s3client_config or S3ClientConfig(), Host.now())
+        host = Host.now()
+        self.sizes = size_pool(
+            config, s3client_config or S3ClientConfig(), replace(host, sharers=1) if for_host else host
+        )
         self.timeouts = Timeouts(*(config.value(name) for name in Timeouts._fields))
         self.users = 0
         self.suspends_when_unused = False
@@ -228,7 +242,9 @@ class Pool:
         self._coordinator, self._caller, self._stop = None, None, _nothing
 
 
-def shared_pool(config: PoolConfig | None, s3client_config: S3ClientConfig | None = None) -> Pool:
+def shared_pool(
+    config: PoolConfig | None, s3client_config: S3ClientConfig | None = None, *, for_host: bool = False
+) -> Pool:
     """Returns the process's pool for these settings, made when it is first asked for.
 
     It ends when it is idle, at exit, or when its users have said that it is not needed (``release_shared_pool``).
@@ -239,11 +255,16 @@ def shared_pool(config: PoolConfig | None, s3client_config: S3ClientConfig | Non
     _check_types(config, s3client_config)
     config = config or PoolConfig()
     s3client_config = s3client_config or S3ClientConfig()
-    settings = (*map(config.value, POOL_SETTINGS), s3client_config.part_size, s3client_config.throughput_target_gbps)
+    settings = (
+        *map(config.value, POOL_SETTINGS),
+        s3client_config.part_size,
+        s3client_config.throughput_target_gbps,
+        for_host,
+    )
     with _shared_lock:
         pool = _shared.get(settings)
         if pool is None:
-            pool = _shared[settings] = Pool(config, s3client_config)
+            pool = _shared[settings] = Pool(config, s3client_config, for_host=for_host)
         use_shared_pool(pool)
         return pool
 

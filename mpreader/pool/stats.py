@@ -41,6 +41,7 @@ class PoolStats:
         verified_bytes: Bytes of the items of a load whose checksum was compared.
         unverified_bytes: Bytes of the items of a load whose checksum was not compared: those of which a part was
             received only, those that have none, and all of them where that was not asked for.
+        shared_bytes: Bytes of a load that another rank of this host has received; they are not in ``bytes``.
     """
 
     retries: int = 0
@@ -52,6 +53,7 @@ class PoolStats:
     slow_cut: int = 0
     verified_bytes: int = 0
     unverified_bytes: int = 0
+    shared_bytes: int = 0
 
     @property
     def bytes(self) -> int:
@@ -136,4 +138,5 @@ def total(runs: Iterable[PoolStats]) -> PoolStats:
         sum(run.slow_cut for run in runs),
         sum(run.verified_bytes for run in runs),
         sum(run.unverified_bytes for run in runs),
+        sum(run.shared_bytes for run in runs),
     )

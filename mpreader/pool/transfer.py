@@ -251,6 +251,11 @@ class Transfer:
         return sum(slot_read.requested_bytes for slot_read in self.slot_reads)
 
     @property
+    def taken_bytes(self) -> int:
+        """Bytes of the slot reads that were taken."""
+        return self._taken_bytes
+
+    @property
     def received_bytes(self) -> int:
         """Bytes that have been received, repeated ones included, or taken, whichever is more."""
         return max(self._taken_bytes, sum(worker.bytes for worker in self.tally.workers))

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -37,32 +38,70 @@ from mpreader.telemetry.progress import Progress, progress_bar
 
 if TYPE_CHECKING:
     from mpreader.s3 import BaseS3Client
+    from mpreader.sources.versions import SteadySource
 
-__all__ = ["MultiprocessConstructor", "ReadAhead"]
+__all__ = ["MultiprocessConstructor", "ReadAhead", "steady_sources"]
+
+
+def _nothing() -> None:
+    pass
 
 
 class ReadAhead:
     """Reads of one load plan, shared by the readers of its files.
 
     Args:
-        pool: Shared pool that reads.
-        client: S3 client that signs the requests.
         ranges_by_file: Ranges of the plan by URI, in the order in which DCP will read them.
-        max_gap_bytes: Largest gap between two ranges that are fetched as one.
-        max_gap_by_file: Smaller bounds for some files, by URI.
-        before: Reads of the same load that came before these: they have decided which versions of its files are read.
+        parts_by_file: Parts of each file by URI. Each part is one slot read, and they follow each other.
+        sources: Sources of the files.
+        begin: Begins the reads; not called if there are no parts.
+        max_bytes: Largest number of bytes of shared memory that the pool may reserve.
         progress: Progress bar: ``show`` of :func:`~mpreader.telemetry.progress.progress_bar`.
+        flush: Called before each part is taken: views of parts that came before may have ended.
+        release: Called once when the reads are over.
 
     Attributes:
         ranges_by_file: The ranges of the plan.
-        parts_by_file: Parts of each file by URI, with the index of the slot read of the first part. Each part is one
-            slot read, and those of a file follow each other.
+        parts_by_file: Parts of each file by URI, with the index of the slot read of the first part.
+        sources: The sources, which know the versions that are read.
         max_bytes: Largest number of bytes of shared memory that the pool may reserve.
         transfer: The read in progress; None if the plan has no bytes to read.
     """
 
     def __init__(
         self,
+        ranges_by_file: Mapping[str, Sequence[ItemRange]],
+        parts_by_file: Mapping[str, list[Part]],
+        sources: Mapping[str, SteadySource],
+        begin: Callable[[], Transfer],
+        *,
+        max_bytes: int,
+        progress: bool | None = False,
+        flush: Callable[[], object] = _nothing,
+        release: Callable[[], object] = _nothing,
+    ) -> None:
+        self.ranges_by_file = ranges_by_file
+        self.sources = sources
+        self.max_bytes = max_bytes
+        self.parts_by_file: dict[str, tuple[int, list[Part]]] = {}
+        first = 0
+        for uri, parts in parts_by_file.items():
+            self.parts_by_file[uri] = first, parts
+            first += len(parts)
+        # Files whose reader was not closed yet. Files without bytes don't count: nothing is downloaded for them.
+        self._unread = {uri for uri, parts in parts_by_file.items() if parts}
+        self._readers = 0  # readers that are open
+        self._is_retired = not first
+        nbytes = sum(part.size for parts in parts_by_file.values() for part in parts)
+        self._progress = progress_bar(nbytes, "load", show=progress) if first else Progress()
+        self._flush = flush
+        self._release = weakref.finalize(self, release)
+        # Last: whatever fails after it, a Ctrl-C for one, would leave a read that nobody closes.
+        self.transfer: Transfer | None = begin() if first else None
+
+    @classmethod
+    def of_pool(
+        cls,
         pool: Pool,
         client: BaseS3Client,
         ranges_by_file: Mapping[str, Sequence[ItemRange]],
@@ -71,42 +110,44 @@ class ReadAhead:
         max_gap_by_file: Mapping[str, float] = MappingProxyType({}),
         before: ReadAhead | None = None,
         progress: bool | None = False,
-    ) -> None:
-        # Imported here, because they import boto3, which takes 0.1 s: a constructor can be made without it.
-        from mpreader.s3 import parse_s3_uri
-        from mpreader.sources.s3 import S3Source
-        from mpreader.sources.versions import SteadySource
+    ) -> ReadAhead:
+        """Read by a pool.
 
-        self.ranges_by_file = ranges_by_file
-        self.parts_by_file: dict[str, tuple[int, list[Part]]] = {}
-        known = before._sources if before is not None else {}
-        self._sources: dict[str, SteadySource] = {
-            uri: known.get(uri) or SteadySource(S3Source(client, *parse_s3_uri(uri))) for uri in ranges_by_file
-        }
-        slot_reads: list[SlotRead] = []
+        Args:
+            pool: Shared pool that reads.
+            client: S3 client that signs the requests.
+            ranges_by_file: Ranges of the plan by URI, in the order in which DCP will read them.
+            max_gap_bytes: Largest gap between two ranges that are fetched as one.
+            max_gap_by_file: Smaller bounds for some files, by URI.
+            before: Reads of the same load that came before these: they have decided which versions of its files are
+                read.
+            progress: See the class.
+        """
+        sources = steady_sources(client, ranges_by_file, before)
         plans = plan_files(
             ranges_by_file,
             max_gap_bytes=max_gap_bytes,
             part_bytes=pool.sizes.part_bytes,
             max_gap_by_file=max_gap_by_file,
         )
-        for number, (uri, plan) in enumerate(plans.items()):
-            self.parts_by_file[uri] = (len(slot_reads), plan.parts)
-            slot_reads.extend(SlotRead(number, part.size, (part,), part.over_read) for part in plan.parts)
-        # Files whose reader was not closed yet. Files without bytes don't count: nothing is downloaded for them.
-        self._unread = {uri for uri, (_, parts) in self.parts_by_file.items() if parts}
-        self._readers = 0  # readers that are open
-        self._is_retired = not slot_reads
-        self.max_bytes = pool.sizes.max_bytes
-        nbytes = sum(slot_read.nbytes for slot_read in slot_reads)
-        self._progress = progress_bar(nbytes, "load", show=progress) if slot_reads else Progress()
+        slot_reads = [
+            SlotRead(number, part.size, (part,), part.over_read)
+            for number, plan in enumerate(plans.values())
+            for part in plan.parts
+        ]
         # A user of the pool besides the constructor, because readers that are open may outlive the constructor.
         use_shared_pool(pool)
-        self._release_pool = weakref.finalize(self, release_shared_pool, pool, keep_warm=True)
-        # Last: whatever fails after it, a Ctrl-C for one, would leave a read that nobody closes. It may grow beyond
-        # max_memory, because an item that is read in pieces smaller than its parts is held until the next one.
-        sources = list(self._sources.values())
-        self.transfer: Transfer | None = pool.read(sources, slot_reads, grows=True) if slot_reads else None
+        return cls(
+            ranges_by_file,
+            {uri: plan.parts for uri, plan in plans.items()},
+            sources,
+            # It may grow beyond max_memory, because an item that is read in pieces smaller than its parts is held until
+            # the next one.
+            lambda: pool.read(list(sources.values()), slot_reads, grows=True),
+            max_bytes=pool.sizes.max_bytes,
+            progress=progress,
+            release=partial(release_shared_pool, pool, keep_warm=True),
+        )
 
     @property
     def is_over(self) -> bool:
@@ -122,6 +163,7 @@ class ReadAhead:
         """
         if self.transfer is None:
             raise PoolClosed("the load plan has no bytes to read")
+        self._flush()
         on_wait = self._show_progress if self._progress.is_shown else None
         view = self.transfer.take_first((index,), on_wait=on_wait)[1]
         self._show_progress()  # on_wait is not called for a part that has arrived already
@@ -154,11 +196,25 @@ class ReadAhead:
             self._progress.close()
             if self.transfer is not None:
                 self.transfer.close()
-            self._release_pool()
+            self._flush()
+            self._release()
 
     def _show_progress(self) -> None:
         if self.transfer is not None and self._progress.is_shown:
             self._progress.advance_to(self.transfer.received_bytes)
+
+
+def steady_sources(
+    client: BaseS3Client, uris: Iterable[str], before: ReadAhead | None = None
+) -> dict[str, SteadySource]:
+    """Returns the sources of some files, those of ``before`` where it has some, so that the same versions are read."""
+    # Imported here, because they import boto3, which takes 0.1 s: a constructor can be made without it.
+    from mpreader.s3 import parse_s3_uri
+    from mpreader.sources.s3 import S3Source
+    from mpreader.sources.versions import SteadySource
+
+    known = before.sources if before is not None else {}
+    return {uri: known.get(uri) or SteadySource(S3Source(client, *parse_s3_uri(uri))) for uri in uris}
 
 
 class MultiprocessConstructor(ItemRangeConstructor):
@@ -256,6 +312,40 @@ class MultiprocessConstructor(ItemRangeConstructor):
         self._item_ranges_by_file = {uri: list(ranges) for uri, ranges in ranges_by_file.items()}
         self._set_read_ahead(self._begin(self._item_ranges_by_file, max_gap_by_file, before))
 
+    def read_by(self, ahead: ReadAhead) -> None:
+        """Let others do the reads of a load plan: the ranks of a host, together."""
+        self._stats_before = ()
+        self._item_ranges_by_file = {uri: list(ranges) for uri, ranges in ahead.ranges_by_file.items()}
+        self._set_read_ahead(ahead)
+
+    @property
+    def client(self) -> BaseS3Client:
+        """The client that makes the requests; made when it is first needed."""
+        if self._client is None:
+            # Imported here, because it imports boto3, which start() does not need.
+            from mpreader.s3 import BaseS3Client
+
+            self._client = BaseS3Client(s3client_config=self._s3client_config)
+        return self._client
+
+    @property
+    def max_gap_size(self) -> float:
+        """Largest gap, in bytes, between two items that are fetched as one."""
+        return self._max_gap_size
+
+    @property
+    def progress(self) -> bool | None:
+        """Whether a progress bar is shown; None: it depends."""
+        return self._progress
+
+    def host_pool(self) -> Pool:
+        """Returns the pool that receives for all ranks of this host; its user releases it.
+
+        Raises:
+            ConfigError: The host has too little memory.
+        """
+        return shared_pool(self._pool_config, self._pool_s3client_config(), for_host=True)
+
     def stats(self) -> PoolStats:
         """Returns the statistics of the last plan so far: bytes, requests, retries and waits, also for each worker."""
         ahead = self._read_ahead
@@ -300,14 +390,9 @@ class MultiprocessConstructor(ItemRangeConstructor):
         before: ReadAhead | None = None,
     ) -> ReadAhead:
         """Begin to read the ranges; makes the S3 client and the pool if there are none."""
-        if self._client is None:
-            # Imported here, because it imports boto3, which start() does not need.
-            from mpreader.s3 import BaseS3Client
-
-            self._client = BaseS3Client(s3client_config=self._s3client_config)
-        return ReadAhead(
+        return ReadAhead.of_pool(
             self._get_pool(),
-            self._client,
+            self.client,
             ranges_by_file,
             self._max_gap_size,
             max_gap_by_file=max_gap_by_file,
@@ -317,12 +402,14 @@ class MultiprocessConstructor(ItemRangeConstructor):
 
     def _get_pool(self) -> Pool:
         if self._pool is None:
-            config = self._s3client_config or (self._client.s3client_config if self._client is not None else None)
-            self._pool = shared_pool(self._pool_config, config)
+            self._pool = shared_pool(self._pool_config, self._pool_s3client_config())
             # When a constructor is dropped without close(), the processes keep running for the next load, and end when
             # they have been idle for the idle timeout.
             self._leave_pool = weakref.finalize(self, release_shared_pool, self._pool, keep_warm=True)
         return self._pool
+
+    def _pool_s3client_config(self) -> S3ClientConfig | None:
+        return self._s3client_config or (self._client.s3client_config if self._client is not None else None)
 
     def _set_read_ahead(self, ahead: ReadAhead | None) -> None:
         """Replace the reads of the last plan, whose downloads end as soon as no reader is open."""
@@ -349,7 +436,3 @@ class MultiprocessConstructor(ItemRangeConstructor):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._reset()
         self.__dict__.update(state)
-
-
-def _nothing() -> None:
-    pass

@@ -66,7 +66,10 @@ class SteadySource:
 
     def learn(self, version: ObjectVersion) -> None:
         """Take over the validators that a read has found; see :class:`mpreader.pool.source.LearningSource`."""
-        self.version = _learned(self.uri, self.bucket, self.key, self.open(), version)
+        if self.version is None:  # another rank of this host has requested it
+            self.version = version
+        else:
+            self.version = _learned(self.uri, self.bucket, self.key, self.version, version)
 
     def route(self) -> Route:
         """Make a new route; see :meth:`mpreader.pool.source.Source.route`."""

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mpreader.errors import ArenaExhausted
+from mpreader.pool.hosts.messages import Subscription
 from mpreader.pool.requests import (
     CloseRead,
     Demand,
@@ -76,15 +77,18 @@ class _Rank:
         post: Sends it a message.
         indices: Its slot reads, among those of the union.
         places: For each of these, its index in ``indices``.
+        sources: For each of its sources, by its index in the union, the rank's own index.
         leases: Leases that it has, and the slot reads that they are of.
         holds: For each slot read that it has, the lease.
     """
 
-    def __init__(self, read: ReadId, post: Post, indices: Sequence[int]) -> None:
+    def __init__(self, read: ReadId, post: Post, subscription: Subscription) -> None:
+        indices = subscription.indices
         self.read = read
         self.post = post
         self.indices = indices
         self.places = {index: place for place, index in enumerate(indices)}
+        self.sources = {index: place for place, index in enumerate(subscription.sources)}
         self.leases: dict[int, int] = {}
         self.holds: dict[int, int] = {}
         self.is_closed = False
@@ -117,7 +121,7 @@ class Broker:
             SlotFailed: self._slot_failed,
             Recall: self._recall,
             UnmapSegment: self._unmap,
-            VersionLearned: self._tell_all_of,
+            VersionLearned: self.tell_version,
             RequestEnded: self._request_ended,
             RequestRepeated: self._request_repeated,
             RequestCut: self._request_cut,
@@ -143,17 +147,17 @@ class Broker:
         self._slots = [_SharedSlot() for _ in slot_reads]
         return OpenRead(self._read, tuple(sources), tuple(slot_reads))
 
-    def add_rank(self, number: int, read: ReadId, post: Post, indices: Sequence[int]) -> None:
+    def add_rank(self, number: int, read: ReadId, post: Post, subscription: Subscription) -> None:
         """Let a rank take part.
 
         Args:
             number: Number of the rank, for :meth:`from_rank`.
             read: Name of its read.
             post: Sends it a message; must not block, and must not fail.
-            indices: The slot reads that it will take, in this order.
+            subscription: What it will take.
         """
-        self._ranks[number] = _Rank(read, post, indices)
-        for index in indices:
+        self._ranks[number] = _Rank(read, post, subscription)
+        for index in subscription.indices:
             self._slots[index].kept_by.add(number)
 
     def discard_unwanted(self) -> None:
@@ -240,9 +244,12 @@ class Broker:
         for rank in self._ranks.values():
             rank.post(message, None)
 
-    def _tell_all_of(self, message: VersionLearned) -> None:
+    def tell_version(self, message: VersionLearned) -> None:
+        """Tell the ranks of the version of a source, before they get any bytes of it."""
         for rank in self._ranks.values():
-            rank.post(message._replace(read=rank.read), None)
+            source = rank.sources.get(message.source)
+            if source is not None:
+                rank.post(VersionLearned(rank.read, source, message.version), None)
 
     def _request_ended(self, message: RequestEnded) -> None:
         self.tally.note(message.worker, message.nbytes, message.seconds)

@@ -79,7 +79,7 @@ class Listener:
 
 
 def host_identity() -> str:
-    """Return a text that two processes have in common if they can reach each other by a socket of the abstract namespace.
+    """Return a text that two processes have in common if each can reach the other by a socket without a file.
 
     Raises:
         OSError: The system doesn't tell.

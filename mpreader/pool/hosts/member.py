@@ -84,7 +84,7 @@ class HostMember:
             self._selector = make_selector(self._wakeup.fd)
             self._selector.register(self._channel.fd, selectors.EVENT_READ)
             self._channel.send(Join(need))
-            self.joined = self._join()
+            self._joined = self._join()
         except ChannelClosed as error:
             self._give_back()
             raise HostLost(f"the leader of this host does not share its read: {error}") from error
@@ -98,9 +98,13 @@ class HostMember:
         """Statistics of the host's read, as the leader has last told."""
         return self._host_stats
 
+    def joined(self) -> Joined:
+        """Returns the rank's part of the shared read."""
+        return self._joined
+
     def begin(self, sources: Sequence[Source]) -> Transfer:
         """Return the rank's own read; ``sources`` are its objects."""
-        joined = self.joined
+        joined = self._joined
         self.caller.number = joined.read.caller
         self._transfer, _ = self.caller.open(sources, joined.slot_reads)
         assert self._transfer.read == joined.read, "a rank has one read only"
@@ -120,6 +124,11 @@ class HostMember:
         """Tell the leader of the views that have ended."""
         for message in self.caller.collect():
             self._tell(message)
+
+    def leave(self) -> None:
+        """End the rank's part."""
+        self.flush()
+        self.close()
 
     def close(self) -> None:
         """Leave; idempotent. Bytes of slots that are still in use may change from here on."""

@@ -5,7 +5,7 @@
     member                                                            leader
     the token, as raw bytes ─────────────────────────────────────────►  who can't say it is told nothing
     Join(need): what this rank is going to read ─────────────────────►
-                 ◄────────────────────────────────────────────────────  Joined(answer, slot reads), with the control page
+                 ◄────────────────────────────────────────────────────  Joined(answer, slot reads), with its flag
     Demand, SlotTaken, GiveBack, Discard, CloseRead ─────────────────►
                  ◄────────────────────────────────────────────────────  MapSegment, SlotArrived, Recall, SlotFailed, …
                  ◄────────────────────────────────────────────────────  HostStats, once a second: the leader is alive
@@ -37,10 +37,12 @@ class Subscription(NamedTuple):
     Attributes:
         answer: What the planner has to say to the rank; must be pickled.
         indices: Indices of the rank's slot reads among those of the shared read, in the order in which it takes them.
+        sources: Indices of the rank's sources among those of the shared read, in the order in which it knows them.
     """
 
     answer: Any
     indices: tuple[int, ...]
+    sources: tuple[int, ...]
 
 
 class SharedRead(NamedTuple):
@@ -61,9 +63,10 @@ class Joined(NamedTuple):
     Attributes:
         read: Name of the rank's own read, for all further messages.
         answer: See :class:`Subscription`.
-        slot_reads: The slot reads that the rank has subscribed to.
+        slot_reads: The slot reads that the rank has subscribed to; their sources are the rank's.
         place: Place of the rank's flag in the control page.
         ranks: Number of ranks that take part.
+        max_bytes: Largest number of bytes of shared memory that the leader's pool may reserve.
     """
 
     read: ReadId
@@ -71,6 +74,7 @@ class Joined(NamedTuple):
     slot_reads: tuple[SlotRead, ...]
     place: int
     ranks: int
+    max_bytes: int
 
 
 class HostStats(NamedTuple):

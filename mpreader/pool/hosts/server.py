@@ -37,10 +37,19 @@ from mpreader.pool.hosts.channel import Channel, ChannelClosed
 from mpreader.pool.hosts.identity import TOKEN_BYTES, Listener
 from mpreader.pool.hosts.messages import HostStats, Join, Joined, SharedRead, Subscription
 from mpreader.pool.pool import Pool, PoolConnection
-from mpreader.pool.requests import Ended, ReadId, ResolveSource, SegmentMemory, SourceName
+from mpreader.pool.requests import (
+    Ended,
+    ReadId,
+    ResolveSource,
+    SegmentMemory,
+    SourceName,
+    SourceResolved,
+    VersionLearned,
+)
 from mpreader.pool.resolver import SourceResolver
 from mpreader.pool.source import Source
 from mpreader.pool.stats import PoolStats
+from mpreader.pool.transfer import Transfer
 from mpreader.shared_memory import open_shared_memory
 
 __all__ = ["HostServer"]
@@ -91,6 +100,7 @@ class HostServer:
         planner: Makes the shared read.
         need: What the leader's own rank needs.
         drop_after_s: A rank that keeps memory for so long while others wait for it is dropped.
+        on_end: Called by the server's thread when all is over, with the statistics of the read and the number of ranks.
 
     Attributes:
         joined_ranks: Number of ranks that take part, the leader's own included; 0 until that is known.
@@ -105,6 +115,7 @@ class HostServer:
         need: Any,
         *,
         drop_after_s: float,
+        on_end: Callable[[PoolStats, int], object],
     ) -> None:
         self._listener = listener
         self._ranks = ranks
@@ -112,6 +123,7 @@ class HostServer:
         self._planner = planner
         self._own_need = need
         self._drop_after_s = drop_after_s
+        self._on_end = on_end
         self.joined_ranks = 0
         self._inbox: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._wakeup = Wakeup()
@@ -146,6 +158,22 @@ class HostServer:
         if self._own is None:
             raise PoolError(f"the ranks of this host can't share a read: {self._own_error}") from self._own_error
         return self._own
+
+    def begin(self, sources: Sequence[Source]) -> Transfer:
+        """Return the leader's own read; ``sources`` are its objects."""
+        return self.caller.open(sources, self.joined().slot_reads)[0]
+
+    def flush(self) -> None:
+        """Note the views of the leader's own rank that have ended."""
+        for message in self.caller.collect():
+            self._tell_from_leader(message)
+
+    def check(self) -> None:
+        """Do nothing: the leader's own rank is never dropped."""
+
+    def leave(self) -> None:
+        """End the leader's own part; the others are served on."""
+        self.flush()
 
     @property
     def stats(self) -> PoolStats:
@@ -212,17 +240,20 @@ class HostServer:
         sources, read = self._planner(needs)
         self._sources = sources
         connection = self._pool_connection = self._pool.connect(self)
-        self._resolver = SourceResolver(connection.tell)
+        self._resolver = SourceResolver(self._tell_resolved)
         broker = self._broker = Broker(ReadId(connection.number, 1), connection.tell)
         message = broker.open([_name_of(source) for source in sources], read.slot_reads)
         for place, (number, subscription) in enumerate(zip(numbers, read.subscriptions, strict=True)):
             self._places[number] = place
+            own_source = {index: own for own, index in enumerate(subscription.sources)}
+            slot_reads = [read.slot_reads[index] for index in subscription.indices]
             joined = Joined(
                 ReadId(number, 1),
                 subscription.answer,
-                tuple(read.slot_reads[index] for index in subscription.indices),
+                tuple(slot_read._replace(source=own_source[slot_read.source]) for slot_read in slot_reads),
                 place,
                 len(numbers),
+                self._pool.sizes.max_bytes,
             )
             self._add(number, joined, subscription)
         if not connection.try_tell(message):
@@ -234,7 +265,7 @@ class HostServer:
         assert self._broker is not None, "the read has begun"
         if number == _LEADER:
             self._own = joined
-            self._broker.add_rank(number, joined.read, self.caller.post, subscription.indices)
+            self._broker.add_rank(number, joined.read, self.caller.post, subscription)
             return
         channel = self._members[number].channel
         assert channel is not None, "a member that has said what it needs has a channel"
@@ -243,7 +274,7 @@ class HostServer:
         def post(message: object, memory: SegmentMemory | None) -> None:
             channel.send(message, memory.fd if memory is not None else None)
 
-        self._broker.add_rank(number, joined.read, post, subscription.indices)
+        self._broker.add_rank(number, joined.read, post, subscription)
 
     def _serve(self) -> None:
         assert self._broker is not None, "the read has begun"
@@ -371,11 +402,20 @@ class HostServer:
             self._broker.from_rank(number, message)
 
     def _from_coordinator(self, message: object, memory: SegmentMemory | None) -> None:
-        assert self._broker is not None and self._resolver is not None, "the read has begun"
+        if self._broker is None or self._resolver is None:  # a segment that was made before the read has begun
+            return
         if isinstance(message, ResolveSource):
             self._resolver.resolve(message, self._sources[message.source])
         else:
             self._broker.from_coordinator(message, memory)
+
+    def _tell_resolved(self, message: object) -> None:
+        """Pass on version and route of a source, in a thread of the resolver; the ranks hear of the version first."""
+        assert isinstance(message, SourceResolved), "a resolver says nothing else"
+        if message.version is not None and self._broker is not None:
+            self._call(self._broker.tell_version, VersionLearned(message.read, message.source, message.version))
+        if self._pool_connection is not None:
+            self._pool_connection.tell(message)
 
     def _shut_down(self) -> None:
         self._listener.close()
@@ -392,6 +432,7 @@ class HostServer:
         self._selector.close()
         self._wakeup.close()
         posix.close(self._control_fd)
+        self._on_end(self.stats, self.joined_ranks)
 
 
 def _name_of(source: Source) -> SourceName:

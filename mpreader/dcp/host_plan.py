@@ -1,0 +1,163 @@
+"""Host plan: the read that the ranks of a host share, from what each of them needs. Pure arithmetic.
+
+Each rank tells the leader what it needs of each stored item: all of it, or runs of it. The leader joins these needs::
+
+    rank 0   rows 0-1   ████████░░░░░░░░       item of which all ranks together need nearly everything:
+    rank 1   rows 2-3   ░░░░░░░░████████         it is received whole, once, and can be verified
+    rank 2   rows 0-1   ████████░░░░░░░░       other items: the union of the runs, each byte once
+
+and cuts the union into requests, once. Each rank subscribes to those parts that hold something of what it needs.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from mpreader.dcp.boxes import best_gaps
+from mpreader.formats.selection import Gaps, Run, Selection, is_worth_selecting, joined_runs, placed_runs
+from mpreader.pool.hosts.messages import SharedRead, Subscription
+from mpreader.pool.requests import SlotRead
+from mpreader.ranges import ItemRange, Part, plan_files
+
+__all__ = ["Answer", "ItemNeed", "Need", "plan_host"]
+
+
+class ItemNeed(NamedTuple):
+    """What a rank needs of one stored item.
+
+    Attributes:
+        offset: First byte of the item in its file.
+        nbytes: Bytes of the item.
+        selections: What it needs; None: all of it.
+    """
+
+    offset: int
+    nbytes: int
+    selections: tuple[Selection, ...] | None
+
+
+Need = Mapping[str, Sequence[ItemNeed]]
+"""What a rank needs, by the URI of the file; files and items are in the order in which it reads them."""
+
+
+class Answer(NamedTuple):
+    """What a rank is told of the shared read.
+
+    Attributes:
+        whole: For each file, by URI: for each item of the rank's need, True if it is received whole.
+        parts: For each file, by URI, the parts that the rank takes; they are its slot reads, one after the other.
+    """
+
+    whole: dict[str, list[bool]]
+    parts: dict[str, list[Part]]
+
+
+class _Union:
+    """What all ranks need of one item: all of it, or some runs."""
+
+    __slots__ = ("nbytes", "runs")
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self.runs: list[Run] | None = []
+
+    def add(self, selections: Iterable[Selection] | None) -> None:
+        if selections is None:
+            self.runs = None
+        elif self.runs is not None:
+            for selection in selections:
+                self.runs += placed_runs(selection, 0)
+
+    def is_selected(self, gaps: Gaps) -> bool:
+        return self.runs is not None and is_worth_selecting(self.nbytes, joined_runs(self.runs, 0), gaps)
+
+
+def plan_host(needs: Sequence[Need], *, max_gap_bytes: float, part_bytes: int) -> tuple[list[str], SharedRead]:
+    """Plan the read that ranks share.
+
+    Args:
+        needs: What each rank needs.
+        max_gap_bytes: Largest gap that is received between two items that are received whole.
+        part_bytes: Largest number of bytes of one request.
+
+    Returns:
+        The URIs of its files, which are its sources, and the read.
+    """
+    union = _join(needs)
+    has_runs = any(item.runs is not None for items in union.values() for item in items.values())
+    gaps = best_gaps(lambda gaps: _placed(union, gaps)) if has_runs else None
+    selected = {
+        uri: {offset for offset, item in items.items() if gaps is not None and item.is_selected(gaps)}
+        for uri, items in union.items()
+    }
+    ranges = {uri: [ItemRange(*run) for run in _runs_of_file(items, selected[uri])] for uri, items in union.items()}
+    small_gaps = {uri: gaps.between_records for uri in union if gaps is not None and selected[uri]}
+    plans = plan_files(ranges, max_gap_bytes=max_gap_bytes, part_bytes=part_bytes, max_gap_by_file=small_gaps)
+    parts = {uri: plan.parts for uri, plan in plans.items()}
+    uris = list(parts)
+    slot_reads = [
+        SlotRead(number, part.size, (part,), part.over_read) for number, uri in enumerate(uris) for part in parts[uri]
+    ]
+    subscriptions = tuple(_subscribe(need, selected, parts) for need in needs)
+    return uris, SharedRead(tuple(slot_reads), subscriptions)
+
+
+def _join(needs: Sequence[Need]) -> dict[str, dict[int, _Union]]:
+    """Join the needs; files and items come in the order in which every rank reads those that it needs."""
+    union: dict[str, dict[int, _Union]] = {}
+    for need in needs:
+        for uri, items in need.items():
+            of_file = union.setdefault(uri, {})
+            for item in items:
+                if item.offset not in of_file:
+                    of_file[item.offset] = _Union(item.nbytes)
+                of_file[item.offset].add(item.selections)
+    return {uri: dict(sorted(union[uri].items())) for uri in sorted(union)}
+
+
+def _placed(union: Mapping[str, Mapping[int, _Union]], gaps: Gaps) -> list[list[Run]]:
+    """Returns what would be received of each file of which something is selected."""
+    files = []
+    for items in union.values():
+        if any(item.runs is not None for item in items.values()):
+            selected = {offset for offset, item in items.items() if item.is_selected(gaps)}
+            files.append(_runs_of_file(items, selected))
+    return files
+
+
+def _runs_of_file(items: Mapping[int, _Union], selected: set[int]) -> list[Run]:
+    runs = []
+    for offset, item in items.items():
+        if offset in selected and item.runs is not None:
+            runs += [Run(offset + start, offset + end) for start, end in joined_runs(item.runs, 0)]
+        else:
+            runs.append(Run(offset, offset + item.nbytes))
+    return runs
+
+
+def _subscribe(need: Need, selected: Mapping[str, set[int]], parts: Mapping[str, Sequence[Part]]) -> Subscription:
+    first = 0
+    firsts = {}
+    for uri, of_file in parts.items():
+        firsts[uri] = first
+        first += len(of_file)
+    answer = Answer({}, {})
+    indices: list[int] = []
+    for uri, items in need.items():
+        of_file = parts[uri]
+        starts, ends = [part.start for part in of_file], [part.end for part in of_file]
+        wanted: set[int] = set()
+        answer.whole[uri] = [item.selections is None or item.offset not in selected[uri] for item in items]
+        for item, is_whole in zip(items, answer.whole[uri], strict=True):
+            runs: Iterable[Run] = [Run(item.offset, item.offset + item.nbytes)]
+            if not is_whole and item.selections is not None:
+                runs = [run for selection in item.selections for run in placed_runs(selection, item.offset)]
+            for start, end in runs:
+                wanted.update(range(bisect_right(ends, start), bisect_left(starts, end)))
+        taken = sorted(wanted)
+        answer.parts[uri] = [of_file[index] for index in taken]
+        indices += [firsts[uri] + index for index in taken]
+    numbers = {uri: number for number, uri in enumerate(parts)}
+    return Subscription(answer, tuple(indices), tuple(numbers[uri] for uri in need))

@@ -1,0 +1,224 @@
+"""Sharing: the ranks of a host load together. Finds out in DCP's own planning who they are, and begins their read.
+
+::
+
+    prepare_local_plan    each rank     offer()   in plan.storage_data, goes to the rank that plans
+    prepare_global_plan   that rank     group_plans()  names a leader for each host, goes back with the plans
+    read_data             each rank     HostReads   the leader receives for all, the others from it
+
+No collective is added, and no environment variable is needed. Why a rank does not share is logged at level DEBUG.
+``.metadata`` is downloaded by each rank, since DCP reads it before any rank knows of the others: to find out who is to
+download it, the ranks would have to race for that first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.planner import LoadPlan
+
+from mpreader.dcp.host_plan import Answer, ItemNeed, Need, plan_host
+from mpreader.dcp.items import PlannedItem
+from mpreader.formats.selection import placed_runs
+from mpreader.pool.hosts.identity import HostOffer, HostShare, Listener, group, host_identity
+from mpreader.pool.hosts.member import HostMember
+from mpreader.pool.hosts.messages import Joined, SharedRead
+from mpreader.pool.hosts.server import HostServer
+from mpreader.pool.pool import Pool, release_shared_pool
+from mpreader.pool.source import Source
+from mpreader.pool.stats import PoolStats, total
+from mpreader.ranges import ItemRange
+from mpreader.readers.load_plan import range_of, uri_of
+from mpreader.readers.read_ahead import MultiprocessConstructor, ReadAhead, steady_sources
+
+__all__ = ["HostReads", "Offered", "group_plans", "has_other_ranks", "need_of", "selected", "try_offer"]
+
+log = logging.getLogger(__name__)
+
+# Of the time after which a read fails since memory is kept: a rank that keeps it is dropped before.
+_DROP_SHARE: Final = 0.6
+
+
+class Offered:
+    """A rank's offer to lead its host: what it tells the others, and the socket behind it."""
+
+    def __init__(self, offer: HostOffer, listener: Listener) -> None:
+        self.offer = offer
+        self.listener = listener
+        self.close = weakref.finalize(self, listener.close)
+
+
+def has_other_ranks() -> bool:
+    """Returns True if this process is one of several ranks, which may load together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def try_offer() -> Offered | None:
+    """Returns the offer of this rank; None if it can't share."""
+    try:
+        listener = Listener()
+        try:
+            return Offered(HostOffer(host_identity(), listener.address, listener.token), listener)
+        except BaseException:
+            listener.close()
+            raise
+    except OSError as error:
+        log.debug("this rank reads by itself: its host can't be told, or sockets are refused: %s", error)
+        return None
+
+
+def group_plans(plans: Sequence[LoadPlan]) -> list[LoadPlan]:
+    """Tell each rank, in ``storage_data`` of its plan, with whom it shares its host; None: with nobody."""
+    offers = [plan.storage_data if isinstance(plan.storage_data, HostOffer) else None for plan in plans]
+    return [
+        plan if offer is None else dataclasses.replace(plan, storage_data=share)
+        for plan, offer, share in zip(plans, offers, group(offers), strict=True)
+    ]
+
+
+def need_of(items: Iterable[PlannedItem], path: Any) -> dict[str, list[ItemNeed]]:
+    """Returns what a rank needs, from its items with the bytes of their boxes.
+
+    Args:
+        items: The items, in the order in which they are read.
+        path: URI of the checkpoint.
+
+    Raises:
+        PlanError: An item lies outside of the checkpoint, or has an impossible place.
+    """
+    need: dict[str, list[ItemNeed]] = {}
+    for item in items:
+        of_file = need.setdefault(uri_of(path, item.stored.relative_path), [])
+        place = range_of(item.stored)
+        of_file.append(ItemNeed(place.start, place.size, None if item.selection is None else (item.selection,)))
+    return need
+
+
+class HostReads:
+    """A rank's part of the read that its host shares; begins it.
+
+    Args:
+        share: What the rank was told of its host.
+        offered: The rank's own offer; if it leads, the others connect there.
+        need: What it needs; see :func:`need_of`.
+        constructor: Constructor of the readers of the files.
+        on_end: Called with the statistics of the host's read when it is over, in the leader, by another thread.
+
+    Attributes:
+        ahead: The reads, for the constructor.
+        answer: What the rank was told of the items that it needs.
+        ranks: Number of ranks that take part.
+
+    Raises:
+        PoolError: The read could not begin.
+    """
+
+    def __init__(
+        self,
+        share: HostShare,
+        offered: Offered,
+        need: Need,
+        constructor: MultiprocessConstructor,
+        on_end: Callable[[PoolStats, int], object],
+    ) -> None:
+        self.is_leader = share.place == 0
+        self._host: HostServer | HostMember
+        sources = steady_sources(constructor.client, need)
+        if self.is_leader:
+            pool = constructor.host_pool()
+
+            def end(stats: PoolStats, ranks: int) -> None:
+                release_shared_pool(pool, keep_warm=True)
+                on_end(stats, ranks)
+
+            try:
+                self._host = HostServer(
+                    offered.listener,
+                    share.ranks,
+                    pool,
+                    _planner(constructor, pool, sources),
+                    need,
+                    drop_after_s=_DROP_SHARE * pool.timeouts.lease_timeout_s,
+                    on_end=end,
+                )
+            except BaseException:
+                release_shared_pool(pool, keep_warm=True)
+                raise
+        else:
+            offered.close()
+            self._host = HostMember(share, need)
+        try:
+            joined: Joined = self._host.joined()
+            self.answer: Answer = joined.answer
+            self.ranks = joined.ranks
+            self.ahead = ReadAhead(
+                {uri: _ranges(items, self.answer.whole[uri]) for uri, items in need.items()},
+                self.answer.parts,
+                sources,
+                lambda: self._host.begin(list(sources.values())),
+                max_bytes=joined.max_bytes,
+                progress=constructor.progress,
+                flush=self._host.flush,
+                release=self._host.leave,
+            )
+        except BaseException:
+            self._host.close()
+            raise
+
+    def check(self) -> None:
+        """Check that what was copied until now was right; see :meth:`HostMember.check`."""
+        self._host.check()
+
+    @property
+    def stats(self) -> PoolStats:
+        """Statistics of the host's read, as far as this rank knows."""
+        return self._host.stats
+
+    def own_stats(self, stats: PoolStats) -> PoolStats:
+        """Returns the statistics of this rank: the leader has received everything, the others nothing of the read."""
+        if self.is_leader:
+            return total([self._host.stats, stats])
+        taken = self.ahead.transfer.taken_bytes if self.ahead.transfer is not None else 0
+        return dataclasses.replace(stats, shared_bytes=stats.shared_bytes + taken)
+
+    def close(self) -> None:
+        """Leave the host's read; in the leader this ends it for all. Idempotent."""
+        self._host.close()
+
+
+def selected(items: Iterable[PlannedItem], answer: Answer, path: Any) -> list[PlannedItem]:
+    """Returns the items as they are received: those that all ranks together need whole have no selection."""
+    counts = dict.fromkeys(answer.whole, 0)
+    received = []
+    for item in items:
+        uri = uri_of(path, item.stored.relative_path)
+        is_whole = answer.whole[uri][counts[uri]]
+        counts[uri] += 1
+        received.append(item._replace(selection=None) if is_whole else item)
+    return received
+
+
+def _ranges(items: Sequence[ItemNeed], whole: Sequence[bool]) -> list[ItemRange]:
+    ranges = []
+    for item, is_whole in zip(items, whole, strict=True):
+        if is_whole or item.selections is None:
+            ranges.append(ItemRange(item.offset, item.offset + item.nbytes))
+        else:
+            ranges += [ItemRange(*run) for one in item.selections for run in placed_runs(one, item.offset)]
+    return ranges
+
+
+def _planner(
+    constructor: MultiprocessConstructor, pool: Pool, own_sources: dict[str, Any]
+) -> Callable[[Sequence[Need]], tuple[Sequence[Source], SharedRead]]:
+    def plan(needs: Sequence[Need]) -> tuple[Sequence[Source], SharedRead]:
+        uris, read = plan_host(needs, max_gap_bytes=constructor.max_gap_size, part_bytes=pool.sizes.part_bytes)
+        others = steady_sources(constructor.client, [uri for uri in uris if uri not in own_sources])
+        return [own_sources.get(uri) or others[uri] for uri in uris], read
+
+    return plan
