@@ -16,6 +16,7 @@ If bytes contradict their CRC, the item is received a second time. If these byte
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -32,6 +33,9 @@ from mpreader.readers.protocols import StoredItem
 from mpreader.s3 import parse_s3_uri
 
 __all__ = ["ItemLoader", "ItemReader", "LoadedBytes", "PlannedItem", "SelectedBytes"]
+
+
+log = logging.getLogger(__name__)
 
 
 class ItemReader(Protocol):
@@ -104,7 +108,8 @@ class ItemLoader:
         transforms: Undoes the extensions of the save, such as compression. None if torch is too old for extensions.
         verify: True checks the CRC-32s that ``torch.save`` wrote.
         loaded: Counts what was loaded.
-        check: Called before an item is committed; raises if what was copied may have been overwritten meanwhile.
+        check: For a read that the ranks of a host share: called before an item is committed, and raises if what was
+            copied may have been overwritten meanwhile.
 
     Raises:
         PlanError: A mode of torch is active in which new tensors have no bytes, such as ``FakeTensorMode``.
@@ -117,7 +122,7 @@ class ItemLoader:
         *,
         verify: bool,
         loaded: LoadedBytes,
-        check: Callable[[], None] = _nothing,
+        check: Callable[[], None] | None = None,
     ) -> None:
         # Once for each load rather than for each item, since a load is not left between its items.
         made = type(torch.empty(0, device="cpu"))
@@ -127,13 +132,14 @@ class ItemLoader:
         self._transforms = transforms
         self._verify = verify
         self._loaded = loaded
-        self._check = check
+        self._check = check or _nothing
+        self._is_shared = check is not None
         # Several boxes of one item may be wanted, one after the other: the front is read for the first of them.
         self._last_layout: tuple[str, int, TensorLayout] | None = None  # URI and offset of the item
 
-    def stop_checking(self) -> None:
-        """Do not call ``check`` any more: what follows is received by this rank alone."""
-        self._check = _nothing
+    def leave_host(self) -> None:
+        """Note that what follows is received by this rank alone."""
+        self._check, self._is_shared = _nothing, False
 
     def load(self, item: PlannedItem, uri: str, reader: ItemReader) -> PlannedItem | None:
         """Load an item.
@@ -157,8 +163,7 @@ class ItemLoader:
         try:
             if item.selection is not None:
                 return self._load_selected(item, item.selection, uri, reader)
-            self._load_checked(item, uri, reader)
-            return None
+            return self._load_checked(item, uri, reader)
         except ChecksumMismatch:
             raise  # a TransportError that names the item already
         except (TransportError, PoolError, ArenaError) as error:
@@ -197,17 +202,21 @@ class ItemLoader:
             return self._last_layout[2]
         return None
 
-    def _load_checked(self, item: PlannedItem, uri: str, reader: ItemReader) -> None:
+    def _load_checked(self, item: PlannedItem, uri: str, reader: ItemReader) -> PlannedItem | None:
         offset, length = item.stored.offset, item.stored.length
         try:
             self._load_into_target(item, reader.item(offset, length))
-        except RecordCorrupted:
+        except RecordCorrupted as error:
+            if self._is_shared:  # other ranks may have the damaged bytes in their hands, too: this one reads its own
+                log.debug("%r is damaged, as all ranks of this host see it: %s", item.request.storage_index.fqn, error)
+                return item
             # Bits may have flipped on the way, and then a second download is right. If they have flipped in the bucket,
             # it brings the same damage.
             try:
                 self._load_into_target(item, reader.refetch(offset, length))
             except RecordCorrupted as error:
                 raise _mismatch(item, uri, error) from error
+        return None
 
     def _load_into_target(self, item: PlannedItem, stored_bytes: ItemBytes) -> None:
         """Decode an item and hand it to the planner, by the same calls that torch's own reader makes.

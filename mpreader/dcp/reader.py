@@ -35,7 +35,7 @@ from mpreader.dcp.sharing import HostReads, Offered, group_plans, has_other_rank
 from mpreader.errors import ArenaExhausted, ConfigError, ObjectMissing, PlanError, PoolError
 from mpreader.pool.background import call_twice_if_slow
 from mpreader.pool.hosts.identity import HostShare
-from mpreader.pool.hosts.member import HostLost
+from mpreader.pool.hosts.messages import HostLost
 from mpreader.pool.stats import PoolStats
 from mpreader.readers.client import S3Client
 from mpreader.readers.kinds import S3ReaderConstructor
@@ -318,10 +318,11 @@ class S3StorageReader(FileSystemReader):
             return super().read_data(plan, planner)
         self._begin_planned(plan, storage_data, path)
         transforms = getattr(self, "transforms", None)  # older torch has no extensions
-        check = self._host.check if self._host is not None else _nothing
+        check = self._host.check if self._host is not None else None
         loader = ItemLoader(planner, transforms, verify=bool(self._verify), loaded=self._loaded, check=check)
         if self._host is not None:
             again = self._load_shared(path, loader)
+            loader.leave_host()
         else:
             begun, added = self._begun_and_added(plan.items)
             items = planned_items(begun, storage_data, self._boxes.selections)
@@ -350,7 +351,6 @@ class S3StorageReader(FileSystemReader):
         except (HostLost, ArenaExhausted) as error:
             rest = self._shared_items[progress.loaded :]
             log.debug("this rank reads %d of %d items by itself: %s", len(rest), len(self._shared_items), error)
-            loader.stop_checking()
             return progress.again + rest
 
     def _begun_and_added(self, items: Sequence[ReadItem]) -> tuple[Sequence[ReadItem], list[ReadItem]]:
@@ -474,7 +474,3 @@ def _sorted(items: Iterable[ReadItem], storage_data: Mapping[MetadataIndex, Stor
 
 def _location(stored: StoredItem) -> tuple[str, int]:
     return stored.relative_path, stored.offset
-
-
-def _nothing() -> None:
-    pass

@@ -169,6 +169,8 @@ class HostReads:
         except BaseException:
             self._host.close()
             raise
+        if not self.ahead.transfer:  # nothing to take: the others need not wait for it
+            self._host.leave()
 
     def check(self) -> None:
         """Check that what was copied until now was right; see :meth:`HostMember.check`."""

@@ -80,6 +80,8 @@ class _Rank:
         sources: For each of its sources, by its index in the union, the rank's own index.
         leases: Leases that it has, and the slot reads that they are of.
         holds: For each slot read that it has, the lease.
+        waits_for: Slot reads that it has demanded, and not got yet.
+        is_closed: True when it takes no more.
     """
 
     def __init__(self, read: ReadId, post: Post, subscription: Subscription) -> None:
@@ -91,6 +93,7 @@ class _Rank:
         self.sources = {index: place for place, index in enumerate(subscription.sources)}
         self.leases: dict[int, int] = {}
         self.holds: dict[int, int] = {}
+        self.waits_for: set[int] = set()
         self.is_closed = False
 
 
@@ -156,6 +159,8 @@ class Broker:
             post: Sends it a message; must not block, and must not fail.
             subscription: What it will take.
         """
+        if not subscription.indices:  # it takes nothing, and will say nothing
+            return
         self._ranks[number] = _Rank(read, post, subscription)
         for index in subscription.indices:
             self._slots[index].kept_by.add(number)
@@ -174,12 +179,12 @@ class Broker:
                 self._done(number, index)
 
     def overdue(self, timeout_s: float) -> set[int]:
-        """Returns the ranks that others have waited for longer than ``timeout_s``, to get the memory that they keep."""
+        """Returns the ranks that keep memory for which others have waited longer than ``timeout_s``."""
         now = time.monotonic()
         waited = [slot for slot in self._slots if slot.demanded_s is not None and slot.arrived is None]
         if not any(now - slot.demanded_s > timeout_s for slot in waited if slot.demanded_s is not None):
             return set()
-        return {number for number, rank in self._ranks.items() if rank.holds}
+        return {number for number, rank in self._ranks.items() if rank.holds and not rank.waits_for}
 
     # -- from the coordinator
 
@@ -221,6 +226,7 @@ class Broker:
                 lease = next(self._numbers)
                 rank.leases[lease] = index
                 rank.holds[index] = lease
+                rank.waits_for.discard(index)
                 rank.post(SlotArrived(rank.read, rank.places[index], lease, arrived.segment, arrived.offset), None)
 
     def _slot_failed(self, message: SlotFailed) -> None:
@@ -230,6 +236,7 @@ class Broker:
         is_final = not isinstance(message.error, ArenaExhausted)
         for number in [*slot.kept_by]:
             rank = self._ranks[number]
+            rank.waits_for.discard(message.slot_read)
             rank.post(SlotFailed(rank.read, rank.places[message.slot_read], message.error), None)
             if is_final:
                 slot.kept_by.discard(number)
@@ -290,6 +297,7 @@ class Broker:
         if slot.arrived is not None:
             self._share(index, slot)
         else:
+            rank.waits_for.add(index)
             if slot.demanded_s is None:
                 slot.demanded_s = time.monotonic()
             self._tell(Demand(self._read, index))

@@ -138,4 +138,7 @@ class Channel:
             for fd in [*self._fds, *(fd for _, fds in unsent for fd in fds)]:
                 posix.close(fd)
             self._fds.clear()
+            # A forked child may have a copy of the descriptor, which would keep the connection open.
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
             self._socket.close()

@@ -7,6 +7,7 @@ share a kernel, but nothing else, have identities of their own.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import socket
@@ -74,7 +75,9 @@ class Listener:
             raise
 
     def close(self) -> None:
-        """Close it. Idempotent."""
+        """Refuse whoever connects from now on. Idempotent."""
+        with contextlib.suppress(OSError):  # a forked child may have a copy of the descriptor
+            self.socket.shutdown(socket.SHUT_RDWR)
         self.socket.close()
 
 

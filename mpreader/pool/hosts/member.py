@@ -2,7 +2,7 @@
 
 The rank takes the slot reads of the shared read like those of a read of its own, by a
 :class:`~mpreader.pool.transfer.Transfer`. Where the leader is dead, silent, or has dropped this rank, the transfer ends
-in :class:`HostLost`, and the rank reads the rest by itself.
+in :class:`~mpreader.pool.hosts.messages.HostLost`, and the rank reads the rest by itself.
 """
 
 from __future__ import annotations
@@ -19,20 +19,19 @@ import time
 from collections.abc import Sequence
 from typing import Any, Final
 
-from mpreader.errors import PoolError
 from mpreader.pool.blocking import make_selector
 from mpreader.pool.caller import Caller
 from mpreader.pool.coordinator.wakeup import Wakeup
 from mpreader.pool.hosts.channel import Channel, ChannelClosed
 from mpreader.pool.hosts.identity import HostShare
-from mpreader.pool.hosts.messages import HostStats, Join, Joined
+from mpreader.pool.hosts.messages import HostLost, HostStats, Join, Joined
 from mpreader.pool.requests import Ended
 from mpreader.pool.source import Source
 from mpreader.pool.stats import PoolStats
 from mpreader.pool.transfer import Transfer
 from mpreader.pool.worker.messages import MapSegment
 
-__all__ = ["HostLost", "HostMember"]
+__all__ = ["HostMember"]
 
 log = logging.getLogger(__name__)
 
@@ -40,12 +39,9 @@ log = logging.getLogger(__name__)
 _SILENCE_S: Final = 5.0
 # A leader may be late for its own load: its planner is still at work, say.
 _JOIN_S: Final = 8.0
+_LEAVE_S: Final = 0.5  # the longest wait for the last statistics
 _TICK_S: Final = 0.25
 _PEER: Final = struct.Struct("3i")  # SO_PEERCRED: process, user, group
-
-
-class HostLost(PoolError):
-    """The host's shared read has ended for this rank before it was done."""
 
 
 class _Memory:
@@ -126,8 +122,10 @@ class HostMember:
             self._tell(message)
 
     def leave(self) -> None:
-        """End the rank's part."""
+        """End the rank's part, after its transfer was closed; waits a moment for the host's statistics."""
         self.flush()
+        if self._thread.ident is not None and threading.current_thread() is not self._thread:
+            self._thread.join(_LEAVE_S)
         self.close()
 
     def close(self) -> None:
@@ -135,7 +133,9 @@ class HostMember:
         self._is_closing = True
         if self._wakeup is not None:
             self._wakeup.set()
-        if self._thread.ident is not None and threading.current_thread() is not self._thread:
+        if self._thread.ident is None:
+            self._give_back()
+        elif threading.current_thread() is not self._thread:
             self._thread.join(5.0)
 
     def _tell(self, message: object) -> None:
@@ -193,6 +193,8 @@ class HostMember:
         for message, fd in messages:
             if isinstance(message, HostStats):
                 self._host_stats = message.stats
+                if message.is_last:
+                    self._is_closing = True
             elif isinstance(message, MapSegment):
                 assert fd is not None, "a segment comes with its memory"
                 self.caller.post(message, _Memory(fd, message.size))

@@ -15,10 +15,15 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from mpreader.errors import PoolError
 from mpreader.pool.requests import ReadId, SlotRead
 from mpreader.pool.stats import PoolStats
 
-__all__ = ["HostStats", "Join", "Joined", "SharedRead", "Subscription"]
+__all__ = ["HostLost", "HostStats", "Join", "Joined", "SharedRead", "Subscription"]
+
+
+class HostLost(PoolError):
+    """The host's shared read has ended for this rank before the rank was done, which can read the rest by itself."""
 
 
 class Join(NamedTuple):
@@ -78,6 +83,12 @@ class Joined(NamedTuple):
 
 
 class HostStats(NamedTuple):
-    """Statistics of the shared read so far. Said at least once a second, so that its absence says something, too."""
+    """Statistics of the shared read so far. Said at least once a second, so that its absence says something, too.
+
+    Attributes:
+        stats: The statistics.
+        is_last: True if it answers the rank's CloseRead: nothing more will be said.
+    """
 
     stats: PoolStats
+    is_last: bool = False

@@ -28,16 +28,17 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from mpreader.errors import MpreaderError, PoolClosed, PoolError
+from mpreader.errors import PoolClosed, PoolError
 from mpreader.pool.blocking import make_selector
 from mpreader.pool.caller import Caller
 from mpreader.pool.coordinator.wakeup import Wakeup
 from mpreader.pool.hosts.broker import Broker
 from mpreader.pool.hosts.channel import Channel, ChannelClosed
 from mpreader.pool.hosts.identity import TOKEN_BYTES, Listener
-from mpreader.pool.hosts.messages import HostStats, Join, Joined, SharedRead, Subscription
+from mpreader.pool.hosts.messages import HostLost, HostStats, Join, Joined, SharedRead, Subscription
 from mpreader.pool.pool import Pool, PoolConnection
 from mpreader.pool.requests import (
+    CloseRead,
     Ended,
     ReadId,
     ResolveSource,
@@ -250,7 +251,8 @@ class HostServer:
             joined = Joined(
                 ReadId(number, 1),
                 subscription.answer,
-                tuple(slot_read._replace(source=own_source[slot_read.source]) for slot_read in slot_reads),
+                # What is received is counted once, for the host.
+                tuple(one._replace(source=own_source[one.source], over_read=0) for one in slot_reads),
                 place,
                 len(numbers),
                 self._pool.sizes.max_bytes,
@@ -316,7 +318,10 @@ class HostServer:
             connection, _ = self._listener.socket.accept()
         except OSError:
             return
-        _, uid, _ = _PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+        try:
+            _, uid, _ = _PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+        except OSError:  # a sandbox that does not tell
+            uid = -1
         if uid != os.getuid():
             connection.close()
             return
@@ -398,14 +403,20 @@ class HostServer:
     # -- messages
 
     def _from_rank(self, number: int, message: object) -> None:
-        if self._broker is not None:
-            self._broker.from_rank(number, message)
+        if self._broker is None:
+            return
+        self._broker.from_rank(number, message)
+        member = self._members.get(number)
+        if isinstance(message, CloseRead) and member is not None and member.channel is not None:
+            member.channel.send(HostStats(self.stats, is_last=True))
 
     def _from_coordinator(self, message: object, memory: SegmentMemory | None) -> None:
         if self._broker is None or self._resolver is None:  # a segment that was made before the read has begun
             return
         if isinstance(message, ResolveSource):
             self._resolver.resolve(message, self._sources[message.source])
+        elif isinstance(message, Ended) and isinstance(message.error, PoolClosed):
+            self._is_closing = True  # this process ends its pool; the other ranks read on by themselves
         else:
             self._broker.from_coordinator(message, memory)
 
@@ -419,14 +430,13 @@ class HostServer:
 
     def _shut_down(self) -> None:
         self._listener.close()
-        error: MpreaderError = PoolClosed("the ranks of this host do not share any more")
         for number in [*self._members]:
             self._forget(number)
         if self._resolver is not None:
             self._resolver.close()
         if self._pool_connection is not None:
             self._pool_connection.close(ReadId(self._pool_connection.number, 1))
-        self.caller.post(Ended(error))
+        self.caller.post(Ended(HostLost("the ranks of this host do not share any more")))
         self._is_ready.set()
         self._inbox.clear()
         self._selector.close()
