@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping
 from typing import Final, NamedTuple
 
-__all__ = ["Ranks", "global_rank", "local_ranks"]
+__all__ = ["Ranks", "global_rank", "local_rank", "local_ranks"]
 
 _MOST_RANKS: Final = 4096  # of one host; a larger number is none of a launcher, and ignored
 
@@ -40,6 +40,17 @@ _GLOBAL_RANKS: Final = (
     "HOROVOD_RANK",
     "FLUX_TASK_RANK",
     "PMIX_RANK",
+)
+_LOCAL_RANKS: Final = (
+    "LOCAL_RANK",
+    "OMPI_COMM_WORLD_LOCAL_RANK",
+    "MPI_LOCALRANKID",
+    "MV2_COMM_WORLD_LOCAL_RANK",
+    "JSM_NAMESPACE_LOCAL_RANK",
+    "PALS_LOCAL_RANKID",
+    "PMI_LOCAL_RANK",
+    "HOROVOD_LOCAL_RANK",
+    "FLUX_TASK_LOCAL_ID",
 )
 # The job's steps count from 0; the batch script itself, and what is no step, have numbers from here on.
 _FIRST_SPECIAL_STEP: Final = 0xFFFF_FFF0
@@ -87,6 +98,21 @@ def global_rank(environment: Mapping[str, str] | None = None) -> int:
         if rank >= 0:
             return rank
     return max(0, _number(environment.get("SLURM_PROCID"))) if _is_slurm_task(environment) else 0
+
+
+def local_rank(environment: Mapping[str, str] | None = None) -> int | None:
+    """Return the number of this process among the ranks on its host; None if no launcher tells.
+
+    Args:
+        environment: Environment variables. None: those of the process.
+    """
+    environment = os.environ if environment is None else environment
+    for name in _LOCAL_RANKS:
+        rank = _number(environment.get(name))
+        if rank >= 0:
+            return rank
+    rank = _number(environment.get("SLURM_LOCALID")) if _is_slurm_task(environment) else -1
+    return rank if rank >= 0 else None
 
 
 def _number(text: str | None) -> int:

@@ -31,7 +31,16 @@ from mpreader.dcp.boxes import NO_BOXES, box_key, load_ranges, needed_boxes, pla
 from mpreader.dcp.filesystem import Path, S3FileSystem
 from mpreader.dcp.items import ItemLoader, ItemReader, LoadedBytes, PlannedItem
 from mpreader.dcp.metadata import load_metadata
-from mpreader.dcp.sharing import HostReads, Offered, group_plans, has_other_ranks, need_of, selected, try_offer
+from mpreader.dcp.sharing import (
+    HostReads,
+    Offered,
+    group_plans,
+    has_other_ranks,
+    is_likely_leader,
+    need_of,
+    selected,
+    try_offer,
+)
 from mpreader.errors import ArenaExhausted, ConfigError, ObjectMissing, PlanError, PoolError
 from mpreader.pool.background import call_twice_if_slow
 from mpreader.pool.hosts.identity import HostShare
@@ -176,6 +185,8 @@ class S3StorageReader(FileSystemReader):
             # Now, so that the worker processes start while .metadata is read and the plan is made.
             if not self._may_share():
                 self._reader_constructor.start()
+            elif is_likely_leader():
+                self._reader_constructor.start(for_host=True)
         rank = kwargs.get("rank")  # given if each rank has saved a .metadata of its own
         if rank is None:
             self._metadata_error = ""

@@ -29,14 +29,24 @@ from mpreader.pool.hosts.identity import HostOffer, HostShare, Listener, group, 
 from mpreader.pool.hosts.member import HostMember
 from mpreader.pool.hosts.messages import Joined, SharedRead
 from mpreader.pool.hosts.server import HostServer
-from mpreader.pool.pool import Pool, release_shared_pool
+from mpreader.pool.pool import Pool, release_shared_pool, use_shared_pool
 from mpreader.pool.source import Source
 from mpreader.pool.stats import PoolStats, total
 from mpreader.ranges import ItemRange
+from mpreader.ranks import local_rank
 from mpreader.readers.load_plan import range_of, uri_of
 from mpreader.readers.read_ahead import MultiprocessConstructor, ReadAhead, steady_sources
 
-__all__ = ["HostReads", "Offered", "group_plans", "has_other_ranks", "need_of", "selected", "try_offer"]
+__all__ = [
+    "HostReads",
+    "Offered",
+    "group_plans",
+    "has_other_ranks",
+    "is_likely_leader",
+    "need_of",
+    "selected",
+    "try_offer",
+]
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +66,11 @@ class Offered:
 def has_other_ranks() -> bool:
     """Returns True if this process is one of several ranks, which may load together."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def is_likely_leader() -> bool:
+    """Returns True if this process is likely to be the first rank of its host, which leads."""
+    return local_rank() == 0 or (local_rank() is None and dist.get_rank() == 0)
 
 
 def try_offer() -> Offered | None:
@@ -135,6 +150,8 @@ class HostReads:
             def end(stats: PoolStats, ranks: int) -> None:
                 release_shared_pool(pool, keep_warm=True)
                 on_end(stats, ranks)
+
+            use_shared_pool(pool)  # the other ranks may need it for longer than the constructor
 
             try:
                 self._host = HostServer(

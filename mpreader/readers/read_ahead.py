@@ -243,8 +243,9 @@ class MultiprocessConstructor(ItemRangeConstructor):
 
     # State that does not come from the arguments; _reset() sets it in a new constructor and in an unpickled one.
     _client: BaseS3Client | None  # made when it is first needed, unless use_client() has set it
-    _pool: Pool | None  # made when it is first needed
-    _leave_pool: weakref.finalize[..., MultiprocessConstructor]  # releases _pool when the constructor is dropped
+    # Its own one, and that which receives for all ranks of the host (True); each is made when it is first needed, and
+    # released by its finalizer when the constructor is dropped.
+    _pools: dict[bool, tuple[Pool, weakref.finalize[..., MultiprocessConstructor]]]
     _read_ahead: ReadAhead | None  # reads of the last plan
     _end_read_ahead: Callable[[], object]  # retires _read_ahead, also when the constructor is dropped
     _stats_before: tuple[PoolStats, ...]  # of reads of the same load that came before _read_ahead
@@ -270,13 +271,16 @@ class MultiprocessConstructor(ItemRangeConstructor):
         if self._s3client_config is None:
             self._client = client
 
-    def start(self) -> None:
+    def start(self, *, for_host: bool = False) -> None:
         """Start the worker processes without waiting for them, so that they are running when the plan is known.
+
+        Args:
+            for_host: Those that receive for all ranks of the host.
 
         Raises:
             PoolError: The processes can't be started.
         """
-        self._get_pool().start()
+        self._get_pool(for_host=for_host).start()
 
     def set_item_ranges_by_file(
         self,
@@ -339,12 +343,12 @@ class MultiprocessConstructor(ItemRangeConstructor):
         return self._progress
 
     def host_pool(self) -> Pool:
-        """Returns the pool that receives for all ranks of this host; its user releases it.
+        """Returns the pool that receives for all ranks of this host.
 
         Raises:
             ConfigError: The host has too little memory.
         """
-        return shared_pool(self._pool_config, self._pool_s3client_config(), for_host=True)
+        return self._get_pool(for_host=True)
 
     def stats(self) -> PoolStats:
         """Returns the statistics of the last plan so far: bytes, requests, retries and waits, also for each worker."""
@@ -359,9 +363,10 @@ class MultiprocessConstructor(ItemRangeConstructor):
         """
         self._set_read_ahead(None)
         # A finalizer that has been detached won't release the pool once more when the constructor is dropped.
-        if self._pool is not None and self._leave_pool.detach():
-            release_shared_pool(self._pool)
-        self._pool = None
+        pools, self._pools = self._pools, {}
+        for pool, leave in pools.values():
+            if leave.detach():
+                release_shared_pool(pool)
 
     def _make_reader(
         self,
@@ -400,16 +405,14 @@ class MultiprocessConstructor(ItemRangeConstructor):
             progress=self._progress if before is None else False,
         )
 
-    def _get_pool(self) -> Pool:
-        if self._pool is None:
-            self._pool = shared_pool(self._pool_config, self._pool_s3client_config())
+    def _get_pool(self, *, for_host: bool = False) -> Pool:
+        if for_host not in self._pools:
+            config = self._s3client_config or (self._client.s3client_config if self._client is not None else None)
+            pool = shared_pool(self._pool_config, config, for_host=for_host)
             # When a constructor is dropped without close(), the processes keep running for the next load, and end when
             # they have been idle for the idle timeout.
-            self._leave_pool = weakref.finalize(self, release_shared_pool, self._pool, keep_warm=True)
-        return self._pool
-
-    def _pool_s3client_config(self) -> S3ClientConfig | None:
-        return self._s3client_config or (self._client.s3client_config if self._client is not None else None)
+            self._pools[for_host] = pool, weakref.finalize(self, release_shared_pool, pool, keep_warm=True)
+        return self._pools[for_host][0]
 
     def _set_read_ahead(self, ahead: ReadAhead | None) -> None:
         """Replace the reads of the last plan, whose downloads end as soon as no reader is open."""
@@ -423,14 +426,14 @@ class MultiprocessConstructor(ItemRangeConstructor):
 
     def _reset(self) -> None:
         self._client = None
-        self._pool = None
+        self._pools = {}
         self._read_ahead = None
         self._end_read_ahead = _nothing
         self._stats_before = ()
 
     def __getstate__(self) -> dict[str, Any]:
         # Processes and shared memory belong to this process. The S3 client pickles its settings only.
-        here = ("_pool", "_leave_pool", "_read_ahead", "_end_read_ahead")
+        here = ("_pools", "_read_ahead", "_end_read_ahead")
         return {name: value for name, value in self.__dict__.items() if name not in here}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
