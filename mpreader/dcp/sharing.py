@@ -35,7 +35,7 @@ from mpreader.pool.stats import PoolStats, total
 from mpreader.ranges import ItemRange
 from mpreader.ranks import local_rank
 from mpreader.readers.load_plan import range_of, uri_of
-from mpreader.readers.read_ahead import MultiprocessConstructor, ReadAhead, steady_sources
+from mpreader.readers.read_ahead import MultiprocessConstructor, ReadAhead, load_progress, steady_sources
 
 __all__ = [
     "HostReads",
@@ -179,7 +179,7 @@ class HostReads:
                 sources,
                 lambda: self._host.begin(list(sources.values())),
                 max_bytes=joined.max_bytes,
-                progress=constructor.progress,
+                progress=load_progress(sum(one.nbytes for one in joined.slot_reads), show=constructor.progress),
                 flush=self._host.flush,
                 release=self._host.leave,
             )

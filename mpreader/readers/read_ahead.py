@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from mpreader.s3 import BaseS3Client
     from mpreader.sources.versions import SteadySource
 
-__all__ = ["MultiprocessConstructor", "ReadAhead", "steady_sources"]
+__all__ = ["MultiprocessConstructor", "ReadAhead", "load_progress", "steady_sources"]
 
 
 def _nothing() -> None:
@@ -56,7 +56,7 @@ class ReadAhead:
         sources: Sources of the files.
         begin: Begins the reads; not called if there are no parts.
         max_bytes: Largest number of bytes of shared memory that the pool may reserve.
-        progress: Progress bar: ``show`` of :func:`~mpreader.telemetry.progress.progress_bar`.
+        progress: Progress bar.
         flush: Called before each part is taken: views of parts that came before may have ended.
         release: Called once when the reads are over.
 
@@ -76,7 +76,7 @@ class ReadAhead:
         begin: Callable[[], Transfer],
         *,
         max_bytes: int,
-        progress: bool | None = False,
+        progress: Progress,
         flush: Callable[[], object] = _nothing,
         release: Callable[[], object] = _nothing,
     ) -> None:
@@ -92,8 +92,7 @@ class ReadAhead:
         self._unread = {uri for uri, parts in parts_by_file.items() if parts}
         self._readers = 0  # readers that are open
         self._is_retired = not first
-        nbytes = sum(part.size for parts in parts_by_file.values() for part in parts)
-        self._progress = progress_bar(nbytes, "load", show=progress) if first else Progress()
+        self._progress = progress
         self._flush = flush
         self._release = weakref.finalize(self, release)
         # Last: whatever fails after it, a Ctrl-C for one, would leave a read that nobody closes.
@@ -121,7 +120,7 @@ class ReadAhead:
             max_gap_by_file: Smaller bounds for some files, by URI.
             before: Reads of the same load that came before these: they have decided which versions of its files are
                 read.
-            progress: See the class.
+            progress: ``show`` of :func:`~mpreader.telemetry.progress.progress_bar`.
         """
         sources = steady_sources(client, ranges_by_file, before)
         plans = plan_files(
@@ -135,6 +134,7 @@ class ReadAhead:
             for number, plan in enumerate(plans.values())
             for part in plan.parts
         ]
+        bar = load_progress(sum(slot_read.nbytes for slot_read in slot_reads), show=progress)
         # A user of the pool besides the constructor, because readers that are open may outlive the constructor.
         use_shared_pool(pool)
         return cls(
@@ -145,7 +145,7 @@ class ReadAhead:
             # the next one.
             lambda: pool.read(list(sources.values()), slot_reads, grows=True),
             max_bytes=pool.sizes.max_bytes,
-            progress=progress,
+            progress=bar,
             release=partial(release_shared_pool, pool, keep_warm=True),
         )
 
@@ -202,6 +202,11 @@ class ReadAhead:
     def _show_progress(self) -> None:
         if self.transfer is not None and self._progress.is_shown:
             self._progress.advance_to(self.transfer.received_bytes)
+
+
+def load_progress(nbytes: int, *, show: bool | None) -> Progress:
+    """Returns the progress bar of a load of ``nbytes``; for ``show`` see the constructor."""
+    return progress_bar(nbytes, "load", show=show) if nbytes else Progress()
 
 
 def steady_sources(

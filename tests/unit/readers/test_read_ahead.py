@@ -26,5 +26,5 @@ def test_load_that_is_interrupted_as_it_begins_leaves_no_read(step: str, monkeyp
     monkeypatch.setattr(read_ahead, step, interrupted)
     client: Any = object()
     with pytest.raises(KeyboardInterrupt):
-        ReadAhead(pool, client, {"s3://bucket/key": [ItemRange(0, 10)]}, 0.0)
+        ReadAhead.of_pool(pool, client, {"s3://bucket/key": [ItemRange(0, 10)]}, 0.0)
     assert not reads, "nobody would close it"
