@@ -17,7 +17,7 @@ from mpreader.cli.output import human_bytes, print_json, print_table
 
 if TYPE_CHECKING:
     from mpreader.dcp import CheckpointSummary
-    from mpreader.dcp.summary import LoadSummary, ShardedLoadSummary
+    from mpreader.dcp.summary import HostSummary, LoadSummary, ShardedLoadSummary
 
 __all__ = ["command"]
 
@@ -154,6 +154,16 @@ def _print_sharded(sharded: ShardedLoadSummary, limit: int) -> None:
         for rank in sharded.ranks
     ]
     _print_limited(("rank", "GETs", "needed", "fetched", "fetched / needed"), rows, limit)
+    if sharded.host is not None:
+        _print_host(sharded.host)
+
+
+def _print_host(host: HostSummary) -> None:
+    ratio = f", {host.fetched_nbytes / host.nbytes:.2f} times as much" if host.nbytes else ""
+    click.echo(
+        f"\nIf all of them are on one host, they receive together what they need: {human_bytes(host.nbytes)}, of which "
+        f"the host asks for {human_bytes(host.fetched_nbytes)}{ratio}, in {_count(host.requests, 'GET')}."
+    )
 
 
 def _print_limited(headers: Sequence[str], rows: Sequence[Sequence[object]], limit: int) -> None:

@@ -16,15 +16,18 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import ReadItem
 
 from mpreader.config import PoolConfig, S3ClientConfig, check_type
-from mpreader.dcp.boxes import LoadRanges, load_ranges, planned_items, select_boxes
+from mpreader.dcp.boxes import LoadRanges, load_ranges, needed_boxes, planned_items, select_boxes
+from mpreader.dcp.host_plan import plan_host
 from mpreader.dcp.loader import read_metadata
 from mpreader.dcp.reader import S3StorageReader
 from mpreader.dcp.sharding import plan_shard, shard_bytes
+from mpreader.dcp.sharing import need_of
 from mpreader.dcp.state import empty_state, errors_as_refused, name_patterns, plan_whole, state_bytes
 from mpreader.dcp.summary import (
     CheckpointSummary,
     FileRequests,
     FileSummary,
+    HostSummary,
     ItemSummary,
     LoadSummary,
     PlannedRequest,
@@ -98,10 +101,13 @@ def describe_checkpoint(  # noqa: D417  # the other arguments are explained at l
     ranges_by_file = item_ranges_by_file(plan.items, metadata.storage_data, uri)
     files = _file_requests(os.fspath(uri), ranges_by_file, {}, max_gap_size, part_size)
     load = _load_summary(selected, files, match=patterns, part_size=part_size, max_gap_size=max_gap_size)
-    loads = [_shard_ranges(items, metadata, uri) for items in shards]
-    requests = [_file_requests(os.fspath(uri), *ranges, max_gap_size, part_size) for ranges in loads]
-    nbytes = [shard_bytes(selected, shard, rank, len(shards)) for rank in range(len(shards))]
-    sharded = _sharded_summary(shard, nbytes, requests) if shards else None
+    sharded = None
+    if shards:
+        nbytes = [shard_bytes(selected, shard, rank, len(shards)) for rank in range(len(shards))]
+        loads = [_shard_ranges(items, metadata, uri) for items in shards]
+        requests = [_file_requests(os.fspath(uri), *ranges, max_gap_size, part_size) for ranges in loads]
+        host = _host_summary(state_bytes(selected), shards, metadata, uri, max_gap_size, part_size)
+        sharded = _sharded_summary(shard, nbytes, requests, host)
     with errors_as_refused(metadata):
         return _summarize(os.fspath(uri), metadata, selected, load, sharded)
 
@@ -112,8 +118,27 @@ def _shard_ranges(items: Sequence[ReadItem], metadata: Metadata, uri: str | os.P
     return load_ranges(planned, boxes.files, boxes.max_gap_bytes, uri)
 
 
+def _host_summary(
+    nbytes: int,
+    shards: Sequence[Sequence[ReadItem]],
+    metadata: Metadata,
+    uri: str | os.PathLike[str],
+    max_gap_size: float,
+    part_size: int,
+) -> HostSummary | None:
+    """Plan what the ranks receive together, by the steps of a load; None if there are no others to share with."""
+    if len(shards) == 1:
+        return None
+    storage_data = metadata.storage_data
+    boxes = [needed_boxes(items, storage_data, metadata.state_dict_metadata) for items in shards]
+    planned = [planned_items(items, storage_data, needed) for items, needed in zip(shards, boxes, strict=True)]
+    needs = [need_of(items, uri) for items in planned]
+    _, read = plan_host(needs, max_gap_bytes=max_gap_size, part_bytes=part_size)
+    return HostSummary(nbytes, len(read.slot_reads), sum(slot_read.requested_bytes for slot_read in read.slot_reads))
+
+
 def _sharded_summary(
-    dim: int, nbytes: Sequence[int], requests: Sequence[tuple[FileRequests, ...]]
+    dim: int, nbytes: Sequence[int], requests: Sequence[tuple[FileRequests, ...]], host: HostSummary | None
 ) -> ShardedLoadSummary:
     ranks = tuple(
         RankSummary(
@@ -124,7 +149,7 @@ def _sharded_summary(
         )
         for rank, (needed, files) in enumerate(zip(nbytes, requests, strict=True))
     )
-    return ShardedLoadSummary(dim, sum(nbytes), sum(rank.fetched_nbytes for rank in ranks), ranks)
+    return ShardedLoadSummary(dim, sum(nbytes), sum(rank.fetched_nbytes for rank in ranks), ranks, host)
 
 
 def _file_requests(

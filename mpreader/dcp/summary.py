@@ -12,6 +12,7 @@ __all__ = [
     "CheckpointSummary",
     "FileRequests",
     "FileSummary",
+    "HostSummary",
     "ItemSummary",
     "LoadSummary",
     "RankSummary",
@@ -176,20 +177,37 @@ class RankSummary:
 
 
 @dataclass(frozen=True, slots=True)
+class HostSummary:
+    """Requests of a load in shards by ranks that are all on one host, and receive together what they need.
+
+    Attributes:
+        nbytes: Bytes of the tensors in memory; what several ranks have counts once.
+        requests: Number of GETs of the files.
+        fetched_nbytes: Bytes of the GETs.
+    """
+
+    nbytes: int
+    requests: int
+    fetched_nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class ShardedLoadSummary:
     """Requests of a load by several ranks, each of which has a shard of every tensor.
 
     Attributes:
         dim: Dimension in which the tensors are divided. Those that don't have it are loaded by every rank.
         nbytes: Bytes of the shards of all ranks in memory.
-        fetched_nbytes: Bytes of the GETs of all ranks.
-        ranks: The ranks.
+        fetched_nbytes: Bytes of the GETs of all ranks, if each is on a host of its own.
+        ranks: The ranks, as if each were on a host of its own.
+        host: Requests of the ranks if they are all on one host; None if there is one rank only.
     """
 
     dim: int
     nbytes: int
     fetched_nbytes: int
     ranks: tuple[RankSummary, ...]
+    host: HostSummary | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,7 @@ from mpreader.dcp import (
     load_checkpoint,
 )
 from mpreader.errors import ConfigError
-from mpreader.testing import FaultServer, S3Server
+from mpreader.testing import FaultedRequest, FaultServer, S3Server
 
 if TYPE_CHECKING:
     from tests.integration.warm_interpreter import WarmInterpreter
@@ -188,22 +189,37 @@ state = {
     for name, size in sizes.items()
 }
 pool = PoolConfig(workers=1, connections_per_worker=1, max_memory=16 * 2**20, part_size=2**18)
-with S3StorageReader(None, "s3://bucket/run", client, pool_config=pool) as reader:
-    dcp.load(state, storage_reader=reader)
+for uri, share_host in (("s3://bucket/run", False), ("s3://bucket/shared", True)):
+    with S3StorageReader(None, uri, client, pool_config=pool, share_host=share_host) as reader:
+        dcp.load(state, storage_reader=reader)
 dist.barrier()
 os._exit(0)  # not destroy_process_group(): gloo of torch 2.13 aborts in about one of ten such exits
 """
+
+
+def asked_of_tensors(log: Sequence[FaultedRequest], prefix: str) -> tuple[int, int]:
+    """GETs of a log for the files of tensors whose paths begin so, and the bytes that they asked for."""
+    gets = [
+        request
+        for request in log
+        if request.method == "GET" and request.path.startswith(prefix) and request.path.endswith(".distcp")
+    ]
+    ranges = [re.findall(r"\d+", request.range or "") for request in gets]
+    return len(gets), sum(int(end) + 1 - int(start) for start, end in ranges)
+
+
 SIZES = {"large": (2048, 1024), "odd": (1021, 1031), "deep": (64, 32, 100), "flat": (100,), "few": (3, 1000)}
 
 
 @pytest.mark.parametrize(("ranks", "dim"), [(4, 0), (3, 1)])
-def test_inspect_tells_exactly_what_each_rank_asks_for(
+def test_inspect_tells_exactly_what_each_rank_and_a_host_of_all_ask_for(
     tmp_path: Path, aws_environment: None, monkeypatch: pytest.MonkeyPatch, ranks: int, dim: int
 ) -> None:
     checkpoint, script = tmp_path / "checkpoint", tmp_path / "rank.py"
     save({name: torch.ones(size) for name, size in SIZES.items()}, storage_writer=FileSystemWriter(checkpoint))
     script.write_text(RANK)
-    objects = {f"/bucket/run/{file.name}": file.read_bytes() for file in checkpoint.iterdir()}
+    files = {file.name: file.read_bytes() for file in checkpoint.iterdir()}
+    objects = {f"/bucket/{run}/{name}": data for run in ("run", "shared") for name, data in files.items()}
     with ExitStack() as stack:
         # Each rank has a server of its own, and so a log of its own. With a single connection, no request is divided or
         # cut, so that the log has the plan's requests and no others.
@@ -221,11 +237,14 @@ def test_inspect_tells_exactly_what_each_rank_asks_for(
     del logs[0][:before]
     assert summary is not None
     for rank, log in zip(summary.ranks, logs, strict=True):
-        gets = [request for request in log if request.method == "GET" and request.path.endswith(".distcp")]
-        ranges = [re.findall(r"\d+", request.range or "") for request in gets]
-        assert rank.requests == len(gets) > 3
-        assert rank.fetched_nbytes == sum(int(end) + 1 - int(start) for start, end in ranges)
-    whole = sum(map(len, objects.values()))
+        assert (rank.requests, rank.fetched_nbytes) == asked_of_tensors(log, "/bucket/run/")
+        assert rank.requests > 3
+    whole = sum(map(len, files.values()))
+    assert summary.host is not None
+    assert summary.host.nbytes == 4 * sum(math.prod(size) for size in SIZES.values())
+    assert summary.host.nbytes < summary.host.fetched_nbytes <= whole
+    asked = [asked_of_tensors(log, "/bucket/shared/") for log in logs]
+    assert asked == [(summary.host.requests, summary.host.fetched_nbytes), *[(0, 0)] * (ranks - 1)]
     assert summary.fetched_nbytes < (1.1 * whole if dim == 0 else ranks * whole)
 
 
@@ -293,6 +312,9 @@ def test_inspect_plans_a_load_in_shards(checkpoint: str, run: Run) -> None:
     assert sum(rank.nbytes for rank in sharded.ranks) == sharded.nbytes
     assert sharded.nbytes < sharded.fetched_nbytes < 1.05 * sharded.nbytes
     assert "A load by 4 ranks, each with a shard of every tensor in dimension 0, needs 8.88 MB" in shown
+    assert sharded.host is not None
+    assert sharded.host.nbytes == sharded.nbytes < sharded.host.fetched_nbytes < 1.01 * sharded.nbytes
+    assert "If all of them are on one host, they receive together what they need: 8.88 MB, of which" in shown
     row = ["1", f"{sharded.ranks[1].requests}", "2.22", "MB", "2.23", "MB"]
     assert row in [line.split()[:6] for line in shown.splitlines()]
     document = json.loads(run(checkpoint, "--json", "--ranks", "2", "--shard", "1").stdout)
