@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from mpreader.dcp.boxes import best_gaps
+from mpreader.dcp.items import Check
 from mpreader.formats.selection import Gaps, Run, Selection, is_worth_selecting, joined_runs, placed_runs
 from mpreader.pool.hosts.messages import SharedRead, Subscription
 from mpreader.pool.requests import SlotRead
@@ -38,19 +39,28 @@ class ItemNeed(NamedTuple):
     selections: tuple[Selection, ...] | None
 
 
-Need = Mapping[str, Sequence[ItemNeed]]
-"""What a rank needs, by the URI of the file; files and items are in the order in which it reads them."""
+class Need(NamedTuple):
+    """What a rank needs.
+
+    Attributes:
+        files: Its items by the URI of their file; files and items are in the order in which it reads them.
+        verifies: True if it compares checksums.
+    """
+
+    files: Mapping[str, Sequence[ItemNeed]]
+    verifies: bool
 
 
 class Answer(NamedTuple):
     """What a rank is told of the shared read.
 
     Attributes:
-        whole: For each file, by URI: for each item of the rank's need, True if it is received whole.
+        checks: For each file, by URI: for each item of the rank's need, who verifies it, if it is received whole; None
+            if only what the ranks need of it is received.
         parts: For each file, by URI, the parts that the rank takes; they are its slot reads, one after the other.
     """
 
-    whole: dict[str, list[bool]]
+    checks: dict[str, list[Check | None]]
     parts: dict[str, list[Part]]
 
 
@@ -100,7 +110,8 @@ def plan_host(needs: Sequence[Need], *, max_gap_bytes: float, part_bytes: int) -
     slot_reads = [
         SlotRead(number, part.size, (part,), part.over_read) for number, uri in enumerate(uris) for part in parts[uri]
     ]
-    subscriptions = tuple(_subscribe(need, selected, parts) for need in needs)
+    checkers = _choose_checkers(needs, selected)
+    subscriptions = tuple(_subscribe(place, need, selected, parts, checkers) for place, need in enumerate(needs))
     return uris, SharedRead(tuple(slot_reads), subscriptions)
 
 
@@ -108,7 +119,7 @@ def _join(needs: Sequence[Need]) -> dict[str, dict[int, _Union]]:
     """Join the needs; files and items come in the order in which every rank reads those that it needs."""
     union: dict[str, dict[int, _Union]] = {}
     for need in needs:
-        for uri, items in need.items():
+        for uri, items in need.files.items():
             of_file = union.setdefault(uri, {})
             for item in items:
                 if item.offset not in of_file:
@@ -137,7 +148,47 @@ def _runs_of_file(items: Mapping[int, _Union], selected: set[int]) -> list[Run]:
     return runs
 
 
-def _subscribe(need: Need, selected: Mapping[str, set[int]], parts: Mapping[str, Sequence[Part]]) -> Subscription:
+def _choose_checkers(needs: Sequence[Need], selected: Mapping[str, set[int]]) -> dict[tuple[str, int], int]:
+    """Choose a rank for each item that is received whole, though no rank wants it whole: it verifies it for all.
+
+    Returns:
+        The place of the rank, by URI and offset of the item. The ranks get about as many bytes each.
+    """
+    wanting: dict[tuple[str, int], list[int]] = {}
+    nbytes: dict[tuple[str, int], int] = {}
+    is_whole: set[tuple[str, int]] = set()  # some rank wants all of it, and verifies it for itself
+    for place, need in enumerate(needs):
+        for uri, items in need.files.items() if need.verifies else ():
+            for item in items:
+                if item.offset in selected[uri]:
+                    continue
+                key = uri, item.offset
+                nbytes[key] = item.nbytes
+                wanting.setdefault(key, []).append(place)
+                if item.selections is None:
+                    is_whole.add(key)
+    loads = [0] * len(needs)
+    checkers = {}
+    for key, places in wanting.items():
+        if key not in is_whole:
+            checkers[key] = min(places, key=lambda place: loads[place])
+            loads[checkers[key]] += nbytes[key]
+    return checkers
+
+
+def _check_of(item: ItemNeed, place: int, checker: int | None) -> Check:
+    if item.selections is None:
+        return Check.OWN
+    return Check.FOR_OTHERS if checker == place else Check.BY_OTHERS
+
+
+def _subscribe(
+    place: int,
+    need: Need,
+    selected: Mapping[str, set[int]],
+    parts: Mapping[str, Sequence[Part]],
+    checkers: Mapping[tuple[str, int], int],
+) -> Subscription:
     first = 0
     firsts = {}
     for uri, of_file in parts.items():
@@ -145,14 +196,17 @@ def _subscribe(need: Need, selected: Mapping[str, set[int]], parts: Mapping[str,
         first += len(of_file)
     answer = Answer({}, {})
     indices: list[int] = []
-    for uri, items in need.items():
+    for uri, items in need.files.items():
         of_file = parts[uri]
         starts, ends = [part.start for part in of_file], [part.end for part in of_file]
         wanted: set[int] = set()
-        answer.whole[uri] = [item.selections is None or item.offset not in selected[uri] for item in items]
-        for item, is_whole in zip(items, answer.whole[uri], strict=True):
+        answer.checks[uri] = [
+            None if item.offset in selected[uri] else _check_of(item, place, checkers.get((uri, item.offset)))
+            for item in items
+        ]
+        for item, check in zip(items, answer.checks[uri], strict=True):
             runs: Iterable[Run] = [Run(item.offset, item.offset + item.nbytes)]
-            if not is_whole and item.selections is not None:
+            if check is None and item.selections is not None:
                 runs = [run for selection in item.selections for run in placed_runs(selection, item.offset)]
             for start, end in runs:
                 wanted.update(range(bisect_right(ends, start), bisect_left(starts, end)))
@@ -160,4 +214,4 @@ def _subscribe(need: Need, selected: Mapping[str, set[int]], parts: Mapping[str,
         answer.parts[uri] = [of_file[index] for index in taken]
         indices += [firsts[uri] + index for index in taken]
     numbers = {uri: number for number, uri in enumerate(parts)}
-    return Subscription(answer, tuple(indices), tuple(numbers[uri] for uri in need))
+    return Subscription(answer, tuple(indices), tuple(numbers[uri] for uri in need.files))

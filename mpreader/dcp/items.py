@@ -15,6 +15,7 @@ If bytes contradict their CRC, the item is received a second time. If these byte
 
 from __future__ import annotations
 
+import enum
 import io
 import logging
 from collections.abc import Callable
@@ -32,7 +33,7 @@ from mpreader.formats.torch_save import BufferItem, ItemBytes, RecordCorrupted, 
 from mpreader.readers.protocols import StoredItem
 from mpreader.s3 import parse_s3_uri
 
-__all__ = ["ItemLoader", "ItemReader", "LoadedBytes", "PlannedItem", "SelectedBytes"]
+__all__ = ["Check", "ItemLoader", "ItemReader", "LoadedBytes", "PlannedItem", "SelectedBytes"]
 
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,20 @@ class SelectedBytes(ItemBytes, Protocol):
         """Returns True if all bytes [start, end) can be read; there must be at least one."""
 
 
+class Check(enum.Enum):
+    """Who compares an item with its checksum, where that is asked for and all of the item is received.
+
+    Attributes:
+        OWN: This rank, for itself.
+        FOR_OTHERS: This rank, for all ranks of its host, which load boxes of the item from the same memory.
+        BY_OTHERS: Another rank of the host.
+    """
+
+    OWN = enum.auto()
+    FOR_OTHERS = enum.auto()
+    BY_OTHERS = enum.auto()
+
+
 class PlannedItem(NamedTuple):
     """Item of a load plan, and its location in the checkpoint.
 
@@ -66,12 +81,14 @@ class PlannedItem(NamedTuple):
         stored: File, offset and length of the item.
         selection: What is received of it; None: all of it.
         layout: Layout of its tensor, if that is known already; else it is read from the front.
+        check: Who verifies it.
     """
 
     request: ReadItem
     stored: StoredItem
     selection: Selection | None = None
     layout: TensorLayout | None = None
+    check: Check = Check.OWN
 
 
 class LoadedBytes:
@@ -79,7 +96,8 @@ class LoadedBytes:
 
     Attributes:
         verified: Bytes of items whose checksum was compared.
-        unverified: Bytes of the other items; of a box, its own bytes.
+        unverified: Bytes of the other items; of a box, its own bytes. Items that another rank verifies are counted
+            there.
         over_read: Bytes within the runs of boxes that the boxes don't need.
     """
 
@@ -88,8 +106,10 @@ class LoadedBytes:
         self.unverified = 0
         self.over_read = 0
 
-    def count(self, nbytes: int, *, is_verified: bool) -> None:
-        """Count an item."""
+    def count(self, item: PlannedItem, nbytes: int, *, is_verified: bool) -> None:
+        """Count bytes of an item."""
+        if item.check is Check.BY_OTHERS:
+            return
         if is_verified:
             self.verified += nbytes
         else:
@@ -193,7 +213,7 @@ class ItemLoader:
         self._check()
         self._planner.commit_tensor(request, target)
         nbytes = request.lengths.numel() * layout.dtype.itemsize
-        self._loaded.count(nbytes, is_verified=False)
+        self._loaded.count(item, nbytes, is_verified=False)
         self._loaded.over_read += sum(run.size for run in selection.runs) - nbytes
         return None
 
@@ -207,6 +227,8 @@ class ItemLoader:
         try:
             self._load_into_target(item, reader.item(offset, length))
         except RecordCorrupted as error:
+            if item.check is Check.FOR_OTHERS:  # who have loaded the damaged bytes
+                raise _mismatch(item, uri, error, attempts=1) from error
             if self._is_shared:  # other ranks may have the damaged bytes in their hands, too: this one reads its own
                 log.debug("%r is damaged, as all ranks of this host see it: %s", item.request.storage_index.fqn, error)
                 return item
@@ -226,28 +248,27 @@ class ItemLoader:
         """
         request = item.request
         content = self._transformed(item, stored_bytes)
+        verify = self._verify and item.check is not Check.BY_OTHERS
         if request.type == LoadItemType.BYTE_IO:
             value = io.BytesIO(content.view(0, content.size))
-            is_verified = self._verify and check_archive(value)
+            is_verified = verify and check_archive(value)
             self._check()
             self._planner.load_bytes(request, value)
-            self._loaded.count(item.stored.length, is_verified=is_verified)
+            self._loaded.count(item, item.stored.length, is_verified=is_verified)
             return
         layout = decode_layout(content)
         if layout is not None:
             target = self._planner.resolve_tensor(request).detach()  # autograd refuses copies into a leaf
-            is_verified = copy_into(
-                content, layout, target, request.storage_offsets, request.lengths, verify=self._verify
-            )
+            is_verified = copy_into(content, layout, target, request.storage_offsets, request.lengths, verify=verify)
         else:
-            loaded, is_verified = load_whole(content, verify=self._verify)
+            loaded, is_verified = load_whole(content, verify=verify)
             loaded = narrow_tensor_by_index(loaded, request.storage_offsets, request.lengths)
             target = self._planner.resolve_tensor(request).detach()
             _check_shape(loaded, target)  # copy_ would broadcast a smaller tensor
             target.copy_(loaded)
         self._check()
         self._planner.commit_tensor(request, target)
-        self._loaded.count(item.stored.length, is_verified=is_verified)
+        self._loaded.count(item, item.stored.length, is_verified=is_verified)
 
     def _transformed(self, item: PlannedItem, stored_bytes: ItemBytes) -> ItemBytes:
         """Returns the item as it was before the extensions of the save."""
@@ -279,16 +300,18 @@ def _runs_of(layout: TensorLayout, request: ReadItem, max_gap_bytes: int) -> tup
     return tuple(Run(run.start + layout.payload_offset, run.end + layout.payload_offset) for run in runs)
 
 
-def _mismatch(item: PlannedItem, uri: str, error: RecordCorrupted) -> ChecksumMismatch:
+def _mismatch(item: PlannedItem, uri: str, error: RecordCorrupted, attempts: int = 2) -> ChecksumMismatch:
     bucket, key = parse_s3_uri(uri)
     start, end = item.stored.offset, item.stored.offset + item.stored.length
+    again = ", also when received again" if attempts > 1 else ", for all ranks of this host"
+    remedy = "" if attempts > 1 else "Load again, if it was damaged on the way. "
     return ChecksumMismatch(
-        f"{item.request.storage_index.fqn!r} is damaged in {uri}, bytes {start}-{end}, also when received again: "
-        f"{error}. Restore the file, or load from another checkpoint; verify=False does not check tensors",
+        f"{item.request.storage_index.fqn!r} is damaged in {uri}, bytes {start}-{end}{again}: {error}. {remedy}"
+        "Restore the file, or load from another checkpoint; verify=False does not check tensors",
         bucket=bucket,
         key=key,
         range=(start, end),
-        attempts=2,
+        attempts=attempts,
     )
 
 

@@ -29,7 +29,7 @@ from torch.futures import Future
 from mpreader.collector import collector_paused, spare_new_objects
 from mpreader.dcp.boxes import NO_BOXES, box_key, load_ranges, needed_boxes, planned_items, select_boxes
 from mpreader.dcp.filesystem import Path, S3FileSystem
-from mpreader.dcp.items import ItemLoader, ItemReader, LoadedBytes, PlannedItem
+from mpreader.dcp.items import Check, ItemLoader, ItemReader, LoadedBytes, PlannedItem
 from mpreader.dcp.metadata import load_metadata
 from mpreader.dcp.sharing import (
     HostReads,
@@ -232,7 +232,9 @@ class S3StorageReader(FileSystemReader):
         with collector_paused():
             plan = dataclasses.replace(plan, items=_sorted(plan.items, storage_data))
             self._leave_host()
-            self._offered = try_offer() if self._may_share() else None
+            constructor = self._reader_constructor
+            if self._may_share() and isinstance(constructor, MultiprocessConstructor):
+                self._offered = try_offer(constructor)
             if self._offered is not None:  # who shares is known when all ranks have planned
                 return dataclasses.replace(plan, storage_data=self._offered.offer)
             self._begin_reads(plan.items, storage_data, path)
@@ -292,7 +294,7 @@ class S3StorageReader(FileSystemReader):
                 "loaded %s in %.2f s for %d ranks of this host: %s", path, time.monotonic() - began_s, ranks, stats
             )
 
-        host = HostReads(share, offered, need_of(planned, path), constructor, log_end)
+        host = HostReads(share, offered, need_of(planned, path, verifies=bool(self._verify)), constructor, log_end)
         self._host = host
         self._shared_items = selected(planned, host.answer, path)
         constructor.read_by(host.ahead)
@@ -360,7 +362,8 @@ class S3StorageReader(FileSystemReader):
         try:
             return self._load_items(self._shared_items, path, loader, progress)
         except (HostLost, ArenaExhausted) as error:
-            rest = self._shared_items[progress.loaded :]
+            # What this rank receives by itself, it verifies for itself.
+            rest = [item._replace(check=Check.OWN) for item in self._shared_items[progress.loaded :]]
             log.debug("this rank reads %d of %d items by itself: %s", len(rest), len(self._shared_items), error)
             return progress.again + rest
 

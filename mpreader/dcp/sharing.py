@@ -14,7 +14,9 @@ download it, the ranks would have to race for that first.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
+import os
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
@@ -23,7 +25,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.planner import LoadPlan
 
 from mpreader.dcp.host_plan import Answer, ItemNeed, Need, plan_host
-from mpreader.dcp.items import PlannedItem
+from mpreader.dcp.items import Check, PlannedItem
 from mpreader.formats.selection import placed_runs
 from mpreader.pool.hosts.identity import HostOffer, HostShare, Listener, group, host_identity
 from mpreader.pool.hosts.member import HostMember
@@ -50,6 +52,10 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
+_SOURCE_VARIABLES: Final = (
+    *("AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"),
+    "AWS_CONFIG_FILE",
+)
 # Of the time after which a read fails since memory is kept: a rank that keeps it is dropped before.
 _DROP_SHARE: Final = 0.6
 
@@ -73,18 +79,32 @@ def is_likely_leader() -> bool:
     return local_rank() == 0 or (local_rank() is None and dist.get_rank() == 0)
 
 
-def try_offer() -> Offered | None:
-    """Returns the offer of this rank; None if it can't share."""
+def try_offer(constructor: MultiprocessConstructor) -> Offered | None:
+    """Returns the offer of this rank; None if it can't share.
+
+    Args:
+        constructor: Constructor of the readers. Ranks share only if theirs reach S3 by the same settings.
+    """
     try:
         listener = Listener()
         try:
-            return Offered(HostOffer(host_identity(), listener.address, listener.token), listener)
+            return Offered(
+                HostOffer(f"{host_identity()}:{_settings_of(constructor)}", listener.address, listener.token), listener
+            )
         except BaseException:
             listener.close()
             raise
     except OSError as error:
         log.debug("this rank reads by itself: its host can't be told, or sockets are refused: %s", error)
         return None
+
+
+def _settings_of(constructor: MultiprocessConstructor) -> str:
+    """Returns a digest of the settings by which S3 is reached: the same URI may be another object elsewhere."""
+    client = constructor.client
+    environment = [os.environ.get(name, "") for name in _SOURCE_VARIABLES]
+    settings = repr((client.region, client.s3client_config, environment))
+    return hashlib.sha256(settings.encode()).hexdigest()[:16]
 
 
 def group_plans(plans: Sequence[LoadPlan]) -> list[LoadPlan]:
@@ -96,12 +116,13 @@ def group_plans(plans: Sequence[LoadPlan]) -> list[LoadPlan]:
     ]
 
 
-def need_of(items: Iterable[PlannedItem], path: Any) -> dict[str, list[ItemNeed]]:
+def need_of(items: Iterable[PlannedItem], path: Any, *, verifies: bool = True) -> Need:
     """Returns what a rank needs, from its items with the bytes of their boxes.
 
     Args:
         items: The items, in the order in which they are read.
         path: URI of the checkpoint.
+        verifies: True if the rank compares checksums.
 
     Raises:
         PlanError: An item lies outside of the checkpoint, or has an impossible place.
@@ -111,7 +132,7 @@ def need_of(items: Iterable[PlannedItem], path: Any) -> dict[str, list[ItemNeed]
         of_file = need.setdefault(uri_of(path, item.stored.relative_path), [])
         place = range_of(item.stored)
         of_file.append(ItemNeed(place.start, place.size, None if item.selection is None else (item.selection,)))
-    return need
+    return Need(need, verifies)
 
 
 class HostReads:
@@ -143,7 +164,7 @@ class HostReads:
     ) -> None:
         self.is_leader = share.place == 0
         self._host: HostServer | HostMember
-        sources = steady_sources(constructor.client, need)
+        sources = steady_sources(constructor.client, need.files)
         if self.is_leader:
             pool = constructor.host_pool()
 
@@ -174,7 +195,7 @@ class HostReads:
             self.answer: Answer = joined.answer
             self.ranks = joined.ranks
             self.ahead = ReadAhead(
-                {uri: _ranges(items, self.answer.whole[uri]) for uri, items in need.items()},
+                {uri: _ranges(items, self.answer.checks[uri]) for uri, items in need.files.items()},
                 self.answer.parts,
                 sources,
                 lambda: self._host.begin(list(sources.values())),
@@ -212,20 +233,20 @@ class HostReads:
 
 def selected(items: Iterable[PlannedItem], answer: Answer, path: Any) -> list[PlannedItem]:
     """Returns the items as they are received: those that all ranks together need whole have no selection."""
-    counts = dict.fromkeys(answer.whole, 0)
+    counts = dict.fromkeys(answer.checks, 0)
     received = []
     for item in items:
         uri = uri_of(path, item.stored.relative_path)
-        is_whole = answer.whole[uri][counts[uri]]
+        check = answer.checks[uri][counts[uri]]
         counts[uri] += 1
-        received.append(item._replace(selection=None) if is_whole else item)
+        received.append(item if check is None else item._replace(selection=None, check=check))
     return received
 
 
-def _ranges(items: Sequence[ItemNeed], whole: Sequence[bool]) -> list[ItemRange]:
+def _ranges(items: Sequence[ItemNeed], checks: Sequence[Check | None]) -> list[ItemRange]:
     ranges = []
-    for item, is_whole in zip(items, whole, strict=True):
-        if is_whole or item.selections is None:
+    for item, check in zip(items, checks, strict=True):
+        if check is not None or item.selections is None:
             ranges.append(ItemRange(item.offset, item.offset + item.nbytes))
         else:
             ranges += [ItemRange(*run) for one in item.selections for run in placed_runs(one, item.offset)]
