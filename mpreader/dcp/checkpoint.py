@@ -11,7 +11,7 @@ import io
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -34,17 +34,18 @@ class ItemRefused(PlanError):
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """Options of a load. The attributes are the keyword arguments of :func:`load_checkpoint`, and explained there."""
+    """Options of a load: the keyword arguments of :func:`load_checkpoint`, or of the reader, which explain them."""
 
     region: str | None
     s3client_config: S3ClientConfig | None
     pool_config: PoolConfig | None
     max_gap_size: float
     match: str | Iterable[str] | None
-    verify: bool
+    verify: bool | Literal["whole"]
     weights_only: bool
     allowed_globals: Iterable[str]
     progress: bool | None
+    share_host: bool = True
 
     def open_reader(self, uri: str | os.PathLike[str]) -> S3StorageReader:
         """Make a storage reader of the checkpoint; the caller closes it."""
@@ -58,6 +59,7 @@ class LoadOptions:
             constructor,
             verify=self.verify,
             allowed_globals=self.allowed_globals,
+            share_host=self.share_host,
         )
 
 
@@ -127,7 +129,7 @@ def load_state(
     with options.open_reader(uri) as reader:
         metadata = read_metadata(reader)
         planned = empty_state(metadata, options.match)
-        check_memory(planned, reader, options.pool_config)
+        check_memory(state_bytes(planned), reader, options.pool_config)
         if check is not None:
             check(planned)
         state = allocate(planned)  # after all checks, so that a refused load has taken no memory

@@ -11,7 +11,7 @@ some of them. No step may communicate with other ranks.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import ReadItem
 
 from mpreader.config import PoolConfig
-from mpreader.dcp.state import plan_whole, state_bytes
+from mpreader.dcp.state import plan_whole
 from mpreader.errors import MpreaderError, ObjectMissing, PlanError
 from mpreader.host import Host
 from mpreader.pool.sizing import size_pool
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from mpreader.dcp.filesystem import S3FileSystem
     from mpreader.dcp.reader import S3StorageReader
 
-__all__ = ["LoadItem", "check_memory", "read_into", "read_metadata"]
+__all__ = ["DroppingPlanner", "LoadItem", "check_memory", "read_into", "read_metadata"]
 
 _MAX_CHECKPOINTS_NAMED: Final = 5  # in the text of an error
 
@@ -56,11 +56,11 @@ def read_metadata(reader: S3StorageReader) -> Metadata:
         ) from error.__cause__
 
 
-def check_memory(state: Mapping[str, Any], reader: S3StorageReader, pool_config: PoolConfig | None) -> None:
+def check_memory(needed: int, reader: S3StorageReader, pool_config: PoolConfig | None) -> None:
     """Refuse a load that needs more memory than is free: the kernel would kill the process in the middle of it.
 
     Args:
-        state: State from :func:`empty_state`.
+        needed: Bytes of the tensors that are to be loaded.
         reader: Storage reader of the load.
         pool_config: Settings of the pool of the load.
 
@@ -70,7 +70,6 @@ def check_memory(state: Mapping[str, Any], reader: S3StorageReader, pool_config:
     """
     host = Host.now()
     window = size_pool(pool_config or PoolConfig(), _client_of(reader).s3client_config, host).window_bytes
-    needed = state_bytes(state)
     if needed and needed + window > host.free_memory:
         raise PlanError(
             f"{reader.path}: its tensors take {needed} bytes, and up to {window} bytes of shared memory are used "
@@ -100,6 +99,17 @@ def read_into(reader: S3StorageReader, metadata: Metadata, state: dict[str, Any]
     reader.set_up_storage_reader(metadata, is_coordinator=True)
     plan = reader.prepare_global_plan([reader.prepare_local_plan(plan)])[0]
     reader.read_data(plan, planner).wait()
+
+
+class DroppingPlanner(DefaultLoadPlanner):
+    """Planner whose targets are the tensors of a state, flat as :func:`empty_state` makes it; drops all other items."""
+
+    def __init__(self) -> None:
+        # As in _Planner.
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """Drop an item that is no tensor: it was received and checked, but to unpickle it could run foreign code."""
 
 
 class _Planner(DefaultLoadPlanner):

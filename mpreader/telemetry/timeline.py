@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,6 +42,20 @@ class Timeline:
     def events(self) -> tuple[RequestEvent, ...]:
         """Recorded requests, in the order in which they ended."""
         return tuple(event for _, event in tuple(self._recorded))
+
+    @property
+    def recorded(self) -> tuple[tuple[int, RequestEvent], ...]:
+        """The same, each with the number of its pool's thread: what :meth:`add` takes in another process."""
+        return tuple(self._recorded)
+
+    def add(self, process: int, recorded: Iterable[tuple[int, RequestEvent]]) -> None:
+        """Add what another process of this host has recorded.
+
+        Args:
+            process: Number of the process, from 1; its pools are told apart from those of others.
+            recorded: Its requests, from :attr:`recorded`.
+        """
+        self._recorded += [((process << 64) + thread, event) for thread, event in recorded]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the timeline to a file. A file of this name is replaced once the new one is whole.
@@ -78,23 +92,26 @@ def record_timeline() -> Iterator[Timeline]:
 
 
 @contextmanager
-def timeline_to(path: str | os.PathLike[str] | None) -> Iterator[None]:
+def timeline_to(path: str | os.PathLike[str] | None) -> Iterator[Timeline | None]:
     """Record a timeline while the block runs, and save it when the block ends, also if it raises.
 
     Args:
         path: As for :meth:`Timeline.save`. None: the block runs, and nothing is recorded or saved.
+
+    Yields:
+        The timeline; None if there is no path.
 
     Raises:
         ConfigError: As for :func:`check_timeline_path`, before the block runs.
         OSError: The file can't be written.
     """
     if path is None:
-        yield
+        yield None
         return
     check_timeline_path(path)
     with record_timeline() as timeline:
         try:
-            yield
+            yield timeline
         finally:
             timeline.save(path)
 

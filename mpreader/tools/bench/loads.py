@@ -86,7 +86,7 @@ def time_loads(uri: str, options: LoadOptions, repeat: int = 1) -> Iterator[Time
         options.region, uri, options.s3client_config, plain, allowed_globals=options.allowed_globals
     ) as reader:
         planned = empty_state(read_metadata(reader), options.match)
-        check_memory(planned, reader, options.pool_config)
+        check_memory(state_bytes(planned), reader, options.pool_config)
     state = allocate(planned)
     touch_memory(state)  # else the first load would pay for the page faults of its targets
     with options.open_reader(uri) as reader:

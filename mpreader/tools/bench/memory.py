@@ -120,4 +120,8 @@ def _sample(root: int, excluded: set[int]) -> list[tuple[float, int]]:
 if __name__ == "__main__":
     pids = [int(argument) for argument in sys.argv[1:]]
     # The sampler is a child of what it measures: it leaves itself out.
-    print(json.dumps(_sample(pids[0], {*pids[1:], os.getpid()})))
+    samples = json.dumps(_sample(pids[0], {*pids[1:], os.getpid()}))
+    try:
+        print(samples, flush=True)
+    except BrokenPipeError:  # what was measured was killed: nobody is left to be told, nor to read a traceback
+        os._exit(1)

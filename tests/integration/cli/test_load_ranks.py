@@ -1,0 +1,215 @@
+"""``mpreader load --ranks`` as a user calls it: what it says of the host is what the server was asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from mpreader.cli.main import main
+from mpreader.dcp import S3FileSystem, S3StorageWriter, describe_checkpoint
+from mpreader.testing import Fault, FaultKind, FaultServer, S3Server
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs the command in this process, which has torch already; the ranks are processes of their own."""
+
+    def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        with pytest.raises(SystemExit) as ended:
+            main(["load", *map(str, arguments)])
+        return subprocess.CompletedProcess(arguments, ended.value.code, *capsys.readouterr())  # type: ignore[arg-type]
+
+    return run
+
+
+def example() -> dict[str, Any]:
+    """Tensors that three ranks divide evenly, unevenly and not at all, and an item that nobody can unpickle."""
+    return {
+        "large": torch.rand(999, 1024),
+        "odd": torch.rand(511, 700).to(torch.bfloat16),
+        "few": torch.ones(2, 30_000),
+        "flat": torch.arange(100_000),
+        "scalar": torch.tensor(1.5),
+        "step": Foreign(),
+    }
+
+
+class Foreign:
+    """Nothing that another process could make."""
+
+
+@pytest.fixture
+def checkpoint(bucket: str) -> str:
+    uri = f"s3://{bucket}/run"
+    save(example(), storage_writer=S3StorageWriter(None, uri, thread_count=2))
+    return uri
+
+
+def asked(server: S3Server, before: int) -> int:
+    """Returns how many bytes of files of tensors were asked for, by requests after the first ones."""
+    ranges = [request.range or "" for request in server.requests[before:] if request.path.endswith(".distcp")]
+    borders = [re.fullmatch(r"bytes=(\d+)-(\d+)", one) for one in ranges]
+    return sum(int(border[2]) + 1 - int(border[1]) for border in borders if border)
+
+
+def test_ranks_that_all_load_everything_receive_it_once(
+    checkpoint: str, s3_server: S3Server, tmp_path: Path, run: Run
+) -> None:
+    before = len(s3_server.requests)
+    done = run(checkpoint, "--ranks", "3", "--repeat", "2", "--json", "--timeline", tmp_path / "host.json")
+    assert (done.returncode, done.stderr) == (0, "")
+    document = json.loads(done.stdout)
+    loads = document["loads"]
+    assert (document["ranks"], document["shard"], document["is_shared"], document["is_verified"]) == (
+        3,
+        None,
+        True,
+        True,
+    )
+    assert [load["starts_workers"] for load in loads] == [True, False]
+    assert sum(load["received_nbytes"] for load in loads) == asked(s3_server, before)
+    nbytes = sum(value.nbytes for value in example().values() if isinstance(value, torch.Tensor))
+    for load in loads:
+        assert load["needed_nbytes"] == nbytes
+        assert load["received_per_needed"] == load["received_nbytes"] / nbytes < 1.01
+        assert load["extra_memory_bytes"] > 0  # worker processes, at least
+        first, *others = load["ranks"]
+        assert [rank["rank"] for rank in load["ranks"]] == [0, 1, 2]
+        assert {rank["nbytes"] for rank in load["ranks"]} == {nbytes}
+        assert (first["received_nbytes"], first["shared_nbytes"]) == (load["received_nbytes"], 0)
+        assert {(rank["received_nbytes"], rank["shared_nbytes"]) for rank in others} == {(0, load["received_nbytes"])}
+        assert {rank["verified_nbytes"] for rank in load["ranks"]} == {load["received_nbytes"]}
+    events = json.loads((tmp_path / "host.json").read_text())["traceEvents"]
+    recorded = [event["args"] for event in events if event.get("args", {}).get("uri", "").endswith(".distcp")]
+    assert len(recorded) == sum(rank["requests"] for load in loads for rank in load["ranks"])
+
+
+def test_ranks_in_shards_receive_what_inspect_says(checkpoint: str, s3_server: S3Server, run: Run) -> None:
+    summary = describe_checkpoint(checkpoint, ranks=3, shard=0).sharded
+    assert summary is not None
+    assert summary.host is not None
+    for option, fetched in (("--json", summary.host.fetched_nbytes), ("--no-share", summary.fetched_nbytes)):
+        before = len(s3_server.requests)
+        document = json.loads(run(checkpoint, "--ranks", "3", "--shard", "0", "--json", option).stdout)
+        [load] = document["loads"]
+        assert document["is_shared"] is (option == "--json")
+        assert load["received_nbytes"] == fetched == asked(s3_server, before)
+        assert load["needed_nbytes"] == summary.host.nbytes
+        assert [rank["nbytes"] for rank in load["ranks"]] == [rank.nbytes for rank in summary.ranks]
+
+
+def test_load_by_ranks_prints_a_row_for_each_and_what_the_host_received(checkpoint: str, run: Run) -> None:
+    done = run(checkpoint, "--ranks", "2", "--shard", "1", "--verify-whole", "--match", "[lof]*")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert lines[0] == f"{checkpoint}: 5.85 MB of tensors; each of 2 ranks has a shard of each in dimension 1; verified"
+    assert [line.split()[:2] for line in lines[3:5]] == [["1", "0"], ["1", "1"]]
+    assert lines[6] == "This host:"
+    assert re.match(r"1, starts workers +\d+\.\d\d +5\.85 MB +5\.85 MB +1\.00 ", lines[8])
+    alone = run(checkpoint, "--ranks", "1", "--no-verify").stdout.splitlines()
+    assert alone[0].endswith(" of tensors; 1 rank has all of them; not verified")
+
+
+def test_load_by_ranks_refuses_what_makes_no_sense_before_any_request(
+    checkpoint: str, s3_server: S3Server, run: Run
+) -> None:
+    before = len(s3_server.requests)
+    for arguments in (["--shard", "0"], ["--no-share"], ["--verify-whole"], ["--ranks", "0"]):
+        assert run(checkpoint, *arguments).returncode == 2
+    assert run(checkpoint, "--ranks", "2", "--no-verify", "--verify-whole").returncode == 2
+    assert len(s3_server.requests) == before
+    missing = run(f"{checkpoint}/missing", "--ranks", "2")
+    assert (missing.returncode, missing.stdout, len(missing.stderr.splitlines())) == (3, "", 1)
+
+
+def test_load_by_ranks_of_a_damaged_checkpoint_ends_in_one_line(checkpoint: str, run: Run) -> None:
+    files = S3FileSystem()
+    for name in ("__0_0.distcp", "__0_1.distcp"):
+        with files.create_stream(f"{checkpoint}/{name}", "rb") as stream:
+            data = bytearray(stream.read())
+        data[len(data) // 2] ^= 1
+        with files.create_stream(f"{checkpoint}/{name}", "wb") as stream:
+            stream.write(data)
+    files.close()
+    done = run(checkpoint, "--ranks", "2")
+    assert (done.returncode, done.stdout) == (5, "")
+    assert f"is damaged in {checkpoint}/__0_" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert json.loads(run(checkpoint, "--ranks", "2", "--json").stdout)["error"]["type"] == "ChecksumMismatch"
+
+
+# -- ranks that end, and a command that is ended
+
+
+@contextmanager
+def hanging_load(folder: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """Starts the command on a server that sends no tensor to its end; yields it and its ranks, once they wait."""
+    save({"weight": torch.ones(1000, 1000)}, storage_writer=FileSystemWriter(folder / "checkpoint"))
+    objects = {f"/bucket/run/{file.name}": file.read_bytes() for file in (folder / "checkpoint").iterdir()}
+    stall = Fault(FaultKind.STALL, path="/bucket/run/__0_0.distcp", after_bytes=1000, seconds=600)
+    with FaultServer(objects, [stall]) as server:
+        program = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        program += "from mpreader.cli.main import main; main()"
+        command = [sys.executable, "-c", program, "load", "s3://bucket/run", "--ranks", "3", "--no-share"]
+        environment = {**os.environ, **server.environment()}
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        ) as process:
+            try:
+                requests = server.requests
+                while not any(request.fault for request in requests):
+                    server.wait_for_requests(len(requests) + 1)
+                    requests = server.requests
+                yield process, ranks_of(process.pid)
+            finally:
+                process.kill()
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def ranks_of(pid: int) -> list[int]:
+    """Process ids of the ranks of a command, in the order of the ranks."""
+    commands = {child: Path(f"/proc/{child}/cmdline").read_bytes() for child in children_of(pid)}
+    [launcher] = [child for child, command in commands.items() if b"mpreader.tools.ranks.launcher" in command]
+    return children_of(launcher)
+
+
+def test_a_rank_that_is_killed_ends_the_load_in_one_line(tmp_path: Path, aws_environment: None) -> None:
+    with hanging_load(tmp_path) as (process, ranks):
+        os.kill(ranks[1], signal.SIGKILL)
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (1, "")
+    assert err == "mpreader: rank 1 has ended without a word: SIGKILL, as where memory is used up\n"
+
+
+def test_ctrl_c_ends_all_ranks(tmp_path: Path, aws_environment: None) -> None:
+    with hanging_load(tmp_path) as (process, _):
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err.strip()) == (130, "", "mpreader: interrupted")
+
+
+def test_ranks_end_with_a_command_that_is_killed(tmp_path: Path, aws_environment: None) -> None:
+    with hanging_load(tmp_path) as (process, _):
+        process.kill()
+        assert process.communicate(timeout=30) == ("", "")
+    # That nothing is left is what every test checks.
