@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -45,13 +46,26 @@ def command(size_mb: int, max_memory: int | None, workers: int | None, every_rea
         raise ModuleNotFoundError("the embedded S3 is moto's", name="moto")
     from mpreader.tools.demo import run_demo  # imports torch, for which --help should not wait
 
-    loads = run_demo(size_mb, pool_config, every_reader=every_reader, report=_keep_quiet if as_json else click.echo)
+    loads, ranks = run_demo(
+        size_mb, pool_config, every_reader=every_reader, report=_keep_quiet if as_json else click.echo
+    )
     is_verified = not any(load.differing for load in loads)
     if as_json:
-        print_json({"size_bytes": loads[0].nbytes, "is_verified": is_verified, "loads": [_row(load) for load in loads]})
+        print_json(
+            {
+                "size_bytes": loads[0].nbytes,
+                "is_verified": is_verified,
+                "loads": [_row(load) for load in loads],
+                "ranks": {**dataclasses.asdict(ranks), "received_per_needed": ranks.received_per_needed},
+            }
+        )
     else:
         _print(loads)
         click.echo(f"\n{_verdict(loads)}")
+        click.echo(
+            f"{len(ranks.ranks)} ranks of this host needed {human_bytes(ranks.needed_nbytes)} each, and together "
+            f"received {human_bytes(ranks.received_nbytes)}: {ranks.received_per_needed or 0:.2f} times as much"
+        )
     if not is_verified:
         raise click.exceptions.Exit(1)
 

@@ -14,21 +14,26 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from mpreader import ConfigError, PoolConfig, S3ReaderConstructor
 from mpreader.dcp import S3StorageReader, S3StorageWriter
+from mpreader.dcp.checkpoint import LoadOptions
 from mpreader.dcp.sample import State, blank_copy, differing, load_state, make_state, save_state, tensor_sizes
 from mpreader.host import Host
+from mpreader.ranges import DEFAULT_MAX_GAP_SIZE
 from mpreader.testing.s3_server import REGION, S3Server
 from mpreader.tools.bench.memory import TreeMemory
+from mpreader.tools.ranks.job import HostLoad, time_rank_loads
 
-__all__ = ["DemoLoad", "run_demo"]
+__all__ = ["Demo", "DemoLoad", "run_demo"]
 
 BUCKET: Final = "demo-bucket"
 CHECKPOINT: Final = f"s3://{BUCKET}/checkpoint"
 _LOADS: Final = ("first load", "again")  # the first one also pays for starting processes and warming memory
 _MB: Final = 1_000_000
+
+RANKS: Final = 2
 
 OpenReader = Callable[[], AbstractContextManager[Any]]
 """Opens a storage reader of the checkpoint for the time of a block."""
@@ -59,14 +64,26 @@ class DemoLoad:
         return self.nbytes / self.seconds / 1e9
 
 
+class Demo(NamedTuple):
+    """Measurements of the demo.
+
+    Attributes:
+        loads: Loads by one process, in the order in which they were made.
+        ranks: Load by the ranks of a job on this host.
+    """
+
+    loads: list[DemoLoad]
+    ranks: HostLoad
+
+
 def run_demo(
     size_mb: int,
     pool_config: PoolConfig | None = None,
     *,
     every_reader: bool = False,
     report: Callable[[str], object] = lambda _: None,
-) -> list[DemoLoad]:
-    """Write a checkpoint to an embedded S3, and load it back twice with each reader that is installed.
+) -> Demo:
+    """Write a checkpoint to an embedded S3, and load it back twice with each reader that is installed, and with ranks.
 
     Args:
         size_mb: Size of the checkpoint in megabytes (1e6 bytes), at least 1.
@@ -75,7 +92,7 @@ def run_demo(
         report: Is called with a line for people before and after each step.
 
     Returns:
-        The loads, in the order in which they were made.
+        The loads, and that of the ranks.
 
     Raises:
         ConfigError: The checkpoint would not fit into this machine's memory.
@@ -103,11 +120,14 @@ def run_demo(
                     report(f"  loaded in {loads[-1].seconds:.2f} s; {_verdict(loads[-1])}")
         if not _has_connector():
             report("(s3torchconnector[dcp] is not installed, so it is not compared)")
-        return loads
+        report(f"Loading it with {RANKS} ranks, as a job of this host does …")
+        ranks = _load_with_ranks(pool_config or PoolConfig())
+        report(f"  loaded in {ranks.seconds:.2f} s")
+        return Demo(loads, ranks)
 
 
 def _check_memory(size_mb: int) -> None:
-    needed = 2 * size_mb * _MB  # what is saved, and what it is loaded into
+    needed = (1 + RANKS) * size_mb * _MB  # what is saved, and what each rank loads it into
     free = Host.now().free_memory
     if needed > free:
         raise ConfigError(f"{size_mb} MB need {needed / _MB:.0f} MB of memory, {free / _MB:.0f} MB are free")
@@ -133,6 +153,23 @@ def _load(state: State, name: str, nbytes: int, reader: Any, server_pid: int) ->
         load_state(target, reader)
         seconds = time.perf_counter() - started
     return DemoLoad(name, nbytes, seconds, memory.peak_extra_bytes, differing(state, target))
+
+
+def _load_with_ranks(pool_config: PoolConfig) -> HostLoad:
+    """Load everything in each rank of a job, the worst case for a host that does not share."""
+    options = LoadOptions(
+        region=REGION,
+        s3client_config=None,
+        pool_config=pool_config,
+        max_gap_size=DEFAULT_MAX_GAP_SIZE,
+        match=None,
+        verify=True,
+        weights_only=True,
+        allowed_globals=(),
+        progress=False,
+    )
+    [load] = time_rank_loads(CHECKPOINT, options, RANKS, dim=None)
+    return load
 
 
 def _readers(pool_config: PoolConfig, *, every_reader: bool) -> dict[str, OpenReader]:

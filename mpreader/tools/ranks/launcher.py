@@ -7,6 +7,7 @@ the rank and its exit code, or the negative number of the signal that has ended 
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import sys
@@ -30,7 +31,8 @@ def _launch(listening: int, channels: Sequence[int]) -> None:
         os.close(descriptor)  # else the end of a rank, or of the job, would not be seen at the other end
     while ranks:
         pid, status = os.waitpid(-1, 0)
-        os.write(1, b"%d %d\n" % (ranks.pop(pid), os.waitstatus_to_exitcode(status)))
+        with contextlib.suppress(BrokenPipeError):  # the job was killed
+            os.write(1, b"%d %d\n" % (ranks.pop(pid), os.waitstatus_to_exitcode(status)))
 
 
 def _run(rank: int, listening: int, channels: Sequence[int]) -> NoReturn:

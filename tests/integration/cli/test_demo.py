@@ -14,7 +14,8 @@ import pytest
 
 from mpreader.cli import demo
 from mpreader.cli.main import main
-from mpreader.tools.demo import DemoLoad
+from mpreader.tools.demo import Demo, DemoLoad
+from mpreader.tools.ranks.job import HostLoad
 
 # What a user's own settings would break, if they were heeded; background jobs of a shell are born without SIGINT.
 ENVIRONMENT = {"AWS_PROFILE": "not-to-be-used", "http_proxy": "http://127.0.0.1:1"}
@@ -53,7 +54,10 @@ def test_demo_shows_each_step_a_table_and_that_all_is_right() -> None:
         "mpreader with sequential(), first load",
     ]
     assert len(rows) in (8, 12)  # 8 where s3torchconnector[dcp] is not installed
-    assert lines[-1] == f"verified: every bit of {len(rows)} loads is right"
+    assert lines[-2] == f"verified: every bit of {len(rows)} loads is right"
+    assert re.fullmatch(
+        r"2 ranks of this host needed 4.76 MB each, and together received 4.9 MB: 1.03 times as much", lines[-1]
+    )
 
 
 def test_ctrl_c_in_a_demo_takes_its_server_along() -> None:
@@ -76,8 +80,8 @@ def run_with(
     """Exit code and stdout of a demo whose second load differs in this."""
     loads = [DemoLoad("mpreader, first load", 10, 2.0, 7, []), DemoLoad("mpreader, again", 10, 1.0, 0, differing)]
 
-    def pretend(size_mb: int, *_: object, **__: Any) -> list[DemoLoad]:
-        return loads
+    def pretend(size_mb: int, *_: object, **__: Any) -> Demo:
+        return Demo(loads, HostLoad(True, 1.0, 10, 11, 7, ()))
 
     monkeypatch.setattr("mpreader.tools.demo.run_demo", pretend)
     with pytest.raises(SystemExit) as ended:
@@ -89,7 +93,7 @@ def test_demo_that_finds_a_wrong_bit_fails(monkeypatch: pytest.MonkeyPatch, caps
     code, out = run_with(["model.weight"], monkeypatch, capsys)
     assert code == 1
     assert re.search(r"^mpreader, again .* differ$", out, re.MULTILINE)
-    assert out.endswith("NOT VERIFIED: model.weight\n")
+    assert "\nNOT VERIFIED: model.weight\n" in out
 
 
 @pytest.mark.parametrize("differing", [[], ["model.weight"]])
@@ -107,6 +111,7 @@ def test_demo_tells_a_program_what_became_of_it(
         "bits": "differ" if differing else "same",
         "differing": differing,
     }
+    assert (document["ranks"]["needed_nbytes"], document["ranks"]["received_per_needed"]) == (10, 1.1)
 
 
 def test_demo_says_what_is_missing_or_too_large(
