@@ -9,6 +9,10 @@ with a read of the rank's own::
 A slot is *kept* by the ranks that have subscribed to it and are not done with it: those that have not got it yet
 included. All ranks take in the same order, so a rank that is ahead waits for those behind it only while memory is full.
 A slot goes to all its ranks when the first of them waits for it; until then the coordinator may recall it.
+
+What the ranks keep counts as read ahead: the coordinator is not told that it was taken, so that all ranks together take
+no more memory than one that reads alone. For the same reason a rank's demand, which would be served beyond the window,
+is only passed on if every rank that keeps something waits, too: any other one is about to give memory back.
 """
 
 from __future__ import annotations
@@ -56,17 +60,19 @@ class _SharedSlot:
     Attributes:
         kept_by: The ranks that are not done with it.
         arrived: The slot, while the broker has it.
-        is_shared: True when ranks have got it: the coordinator can't recall it any more.
+        is_shared: True when ranks have got it: the coordinator can't have it back.
         demanded_s: Time since when a rank waits for it; None if none does.
+        is_demanded: True if the coordinator was told that.
     """
 
-    __slots__ = ("arrived", "demanded_s", "is_shared", "kept_by")
+    __slots__ = ("arrived", "demanded_s", "is_demanded", "is_shared", "kept_by")
 
     def __init__(self) -> None:
         self.kept_by: set[int] = set()
         self.arrived: SlotArrived | None = None
         self.is_shared = False
         self.demanded_s: float | None = None
+        self.is_demanded = False
 
 
 class _Rank:
@@ -117,6 +123,7 @@ class Broker:
         self._ranks: dict[int, _Rank] = {}
         self._segments: dict[int, tuple[MapSegment, SegmentMemory]] = {}
         self._numbers = itertools.count(1)
+        self._awaited: dict[int, None] = {}  # slot reads that ranks wait for, in the order of their demands
         self.tally = Tally()
         self.has_ended = False
         self._from_coordinator: dict[type, Callable[[Any], None]] = {
@@ -177,6 +184,7 @@ class Broker:
         if rank is not None:
             for index in {*rank.indices, *rank.leases.values()}:
                 self._done(number, index)
+            self._pass_on_demands()
 
     def overdue(self, timeout_s: float) -> set[int]:
         """Returns the ranks that keep memory for which others have waited longer than ``timeout_s``."""
@@ -205,7 +213,7 @@ class Broker:
 
     def _slot_arrived(self, message: SlotArrived) -> None:
         slot = self._slots[message.slot_read]
-        slot.arrived, slot.is_shared = message, False
+        slot.arrived, slot.is_shared, slot.is_demanded = message, False, False
         self.tally.over_read += self._slot_reads[message.slot_read].over_read
         if not slot.kept_by:
             self._release(slot)
@@ -216,10 +224,8 @@ class Broker:
         """Give a slot to all ranks that keep it and have not got it yet."""
         arrived = slot.arrived
         assert arrived is not None, "only what has arrived is shared"
-        slot.demanded_s = None
-        if not slot.is_shared:
-            slot.is_shared = True
-            self._tell(SlotTaken(arrived.lease))
+        self._end_wait(index, slot)
+        slot.is_shared = True
         for number in slot.kept_by:
             rank = self._ranks[number]
             if index not in rank.holds:
@@ -231,7 +237,8 @@ class Broker:
 
     def _slot_failed(self, message: SlotFailed) -> None:
         slot = self._slots[message.slot_read]
-        slot.demanded_s = None
+        slot.is_demanded = False
+        self._end_wait(message.slot_read, slot)
         # Memory that is short now may be there when it is asked for again; all else fails for everyone.
         is_final = not isinstance(message.error, ArenaExhausted)
         for number in [*slot.kept_by]:
@@ -243,7 +250,11 @@ class Broker:
 
     def _recall(self, message: Recall) -> None:
         slot = self._slots[message.slot_read]
-        if slot.arrived is not None and slot.arrived.lease == message.lease and not slot.is_shared:
+        if slot.arrived is None or slot.arrived.lease != message.lease:
+            return
+        if slot.is_shared:
+            self._tell(SlotTaken(message.lease))
+        else:
             self._release(slot)
 
     def _unmap(self, message: UnmapSegment) -> None:
@@ -286,6 +297,8 @@ class Broker:
             self._from_rank[type(message)](rank, message)
             if rank.is_closed and not rank.leases:
                 self.drop(number)
+            elif self._awaited:
+                self._pass_on_demands()
 
     def _number_of(self, rank: _Rank) -> int:
         return rank.read.caller
@@ -300,7 +313,7 @@ class Broker:
             rank.waits_for.add(index)
             if slot.demanded_s is None:
                 slot.demanded_s = time.monotonic()
-            self._tell(Demand(self._read, index))
+                self._awaited[index] = None
 
     def _give_back(self, rank: _Rank, message: GiveBack) -> None:
         index = rank.leases.pop(message.lease, None)
@@ -337,16 +350,30 @@ class Broker:
         slot.kept_by.discard(number)
         if slot.kept_by:
             return
-        slot.demanded_s = None
+        self._end_wait(index, slot)
         if slot.arrived is not None:
             self._release(slot)
         else:
             self._tell(Discard(self._read, index, index + 1))
 
     def _release(self, slot: _SharedSlot) -> None:
-        arrived, slot.arrived, slot.is_shared = slot.arrived, None, False
+        arrived, slot.arrived = slot.arrived, None
         if arrived is not None:
             self._tell(GiveBack(arrived.lease))
+        slot.is_shared = False
+
+    def _end_wait(self, index: int, slot: _SharedSlot) -> None:
+        slot.demanded_s = None
+        self._awaited.pop(index, None)
+
+    def _pass_on_demands(self) -> None:
+        """Tell the coordinator what is waited for, unless a rank is about to give memory back."""
+        is_any_at_work = any(rank.holds and not rank.waits_for for rank in self._ranks.values())
+        for index in () if is_any_at_work else self._awaited:
+            slot = self._slots[index]
+            if not slot.is_demanded and slot.arrived is None:
+                slot.is_demanded = True
+                self._tell(Demand(self._read, index))
 
 
 def _ignore(_: _Rank, __: object) -> None:
