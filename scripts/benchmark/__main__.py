@@ -4,6 +4,7 @@
   scripts/bench --quick   one round of a few of them: 2 minutes
   scripts/bench scaling   a fetch with more and more workers and connections
   scripts/bench tail      loads from servers of which some answers are slow: a quarter of an hour
+  scripts/bench ranks     loads by several ranks of one host: a quarter of an hour
   scripts/bench big       memory over time of a load of 10.7 GB
 
 The seconds compare ways of loading on one machine; they are not those of a load from AWS.
@@ -33,6 +34,10 @@ from checkpoints import checkpoint_of, make_checkpoints
 from compare import compare
 from coordinator import print_coordinator_cost
 from machine import machine_facts
+from ranks import CASES as RANK_CASES
+from ranks import CHECKPOINTS as RANKS_CHECKPOINTS
+from ranks import RANK_CONTENDERS, measure_ranks
+from ranks_report import report_ranks
 from report import NOTES, goal_table, main_table, plain_text, write_json, write_markdown
 from results import Results
 from scaling import CHECKPOINTS as SCALING_CHECKPOINTS
@@ -42,7 +47,7 @@ from tail import CASES, measure_tail
 from tail import CHECKPOINTS as TAIL_CHECKPOINTS
 from tail_report import report_tail
 
-_COMMANDS: Final = ("compare", "scaling", "tail", "big", "coordinator")
+_COMMANDS: Final = ("compare", "scaling", "tail", "ranks", "big", "coordinator")
 Command = Callable[[Servers, Path, Path, dict[str, Any]], None]
 
 
@@ -56,7 +61,7 @@ def main() -> int:
     if options.command == "coordinator":  # needs neither checkpoints nor servers
         print_coordinator_cost()
         return 0
-    if not cells:
+    if options.command == "compare" and not cells:
         print("nothing to run: no cell has all of that", file=sys.stderr)
         return 2
     commands: dict[str, tuple[set[str], Command]] = {
@@ -64,6 +69,7 @@ def main() -> int:
         "scaling": (SCALING_CHECKPOINTS, run_scaling),
         "big": (BIG_CHECKPOINTS, run_big),
         "tail": (TAIL_CHECKPOINTS, _tail(options)),
+        "ranks": (RANKS_CHECKPOINTS, _ranks(options)),
     }
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # cleans up, as Ctrl-C does
     try:
@@ -115,6 +121,15 @@ def _tail(options: argparse.Namespace) -> Command:
     return run
 
 
+def _ranks(options: argparse.Namespace) -> Command:
+    rounds = 1 if options.quick else options.rounds
+
+    def run(servers: Servers, data: Path, out: Path, machine: dict[str, Any]) -> None:
+        report_ranks(measure_ranks(servers, data, options.rows, options.contenders, rounds), out, machine)
+
+    return run
+
+
 def _report(results: Results, machine: dict[str, Any], out: Path) -> None:
     tables = [(main_table(results), 4), (goal_table(results), 1)]
     for table, text_columns in tables:
@@ -138,9 +153,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", type=_some_of(WORKLOADS, {"load": "abcd", "fetch": "efg"}), default=(),
                         metavar="a,b,…", help="workloads; load and fetch stand for all of theirs")  # fmt: skip
     parser.add_argument("--servers", type=_some_of(SERVERS), default=(), metavar="plain,…", help="servers")
-    parser.add_argument("--contenders", type=_some_of(CONTENDERS), default=(), metavar="mpreader,…", help="contenders")
-    parser.add_argument("--rows", type=_some_of({case.key for case in CASES}), default=(), metavar="1,…",
-                        help="rows of tail")  # fmt: skip
+    parser.add_argument(
+        "--contenders",
+        type=_some_of({*CONTENDERS, *RANK_CONTENDERS}),
+        default=(),
+        metavar="mpreader,…",
+        help="contenders",
+    )
+    parser.add_argument("--rows", type=_some_of([case.key for case in (*CASES, *RANK_CASES)]), default=(),
+                        metavar="1,…", help="rows of tail or of ranks")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("benchmark-results"), metavar="DIR",
                         help="where tables, charts and JSON go (default: benchmark-results)")  # fmt: skip
     parser.add_argument("--data", type=Path, metavar="DIR", help="keep the checkpoints here (up to 4 GB), and use them")
@@ -154,6 +175,7 @@ def _names() -> str:
         "servers": SERVERS,
         "contenders": {name: TITLES[name] for name in CONTENDERS},
         "rows of tail": {case.key: case.title for case in CASES},
+        "rows of ranks": {case.key: case.title for case in RANK_CASES},
     }
     return "\n\n".join(
         "\n".join([f"{group}:", *(f"  {name:16} {title}" for name, title in known.items())])

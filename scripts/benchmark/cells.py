@@ -31,6 +31,7 @@ SERVERS: Final = {
 }
 TITLES: Final = {
     "mpreader": "mpreader",
+    "alone": "mpreader, share_host=False",
     "drop-in": "mpreader drop-in",
     "dcp_optimized": "s3torchconnector",
     "sequential": "s3torchconnector sequential",

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from results import Results, Row
 
-__all__ = ["memory_chart", "tail_chart", "write_charts"]
+__all__ = ["memory_chart", "ratio_chart", "write_charts"]
 
 mpl.use("Agg")  # draws into files, and needs no display
 _WIDTH_IN: Final = 9.0
@@ -22,9 +22,9 @@ _OURS: Final = "#1f6fb2"
 _OTHERS: Final = "#9aa5b1"
 _TEXT: Final = "#333333"
 _LINES: Final = ("#1f6fb2", "#e08214", "#6b7785")
-_TAIL_COLUMNS: Final = 3
+_RATIO_COLUMNS: Final = 3
 # Title, aim, and for each contender its value and whether the true one is larger.
-TailRow = tuple[str, float, Sequence[tuple[str, "tuple[float, bool] | None"]]]
+RatioRow = tuple[str, float, Sequence[tuple[str, "tuple[float, bool] | None"]]]
 _PANELS: Final = {
     "a": "1.2 GB, 109 tensors",
     "b": "10,000 of 16 KiB",
@@ -116,19 +116,17 @@ def memory_chart(series: Mapping[str, Sequence[tuple[float, int]]], title: str, 
     figure.savefig(file, dpi=_DPI)
 
 
-def tail_chart(rows: Sequence[TailRow], file: Path) -> None:
-    """A panel for each row of the slow tail, with a bar for each contender and a line at the aim."""
-    height = -(-len(rows) // _TAIL_COLUMNS)
+def ratio_chart(rows: Sequence[RatioRow], title: str, file: Path) -> None:
+    """A panel for each ratio, with a bar for each contender and a line at the aim."""
+    height = -(-len(rows) // _RATIO_COLUMNS)
     figure = Figure(figsize=(_WIDTH_IN, 0.5 + 1.2 * height), layout="constrained", facecolor="white")
-    figure.suptitle(
-        "Times as long as without the tail, first load of a process (dotted: the aim)", fontsize=10, color=_TEXT
-    )
-    panels = figure.subplots(height, _TAIL_COLUMNS, sharey=True, squeeze=False).flat
-    for (title, most, values), panel in zip(rows, panels, strict=False):
+    figure.suptitle(title, fontsize=10, color=_TEXT)
+    panels = figure.subplots(height, _RATIO_COLUMNS, sharey=True, squeeze=False).flat
+    for (name_of_row, most, values), panel in zip(rows, panels, strict=False):
         for position, (name, value) in enumerate(values):
-            _tail_bar(panel, position, name, value)
+            _ratio_bar(panel, position, name, value)
         panel.axvline(most, color=_TEXT, linestyle=":", linewidth=1)
-        panel.set_title("\n".join(textwrap.wrap(title, 34)), fontsize=8, color=_TEXT)
+        panel.set_title("\n".join(textwrap.wrap(name_of_row, 34)), fontsize=8, color=_TEXT)
         panel.set_yticks(range(len(values)), [name for name, _ in values], fontsize=8, color=_TEXT)
         panel.set_xlim(0, max(most, *(value[0] for _, value in values if value is not None)) * 1.35)
         _strip(panel)
@@ -138,7 +136,7 @@ def tail_chart(rows: Sequence[TailRow], file: Path) -> None:
     figure.savefig(file, dpi=_DPI)
 
 
-def _tail_bar(panel: Axes, position: int, name: str, value: tuple[float, bool] | None) -> None:
+def _ratio_bar(panel: Axes, position: int, name: str, value: tuple[float, bool] | None) -> None:
     length, is_least = value or (0.0, False)
     panel.barh(position, length, height=0.65, color=_OURS if name == "mpreader" else _OTHERS)
     digits = 0 if length >= 20 else 2

@@ -11,12 +11,14 @@ import math
 import multiprocessing
 import os
 import pickle
+import tempfile
 import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 import torch
+import torch.distributed as dist
 from isal import isal_zlib
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -28,8 +30,9 @@ TINY: Final = "tiny"  # loaded once before each measurement; see loads.warm_up
 _VERSION: Final = 1  # of the checkpoints; data folders with another one are written anew
 _HIDDEN: Final = 2048
 _VOCABULARY: Final = 48_000
-_THREADS: Final = {"a": 4, "small": 64}  # each writes a file of its own
+_THREADS: Final = {"a": 4, "small": 64, "ranks": 4}  # each writes a file of its own
 _COPIES: Final = 20
+_SAVING_RANKS: Final = 3  # of the checkpoint "ranks3"
 _MANIFEST: Final = "manifest.json"
 
 
@@ -92,8 +95,11 @@ def _write(name: str, folder: Path) -> None:
         file.unlink()
     generator = torch.Generator().manual_seed(sum(name.encode()))  # another one for each checkpoint
     state = {key: _random_bits(shape, generator) for key, shape in _shapes(name).items()}
-    save(state, storage_writer=FileSystemWriter(folder, thread_count=_THREADS.get(name, 1), sync_files=False),
-         no_dist=True)  # fmt: skip
+    if name == "ranks3":
+        _save_in_shards(state, folder)
+    else:
+        save(state, storage_writer=FileSystemWriter(folder, thread_count=_THREADS.get(name, 1), sync_files=False),
+             no_dist=True)  # fmt: skip
     if name == "big":
         state = _multiply(folder, state["tensor"])
     manifest = {
@@ -102,6 +108,39 @@ def _write(name: str, folder: Path) -> None:
         "crcs": {key: isal_zlib.crc32(tensor.view(torch.uint8).numpy()) for key, tensor in state.items()},
     }
     (folder / _MANIFEST).write_text(json.dumps(manifest))  # last: a folder without it is written anew
+
+
+def _save_in_shards(state: dict[str, torch.Tensor], folder: Path) -> None:
+    """Save as a job of several ranks does, each with rows of every tensor."""
+    with tempfile.TemporaryDirectory() as meeting:
+        context = multiprocessing.get_context("fork")
+        torch.set_num_threads(1)  # what is forked must have no others
+        arguments = [(rank, f"{meeting}/store", state, folder) for rank in range(_SAVING_RANKS)]
+        ranks = [context.Process(target=_save_shard, args=each) for each in arguments]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join()
+        if any(rank.exitcode for rank in ranks):
+            raise RuntimeError("a rank could not save its shard")
+
+
+def _save_shard(rank: int, store: str, state: dict[str, torch.Tensor], folder: Path) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    dist.init_process_group("gloo", store=dist.FileStore(store, _SAVING_RANKS), rank=rank, world_size=_SAVING_RANKS)
+    mesh = init_device_mesh("cpu", (_SAVING_RANKS,))
+    shards = {}
+    for name, tensor in state.items():
+        rows = -(-len(tensor) // _SAVING_RANKS)
+        local = tensor[rank * rows : (rank + 1) * rows]
+        shards[name] = DTensor.from_local(
+            local, mesh, [Shard(0)], run_check=False, shape=tensor.shape, stride=tensor.stride()
+        )
+    save(shards, storage_writer=FileSystemWriter(folder, sync_files=False))
+    dist.barrier()
+    os._exit(0)  # not by destroy_process_group(), in which gloo may abort
 
 
 def _multiply(folder: Path, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -134,15 +173,17 @@ def _shapes(name: str) -> dict[str, tuple[int, ...]]:
         return {"tensor": (131_072, 2_048)}
     if name == "small":
         return {f"tensor_{number:02}": (512, 1024) for number in range(64)}
-    return _transformer() if name == "a" else {"tensor": (1_000,)}
+    if name in ("ranks", "ranks3"):
+        return _transformer(4, _VOCABULARY // 2)
+    return _transformer(12, _VOCABULARY) if name == "a" else {"tensor": (1_000,)}
 
 
-def _transformer() -> dict[str, tuple[int, ...]]:
+def _transformer(layers: int, vocabulary: int) -> dict[str, tuple[int, ...]]:
     square, up, down = (_HIDDEN, _HIDDEN), (2 * _HIDDEN, _HIDDEN), (_HIDDEN, 2 * _HIDDEN)
     layer: dict[str, tuple[int, ...]] = dict.fromkeys(("q", "k", "v", "o"), square)
     layer |= {"gate": up, "up": up, "down": down, "input_norm": (_HIDDEN,), "output_norm": (_HIDDEN,)}
-    shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (_VOCABULARY, _HIDDEN)}
-    for number in range(12):
+    shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (vocabulary, _HIDDEN)}
+    for number in range(layers):
         shapes |= {f"layers.{number}.{part}.weight": shape for part, shape in layer.items()}
     return shapes
 

@@ -60,7 +60,7 @@ class LoadTask:
 
 def reader_maker(contender: str, uri: str, job: Job) -> ReaderMaker:
     """Import what a contender needs, which is not timed; returns a function that makes its readers, which is."""
-    makers = {"mpreader": _mpreader, "drop-in": _drop_in, "local": _local, "s3fs": _s3fs}
+    makers = {"mpreader": _mpreader, "alone": _alone, "drop-in": _drop_in, "local": _local, "s3fs": _s3fs}
     if contender in makers:
         return makers[contender](uri, job)
     return _connector(uri, contender)
@@ -72,6 +72,14 @@ def _mpreader(uri: str, _: Job) -> ReaderMaker:
 
     config = S3ClientConfig(force_path_style=True)
     return lambda: S3StorageReader(_REGION, uri, config)
+
+
+def _alone(uri: str, _: Job) -> ReaderMaker:
+    from mpreader import S3ClientConfig
+    from mpreader.dcp import S3StorageReader
+
+    config = S3ClientConfig(force_path_style=True)
+    return lambda: S3StorageReader(_REGION, uri, config, share_host=False)
 
 
 def _drop_in(uri: str, _: Job) -> ReaderMaker:

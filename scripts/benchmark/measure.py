@@ -32,7 +32,7 @@ from trust import trust_in_this_process
 
 from mpreader.testing.s3_server import aws_environment
 
-__all__ = ["RUNS", "Failure", "Run", "TooSlow", "as_json", "measure"]
+__all__ = ["RUNS", "Failure", "Run", "TooSlow", "as_json", "measure", "set_environment"]
 
 RUNS: Final = ("first", "again")
 LIMIT_S: Final = 60.0
@@ -155,7 +155,7 @@ def _serve(job: Job, parent: Connection, other_end: Connection) -> None:
 
 
 def _run_twice(job: Job, parent: Connection) -> None:
-    _set_environment(job)
+    set_environment(job)
     if not job.cutting:
         _switch_cutting_off()
     task = _make_task(job)
@@ -198,7 +198,8 @@ def _make_task(job: Job) -> Task:
     return task
 
 
-def _set_environment(job: Job) -> None:
+def set_environment(job: Job) -> None:
+    """Make the environment of the calling process that of a contender, and no setting of the user's."""
     for name in list(os.environ):
         # Settings of the user would change the measurement; s3torchconnector uses a proxy even for this machine.
         if name.startswith(("AWS_", "MPREADER_")) or name.lower() in ("http_proxy", "https_proxy", "all_proxy"):

@@ -17,8 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -29,7 +29,7 @@ from mpreader.testing.certificate import LoopbackCertificate
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["BYTES_PER_S", "DELAY_S", "Servers", "Site", "nginx_path"]
+__all__ = ["BYTES_PER_S", "DELAY_S", "Servers", "Site", "nginx_path", "spawned"]
 
 BYTES_PER_S: Final = 90_000_000
 DELAY_S: Final = 0.03
@@ -301,6 +301,13 @@ def _block(site: Site, rules: _Rules, addresses: Iterable[str], location: str) -
     port = urlsplit(site.endpoint_url).port
     listen = "\n".join(f"        listen {address}:{port}{' ssl' if rules.tls else ''};" for address in addresses)
     return _SITE.format(listen=listen, log=site.log, location=location, extra=rules.extra)
+
+
+@contextmanager
+def spawned(command: list[str]) -> Iterator[str]:
+    """Start a server; yields the line that it prints when it is ready, and ends it with the block."""
+    with ExitStack() as stack:
+        yield _first_line(_spawn(stack, command))
 
 
 def _spawn(

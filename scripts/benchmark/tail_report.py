@@ -10,7 +10,7 @@ from statistics import median, median_high
 from typing import Any, Final, NamedTuple
 
 from cells import TITLES
-from charts import tail_chart
+from charts import ratio_chart
 from measure import RUNS, Run, as_json
 from pauses import PAUSES_S
 from report import markdown, plain_text
@@ -106,7 +106,8 @@ def report_tail(tails: Sequence[Tail], out: Path, machine: dict[str, Any]) -> No
     ]  # fmt: skip
     shown = [panel for panel in panels if any(value is not None for _, value in panel[2])]
     if shown:
-        tail_chart(shown, out / "tail.png")
+        title = "Times as long as without the tail, first load of a process (dotted: the aim)"
+        ratio_chart(shown, title, out / "tail.png")
     print("written:", *(out / f"tail.{kind}" for kind in ("json", "md", "png")))
 
 

@@ -10,14 +10,14 @@ import mmap
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpreader.tools.bench.memory import process_tree, stat_fields
 
-__all__ = ["resident_bytes", "tree_cpu_s", "tree_memory_bytes"]
+__all__ = ["Taken", "memory_of", "resident_bytes", "tree_cpu_s", "tree_memory_bytes"]
 
 _TICK_S: Final = 1 / os.sysconf("SC_CLK_TCK")
 _PRESENT: Final = np.uint64(1 << 63)  # bit of a page's entry in pagemap: the page is in memory
@@ -35,14 +35,26 @@ def tree_memory_bytes(root: int, excluded: int) -> int:
     Each page of shared memory counts once, by however many processes it was touched. Pages of files count for each
     process.
     """
+    return sum(memory_of(process_tree(root, {excluded})))
+
+
+class Taken(NamedTuple):
+    """Resident bytes of processes: their own, and those of the memory that they share, each page of it once."""
+
+    own: int
+    shared: int
+
+
+def memory_of(pids: Iterable[int]) -> Taken:
+    """Resident bytes of processes."""
     # By the identity of a piece of shared memory: the pages of it that any of the processes has touched.
     own, shared = 0, dict[str, NDArray[np.bool_]]()
-    for pid in process_tree(root, {excluded}):
+    for pid in pids:
         with contextlib.suppress(OSError):  # it has ended meanwhile
             own += _own_bytes(pid)
             for inode, first, pages in _shared_pages(pid):
                 shared[inode] = _merged(shared.get(inode), first, pages)
-    return own + sum(int(np.count_nonzero(pages)) for pages in shared.values()) * mmap.PAGESIZE
+    return Taken(own, sum(int(np.count_nonzero(pages)) for pages in shared.values()) * mmap.PAGESIZE)
 
 
 def _merged(known: NDArray[np.bool_] | None, first: int, pages: NDArray[np.bool_]) -> NDArray[np.bool_]:

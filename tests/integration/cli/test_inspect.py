@@ -182,14 +182,14 @@ from mpreader.dcp import S3StorageReader
 
 dist.init_process_group("gloo")
 rank, dim, sizes = dist.get_rank(), int(sys.argv[1]), eval(sys.argv[2])
-client = S3ClientConfig(endpoint_url=sys.argv[3 + rank], force_path_style=True)
+own, first = (S3ClientConfig(endpoint_url=sys.argv[at], force_path_style=True) for at in (3 + rank, 3))
 mesh = init_device_mesh("cpu", (dist.get_world_size(),))
 state = {
     name: distribute_tensor(torch.zeros(size), mesh, [Shard(dim) if dim < len(size) else Replicate()])
     for name, size in sizes.items()
 }
 pool = PoolConfig(workers=1, connections_per_worker=1, max_memory=16 * 2**20, part_size=2**18)
-for uri, share_host in (("s3://bucket/run", False), ("s3://bucket/shared", True)):
+for uri, client, share_host in (("s3://bucket/run", own, False), ("s3://bucket/shared", first, True)):
     with S3StorageReader(None, uri, client, pool_config=pool, share_host=share_host) as reader:
         dcp.load(state, storage_reader=reader)
 dist.barrier()
@@ -243,8 +243,7 @@ def test_inspect_tells_exactly_what_each_rank_and_a_host_of_all_ask_for(
     assert summary.host is not None
     assert summary.host.nbytes == 4 * sum(math.prod(size) for size in SIZES.values())
     assert summary.host.nbytes < summary.host.fetched_nbytes <= whole
-    asked = [asked_of_tensors(log, "/bucket/shared/") for log in logs]
-    assert asked == [(summary.host.requests, summary.host.fetched_nbytes), *[(0, 0)] * (ranks - 1)]
+    assert (summary.host.requests, summary.host.fetched_nbytes) == asked_of_tensors(logs[0], "/bucket/shared/")
     assert summary.fetched_nbytes < (1.1 * whole if dim == 0 else ranks * whole)
 
 

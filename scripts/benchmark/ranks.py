@@ -1,0 +1,301 @@
+"""Ranks of one host that load the same checkpoint: what the host receives, and what that takes.
+
+Each case measures every contender, interleaved, in processes that load twice: with all that the first load starts, and
+again with new readers. Bytes are those that the server sent, by its log. ranks_report.py prints, draws and writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import math
+import mmap
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, Final
+
+from checkpoints import BUCKET, Checkpoint
+from measure import RUNS, Failure, TooSlow
+from rank import Layout, RankJob, serve
+from servers import Servers, Site, spawned
+from tasks import Job
+from tree import Taken, memory_of
+
+from mpreader.tools.bench.memory import process_tree
+
+__all__ = ["CASES", "CHECKPOINTS", "RANK_CONTENDERS", "RankCase", "Ranks", "RanksRun", "measure_ranks"]
+
+CHECKPOINTS: Final = {"a", "ranks", "ranks3"}
+RANK_CONTENDERS: Final = ("mpreader", "alone", "dcp_optimized")
+LINK_BYTES_PER_S: Final = 200_000_000
+_LIMIT_S: Final = 120.0
+_SAMPLE_S: Final = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class RankCase:
+    """What is loaded.
+
+    Attributes:
+        key: Its name, for the command line.
+        title: What it is.
+        ranks: Number of ranks.
+        layout: How the tensors are on them.
+        checkpoint: Name of the checkpoint.
+        link: True: the host has a link of ``LINK_BYTES_PER_S``.
+        one_memory: True: the targets of all ranks are the same memory, so that those of many ranks fit.
+        is_timed: False: only its memory is measured.
+        others_once: True: contenders that don't share have one round, since it takes long.
+    """
+
+    key: str
+    title: str
+    ranks: int = 4
+    layout: Layout = field(default_factory=Layout)
+    checkpoint: str = "ranks"
+    link: bool = False
+    one_memory: bool = False
+    is_timed: bool = True
+    others_once: bool = False
+
+
+CASES: Final = (
+    RankCase("replica", "replicated, 4 ranks"),
+    RankCase("hsdp", "HSDP 2 x 2", layout=Layout((2, 2), (None, 0))),
+    RankCase("columns", "columns, 4 ranks", layout=Layout((4,), (1,))),
+    RankCase("rows", "rows, 4 ranks", layout=Layout((4,), (0,))),
+    RankCase("3to4", "rows, saved by 3 ranks, 4 ranks", layout=Layout((4,), (0,)), checkpoint="ranks3"),
+    RankCase("link1", "link of 200 MB/s, 1 rank", ranks=1, link=True),
+    RankCase("link8", "link of 200 MB/s, replicated, 8 ranks", ranks=8, link=True, others_once=True),
+    RankCase("one", "1.2 GB, 1 rank", ranks=1, checkpoint="a", one_memory=True, is_timed=False),
+    RankCase("eight", "1.2 GB, replicated, 8 ranks", ranks=8, checkpoint="a", one_memory=True, is_timed=False),
+)
+
+
+@dataclass(slots=True)
+class RanksRun:
+    """Measurements of one load by all ranks.
+
+    Attributes:
+        name: ``"first"`` or ``"again"``.
+        seconds: Wall time of the slowest rank.
+        requests: Requests that the server got.
+        served_bytes: Bytes of the bodies that it sent.
+        peak_extra_bytes: Most memory of all ranks and their workers at one time beyond what there was before the first
+            load, with the targets; None where memory was not sampled.
+        peak_shared_bytes: Most shared memory of them at one time, targets not counted; None where it was not sampled.
+    """
+
+    name: str
+    seconds: float
+    requests: int
+    served_bytes: int
+    peak_extra_bytes: int | None = None
+    peak_shared_bytes: int | None = None
+
+
+@dataclass(slots=True)
+class Ranks:
+    """All runs of one contender in one case.
+
+    Attributes:
+        case: The case.
+        contender: The contender.
+        needed_bytes: Bytes of the tensors, each once: what the host needs.
+        rounds: The timed runs of each round.
+        check: Runs of the round in which bytes were compared and memory was sampled.
+        note: Reason, in words, for which it has no runs, or no more; empty if it has all.
+    """
+
+    case: RankCase
+    contender: str
+    needed_bytes: int
+    rounds: list[list[RanksRun]] = field(default_factory=list)
+    check: list[RanksRun] = field(default_factory=list)
+    note: str = ""
+
+    def is_due(self, number: int) -> bool:
+        """True if it is measured in this round; in round 0 bytes are compared and memory is sampled."""
+        if self.note:
+            return False
+        if number == 0:
+            return not self.case.link
+        return self.case.is_timed and (number == 1 or self.contender == "mpreader" or not self.case.others_once)
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it, for the results file."""
+        return asdict(self)
+
+
+def measure_ranks(
+    servers: Servers, data: Path, cases: Collection[str], contenders: Collection[str], rounds: int
+) -> list[Ranks]:
+    """Measure cases; returns the runs of each contender, in the order of the cases.
+
+    Args:
+        servers: The servers.
+        data: Folder that they serve.
+        cases: Keys of the cases; empty: all.
+        contenders: Contenders; empty: all.
+        rounds: Timed rounds of each. One more comes first, in which bytes are compared and memory is sampled.
+    """
+    measured = [
+        Ranks(case, contender, _needed_bytes(data, case.checkpoint))
+        for case in CASES
+        for contender in RANK_CONTENDERS
+        if (not cases or case.key in cases) and (not contenders or contender in contenders)
+    ]
+    _import_contenders()
+    started = time.monotonic()
+    with _link(servers.sites["plain"]) as link:
+        for number in range(rounds + 1):
+            print(f"[{time.monotonic() - started:5.0f} s] round {number} of {rounds}", flush=True)
+            for ranks in measured[:: 1 if number % 2 else -1]:
+                site = link if ranks.case.link else servers.sites["plain"]
+                if ranks.is_due(number):
+                    _measure_into(ranks, site, data, checking=number == 0)
+    return measured
+
+
+def _import_contenders() -> None:
+    """Import here, once, what each rank would take seconds to import; a rank is a fork of this process."""
+    for name in ("mpreader.dcp", "s3torchconnector.dcp", "torch.distributed.tensor"):
+        importlib.import_module(name)
+    gc.freeze()  # else a collection in a rank would copy, page by page, all of it
+
+
+def _needed_bytes(data: Path, checkpoint: str) -> int:
+    shapes = Checkpoint(data / BUCKET / checkpoint).shapes.values()
+    return sum(2 * math.prod(shape) for shape in shapes)
+
+
+@contextlib.contextmanager
+def _link(site: Site) -> Iterator[Site]:
+    """The same server behind a link; its log is the same, too."""
+    port = site.endpoint_url.rpartition(":")[2]
+    command = [sys.executable, str(Path(__file__).with_name("link.py")), port, str(LINK_BYTES_PER_S)]
+    with spawned(command) as first_line:
+        yield replace(site, name="link", endpoint_url=f"http://127.0.0.1:{first_line}")
+
+
+def _measure_into(ranks: Ranks, site: Site, data: Path, *, checking: bool) -> None:
+    job = Job(ranks.contender, ranks.case.checkpoint, False, site, data, checking)
+    try:
+        runs = _measure(ranks.case, job)
+    except TooSlow:
+        ranks.note = f"> {_LIMIT_S:.0f} s"
+    except Failure as error:
+        ranks.note = str(error).strip().splitlines()[-1][:100]
+        print(f"{ranks.contender}, {ranks.case.key}: {error}", flush=True)
+    else:
+        if checking:
+            ranks.check = runs
+        else:
+            ranks.rounds.append(runs)
+        print(f"  {ranks.case.key:8} {ranks.contender:14}", *(f"{run.seconds:6.2f} s" for run in runs), flush=True)
+
+
+def _measure(case: RankCase, job: Job) -> list[RanksRun]:
+    """Start the ranks, let them load twice, and end them.
+
+    Raises:
+        TooSlow: A load took longer than ``_LIMIT_S``.
+        Failure: A rank has failed.
+    """
+    # A fork copies the calling thread only: locks that another one holds would be held for ever.
+    if len(os.listdir("/proc/self/task")) != 1:
+        raise RuntimeError("this process has threads: forking it is not safe")
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as folder:
+        memory = mmap.mmap(-1, _needed_bytes(job.data, case.checkpoint)) if case.one_memory else None
+        rank_job = RankJob(job, case.ranks, case.layout, f"{folder}/store", memory)
+        pairs = [multiprocessing.Pipe() for _ in range(case.ranks)]
+        ours = [our for our, _ in pairs]
+        processes = []
+        for rank, (_, their) in enumerate(pairs):
+            others = [end for pair in pairs for end in pair if end is not their]
+            processes.append(context.Process(target=serve, args=(rank_job, rank, their, others)))
+            processes[-1].start()
+        for _, their in pairs:
+            their.close()
+        try:
+            return _runs(ours, job, [process.pid or 0 for process in processes])
+        finally:
+            _end(ours, processes)
+            if memory is not None:
+                memory.close()
+
+
+def _runs(ranks: Sequence[Connection], job: Job, pids: Sequence[int]) -> list[RanksRun]:
+    runs: list[RanksRun] = []
+    before: Taken | None = None
+    for name in RUNS:
+        _answers(ranks)  # in the round in which bytes are compared also that those of the run before were right
+        mark = job.site.mark()
+        if job.checking and before is None:
+            before = _taken(pids)
+        for rank in ranks:
+            rank.send("go")
+        samples: list[Taken] = []
+        seconds = max(_answers(ranks, (samples, pids) if job.checking else None))
+        if job.checking:
+            for rank in ranks:
+                rank.send("check")
+        run = RanksRun(name, seconds, *job.site.served_since(mark))
+        if before is not None:
+            run.peak_extra_bytes = max(sum(taken) - sum(before) for taken in samples)
+            run.peak_shared_bytes = max(taken.shared - before.shared for taken in samples)
+        runs.append(run)
+    if job.checking:
+        _answers(ranks)  # that the bytes of the last run were right
+    return runs
+
+
+def _answers(ranks: Sequence[Connection], sampling: tuple[list[Taken], Sequence[int]] | None = None) -> list[Any]:
+    """The next message of each rank; meanwhile memory is sampled, if that is asked for."""
+    answers: dict[int, Any] = {}
+    until = time.monotonic() + _LIMIT_S
+    while len(answers) < len(ranks):
+        left = [rank for number, rank in enumerate(ranks) if number not in answers]
+        if sampling is not None:
+            sampling[0].append(_taken(sampling[1]))
+        ready = wait(left, _SAMPLE_S if sampling is not None else until - time.monotonic())
+        if time.monotonic() > until:
+            raise TooSlow
+        for rank in ready:
+            answers[ranks.index(rank)] = _receive(rank)  # type: ignore[arg-type]
+    return [answers[number] for number in range(len(ranks))]
+
+
+def _receive(rank: Connection) -> Any:
+    try:
+        message = rank.recv()
+    except (EOFError, ConnectionResetError):
+        raise Failure("a rank died") from None
+    if isinstance(message, Exception):
+        raise message
+    return message
+
+
+def _taken(pids: Sequence[int]) -> Taken:
+    return memory_of(pid for rank in pids for pid in process_tree(rank))
+
+
+def _end(ranks: Sequence[Connection], processes: Sequence[Any]) -> None:
+    for rank in ranks:
+        rank.close()
+    for process in processes:
+        process.join(2)
+        # Its group, with all processes that it has left behind.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.join()
