@@ -69,6 +69,15 @@ def asked(server: S3Server, before: int) -> int:
     return sum(int(border[2]) + 1 - int(border[1]) for border in borders if border)
 
 
+def check_asked(server: S3Server, before: int, loads: list[dict[str, Any]]) -> None:
+    """What loads received is what the server was asked for; the rest of a request that was cut, for a second time."""
+    received, was_asked = sum(load["received_nbytes"] for load in loads), asked(server, before)
+    if any(rank["slow_cut"] for load in loads for rank in load["ranks"]):  # by a busy machine
+        assert received <= was_asked
+    else:
+        assert received == was_asked
+
+
 def test_ranks_that_all_load_everything_receive_it_once(
     checkpoint: str, s3_server: S3Server, tmp_path: Path, run: Run
 ) -> None:
@@ -84,7 +93,7 @@ def test_ranks_that_all_load_everything_receive_it_once(
         True,
     )
     assert [load["starts_workers"] for load in loads] == [True, False]
-    assert sum(load["received_nbytes"] for load in loads) == asked(s3_server, before)
+    check_asked(s3_server, before, loads)
     nbytes = sum(value.nbytes for value in example().values() if isinstance(value, torch.Tensor))
     for load in loads:
         assert load["needed_nbytes"] == nbytes
@@ -110,7 +119,8 @@ def test_ranks_in_shards_receive_what_inspect_says(checkpoint: str, s3_server: S
         document = json.loads(run(checkpoint, "--ranks", "3", "--shard", "0", "--json", option).stdout)
         [load] = document["loads"]
         assert document["is_shared"] is (option == "--json")
-        assert load["received_nbytes"] == fetched == asked(s3_server, before)
+        assert load["received_nbytes"] == fetched
+        check_asked(s3_server, before, [load])
         assert load["needed_nbytes"] == summary.host.nbytes
         assert [rank["nbytes"] for rank in load["ranks"]] == [rank.nbytes for rank in summary.ranks]
 
