@@ -189,6 +189,9 @@ class ItemLoader:
         except (TransportError, PoolError, ArenaError) as error:
             # The copy takes the place of the original, so it keeps the original's cause.
             raise error.needed_for(item.request.storage_index.fqn) from error.__cause__
+        except Exception:
+            self._check()  # or the record of another item has come into the memory, and was taken for this one
+            raise
 
     def _load_selected(
         self, item: PlannedItem, selection: Selection, uri: str, reader: ItemReader
@@ -200,6 +203,7 @@ class ItemLoader:
         content = reader.selected_item(stored.offset, stored.length, first)
         if layout is None:
             layout = _read_layout(content, selection.front_nbytes)
+            self._check()  # before the layout, which may be that of another item, is believed
             if layout is None:
                 return PlannedItem(request, stored)
             self._last_layout = uri, stored.offset, layout
@@ -227,6 +231,7 @@ class ItemLoader:
         try:
             self._load_into_target(item, reader.item(offset, length))
         except RecordCorrupted as error:
+            self._check()  # or the bytes of another item have come into the memory meanwhile
             if item.check is Check.FOR_OTHERS:  # who have loaded the damaged bytes
                 raise _mismatch(item, uri, error, attempts=1) from error
             if self._is_shared:  # other ranks may have the damaged bytes in their hands, too: this one reads its own

@@ -41,7 +41,7 @@ from mpreader.dcp.sharing import (
     selected,
     try_offer,
 )
-from mpreader.errors import ArenaExhausted, ConfigError, ObjectMissing, PlanError, PoolError
+from mpreader.errors import ArenaError, ArenaExhausted, ConfigError, ObjectMissing, PlanError, PoolError
 from mpreader.pool.background import call_twice_if_slow
 from mpreader.pool.hosts.identity import HostShare
 from mpreader.pool.hosts.messages import HostLost
@@ -266,8 +266,11 @@ class S3StorageReader(FileSystemReader):
                 try:
                     self._begin_shared(plan.storage_data, offered, plan.items, storage_data, path)
                     return
-                except PoolError as error:
+                except (PoolError, ArenaError, OSError) as error:
                     log.debug("this rank reads by itself: %s", error)
+                except BaseException:
+                    offered.close()  # or others would wait for it
+                    raise
             else:
                 log.debug("this rank reads by itself: no other rank of this load is on its host")
             offered.close()

@@ -95,14 +95,17 @@ class Channel:
         Raises:
             ChannelClosed: Nothing more will come.
         """
+        before = len(self._received)
         while True:
             try:
-                data, fds, _, _ = socket.recv_fds(self._socket, _RECEIVED_AT_ONCE, _MOST_FDS)
+                data, fds, _, _ = socket.recv_fds(self._socket, _RECEIVED_AT_ONCE, _MOST_FDS, socket.MSG_CMSG_CLOEXEC)
             except BlockingIOError:
                 break
             except OSError as error:
                 raise ChannelClosed(str(error)) from error
             if not data:
+                if len(self._received) > before:
+                    break  # what was said last is heard first; the end is there once more at the next call
                 if self._received:
                     raise ChannelClosed("in the middle of a message")
                 raise ChannelClosed("the other end has closed the connection")
@@ -122,6 +125,8 @@ class Channel:
             end = start + _LENGTH.size + nbytes
             if end > len(self._received):
                 break
+            if fds and not self._fds:  # the kernel drops those for which this process has no room
+                raise ChannelClosed("a descriptor was lost: this process may have no more open (ulimit -n)")
             # The peer is of this user, and knows the token.
             message = pickle.loads(memoryview(self._received)[start + _LENGTH.size : end])  # noqa: S301
             messages.append((message, self._fds.popleft() if fds else None))

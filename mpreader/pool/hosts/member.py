@@ -71,6 +71,7 @@ class HostMember:
         self._wakeup: Wakeup | None = None
         self._control: mmap.mmap | None = None
         self._place = 0
+        self._early: Sequence[tuple[object, int | None]] = ()  # came right behind the answer
         self._is_closing = False
         self._host_stats = PoolStats()
         self._transfer: Transfer | None = None
@@ -81,7 +82,7 @@ class HostMember:
             self._selector.register(self._channel.fd, selectors.EVENT_READ)
             self._channel.send(Join(need))
             self._joined = self._join()
-        except ChannelClosed as error:
+        except (ChannelClosed, OSError) as error:  # OSError: there is no descriptor, or no memory, left
             self._give_back()
             raise HostLost(f"the leader of this host does not share its read: {error}") from error
         except BaseException:
@@ -104,7 +105,10 @@ class HostMember:
         self.caller.number = joined.read.caller
         self._transfer, _ = self.caller.open(sources, joined.slot_reads)
         assert self._transfer.read == joined.read, "a rank has one read only"
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:  # a limit of threads or memory
+            raise HostLost(f"this rank can't follow the read of its host: {error}") from error
         return self._transfer
 
     def check(self) -> None:
@@ -148,6 +152,7 @@ class HostMember:
         """Wait for the answer; messages behind it are taken when the thread runs."""
         until = time.monotonic() + _JOIN_S
         while time.monotonic() < until:
+            self._watch_writable()  # what this rank needs may be more than the socket holds at one time
             if not self._selector.select(max(0.0, until - time.monotonic())):
                 break
             self._channel.flush()
@@ -168,7 +173,8 @@ class HostMember:
     def _run(self) -> None:
         error = HostLost("the leader of this host has ended its read")
         try:
-            self._take(self._early)
+            early, self._early = self._early, ()
+            self._take(early)
             while not self._is_closing:
                 self._watch_writable()
                 ready = self._selector.select(_TICK_S)
@@ -208,6 +214,10 @@ class HostMember:
 
     def _give_back(self) -> None:
         self._channel.flush()
+        for _, fd in self._early:  # this rank was left before it began to read
+            if fd is not None:
+                posix.close(fd)
+        self._early = ()
         if self._wakeup is not None:
             self._selector.close()
             self._wakeup.close()

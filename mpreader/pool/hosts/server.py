@@ -14,6 +14,7 @@ token, finds the connection closed and reads by itself.
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import logging
 import mmap
@@ -127,13 +128,10 @@ class HostServer:
         self._on_end = on_end
         self.joined_ranks = 0
         self._inbox: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
-        self._wakeup = Wakeup()
-        self._selector = make_selector(self._wakeup.fd)
         self._members: dict[int, _Member] = {}
         self._numbers = iter(range(_LEADER + 1, 1 << 30))
-        self._control_fd = open_shared_memory(mmap.PAGESIZE * -(-ranks // mmap.PAGESIZE))
-        self._control = mmap.mmap(self._control_fd, 0)
         self._places: dict[int, int] = {}
+        self._leader_heard_s = time.monotonic()
         self._broker: Broker | None = None
         self._pool_connection: PoolConnection | None = None
         self._sources: Sequence[Source] = ()
@@ -145,7 +143,19 @@ class HostServer:
         # The leader's own rank: a caller in this process.
         self.caller = Caller(_LEADER, self._tell_from_leader)
         self._thread = threading.Thread(target=self._run, name="mpreader-host", daemon=True)
-        self._thread.start()
+        with contextlib.ExitStack() as opened:
+            self._wakeup = Wakeup()
+            opened.callback(self._wakeup.close)
+            self._selector = make_selector(self._wakeup.fd)
+            opened.callback(self._selector.close)
+            self._control_fd = open_shared_memory(mmap.PAGESIZE * -(-ranks // mmap.PAGESIZE))
+            opened.callback(posix.close, self._control_fd)
+            self._control = mmap.mmap(self._control_fd, 0)
+            try:
+                self._thread.start()
+            except RuntimeError as error:
+                raise PoolError(f"{error}; if it is a limit (ulimit -u, ulimit -v), raise it") from error
+            opened.pop_all()
 
     # -- for the leader's rank
 
@@ -170,11 +180,21 @@ class HostServer:
             self._tell_from_leader(message)
 
     def check(self) -> None:
-        """Do nothing: the leader's own rank is never dropped."""
+        """Check that what the leader's own rank has copied until now was right; see :meth:`HostMember.check`.
+
+        Raises:
+            HostLost: It may not have been.
+        """
+        if self._control[self._places[_LEADER]]:
+            raise HostLost("this rank was silent for too long, or its host's read has ended")
 
     def leave(self) -> None:
-        """End the leader's own part; the others are served on."""
+        """End the leader's own part, after its transfer was closed; the others are served on.
+
+        Views that it still has, in the frames of an exception for one, do not keep memory from the others.
+        """
         self.flush()
+        self._call(self._forget, _LEADER)
 
     @property
     def stats(self) -> PoolStats:
@@ -189,6 +209,7 @@ class HostServer:
             self._thread.join(5.0)
 
     def _tell_from_leader(self, message: object) -> None:
+        self._leader_heard_s = time.monotonic()
         self._call(self._from_rank, _LEADER, message)
 
     def _call(self, function: Callable[..., None], *arguments: Any) -> None:
@@ -288,14 +309,15 @@ class HostServer:
                 heartbeat_s = now + _HEARTBEAT_S
                 self._send_all(HostStats(self.stats))
                 for number in self._broker.overdue(self._drop_after_s):
-                    if number != _LEADER and self._is_silent(number):
+                    if self._is_silent(number):
                         log.debug("a rank of this host keeps memory, and is silent: it reads on by itself")
                         self._forget(number)
 
     def _is_silent(self, number: int) -> bool:
         member = self._members.get(number)
         channel = None if member is None else member.channel
-        return channel is not None and time.monotonic() - channel.heard_s > self._drop_after_s
+        heard_s = self._leader_heard_s if channel is None else channel.heard_s
+        return time.monotonic() - heard_s > self._drop_after_s
 
     def _wait(self, timeout_s: float) -> None:
         for key, _ in self._selector.select(0 if self._inbox else max(0.0, timeout_s)):
@@ -392,6 +414,8 @@ class HostServer:
         if member is not None:
             self._selector.unregister(member.connection)
             member.close()
+        if number == _LEADER:
+            self.caller.post(Ended(HostLost("this rank does not take part in its host's read any more")))
         if self._broker is not None:
             self._broker.drop(number)
 
@@ -430,13 +454,12 @@ class HostServer:
 
     def _shut_down(self) -> None:
         self._listener.close()
-        for number in [*self._members]:
+        for number in [_LEADER, *self._members]:
             self._forget(number)
         if self._resolver is not None:
             self._resolver.close()
         if self._pool_connection is not None:
             self._pool_connection.close(ReadId(self._pool_connection.number, 1))
-        self.caller.post(Ended(HostLost("the ranks of this host do not share any more")))
         self._is_ready.set()
         self._inbox.clear()
         self._selector.close()
