@@ -8,7 +8,8 @@ with a read of the rank's own::
 
 A slot is *kept* by the ranks that have subscribed to it and are not done with it: those that have not got it yet
 included. All ranks take in the same order, so a rank that is ahead waits for those behind it only while memory is full.
-A slot goes to all its ranks when the first of them waits for it; until then the coordinator may recall it.
+A slot goes to all its ranks when the first of them waits for it. The coordinator may recall it as long as no consumer
+has a view of it.
 
 What the ranks keep counts as read ahead: the coordinator is not told that it was taken, so that all ranks together take
 no more memory than one that reads alone. For the same reason a rank's demand, which would be served beyond the window,
@@ -60,19 +61,21 @@ class _SharedSlot:
     Attributes:
         kept_by: The ranks that are not done with it.
         arrived: The slot, while the broker has it.
-        is_shared: True when ranks have got it: the coordinator can't have it back.
+        holders: The ranks that have got it, and how many leases each of them has.
         demanded_s: Time since when a rank waits for it; None if none does.
         is_demanded: True if the coordinator was told that.
+        is_recalled: True if the coordinator wants it back.
+        is_taken: True if the coordinator was told that it can't have it back yet.
     """
 
-    __slots__ = ("arrived", "demanded_s", "is_demanded", "is_shared", "kept_by")
+    __slots__ = ("arrived", "demanded_s", "holders", "is_demanded", "is_recalled", "is_taken", "kept_by")
 
     def __init__(self) -> None:
         self.kept_by: set[int] = set()
         self.arrived: SlotArrived | None = None
-        self.is_shared = False
+        self.holders: dict[int, int] = {}
         self.demanded_s: float | None = None
-        self.is_demanded = False
+        self.is_demanded = self.is_recalled = self.is_taken = False
 
 
 class _Rank:
@@ -85,7 +88,7 @@ class _Rank:
         places: For each of these, its index in ``indices``.
         sources: For each of its sources, by its index in the union, the rank's own index.
         leases: Leases that it has, and the slot reads that they are of.
-        holds: For each slot read that it has, the lease.
+        untaken: The slot reads that it has got, but no consumer has taken yet, and their leases.
         waits_for: Slot reads that it has demanded, and not got yet.
         is_closed: True when it takes no more.
     """
@@ -98,9 +101,14 @@ class _Rank:
         self.places = {index: place for place, index in enumerate(indices)}
         self.sources = {index: place for place, index in enumerate(subscription.sources)}
         self.leases: dict[int, int] = {}
-        self.holds: dict[int, int] = {}
+        self.untaken: dict[int, int] = {}
         self.waits_for: set[int] = set()
         self.is_closed = False
+
+    @property
+    def is_at_work(self) -> bool:
+        """True if it is about to give memory back."""
+        return bool(self.leases) and not self.waits_for
 
 
 class Broker:
@@ -123,7 +131,7 @@ class Broker:
         self._ranks: dict[int, _Rank] = {}
         self._segments: dict[int, tuple[MapSegment, SegmentMemory]] = {}
         self._numbers = itertools.count(1)
-        self._awaited: dict[int, None] = {}  # slot reads that ranks wait for, in the order of their demands
+        self._awaited: set[int] = set()  # slot reads that ranks wait for
         self.tally = Tally()
         self.has_ended = False
         self._from_coordinator: dict[type, Callable[[Any], None]] = {
@@ -140,7 +148,7 @@ class Broker:
         }
         self._from_rank: dict[type, Callable[[_Rank, Any], None]] = {
             Demand: self._demand,
-            SlotTaken: _ignore,
+            SlotTaken: self._slot_taken,
             GiveBack: self._give_back,
             Discard: self._discard,
             CloseRead: self._close_read,
@@ -182,8 +190,11 @@ class Broker:
         """End the part of a rank that is dead, or must not read its slots any more."""
         rank = self._ranks.pop(number, None)
         if rank is not None:
-            for index in {*rank.indices, *rank.leases.values()}:
-                self._done(number, index)
+            for index in rank.indices:
+                slot = self._slots[index]
+                if slot.holders.pop(number, 0) or number in slot.kept_by:
+                    slot.kept_by.discard(number)
+                    self._settle(index, slot)
             self._pass_on_demands()
 
     def overdue(self, timeout_s: float) -> set[int]:
@@ -192,7 +203,7 @@ class Broker:
         waited = [slot for slot in self._slots if slot.demanded_s is not None and slot.arrived is None]
         if not any(now - slot.demanded_s > timeout_s for slot in waited if slot.demanded_s is not None):
             return set()
-        return {number for number, rank in self._ranks.items() if rank.holds and not rank.waits_for}
+        return {number for number, rank in self._ranks.items() if rank.is_at_work}
 
     # -- from the coordinator
 
@@ -213,7 +224,7 @@ class Broker:
 
     def _slot_arrived(self, message: SlotArrived) -> None:
         slot = self._slots[message.slot_read]
-        slot.arrived, slot.is_shared, slot.is_demanded = message, False, False
+        slot.arrived, slot.is_demanded = message, False
         self.tally.over_read += self._slot_reads[message.slot_read].over_read
         if not slot.kept_by:
             self._release(slot)
@@ -221,17 +232,17 @@ class Broker:
             self._share(message.slot_read, slot)
 
     def _share(self, index: int, slot: _SharedSlot) -> None:
-        """Give a slot to all ranks that keep it and have not got it yet."""
+        """Give a slot to all ranks that keep it and have not got it yet; one that is recalled, to those that wait."""
         arrived = slot.arrived
         assert arrived is not None, "only what has arrived is shared"
         self._end_wait(index, slot)
-        slot.is_shared = True
         for number in slot.kept_by:
             rank = self._ranks[number]
-            if index not in rank.holds:
+            if index in rank.waits_for or (number not in slot.holders and not slot.is_recalled):
                 lease = next(self._numbers)
                 rank.leases[lease] = index
-                rank.holds[index] = lease
+                rank.untaken[index] = lease
+                slot.holders[number] = slot.holders.get(number, 0) + 1
                 rank.waits_for.discard(index)
                 rank.post(SlotArrived(rank.read, rank.places[index], lease, arrived.segment, arrived.offset), None)
 
@@ -250,12 +261,9 @@ class Broker:
 
     def _recall(self, message: Recall) -> None:
         slot = self._slots[message.slot_read]
-        if slot.arrived is None or slot.arrived.lease != message.lease:
-            return
-        if slot.is_shared:
-            self._tell(SlotTaken(message.lease))
-        else:
-            self._release(slot)
+        if slot.arrived is not None and slot.arrived.lease == message.lease:
+            slot.is_recalled = True
+            self._settle(message.slot_read, slot)
 
     def _unmap(self, message: UnmapSegment) -> None:
         self._segments.pop(message.segment, None)
@@ -305,76 +313,103 @@ class Broker:
 
     def _demand(self, rank: _Rank, message: Demand) -> None:
         index = rank.indices[message.slot_read]
+        if index in rank.untaken:  # it was sent before this was heard
+            return
         slot = self._slots[index]
         slot.kept_by.add(self._number_of(rank))  # it may have been done with it, and want it once more
+        rank.waits_for.add(index)
         if slot.arrived is not None:
             self._share(index, slot)
-        else:
-            rank.waits_for.add(index)
-            if slot.demanded_s is None:
-                slot.demanded_s = time.monotonic()
-                self._awaited[index] = None
+        elif slot.demanded_s is None:
+            slot.demanded_s = time.monotonic()
+            self._awaited.add(index)
+
+    def _slot_taken(self, rank: _Rank, message: SlotTaken) -> None:
+        index = rank.leases.get(message.lease)
+        if index is not None and rank.untaken.get(index) == message.lease:
+            del rank.untaken[index]
+            self._settle(index, self._slots[index])
 
     def _give_back(self, rank: _Rank, message: GiveBack) -> None:
         index = rank.leases.pop(message.lease, None)
         if index is None:
             return
-        if rank.holds.get(index) == message.lease:
-            del rank.holds[index]
-        self._done(self._number_of(rank), index)
+        number, slot = self._number_of(rank), self._slots[index]
+        slot.holders[number] -= 1
+        if not slot.holders[number]:
+            del slot.holders[number]
+        if rank.untaken.get(index) == message.lease:  # recalled: it will ask for it anew, unless it was discarded
+            del rank.untaken[index]
+        elif index not in rank.waits_for:
+            slot.kept_by.discard(number)
+        self._settle(index, slot)
 
     def _discard(self, rank: _Rank, message: Discard) -> None:
         for place in range(message.start, message.stop):
             index = rank.indices[place]
-            lease = rank.holds.get(index)
-            if lease is None:
-                self._done(self._number_of(rank), index)
-            else:  # it answers by giving back, unless a consumer has it
+            lease = rank.untaken.get(index)
+            if lease is not None:  # it answers by giving back, unless a consumer just takes it
                 rank.post(Recall(rank.read, place, lease), None)
+            self._done(self._number_of(rank), index)
 
     def _close_read(self, rank: _Rank, _: CloseRead) -> None:
         rank.is_closed = True
+        rank.waits_for.clear()
         for index in rank.indices:
-            if index not in rank.holds:
-                self._done(self._number_of(rank), index)
+            self._done(self._number_of(rank), index)
 
     # -- slots
 
     def _done(self, number: int, index: int) -> None:
-        """Note that a rank is done with a slot read; the last one of them lets its memory go."""
-        if index >= len(self._slots):  # the coordinator has ended
-            return
+        """Note that a rank will not take a slot read, or not once more."""
         slot = self._slots[index]
-        if number not in slot.kept_by:
-            return
-        slot.kept_by.discard(number)
-        if slot.kept_by:
-            return
-        self._end_wait(index, slot)
-        if slot.arrived is not None:
+        if number in slot.kept_by:
+            slot.kept_by.discard(number)
+            self._settle(index, slot)
+
+    def _settle(self, index: int, slot: _SharedSlot) -> None:
+        """Let the memory of a slot go if no rank keeps it, or if the coordinator wants it back and nobody uses it.
+
+        Ranks that have got such a slot, but are not about to take it, lose it, and ask for it when they need it.
+        Otherwise one that is behind could keep all memory by what others have taken, and wait for memory itself.
+        """
+        if slot.arrived is None:
+            if not slot.kept_by:
+                self._end_wait(index, slot)
+                self._tell(Discard(self._read, index, index + 1))
+        elif not slot.holders and (slot.is_recalled or not slot.kept_by):
             self._release(slot)
-        else:
-            self._tell(Discard(self._read, index, index + 1))
+        elif slot.is_recalled:
+            self._recall_from_ranks(index, slot, slot.arrived.lease)
+
+    def _recall_from_ranks(self, index: int, slot: _SharedSlot, lease: int) -> None:
+        holders = {number: self._ranks[number] for number in slot.holders}
+        if all(slot.holders[number] == 1 and index in rank.untaken for number, rank in holders.items()):
+            for rank in holders.values():
+                rank.post(Recall(rank.read, rank.places[index], rank.untaken[index]), None)
+        elif not slot.is_taken:
+            slot.is_taken = True
+            self._tell(SlotTaken(lease))
 
     def _release(self, slot: _SharedSlot) -> None:
         arrived, slot.arrived = slot.arrived, None
+        slot.is_recalled = slot.is_taken = False
         if arrived is not None:
             self._tell(GiveBack(arrived.lease))
-        slot.is_shared = False
 
     def _end_wait(self, index: int, slot: _SharedSlot) -> None:
         slot.demanded_s = None
-        self._awaited.pop(index, None)
+        self._awaited.discard(index)
 
     def _pass_on_demands(self) -> None:
-        """Tell the coordinator what is waited for, unless a rank is about to give memory back."""
-        is_any_at_work = any(rank.holds and not rank.waits_for for rank in self._ranks.values())
-        for index in () if is_any_at_work else self._awaited:
+        """Tell the coordinator what is waited for, unless a rank is about to give memory back.
+
+        What is needed first comes first: with it, those that are behind get on, and need what is kept for them.
+        """
+        if any(rank.is_at_work for rank in self._ranks.values()):
+            return
+        for index in sorted(self._awaited):
             slot = self._slots[index]
-            if not slot.is_demanded and slot.arrived is None:
+            if not slot.is_demanded:
                 slot.is_demanded = True
                 self._tell(Demand(self._read, index))
-
-
-def _ignore(_: _Rank, __: object) -> None:
-    pass
