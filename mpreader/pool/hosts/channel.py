@@ -6,6 +6,7 @@ user, and the member has said the token of the load, before anything is unpickle
 
 from __future__ import annotations
 
+import array
 import contextlib
 import pickle
 import posix
@@ -22,7 +23,7 @@ _LENGTH: Final = struct.Struct("<IB")  # bytes of the message, and number of its
 _RECEIVED_AT_ONCE: Final = 256 * 1024
 # The plan of a rank is the largest message: 100 bytes an item. A longer one is none of ours.
 _MOST_BYTES: Final = 1 << 30
-_MOST_FDS: Final = 64  # that one call may bring
+_FDS_NBYTES: Final = socket.CMSG_SPACE(64 * 4)  # for the descriptors that one call may bring
 
 
 class ChannelClosed(Exception):
@@ -98,9 +99,12 @@ class Channel:
         before = len(self._received)
         while True:
             try:
-                data, fds, _, _ = socket.recv_fds(self._socket, _RECEIVED_AT_ONCE, _MOST_FDS, socket.MSG_CMSG_CLOEXEC)
+                # Not recv_fds: it does not pass the flag on, and programs that this process starts would inherit them.
+                data, ancillary, _, _ = self._socket.recvmsg(_RECEIVED_AT_ONCE, _FDS_NBYTES, socket.MSG_CMSG_CLOEXEC)
             except BlockingIOError:
                 break
+            except ConnectionError:  # closed, though not all was heard that this end has said
+                data, ancillary = b"", []
             except OSError as error:
                 raise ChannelClosed(str(error)) from error
             if not data:
@@ -109,6 +113,7 @@ class Channel:
                 if self._received:
                     raise ChannelClosed("in the middle of a message")
                 raise ChannelClosed("the other end has closed the connection")
+            fds = [fd for _, _, packed in ancillary for fd in _fds_of(packed)]
             self._fds.extend(fds)
             self._received += data
             if len(data) < _RECEIVED_AT_ONCE and not fds:
@@ -127,8 +132,7 @@ class Channel:
                 break
             if fds and not self._fds:  # the kernel drops those for which this process has no room
                 raise ChannelClosed("a descriptor was lost: this process may have no more open (ulimit -n)")
-            # The peer is of this user, and knows the token.
-            message = pickle.loads(memoryview(self._received)[start + _LENGTH.size : end])  # noqa: S301
+            message = _unpickled(memoryview(self._received)[start + _LENGTH.size : end])
             messages.append((message, self._fds.popleft() if fds else None))
             start = end
         del self._received[:start]
@@ -147,3 +151,17 @@ class Channel:
             with contextlib.suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)
             self._socket.close()
+
+
+def _unpickled(data: memoryview) -> object:
+    try:
+        with data:
+            return pickle.loads(data)  # noqa: S301  # the peer is of this user, and knows the token
+    except Exception as error:  # of any type: the peer is broken, or another program
+        raise ChannelClosed(f"a message that can't be read: {error}") from error
+
+
+def _fds_of(packed: bytes) -> list[int]:
+    fds = array.array("i")
+    fds.frombytes(packed[: len(packed) // fds.itemsize * fds.itemsize])
+    return fds.tolist()

@@ -11,14 +11,17 @@ import contextlib
 import os
 import secrets
 import socket
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
-__all__ = ["TOKEN_BYTES", "HostOffer", "HostShare", "Listener", "group", "host_identity"]
+__all__ = ["TOKEN_BYTES", "HostOffer", "HostShare", "Listener", "group", "host_identity", "peer_user"]
 
 TOKEN_BYTES: Final = 32
 _MOST_WAITING: Final = 4096  # ranks of a host that have connected, and were not accepted yet
+
+_PEER: Final = struct.Struct("3i")  # SO_PEERCRED: process, user, group
 
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 _NETWORK: Final = Path("/proc/self/ns/net")
@@ -89,6 +92,14 @@ def host_identity() -> str:
     """
     network = os.stat(_NETWORK)
     return f"{_BOOT_ID.read_text().strip()}:{network.st_dev}:{network.st_ino}:{os.getuid()}"
+
+
+def peer_user(connection: socket.socket) -> int:
+    """Return the number of the user at the other end of a connection; -1 where a sandbox does not tell."""
+    try:
+        return int(_PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))[1])
+    except OSError:
+        return -1
 
 
 def group(offers: Sequence[HostOffer | None]) -> list[HostShare | None]:

@@ -13,7 +13,6 @@ import os
 import posix
 import selectors
 import socket
-import struct
 import threading
 import time
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from mpreader.pool.blocking import make_selector
 from mpreader.pool.caller import Caller
 from mpreader.pool.coordinator.wakeup import Wakeup
 from mpreader.pool.hosts.channel import Channel, ChannelClosed
-from mpreader.pool.hosts.identity import HostShare
+from mpreader.pool.hosts.identity import HostShare, peer_user
 from mpreader.pool.hosts.messages import HostLost, HostStats, Join, Joined
 from mpreader.pool.requests import Ended
 from mpreader.pool.source import Source
@@ -41,7 +40,6 @@ _SILENCE_S: Final = 5.0
 _JOIN_S: Final = 8.0
 _LEAVE_S: Final = 0.5  # the longest wait for the last statistics
 _TICK_S: Final = 0.25
-_PEER: Final = struct.Struct("3i")  # SO_PEERCRED: process, user, group
 
 
 class _Memory:
@@ -229,8 +227,7 @@ def _connect(share: HostShare) -> Channel:
     try:
         connection.settimeout(_JOIN_S)
         connection.connect(share.leader.address)
-        _, uid, _ = _PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
-        if uid != os.getuid():
+        if peer_user(connection) != os.getuid():
             raise HostLost("the leader of this host belongs to another user")
         connection.sendall(share.leader.token)
     except OSError as error:

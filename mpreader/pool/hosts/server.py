@@ -22,7 +22,6 @@ import os
 import posix
 import selectors
 import socket
-import struct
 import threading
 import time
 from collections import deque
@@ -35,7 +34,7 @@ from mpreader.pool.caller import Caller
 from mpreader.pool.coordinator.wakeup import Wakeup
 from mpreader.pool.hosts.broker import Broker
 from mpreader.pool.hosts.channel import Channel, ChannelClosed
-from mpreader.pool.hosts.identity import TOKEN_BYTES, Listener
+from mpreader.pool.hosts.identity import TOKEN_BYTES, Listener, peer_user
 from mpreader.pool.hosts.messages import HostLost, HostStats, Join, Joined, SharedRead, Subscription
 from mpreader.pool.pool import Pool, PoolConnection
 from mpreader.pool.requests import (
@@ -64,7 +63,6 @@ _GATHER_S: Final = 3.0
 _HEARTBEAT_S: Final = 1.0
 _TICK_S: Final = 0.25
 _LEADER: Final = 0  # number of the leader's own rank
-_PEER: Final = struct.Struct("3i")  # SO_PEERCRED: process, user, group
 
 Planner = Callable[[Sequence[Any]], tuple[Sequence[Source], SharedRead]]
 """Makes the sources of a shared read, and the read, from the needs of the ranks."""
@@ -340,11 +338,7 @@ class HostServer:
             connection, _ = self._listener.socket.accept()
         except OSError:
             return
-        try:
-            _, uid, _ = _PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
-        except OSError:  # a sandbox that does not tell
-            uid = -1
-        if uid != os.getuid():
+        if peer_user(connection) != os.getuid():
             connection.close()
             return
         number = next(self._numbers)
@@ -369,6 +363,9 @@ class HostServer:
             if member.channel.has_unsent:
                 member.channel.flush()
         except ChannelClosed:
+            self._forget(number)
+        except Exception:
+            log.exception("a rank of this host says what makes no sense: it reads by itself")
             self._forget(number)
 
     def _is_known(self, member: _Member) -> bool:

@@ -312,7 +312,8 @@ if states[0] is not None:
     dcp.save(states[0], storage_writer=S3StorageWriter(None, uri), process_group=groups[0])
 dist.barrier()
 if states[1] is not None:
-    reader = S3StorageReader(None, uri, pool_config=PoolConfig(max_memory=16 * 2**20, part_size=2**20))
+    pool = PoolConfig(max_memory=16 * 2**20, part_size=2**20)
+    reader = S3StorageReader(None, uri, pool_config=pool, share_host=False)  # what is counted is one rank's own
     dcp.load(states[1], storage_reader=reader, process_group=groups[1])
     needed = 0
     for name, value in tensors(meshes[1], loading[1], 1).items():

@@ -63,7 +63,8 @@ def save(state):
 
 def load(state):
     needed = sum(local_nbytes(value) for value in state_values(state))
-    with S3StorageReader(None, uri, pool_config=PoolConfig(max_memory=16 * 2**20, part_size=2**20)) as reader:
+    pool = PoolConfig(max_memory=16 * 2**20, part_size=2**20)
+    with S3StorageReader(None, uri, pool_config=pool, share_host=False) as reader:  # each rank's own bytes are counted
         dcp.load(state, storage_reader=reader)
         os.write(1, f"loaded {needed} {reader.stats.bytes}\\n".encode())
 

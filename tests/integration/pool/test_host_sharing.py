@@ -1,0 +1,325 @@
+"""The leader of a host and its members over real sockets; who must not take part is told nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import pickle
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+
+from mpreader.config import KiB
+from mpreader.pool.hosts.identity import TOKEN_BYTES, HostOffer, HostShare, Listener
+from mpreader.pool.hosts.member import HostMember
+from mpreader.pool.hosts.messages import HostLost, SharedRead, Subscription
+from mpreader.pool.hosts.server import HostServer
+from mpreader.pool.requests import SlotRead
+from mpreader.ranges import Part
+
+if TYPE_CHECKING:
+    from mpreader.pool.source import Source
+    from mpreader.pool.stats import PoolStats
+    from mpreader.pool.transfer import Transfer
+    from mpreader.testing import FaultServer
+    from tests.integration.conftest import MakePool, ServedSource
+
+pytestmark = pytest.mark.timeout(60)
+
+PART: Final = 64 * KiB
+OTHER_USER: Final = 12345
+
+
+def slot_read_of(index: int) -> SlotRead:
+    return SlotRead(0, PART, (Part(index * PART, (index + 1) * PART),))
+
+
+class Leader:
+    """The server of a host's leader, whose ranks need parts by their numbers.
+
+    Attributes:
+        server: The server.
+        ended: Statistics and number of ranks, when the read is over.
+    """
+
+    def __init__(self, make_pool: MakePool, source: Source, ranks: int, need: Sequence[int]) -> None:
+        self.listener = Listener()
+        self.share = HostShare(HostOffer("host", self.listener.address, self.listener.token), 0, ranks)
+        self.ended: list[tuple[PoolStats, int]] = []
+        self.is_over = threading.Event()
+        self._source = source
+        pool = make_pool(max_memory=1 << 20, part_size=PART)
+        self.server = HostServer(self.listener, ranks, pool, self._plan, need, drop_after_s=30.0, on_end=self._note_end)
+
+    def member(self, place: int, need: Sequence[int]) -> HostMember:
+        return HostMember(self.share._replace(place=place), need)
+
+    def connect(self) -> socket.socket:
+        connection = socket.socket(socket.AF_UNIX)
+        connection.settimeout(30)
+        connection.connect(self.listener.address)
+        return connection
+
+    def _plan(self, needs: Sequence[Any]) -> tuple[Sequence[Source], SharedRead]:
+        union = sorted({index for need in needs for index in need})
+        subscriptions = [Subscription(f"{len(need)}", tuple(map(union.index, need)), (0,)) for need in needs]
+        return [self._source], SharedRead(tuple(map(slot_read_of, union)), tuple(subscriptions))
+
+    def _note_end(self, stats: PoolStats, ranks: int) -> None:
+        self.ended.append((stats, ranks))
+        self.is_over.set()
+
+
+@pytest.fixture
+def lead(make_pool: MakePool, source: ServedSource) -> Iterator[Any]:
+    with contextlib.ExitStack() as leaders:
+
+        def lead(ranks: int, need: Sequence[int] = (0, 1, 2)) -> Leader:
+            leader = Leader(make_pool, source, ranks, need)
+            leaders.callback(leader.server.close)
+            return leader
+
+        yield lead
+
+
+def take_all(host: HostServer | HostMember, need: Sequence[int], source: Source, data: bytes) -> Transfer:
+    """Take what a rank needs, and leave."""
+    transfer = host.begin([source])
+    for place, index in enumerate(need):
+        host.flush()
+        view = transfer.take(place)
+        assert view == data[index * PART : (index + 1) * PART]
+        host.check()
+        del view
+    transfer.close()
+    host.leave()
+    return transfer
+
+
+def check_leader_goes_on(leader: Leader, source: Source, data: bytes) -> None:
+    """Check that the leader and one member, which has joined or is about to, read well."""
+    with ThreadPoolExecutor(1) as threads:
+        own = threads.submit(take_all, leader.server, (0, 1, 2), source, data)
+        member = leader.member(1, (1, 2, 3))
+        take_all(member, (1, 2, 3), source, data)
+        own.result()
+    assert leader.is_over.wait(30)
+    assert leader.ended[0][1] == 2
+
+
+def test_ranks_of_one_process_receive_each_part_once(
+    lead: Any, source: ServedSource, data: bytes, server: FaultServer
+) -> None:
+    needs = [range(20), range(10, 30), range(0, 30, 3)]
+    leader: Leader = lead(3, needs[0])
+
+    def load(place: int) -> Transfer:
+        host = leader.server if place == 0 else leader.member(place, needs[place])
+        assert host.joined().answer == f"{len(needs[place])}"
+        transfer = take_all(host, needs[place], source, data)
+        if place:
+            host.close()
+        return transfer
+
+    with ThreadPoolExecutor(3) as threads:
+        transfers = list(threads.map(load, range(3)))
+    assert leader.is_over.wait(30)
+    [(stats, ranks)] = leader.ended
+    assert ranks == 3
+    assert stats.bytes == 30 * PART
+    assert [transfer.taken_bytes for transfer in transfers] == [len(need) * PART for need in needs]
+    assert sorted(request.range for request in server.requests if request.range) == sorted(
+        f"bytes={index * PART}-{(index + 1) * PART - 1}" for index in range(30)
+    )
+
+
+MEMBER: Final = """
+import pickle, sys
+from mpreader.pool.hosts.member import HostMember
+
+share, size = pickle.loads(bytes.fromhex(sys.argv[1]))
+member = HostMember(share, (1, 2, 3))
+class Source:
+    uri, bucket, key, max_attempts, version = "s3://bucket/key", "bucket", "key", 1, None
+transfer = member.begin([Source()])
+taken = []
+for place in range(3):
+    member.flush()
+    taken.append(bytes(transfer.take(place)[:8]))
+member.check()
+transfer.close()
+member.leave()
+print(taken == [(index * size // 8).to_bytes(8, "little") for index in (1, 2, 3)], member.stats.bytes)
+"""
+
+
+def test_rank_in_another_process_takes_the_same_memory(
+    lead: Any, source: ServedSource, data: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mpreader.pool.hosts.server._GATHER_S", 50.0)  # the process has to start
+    leader: Leader = lead(2)
+    packed = pickle.dumps((leader.share._replace(place=1), PART)).hex()
+    process = subprocess.Popen([sys.executable, "-c", MEMBER, packed], stdout=subprocess.PIPE, text=True)
+    take_all(leader.server, (0, 1, 2), source, data)
+    out, _ = process.communicate(timeout=30)
+    assert out == f"True {4 * PART}\n"
+    assert process.returncode == 0
+    assert leader.is_over.wait(30)
+
+
+# -- who must not take part
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"",
+        b"x",
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"\0" * 32,
+        b"\0" * 32 + struct.pack("<IB", 5, 0) + b"12345",
+        b"x" * 10_000,
+    ],
+    ids=["nothing", "a part", "HTTP", "another token", "a message", "much"],
+)
+def test_process_that_does_not_know_the_token_gets_nothing(
+    lead: Any, source: ServedSource, data: bytes, said: bytes
+) -> None:
+    leader: Leader = lead(2)
+    with leader.connect() as stranger, leader.connect() as silent:
+        stranger.sendall(said)
+        if len(said) >= 32 or not said:
+            if not said:
+                stranger.shutdown(socket.SHUT_WR)
+            assert received(stranger) == b""
+        check_leader_goes_on(leader, source, data)
+        assert received(stranger) == b""
+        assert received(silent) == b""
+
+
+def received(connection: socket.socket) -> bytes:
+    """Returns all that the other end says until it closes the connection."""
+    data = b""
+    with contextlib.suppress(ConnectionResetError):  # it has closed without having heard all
+        while more := connection.recv(1 << 16):
+            data += more
+    return data
+
+
+STRANGER: Final = f"""
+import os, pickle, socket, sys
+
+share = pickle.loads(bytes.fromhex(sys.argv[1]))
+from mpreader.pool.hosts.channel import Channel
+from mpreader.pool.hosts.messages import Join
+os.setgid({OTHER_USER})
+os.setuid({OTHER_USER})
+connection = socket.socket(socket.AF_UNIX)
+connection.settimeout(30)
+connection.connect(share.leader.address)
+try:
+    connection.sendall(share.leader.token)
+    Channel(connection.dup()).send(Join((0,)))
+    connection.setblocking(True)
+    print(connection.recv(100))
+except (BrokenPipeError, ConnectionResetError):
+    print(b"")
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can be another user")
+def test_another_user_gets_nothing_though_he_knows_the_token(lead: Any, source: ServedSource, data: bytes) -> None:
+    leader: Leader = lead(2)
+    command = [sys.executable, "-c", STRANGER, pickle.dumps(leader.share).hex()]
+    stranger = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    check_leader_goes_on(leader, source, data)
+    assert stranger.communicate(timeout=30)[0] in ("b''\n", ""), "refused, or came too late"
+
+
+LEADER: Final = f"""
+import os, pickle, sys
+from mpreader.pool.hosts.identity import TOKEN_BYTES, HostOffer, HostShare, Listener
+
+os.setgid({OTHER_USER})
+os.setuid({OTHER_USER})
+listener = Listener()
+print(pickle.dumps(HostShare(HostOffer("host", listener.address, listener.token), 1, 2)).hex(), flush=True)
+listener.socket.setblocking(True)
+connection, _ = listener.socket.accept()
+print(connection.recv(100), flush=True)
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can be another user")
+def test_leader_of_another_user_is_told_nothing() -> None:
+    with subprocess.Popen([sys.executable, "-c", LEADER], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        share = pickle.loads(bytes.fromhex(process.stdout.readline()))
+        with pytest.raises(HostLost, match="another user"):
+            HostMember(share, (0,))
+        assert process.stdout.readline() == "b''\n"
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        struct.pack("<IB", 5, 0) + b"12345",
+        struct.pack("<IB", (1 << 32) - 1, 0),
+        struct.pack("<IB", 5, 1) + b"12345",
+        b"1234567",
+        *(
+            struct.pack("<IB", len(pickle.dumps(message)), 0) + pickle.dumps(message)
+            for message in ("no message", None)
+        ),
+    ],
+    ids=["no pickle", "long", "no descriptor", "short", "a text", "None"],
+)
+def test_rank_that_says_what_makes_no_sense_is_left_out(
+    lead: Any, source: ServedSource, data: bytes, garbage: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.CRITICAL)
+    leader: Leader = lead(2)
+    with leader.connect() as broken:
+        broken.sendall(leader.listener.token + garbage)
+        broken.shutdown(socket.SHUT_WR)
+        assert received(broken) == b""
+        check_leader_goes_on(leader, source, data)
+
+
+def test_rank_that_comes_too_late_reads_by_itself(
+    lead: Any, source: ServedSource, data: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mpreader.pool.hosts.server._GATHER_S", 0.0)
+    leader: Leader = lead(3)
+    leader.server.joined()
+    assert leader.server.joined_ranks == 1
+    with pytest.raises(HostLost, match="can't be reached"):
+        leader.member(1, (0,))
+    take_all(leader.server, (0, 1, 2), source, data)
+    assert leader.is_over.wait(30)
+
+
+def test_listener_is_reached_by_its_address_and_has_a_token_of_its_own() -> None:
+    first, second = Listener(), Listener()
+    try:
+        assert first.address[:1] == b"\0", "a name that is no file"
+        assert first.address != second.address
+        assert first.token != second.token
+        assert len(first.token) == TOKEN_BYTES
+        with socket.socket(socket.AF_UNIX) as caller:
+            caller.connect(first.address)
+        first.close()
+        first.close()
+        with socket.socket(socket.AF_UNIX) as caller, pytest.raises(ConnectionRefusedError):
+            caller.connect(first.address)
+    finally:
+        first.close()
+        second.close()
