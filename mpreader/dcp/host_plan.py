@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from itertools import accumulate
+from typing import Final, NamedTuple
 
 from mpreader.dcp.boxes import best_gaps
 from mpreader.dcp.items import Check
@@ -22,7 +23,11 @@ from mpreader.pool.hosts.messages import SharedRead, Subscription
 from mpreader.pool.requests import SlotRead
 from mpreader.ranges import ItemRange, Part, plan_files
 
-__all__ = ["Answer", "ItemNeed", "Need", "plan_host"]
+__all__ = ["Answer", "ItemNeed", "Need", "plan_host", "taken_runs", "takes_all"]
+
+# Of an item of more parts than this, a rank takes those that it needs, though all of them are received. It would keep
+# the others until it has come to the end of the item, and memory may have no room for it.
+_MOST_PARTS_TAKEN: Final = 4
 
 
 class ItemNeed(NamedTuple):
@@ -58,10 +63,26 @@ class Answer(NamedTuple):
         checks: For each file, by URI: for each item of the rank's need, who verifies it, if it is received whole; None
             if only what the ranks need of it is received.
         parts: For each file, by URI, the parts that the rank takes; they are its slot reads, one after the other.
+        large_nbytes: Of items of more bytes, a rank that does not verify them takes what it needs only.
     """
 
     checks: dict[str, list[Check | None]]
     parts: dict[str, list[Part]]
+    large_nbytes: int
+
+
+def takes_all(item: ItemNeed, check: Check | None, answer: Answer) -> bool:
+    """Returns True if a rank takes all of an item, of which it was told who verifies it."""
+    if item.selections is None:
+        return True
+    return check is Check.FOR_OTHERS or (check is Check.BY_OTHERS and item.nbytes <= answer.large_nbytes)
+
+
+def taken_runs(item: ItemNeed, check: Check | None, answer: Answer) -> list[Run]:
+    """Returns what a rank takes of an item, as bytes of its file."""
+    if item.selections is None or takes_all(item, check, answer):
+        return [Run(item.offset, item.offset + item.nbytes)]
+    return [run for selection in item.selections for run in placed_runs(selection, item.offset)]
 
 
 class _Union:
@@ -111,8 +132,17 @@ def plan_host(needs: Sequence[Need], *, max_gap_bytes: float, part_bytes: int) -
         SlotRead(number, part.size, (part,), part.over_read) for number, uri in enumerate(uris) for part in parts[uri]
     ]
     checkers = _choose_checkers(needs, selected)
-    subscriptions = tuple(_subscribe(place, need, selected, parts, checkers) for place, need in enumerate(needs))
-    return uris, SharedRead(tuple(slot_reads), subscriptions)
+    subscriptions = []
+    for place, need in enumerate(needs):
+        checks = {
+            uri: [
+                None if item.offset in selected[uri] else _check_of(item, place, checkers.get((uri, item.offset)))
+                for item in items
+            ]
+            for uri, items in need.files.items()
+        }
+        subscriptions.append(_subscribe(need, Answer(checks, {}, _MOST_PARTS_TAKEN * part_bytes), parts))
+    return uris, SharedRead(tuple(slot_reads), tuple(subscriptions))
 
 
 def _join(needs: Sequence[Need]) -> dict[str, dict[int, _Union]]:
@@ -182,36 +212,23 @@ def _check_of(item: ItemNeed, place: int, checker: int | None) -> Check:
     return Check.FOR_OTHERS if checker == place else Check.BY_OTHERS
 
 
-def _subscribe(
-    place: int,
-    need: Need,
-    selected: Mapping[str, set[int]],
-    parts: Mapping[str, Sequence[Part]],
-    checkers: Mapping[tuple[str, int], int],
-) -> Subscription:
-    first = 0
-    firsts = {}
-    for uri, of_file in parts.items():
-        firsts[uri] = first
-        first += len(of_file)
-    answer = Answer({}, {})
+def _subscribe(need: Need, answer: Answer, parts: Mapping[str, Sequence[Part]]) -> Subscription:
+    """Returns what a rank takes of the parts, and fills in its answer."""
+    starts = dict(zip(parts, accumulate(map(len, parts.values()), initial=0), strict=False))
+    numbers = {uri: number for number, uri in enumerate(parts)}
     indices: list[int] = []
     for uri, items in need.files.items():
-        of_file = parts[uri]
-        starts, ends = [part.start for part in of_file], [part.end for part in of_file]
-        wanted: set[int] = set()
-        answer.checks[uri] = [
-            None if item.offset in selected[uri] else _check_of(item, place, checkers.get((uri, item.offset)))
-            for item in items
-        ]
-        for item, check in zip(items, answer.checks[uri], strict=True):
-            runs: Iterable[Run] = [Run(item.offset, item.offset + item.nbytes)]
-            if check is None and item.selections is not None:
-                runs = [run for selection in item.selections for run in placed_runs(selection, item.offset)]
-            for start, end in runs:
-                wanted.update(range(bisect_right(ends, start), bisect_left(starts, end)))
-        taken = sorted(wanted)
-        answer.parts[uri] = [of_file[index] for index in taken]
-        indices += [firsts[uri] + index for index in taken]
-    numbers = {uri: number for number, uri in enumerate(parts)}
+        taken = _taken_parts(items, answer, uri, parts[uri])
+        answer.parts[uri] = [parts[uri][index] for index in taken]
+        indices += [starts[uri] + index for index in taken]
     return Subscription(answer, tuple(indices), tuple(numbers[uri] for uri in need.files))
+
+
+def _taken_parts(items: Iterable[ItemNeed], answer: Answer, uri: str, parts: Sequence[Part]) -> list[int]:
+    """Returns the indices of the parts of a file that hold something of what a rank takes."""
+    starts, ends = [part.start for part in parts], [part.end for part in parts]
+    taken: set[int] = set()
+    for item, check in zip(items, answer.checks[uri], strict=True):
+        for start, end in taken_runs(item, check, answer):
+            taken.update(range(bisect_right(ends, start), bisect_left(starts, end)))
+    return sorted(taken)

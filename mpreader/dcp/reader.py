@@ -34,11 +34,11 @@ from mpreader.dcp.metadata import load_metadata
 from mpreader.dcp.sharing import (
     HostReads,
     Offered,
+    as_received,
     group_plans,
     has_other_ranks,
     is_likely_leader,
     need_of,
-    selected,
     try_offer,
 )
 from mpreader.errors import ArenaError, ArenaExhausted, ConfigError, ObjectMissing, PlanError, PoolError
@@ -297,9 +297,10 @@ class S3StorageReader(FileSystemReader):
                 "loaded %s in %.2f s for %d ranks of this host: %s", path, time.monotonic() - began_s, ranks, stats
             )
 
-        host = HostReads(share, offered, need_of(planned, path, verifies=bool(self._verify)), constructor, log_end)
+        need = need_of(planned, path, verifies=bool(self._verify))
+        host = HostReads(share, offered, need, constructor, log_end)
         self._host = host
-        self._shared_items = selected(planned, host.answer, path)
+        self._shared_items = as_received(planned, need, host.answer, path)
         constructor.read_by(host.ahead)
 
     def _begin_reads(

@@ -24,9 +24,8 @@ from typing import Any, Final
 import torch.distributed as dist
 from torch.distributed.checkpoint.planner import LoadPlan
 
-from mpreader.dcp.host_plan import Answer, ItemNeed, Need, plan_host
-from mpreader.dcp.items import Check, PlannedItem
-from mpreader.formats.selection import placed_runs
+from mpreader.dcp.host_plan import Answer, ItemNeed, Need, plan_host, taken_runs, takes_all
+from mpreader.dcp.items import PlannedItem
 from mpreader.pool.hosts.identity import HostOffer, HostShare, Listener, group, host_identity
 from mpreader.pool.hosts.member import HostMember
 from mpreader.pool.hosts.messages import Joined, SharedRead
@@ -42,11 +41,11 @@ from mpreader.readers.read_ahead import MultiprocessConstructor, ReadAhead, load
 __all__ = [
     "HostReads",
     "Offered",
+    "as_received",
     "group_plans",
     "has_other_ranks",
     "is_likely_leader",
     "need_of",
-    "selected",
     "try_offer",
 ]
 
@@ -195,7 +194,7 @@ class HostReads:
             self.answer: Answer = joined.answer
             self.ranks = joined.ranks
             self.ahead = ReadAhead(
-                {uri: _ranges(items, self.answer.checks[uri]) for uri, items in need.files.items()},
+                {uri: _ranges(items, uri, self.answer) for uri, items in need.files.items()},
                 self.answer.parts,
                 sources,
                 lambda: self._host.begin(list(sources.values())),
@@ -231,26 +230,22 @@ class HostReads:
         self._host.close()
 
 
-def selected(items: Iterable[PlannedItem], answer: Answer, path: Any) -> list[PlannedItem]:
-    """Returns the items as they are received: those that all ranks together need whole have no selection."""
-    counts = dict.fromkeys(answer.checks, 0)
+def as_received(items: Iterable[PlannedItem], need: Need, answer: Answer, path: Any) -> list[PlannedItem]:
+    """Returns the items of a rank's need as they are received: of those that it takes all of, nothing is selected."""
+    told = {uri: zip(of_file, answer.checks[uri], strict=True) for uri, of_file in need.files.items()}
     received = []
     for item in items:
-        uri = uri_of(path, item.stored.relative_path)
-        check = answer.checks[uri][counts[uri]]
-        counts[uri] += 1
-        received.append(item if check is None else item._replace(selection=None, check=check))
+        needed, check = next(told[uri_of(path, item.stored.relative_path)])
+        if takes_all(needed, check, answer):
+            item = item._replace(selection=None)
+        received.append(item if check is None else item._replace(check=check))
     return received
 
 
-def _ranges(items: Sequence[ItemNeed], checks: Sequence[Check | None]) -> list[ItemRange]:
-    ranges = []
-    for item, check in zip(items, checks, strict=True):
-        if check is not None or item.selections is None:
-            ranges.append(ItemRange(item.offset, item.offset + item.nbytes))
-        else:
-            ranges += [ItemRange(*run) for one in item.selections for run in placed_runs(one, item.offset)]
-    return ranges
+def _ranges(items: Sequence[ItemNeed], uri: str, answer: Answer) -> list[ItemRange]:
+    """Returns the ranges that a rank takes of a file."""
+    checked = zip(items, answer.checks[uri], strict=True)
+    return [ItemRange(*run) for item, check in checked for run in taken_runs(item, check, answer)]
 
 
 def _planner(

@@ -258,6 +258,7 @@ class Broker:
             rank.post(SlotFailed(rank.read, rank.places[message.slot_read], message.error), None)
             if is_final:
                 slot.kept_by.discard(number)
+        self._pass_on_demands()
 
     def _recall(self, message: Recall) -> None:
         slot = self._slots[message.slot_read]
@@ -404,12 +405,13 @@ class Broker:
     def _pass_on_demands(self) -> None:
         """Tell the coordinator what is waited for, unless a rank is about to give memory back.
 
-        What is needed first comes first: with it, those that are behind get on, and need what is kept for them.
+        Only of what comes first: with it, those that are behind get on, and take what is kept for them. Those that are
+        ahead, within a large tensor for one, must not have the memory that these need.
         """
-        if any(rank.is_at_work for rank in self._ranks.values()):
+        if not self._awaited or any(rank.is_at_work for rank in self._ranks.values()):
             return
-        for index in sorted(self._awaited):
-            slot = self._slots[index]
-            if not slot.is_demanded:
-                slot.is_demanded = True
-                self._tell(Demand(self._read, index))
+        index = min(self._awaited)
+        slot = self._slots[index]
+        if not slot.is_demanded:
+            slot.is_demanded = True
+            self._tell(Demand(self._read, index))

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpreader.config import KiB, MiB
-from mpreader.dcp.host_plan import Answer, ItemNeed, Need, plan_host
+from mpreader.dcp.host_plan import Answer, ItemNeed, Need, plan_host, taken_runs
 from mpreader.dcp.items import Check
 from mpreader.formats.selection import GAPS, Run, Selection, joined_runs, placed_runs
 from mpreader.pool.hosts.messages import SharedRead
@@ -60,7 +60,8 @@ def random_need(chance: random.Random, places: Places) -> Need:
 
 
 def wanted(item: ItemNeed, check: Check | None) -> list[tuple[int, int]]:
-    if check is not None or item.selections is None:
+    """Returns what a rank can't do without of an item."""
+    if item.selections is None or check is Check.FOR_OTHERS:
         return [(item.offset, item.offset + item.nbytes)]
     return [(run.start, run.end) for one in item.selections for run in placed_runs(one, item.offset)]
 
@@ -104,10 +105,11 @@ def test_each_rank_gets_what_it_needs_and_each_byte_is_in_one_part(seed: int, pa
         own = [(uri, part) for uri in need.files for part in answer.parts[uri]]
         assert own == [parts[index] for index in subscription.indices]
         for uri, items in need.files.items():
-            needed = [one for item, check in zip(items, answer.checks[uri], strict=True) for one in wanted(item, check)]
-            assert not lacking(needed, answer.parts[uri])
+            told = [*zip(items, answer.checks[uri], strict=True)]
+            assert not lacking([one for item, check in told for one in wanted(item, check)], answer.parts[uri])
+            taken = [Part(*run) for item, check in told for run in taken_runs(item, check, answer)]
             for part in answer.parts[uri]:
-                assert lacking([(part.start, part.end)], [Part(*one) for one in needed]) != [(part.start, part.end)]
+                assert lacking([(part.start, part.end)], taken) != [(part.start, part.end)], "it holds something"
 
 
 @given(st.integers(0, 1 << 32))
@@ -160,6 +162,17 @@ def test_ranks_that_need_all_rows_receive_whole_items_and_divide_their_checks() 
     for of_item in zip(*checks, strict=True):
         assert sorted(map(str, of_item)) == [*["Check.BY_OTHERS"] * 3, "Check.FOR_OTHERS"]
     assert sum(Check.FOR_OTHERS in of_rank for of_rank in checks) == 2, "two items, and two ranks to verify them"
+
+
+def test_rank_takes_only_what_it_needs_of_a_large_item_that_others_verify() -> None:
+    nbytes = 32 * MiB + FRONT
+    _, read = plan_host([rows_of(number, 4, nbytes) for number in range(4)], max_gap_bytes=GAP, part_bytes=1 * MiB)
+    assert sum(one.nbytes for one in read.slot_reads) == 2 * nbytes
+    for answer in answers_of(read):
+        verified = answer.checks["s3://bucket/a"].count(Check.FOR_OTHERS)
+        taken = sum(part.size for part in answer.parts["s3://bucket/a"])
+        others = 2 - verified
+        assert others * 8 * MiB <= taken - verified * nbytes <= others * (8 + 3) * MiB
 
 
 def test_ranks_that_need_some_of_the_rows_receive_no_others() -> None:
