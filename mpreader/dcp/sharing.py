@@ -30,13 +30,14 @@ from mpreader.pool.hosts.identity import HostOffer, HostShare, Listener, group, 
 from mpreader.pool.hosts.member import HostMember
 from mpreader.pool.hosts.messages import Joined, SharedRead
 from mpreader.pool.hosts.server import HostServer
-from mpreader.pool.pool import Pool, release_shared_pool, use_shared_pool
+from mpreader.pool.pool import release_shared_pool, use_shared_pool
 from mpreader.pool.source import Source
 from mpreader.pool.stats import PoolStats, total
 from mpreader.ranges import ItemRange
 from mpreader.ranks import local_rank
 from mpreader.readers.load_plan import range_of, uri_of
 from mpreader.readers.read_ahead import MultiprocessConstructor, ReadAhead, load_progress, steady_sources
+from mpreader.sources.versions import SteadySource
 
 __all__ = [
     "HostReads",
@@ -162,30 +163,10 @@ class HostReads:
         on_end: Callable[[PoolStats, int], object],
     ) -> None:
         self.is_leader = share.place == 0
-        self._host: HostServer | HostMember
         sources = steady_sources(constructor.client, need.files)
+        self._host: HostServer | HostMember
         if self.is_leader:
-            pool = constructor.host_pool()
-
-            def end(stats: PoolStats, ranks: int) -> None:
-                release_shared_pool(pool, keep_warm=True)
-                on_end(stats, ranks)
-
-            use_shared_pool(pool)  # the other ranks may need it for longer than the constructor
-
-            try:
-                self._host = HostServer(
-                    offered.listener,
-                    share.ranks,
-                    pool,
-                    _planner(constructor, pool, sources),
-                    need,
-                    drop_after_s=_DROP_SHARE * pool.timeouts.lease_timeout_s,
-                    on_end=end,
-                )
-            except BaseException:
-                release_shared_pool(pool, keep_warm=True)
-                raise
+            self._host = _lead(share, offered, need, constructor, sources, on_end)
         else:
             offered.close()
             self._host = HostMember(share, need)
@@ -230,6 +211,35 @@ class HostReads:
         self._host.close()
 
 
+def _lead(
+    share: HostShare,
+    offered: Offered,
+    need: Need,
+    constructor: MultiprocessConstructor,
+    sources: dict[str, SteadySource],
+    on_end: Callable[[PoolStats, int], object],
+) -> HostServer:
+    """Begin to receive for all ranks of the host; the arguments are those of :class:`HostReads`."""
+    pool = constructor.host_pool()
+
+    def end(stats: PoolStats, ranks: int) -> None:
+        release_shared_pool(pool, keep_warm=True)
+        on_end(stats, ranks)
+
+    def plan(needs: Sequence[Need]) -> tuple[Sequence[Source], SharedRead]:
+        uris, read = plan_host(needs, max_gap_bytes=constructor.max_gap_size, part_bytes=pool.sizes.part_bytes)
+        others = steady_sources(constructor.client, [uri for uri in uris if uri not in sources])
+        return [sources.get(uri) or others[uri] for uri in uris], read
+
+    use_shared_pool(pool)  # the other ranks may need it for longer than the constructor
+    try:
+        drop_after_s = _DROP_SHARE * pool.timeouts.lease_timeout_s
+        return HostServer(offered.listener, share.ranks, pool, plan, need, drop_after_s=drop_after_s, on_end=end)
+    except BaseException:
+        release_shared_pool(pool, keep_warm=True)
+        raise
+
+
 def as_received(items: Iterable[PlannedItem], need: Need, answer: Answer, path: Any) -> list[PlannedItem]:
     """Returns the items of a rank's need as they are received: of those that it takes all of, nothing is selected."""
     told = {uri: zip(of_file, answer.checks[uri], strict=True) for uri, of_file in need.files.items()}
@@ -246,14 +256,3 @@ def _ranges(items: Sequence[ItemNeed], uri: str, answer: Answer) -> list[ItemRan
     """Returns the ranges that a rank takes of a file."""
     checked = zip(items, answer.checks[uri], strict=True)
     return [ItemRange(*run) for item, check in checked for run in taken_runs(item, check, answer)]
-
-
-def _planner(
-    constructor: MultiprocessConstructor, pool: Pool, own_sources: dict[str, Any]
-) -> Callable[[Sequence[Need]], tuple[Sequence[Source], SharedRead]]:
-    def plan(needs: Sequence[Need]) -> tuple[Sequence[Source], SharedRead]:
-        uris, read = plan_host(needs, max_gap_bytes=constructor.max_gap_size, part_bytes=pool.sizes.part_bytes)
-        others = steady_sources(constructor.client, [uri for uri in uris if uri not in own_sources])
-        return [own_sources.get(uri) or others[uri] for uri in uris], read
-
-    return plan

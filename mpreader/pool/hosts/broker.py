@@ -129,7 +129,6 @@ class Broker:
         self._slots: list[_SharedSlot] = []
         self._slot_reads: Sequence[SlotRead] = ()
         self._ranks: dict[int, _Rank] = {}
-        self._segments: dict[int, tuple[MapSegment, SegmentMemory]] = {}
         self._numbers = itertools.count(1)
         self._awaited: set[int] = set()  # slot reads that ranks wait for
         self.tally = Tally()
@@ -211,16 +210,10 @@ class Broker:
         """Take a message of the coordinator."""
         if isinstance(message, MapSegment):
             assert memory is not None, "a segment comes with its memory"
-            self._segments[message.segment] = message, memory
             for rank in self._ranks.values():
                 rank.post(message, memory)
         else:
             self._from_coordinator[type(message)](message)
-
-    def map_segments(self, number: int) -> None:
-        """Tell a rank of the segments that were made before it came."""
-        for message, memory in self._segments.values():
-            self._ranks[number].post(message, memory)
 
     def _slot_arrived(self, message: SlotArrived) -> None:
         slot = self._slots[message.slot_read]
@@ -267,7 +260,6 @@ class Broker:
             self._settle(message.slot_read, slot)
 
     def _unmap(self, message: UnmapSegment) -> None:
-        self._segments.pop(message.segment, None)
         for rank in self._ranks.values():
             rank.post(message, None)
 
