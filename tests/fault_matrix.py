@@ -60,6 +60,7 @@ ROWS = (
     "ranks of a host: one is stopped, never comes, or is slow",
     "ranks of a host: an exception or a Ctrl-C in one",
     "ranks of a host: S3 refuses, an object is overwritten, a record is damaged",
+    "ranks of a host: a process that is none of them",
     "ranks of a host: out of shared memory, descriptors or workers",
     "random plans, faults and kills (storm)",
 )

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-COPIED = ("mpreader", "tests", "pyproject.toml")
+COPIED = ("mpreader", "tests", "scripts", "pyproject.toml")
 TEST_TIMEOUT_S = 20  # without the protection that it proves a test may wait for ever
 PYTEST_TIMEOUT_S = 120
 BASELINE_TIMEOUT_S = 600
@@ -38,6 +38,10 @@ ADDRESSES_TEST = "tests/integration/pool/worker/test_addresses.py"
 PARTIAL_CONTENT = "mpreader/pool/worker/partial_content.py"
 ITEMS = "mpreader/dcp/items.py"
 BOXES = "tests/faults/test_boxes.py"
+HOSTS = "tests/faults/test_hosts.py"
+HOST_SERVER = "mpreader/pool/hosts/server.py"
+HOST_MEMBER = "mpreader/pool/hosts/member.py"
+RANK_HANGS = "ranks of a host: one is stopped, never comes, or is slow"
 
 
 class Protection(NamedTuple):
@@ -534,6 +538,73 @@ PROTECTIONS = (
         "env=_environment(),",
         "env=dict(os.environ),",
         "tests/integration/pool/test_lifecycle.py::test_workers_know_no_secret",
+    ),
+    Protection(
+        RANK_HANGS,
+        "a rank looks, before it commits what it has copied, if it was given up meanwhile",
+        HOST_MEMBER,
+        "if self._control is not None and self._control[self._place]:",
+        "if False:",
+        f"{HOSTS}::test_rank_that_is_stopped_is_dropped_and_reads_by_itself_when_it_goes_on"
+        "[whole-resolve_tensor-member]",
+    ),
+    Protection(
+        RANK_HANGS,
+        "the leader's own rank looks so, too",
+        HOST_SERVER,
+        "if self._control[self._places[_LEADER]]:",
+        "if False:",
+        f"{HOSTS}::test_rank_that_is_stuck_in_its_planner_is_dropped[leader]",
+    ),
+    Protection(
+        RANK_HANGS,
+        "a rank that is given up is told so before its memory is used again",
+        HOST_SERVER,
+        "self._control[self._places[number]] = 1",
+        "pass",
+        f"{HOSTS}::test_rank_that_is_stopped_is_dropped_and_reads_by_itself_when_it_goes_on"
+        "[whole-resolve_tensor-member]",
+    ),
+    Protection(
+        RANK_HANGS,
+        "the silence of the leader is noticed",
+        HOST_MEMBER,
+        "elif time.monotonic() - self._channel.heard_s > _SILENCE_S:",
+        "elif False:",
+        f"{HOSTS}::test_rank_that_is_stopped_is_dropped_and_reads_by_itself_when_it_goes_on"
+        "[whole-resolve_tensor-leader]",
+    ),
+    Protection(
+        RANK_HANGS,
+        "the silence of a rank that keeps memory is noticed",
+        HOST_SERVER,
+        "return time.monotonic() - heard_s > self._drop_after_s",
+        "return False",
+        f"{HOSTS}::test_rank_that_is_stopped_with_the_usual_limits_holds_the_others_up_for_less_than_10_s[member]",
+    ),
+    Protection(
+        RANK_HANGS,
+        "a rank that waits for bytes itself is not taken for a silent one",
+        "mpreader/pool/hosts/broker.py",
+        "return bool(self.leases) and not self.waits_for",
+        "return bool(self.leases)",
+        "tests/unit/pool/hosts/test_broker.py::test_rank_that_waits_itself_is_not_overdue_though_it_keeps_memory",
+    ),
+    Protection(
+        "ranks of a host: a process that is none of them",
+        "the token is compared",
+        HOST_SERVER,
+        "len(member.token) == TOKEN_BYTES and not hmac.compare_digest(member.token, self._listener.token)",
+        "False",
+        f"{HOSTS}::test_process_that_is_none_of_the_ranks_is_told_nothing[without the token]",
+    ),
+    Protection(
+        "ranks of a host: a process that is none of them",
+        "the user of the other process is compared",
+        HOST_SERVER,
+        "if peer_user(connection) != os.getuid():",
+        "if False:",
+        f"{HOSTS}::test_process_that_is_none_of_the_ranks_is_told_nothing[of another user]",
     ),
 )
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import faulthandler
+import functools
 import gc
 import io
 import os
@@ -113,6 +115,7 @@ class _Loads:
         # The error of the load, with all of its frames, is kept until the load is closed, as DCP keeps it.
         self._error: BaseException | None = None
         signal.signal(signal.SIGINT, self._interrupted)
+        faulthandler.register(signal.SIGUSR1)
 
     def serve(self) -> None:
         """Do what is asked for, until the other end is closed."""
@@ -231,11 +234,19 @@ def _run_rank(connection: Connection, versions: Sequence[Mapping[str, torch.Tens
     _Loads(connection, versions).serve()
 
 
-def main() -> None:
-    """Fork ranks until the other end of the socket is closed."""
-    import boto3.session  # noqa: F401  # now, not in each rank
+def _prepare() -> None:
+    """Import and read, once for all ranks, what each of them would else import and read by itself."""
+    import botocore.session
     import numpy as np  # noqa: F401
 
+    # Each new session of botocore reads its descriptions of S3 again, which takes longer than most loads.
+    botocore.session.create_loader = functools.cache(botocore.session.create_loader)
+    botocore.session.Session().create_client("s3", "us-east-1").close()
+
+
+def main() -> None:
+    """Fork ranks until the other end of the socket is closed."""
+    _prepare()
     parent = socket.socket(fileno=int(sys.argv[1]))
     versions = [make_tensors(0), make_tensors(1)]
     gc.freeze()

@@ -20,7 +20,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -54,12 +53,13 @@ __all__ = [
 ]
 
 URI: Final = "s3://ranks/checkpoint"
-ROWS, COLUMNS = 512, 256
-_TENSORS: Final = 18
+ROWS, COLUMNS = 64, 256
+_TENSORS: Final = 144
 _FILES: Final = 3
 DATA_PATHS: Final = tuple(f"{URI.removeprefix('s3:/')}/__0_{number}.distcp" for number in range(_FILES))
 _STARTED_WITHIN_S: Final = 120.0  # torch is imported, on a busy machine
 _ENVIRONMENT: Final = {"OMP_NUM_THREADS": "1", "AWS_ACCESS_KEY_ID": "ranks", "AWS_SECRET_ACCESS_KEY": "secret"}
+_POLL_S: Final = 0.01
 _ROOT: Final = Path(__file__).resolve().parents[2]
 
 
@@ -138,7 +138,7 @@ def make_tensors(version: int = 0) -> dict[str, torch.Tensor]:
     """Returns the tensors of a version of the checkpoint: each number is there once."""
     count = ROWS * COLUMNS
     return {
-        f"layer.{number:02}": (torch.arange(count, dtype=torch.int32) + count * (number + _TENSORS * version)).reshape(
+        f"layer.{number:03}": (torch.arange(count, dtype=torch.int32) + count * (number + _TENSORS * version)).reshape(
             ROWS, COLUMNS
         )
         for number in range(_TENSORS)
@@ -236,6 +236,13 @@ class Rank:
         assert answer is None or isinstance(answer, Outcome), f"it waits: {answer}"
         return answer
 
+    def resume(self, within_s: float = 60.0) -> None:
+        """Let a rank go on that a mishap has stopped, or is about to stop; returns when its load has ended."""
+        deadline = time.monotonic() + within_s
+        while not self.is_dead and not self._connection.poll(_POLL_S) and time.monotonic() < deadline:
+            if _state_of(self.pid) == "T":
+                self.signal(signal.SIGCONT)
+
     def wait_for_mishap(self, within_s: float = 60.0) -> None:
         """Wait until the rank waits, by a mishap of the kind ``"wait"``."""
         answer = self._answer(within_s)
@@ -244,14 +251,6 @@ class Rank:
     def go_on(self) -> None:
         """End the wait of a mishap."""
         self._connection.send("go on")
-
-    def wait_until_stopped(self, within_s: float = 60.0) -> None:
-        """Wait until a mishap has stopped the rank."""
-        deadline = time.monotonic() + within_s
-        while _state_of(self.pid) != "T":
-            if time.monotonic() > deadline:
-                raise TimeoutError("the rank was not stopped")
-            threading.Event().wait(0.002)
 
     def close(self, *, all_of_it: bool = False, within_s: float = 60.0) -> list[str] | None:
         """Close the reader of the load; returns what is left of the sharing. None if the rank is dead.
@@ -283,6 +282,7 @@ class Rank:
             return None
         try:
             if not self._connection.poll(within_s):
+                self.signal(signal.SIGUSR1)  # it says where it waits
                 raise TimeoutError(f"rank {self.pid} has not answered within {within_s:g} s")
             return self._connection.recv()
         except (EOFError, ConnectionError):

@@ -22,7 +22,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from mpreader import MpreaderError, PoolConfig, RangeFetcher, S3ClientConfig
 from mpreader.config import KiB, MiB
@@ -289,20 +289,24 @@ def main() -> int:
     """Run until the time is up, or the promise is broken; returns the exit status."""
     parser = argparse.ArgumentParser(prog="scripts/soak", description=__doc__.partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=3600, help="how long (default: an hour)")
+    parser.add_argument("--ranks", action="store_true", help="loads of several ranks that share a host's read")
     parser.add_argument("--seed", type=int, default=None, help="first seed (default: by chance)")
     parser.add_argument("--schedules", type=int, default=160, help="schedules per seed (default: 160)")
     options = parser.parse_args()
+    from scripts.faults import rank_storm  # it imports torch
+
     # A random seed is printed with each line, so that a failure can be repeated.
     seed = secrets.randbelow(1 << 32) if options.seed is None else options.seed
-    outcomes: list[Outcome] = []
+    run, summarize = (rank_storm.run_rank_storm, rank_storm.summary) if options.ranks else (run_storm, summary)
+    outcomes: list[Any] = []
     ends = time.monotonic() + options.seconds
     while time.monotonic() < ends:
         try:
-            outcomes += run_storm(seed, options.schedules)
+            outcomes += run(seed, options.schedules)
         except StormFailure as failure:
-            print(f"{summary(outcomes)}\nFAILED: {failure}", file=sys.stderr)
+            print(f"{summarize(outcomes)}\nFAILED: {failure}", file=sys.stderr)
             return 1
-        print(f"seed {seed}: well. So far {summary(outcomes)}\n", flush=True)
+        print(f"seed {seed}: well. So far {summarize(outcomes)}\n", flush=True)
         seed += 1
     return 0
 

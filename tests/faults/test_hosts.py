@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
+import pickle
 import signal
+import struct
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
@@ -11,6 +15,9 @@ import pytest
 
 from mpreader import PoolConfig, S3ClientConfig
 from mpreader.config import KiB, MiB
+from mpreader.dcp.host_plan import Need
+from mpreader.pool.hosts.identity import TOKEN_BYTES
+from mpreader.pool.hosts.messages import Join
 from mpreader.testing import Fault, FaultKind, FaultServer
 from scripts.faults.ranks import (
     COLUMNS,
@@ -26,12 +33,15 @@ from scripts.faults.ranks import (
     make_files,
     make_tensors,
 )
+from tests.refusal import statement_refusing
 
 # The issue's bound is 10 s from the fault on; a machine that is busy may take longer.
 WITHIN_S: Final = 40.0
 NAMES: Final = sorted(make_tensors())
-# So that few of the 36 parts fit into memory at one time.
-POOL: Final = PoolConfig(workers=2, connections_per_worker=2, max_memory=2 * MiB, part_size=256 * KiB)
+# The checkpoint is 39 parts of four tensors each; 16 of them fit into memory at one time.
+POOL: Final = PoolConfig(workers=2, connections_per_worker=2, max_memory=4 * MiB, part_size=256 * KiB)
+MIDDLE: Final = 68  # number of a tensor in the 19th part
+LATE: Final = 130
 # A silent rank is dropped after 0.6 of lease_timeout_s, a silent leader left after _SILENCE_S.
 HASTY: Final = dataclasses.replace(POOL, lease_timeout_s=1.0)
 HASTY_LIMITS: Final = {"_SILENCE_S": 1.0, "_JOIN_S": 2.0, "_GATHER_S": 1.0, "_HEARTBEAT_S": 0.2}
@@ -41,6 +51,7 @@ RANK_DIES: Final = "ranks of a host: one is killed"
 RANK_HANGS: Final = "ranks of a host: one is stopped, never comes, or is slow"
 RANK_FAILS: Final = "ranks of a host: an exception or a Ctrl-C in one"
 RANKS_ERR: Final = "ranks of a host: S3 refuses, an object is overwritten, a record is damaged"
+INTRUDERS: Final = "ranks of a host: a process that is none of them"
 NO_MEMORY: Final = "ranks of a host: out of shared memory, descriptors or workers"
 
 
@@ -65,7 +76,12 @@ def group(nursery: Nursery, server: FaultServer) -> Iterator[Group]:
     ranks: list[Rank] = []
 
     def begin(
-        count: int, kind: str = "whole", mishaps: dict[int, Mishap] | None = None, pool: PoolConfig = POOL, **more: Any
+        count: int,
+        kind: str = "whole",
+        mishaps: dict[int, Mishap] | None = None,
+        pool: PoolConfig = POOL,
+        before_by_place: dict[int, str] | None = None,
+        **more: Any,
     ) -> Job:
         client = S3ClientConfig("us-east-1", endpoint_url=server.endpoint_url, force_path_style=True, max_attempts=3)
         works = [
@@ -74,6 +90,7 @@ def group(nursery: Nursery, server: FaultServer) -> Iterator[Group]:
                 client,
                 pool,
                 mishaps=(mishaps[place],) if mishaps and place in mishaps else (),
+                before=(before_by_place or {}).get(place, ""),
                 **more,
             )
             for place in range(count)
@@ -143,7 +160,7 @@ def test_rank_killed_while_the_needs_are_gathered(group: Group, place: int) -> N
 @KINDS
 @row(RANK_DIES, within_s=15)
 def test_rank_killed_in_the_middle_of_its_slots(group: Group, place: int, kind: str) -> None:
-    job = group(3, kind, {place: Mishap("resolve_tensor", 7, "kill")})
+    job = group(3, kind, {place: Mishap("resolve_tensor", MIDDLE, "kill")})
     job.load()
     assert results(job) == ["exact" if other != place else "dead" for other in range(3)]
     assert job.left() == []
@@ -153,7 +170,7 @@ def test_rank_killed_in_the_middle_of_its_slots(group: Group, place: int, kind: 
 @row(RANK_DIES, within_s=15)
 def test_rank_killed_after_its_own_part(group: Group, place: int) -> None:
     slow = 2
-    job = group(3, mishaps={slow: Mishap("resolve_tensor", 17, "wait")})
+    job = group(3, mishaps={slow: Mishap("resolve_tensor", LATE, "wait")})
     job.load()
     job.ranks[slow].wait_for_mishap()
     assert results(job, 0, 1) == ["exact", "exact"]
@@ -167,18 +184,22 @@ def test_rank_killed_after_its_own_part(group: Group, place: int) -> None:
 
 
 @PLACES
-@KINDS
-@pytest.mark.parametrize("call", ["resolve_tensor", "commit_tensor"])
+@pytest.mark.parametrize(("kind", "call"), [("whole", "resolve_tensor"), ("rows", "commit_tensor")])
 @row(RANK_HANGS, within_s=15)
 def test_rank_that_is_stopped_is_dropped_and_reads_by_itself_when_it_goes_on(
     group: Group, place: int, kind: str, call: Any
 ) -> None:
     # Nothing is verified: what is read of memory that others have now must be noticed without a checksum.
-    job = group(3, kind, {place: Mishap(call, 3, "stop")}, pool=HASTY, limits=HASTY_LIMITS, verify=False)
+    stop, wait = Mishap(call, 3, "stop"), Mishap("resolve_tensor", MIDDLE, "wait")
+    job = group(4, kind, {place: stop, 3: wait}, pool=HASTY, limits=HASTY_LIMITS, verify=False)
     job.load()
-    assert results(job, *other_than(place, 3)) == ["exact", "exact"]
+    # When the one is dropped, the others get on, until the second one keeps all memory: so all of it was used again.
+    job.ranks[3].wait_for_mishap()
+    others = other_than(place, 3)
+    assert results(job, *others) == ["exact"] * 2
+    job.ranks[3].go_on()
     job.ranks[place].signal(signal.SIGCONT)
-    assert results(job, place) == ["exact"]
+    assert results(job, place, 3) == ["exact", "exact"]
     assert job.left() == []
 
 
@@ -189,7 +210,12 @@ def test_rank_that_is_stopped_with_the_usual_limits_holds_the_others_up_for_less
 ) -> None:
     job = group(3, "rows", {place: Mishap("resolve_tensor", 3, "stop")})
     job.load()
-    assert results(job, *other_than(place, 3)) == ["exact", "exact"]
+    others = other_than(place, 3)
+    outcomes = [job.ranks[other].outcome(WITHIN_S) for other in others]
+    assert [outcome and said(outcome) for outcome in outcomes] == ["exact", "exact"]
+    # Where a member is stopped, the others share on.
+    received = [outcome is not None and outcome.received_bytes > 0 for outcome in outcomes]
+    assert received == [place == 0 or other == 0 for other in others]
     job.ranks[place].signal(signal.SIGCONT)
     assert results(job, place) == ["exact"]
     assert job.left() == []
@@ -226,14 +252,15 @@ def test_slow_rank_is_waited_for_while_it_says_something(group: Group, server: F
 @row(RANK_HANGS, within_s=15)
 def test_rank_that_is_stuck_in_its_planner_is_dropped(group: Group, place: int) -> None:
     """Its process lives, and its other threads do."""
-    job = group(3, "columns", {place: Mishap("resolve_tensor", 3, "wait")}, pool=HASTY, limits=HASTY_LIMITS)
+    stuck, wait = Mishap("resolve_tensor", 3, "wait"), Mishap("resolve_tensor", MIDDLE, "wait")
+    job = group(4, "columns", {place: stuck, 3: wait}, pool=HASTY, limits=HASTY_LIMITS, verify=False)
     job.load()
     job.ranks[place].wait_for_mishap()
-    others = other_than(place, 3)
-    outcomes = [job.ranks[other].outcome(WITHIN_S) for other in others]
-    assert [outcome and said(outcome) for outcome in outcomes] == ["exact", "exact"]
-    job.ranks[place].go_on()
-    assert results(job, place) == ["exact"]
+    job.ranks[3].wait_for_mishap()
+    assert results(job, *other_than(place, 3)) == ["exact", "exact"]
+    for rank in (place, 3):
+        job.ranks[rank].go_on()
+    assert results(job, place, 3) == ["exact", "exact"]
     assert job.left() == []
 
 
@@ -248,7 +275,7 @@ def test_rank_that_raises_does_not_keep_memory_from_the_others(
     group: Group, place: int, call: Any, kind: Any, error: str
 ) -> None:
     # Its reader stays open, and its error is kept with all frames, as in DCP, until all ranks have ended.
-    job = group(3, mishaps={place: Mishap(call, 1 if call == "read" else 4, kind)}, limits={"_JOIN_S": 3.0})
+    job = group(3, mishaps={place: Mishap(call, 1 if call == "read" else MIDDLE, kind)}, limits={"_JOIN_S": 3.0})
     job.load()
     assert results(job) == ["exact" if other != place else error for other in range(3)]
     assert job.left() == []
@@ -256,10 +283,99 @@ def test_rank_that_raises_does_not_keep_memory_from_the_others(
 
 @row(RANK_FAILS, within_s=15)
 def test_leader_whose_pool_is_closed_leaves_the_others_to_themselves(group: Group) -> None:
-    job = group(3, mishaps={0: Mishap("resolve_tensor", 4, "end pools")})
+    job = group(3, mishaps={0: Mishap("resolve_tensor", MIDDLE, "end pools")})
     job.load()
     assert results(job, 1, 2) == ["exact", "exact"]
     assert results(job, 0)[0] in {"exact", "PoolClosed"}
+    assert job.left() == []
+
+
+# -- intruders
+
+CONNECT: Final = """
+import os, socket
+
+def connect():
+    os.setuid({user})
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(20)
+        connection.connect({address!r})
+        try:
+            connection.sendall({token!r} + {join!r})
+            return len(connection.recv(1))
+        except ConnectionError:
+            return 0
+
+pid = os.fork()
+if pid == 0:
+    status = 2
+    try:
+        status = connect()
+    finally:
+        os._exit(status)
+assert os.waitpid(pid, 0)[1] == 0, "it was answered"
+"""
+
+
+@pytest.mark.parametrize("intruder", ["without the token", "of another user"])
+@row(INTRUDERS, within_s=15)
+def test_process_that_is_none_of_the_ranks_is_told_nothing(
+    group: Group, nursery: Nursery, server: FaultServer, intruder: str
+) -> None:
+    if os.getuid() != 0 and intruder == "of another user":
+        pytest.skip("needs to be root, to become another user")
+    job = group(2, limits={"_GATHER_S": 20.0})
+    job.load(0)
+    leader, is_other_user = job.shares[0].leader, intruder == "of another user"
+    message = pickle.dumps(Join(Need({}, verifies=False)))
+    program = CONNECT.format(
+        user=65534 if is_other_user else os.getuid(),
+        address=leader.address,
+        token=leader.token if is_other_user else bytes(TOKEN_BYTES),
+        join=struct.pack("<IB", len(message), 0) + message,
+    )
+    stranger = nursery.rank()
+    stranger.offer(Work((), S3ClientConfig("us-east-1", endpoint_url=server.endpoint_url), POOL, before=program))
+    stranger.offered(WITHIN_S)
+    job.load(1)
+    assert not stranger.is_dead
+    assert results(job) == ["exact", "exact"]
+    assert job.left() == []
+    stranger.kill()
+
+
+# -- memory, descriptors
+
+
+@pytest.mark.parametrize(
+    ("place", "call", "result"),
+    [
+        (0, "memfd_create", "exact"),
+        (1, "memfd_create", "exact"),
+        (0, "pipe2", "PoolError"),
+        (1, "pipe2", "PoolError"),
+        (0, "sendmsg", "PoolError"),
+        (1, "sendmsg", "exact"),  # a member sends no descriptors
+    ],
+)
+@row(NO_MEMORY, within_s=15)
+def test_rank_that_is_refused_a_system_call_leaves_the_others_well(
+    group: Group, place: int, call: str, result: str
+) -> None:
+    job = group(3, "rows", before_by_place={place: statement_refusing([call], errno.EPERM)})
+    job.load()
+    assert results(job) == ["exact" if other != place else result for other in range(3)]
+    assert job.left() == []
+
+
+@KINDS
+@row(NO_MEMORY, within_s=15)
+def test_memory_of_few_slots_is_enough(group: Group, kind: str) -> None:
+    job = group(3, kind, {1: Mishap("commit_tensor", MIDDLE, "wait")}, pool=dataclasses.replace(POOL, max_memory=MiB))
+    job.load()
+    job.ranks[1].wait_for_mishap()
+    job.ranks[1].go_on()
+    assert results(job) == ["exact"] * 3
     assert job.left() == []
 
 

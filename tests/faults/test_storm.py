@@ -6,11 +6,13 @@ import sys
 
 import pytest
 
-from scripts.faults import storm
+from scripts.faults import rank_storm, storm
 
 # A seed with many kills and slow answers. scripts/soak runs thousands of schedules.
 SEED = 18
 SCHEDULES = 32
+RANKS_SEED = 11
+RANKS_SCHEDULES = 16
 
 
 @pytest.mark.row("random plans, faults and kills (storm)", within_s=40)
@@ -27,3 +29,17 @@ def test_storm_ends_in_exact_bytes_or_one_typed_error(capsys: pytest.CaptureFixt
     assert sum(outcome.faults for outcome in outcomes) >= SCHEDULES // 2
     assert sum(outcome.kills for outcome in outcomes) >= SCHEDULES // 10
     assert {outcome.plan for outcome in outcomes} == {"fetch", "stream", "fetch_object", "fetch_many", "load"}
+
+
+@pytest.mark.row("random plans, faults and kills (storm)", within_s=40)
+def test_storm_of_ranks_ends_in_exact_bytes_or_one_typed_error(capsys: pytest.CaptureFixture[str]) -> None:
+    outcomes = rank_storm.run_rank_storm(RANKS_SEED, RANKS_SCHEDULES)
+    with capsys.disabled():
+        sys.stdout.write(f"\nstorm of ranks, seed {RANKS_SEED}: {rank_storm.summary(outcomes)}\n")
+    assert len(outcomes) == RANKS_SCHEDULES
+    # Or it would prove nothing.
+    assert {outcome.kind for outcome in outcomes} == {"rows", "columns", "whole", "subsets", "mixed"}
+    assert sum(outcome.shared_bytes > 0 for outcome in outcomes) >= RANKS_SCHEDULES // 2
+    assert {"kill", "stop"} <= {mishap for outcome in outcomes for mishap in outcome.mishaps}
+    assert sum(outcome.faults for outcome in outcomes) >= RANKS_SCHEDULES // 2
+    assert sum(result == "exact" for outcome in outcomes for result in outcome.results) >= 2 * RANKS_SCHEDULES

@@ -45,6 +45,7 @@ class Channel:
         self._socket = connection
         self._lock = threading.Lock()
         self._unsent: deque[tuple[memoryview, list[int]]] = deque()
+        self._has_ended = False
         self._received = bytearray()
         self._fds: deque[int] = deque()
         self.heard_s = time.monotonic()
@@ -82,13 +83,14 @@ class Channel:
                 except BlockingIOError:
                     return True
                 except OSError:
+                    self._end()
                     return False
                 for fd in fds:
                     posix.close(fd)
                 self._unsent.popleft()
                 if sent < len(data):
                     self._unsent.appendleft((data[sent:], []))
-        return True
+            return not self._has_ended
 
     def receive(self) -> list[tuple[object, int | None]]:
         """Receive what has come: messages, each with its descriptor, which the caller closes.
@@ -143,14 +145,21 @@ class Channel:
     def close(self) -> None:
         """Close this end. Idempotent."""
         with self._lock, contextlib.suppress(OSError):
-            unsent, self._unsent = self._unsent, deque()
-            for fd in [*self._fds, *(fd for _, fds in unsent for fd in fds)]:
+            self._end()
+            for fd in self._fds:
                 posix.close(fd)
             self._fds.clear()
-            # A forked child may have a copy of the descriptor, which would keep the connection open.
-            with contextlib.suppress(OSError):
-                self._socket.shutdown(socket.SHUT_RDWR)
             self._socket.close()
+
+    def _end(self) -> None:
+        """Let both ends find the connection closed, and drop what was not sent. Called under the lock."""
+        self._has_ended = True
+        unsent, self._unsent = self._unsent, deque()
+        for fd in [fd for _, fds in unsent for fd in fds]:
+            posix.close(fd)
+        # Not only closed: a forked child may have a copy of the descriptor, which would keep the connection open.
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
 
 
 def _unpickled(data: memoryview) -> object:

@@ -495,3 +495,24 @@ def test_rank_that_keeps_memory_is_overdue_only_while_others_wait_for_it() -> No
         host.drop(slow.number)
         host.finish()
         assert quick.taken == [0, 1]
+
+
+def test_rank_that_waits_itself_is_not_overdue_though_it_keeps_memory() -> None:
+    broker = Broker(ReadId(1, 1), lambda _: None)
+    broker.open([], [SlotRead(0, 1, (Part(0, 1),)) for _ in range(3)])
+    behind, ahead = 1, 2
+    answers: list[object] = []
+    broker.add_rank(behind, ReadId(behind, 1), lambda *_: None, Subscription(None, (0, 1, 2), (0,)))
+    broker.add_rank(
+        ahead, ReadId(ahead, 1), lambda message, _: answers.append(message), Subscription(None, (1, 2), (0,))
+    )
+    broker.from_rank(behind, Demand(ReadId(behind, 1), 0))
+    broker.from_rank(ahead, Demand(ReadId(ahead, 1), 0))
+    broker.from_coordinator(SlotArrived(ReadId(1, 1), 1, 1, 0, 0))  # goes to both
+    [arrived] = answers
+    assert isinstance(arrived, SlotArrived)
+    broker.from_rank(ahead, GiveBack(arrived.lease))
+    broker.from_rank(ahead, Demand(ReadId(ahead, 1), 1))
+    assert broker.overdue(-1.0) == set()
+    broker.from_coordinator(SlotArrived(ReadId(1, 1), 0, 2, 0, 0))
+    assert broker.overdue(-1.0) == {behind}
