@@ -18,22 +18,29 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
+import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import (
+    STATE_DICT_TYPE,
+    ChunkStorageMetadata,
+    Metadata,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.state_dict_loader import load
 
 import mpreader.dcp.reader
 import mpreader.pool.hosts.member
 import mpreader.pool.hosts.server
 from mpreader.dcp import S3StorageReader
 from mpreader.pool.pool import close_shared_pools
-from scripts.faults.ranks import URI, Box, Mishap, Outcome, Work, make_tensors
+from scripts.faults.ranks import URI, Box, Mishap, Outcome, Place, Work, make_tensors
 
 __all__ = ["main"]
 
@@ -45,13 +52,20 @@ class RankError(Exception):
 class _Planner(LoadPlanner):
     """Planner of some boxes, each with a target of its own, to which the mishaps happen."""
 
-    def __init__(self, boxes: Sequence[Box], metadata: Metadata, mishap: Any) -> None:
+    def __init__(self, boxes: Sequence[Box], mishap: Any) -> None:
+        self._boxes = boxes
         self._mishap = mishap
         self.targets: list[tuple[Box, torch.Tensor]] = []
         self._target_of: dict[tuple[str, tuple[int, ...], tuple[int, ...]], torch.Tensor] = {}
         self.items: list[ReadItem] = []
         self.committed: list[ReadItem] = []
-        for box in boxes:
+
+    def set_up_planner(
+        self, _: STATE_DICT_TYPE, metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        del is_coordinator
+        assert metadata is not None
+        for box in self._boxes:
             stored = metadata.state_dict_metadata[box.name]
             assert isinstance(stored, TensorStorageMetadata)
             chunk = ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes))
@@ -60,8 +74,6 @@ class _Planner(LoadPlanner):
             target = torch.full(box.sizes, -1, dtype=torch.int32)
             self.targets.append((box, target))
             self._target_of[box.name, tuple(box.offsets), tuple(box.sizes)] = target
-
-    def set_up_planner(self, *_: Any, **__: Any) -> None: ...
 
     def create_local_plan(self) -> LoadPlan:
         return LoadPlan(self.items)
@@ -124,9 +136,10 @@ class _Loads:
                 step, argument = self._connection.recv()
             except EOFError:
                 return
-            self._connection.send({"offer": self._offer, "load": self._load, "close": self._close}[step](argument))
+            steps = {"offer": self._offer, "load": self._load, "join": self._join, "close": self._close}
+            self._connection.send(steps[step](argument))
 
-    def _offer(self, work: Work) -> Any:
+    def _set_up(self, work: Work) -> tuple[S3StorageReader, _Planner]:
         for name, value in {**self._usual, **work.limits}.items():
             setattr(_LIMITS[name], name, value)
         self._work, self._calls, self._error = work, {}, None
@@ -134,14 +147,35 @@ class _Loads:
         self._reader = S3StorageReader(
             None, URI, work.client_config, pool_config=work.pool_config, verify=work.verify, progress=False
         )
-        self._reader.reset()
-        metadata = self._reader.read_metadata()
-        self._planner = _Planner(work.boxes, metadata, self._mishap)
-        self._reader.set_up_storage_reader(metadata, is_coordinator=False)
-        self._plan = self._reader.prepare_local_plan(self._planner.create_local_plan())
+        self._planner = _Planner(work.boxes, self._mishap)
+        return self._reader, self._planner
+
+    def _offer(self, work: Work) -> Any:
+        reader, planner = self._set_up(work)
+        reader.reset()
+        metadata = reader.read_metadata()
+        planner.set_up_planner({}, metadata)
+        reader.set_up_storage_reader(metadata, is_coordinator=False)
+        self._plan = reader.prepare_local_plan(planner.create_local_plan())
         return self._plan.storage_data
 
     def _load(self, share: Any) -> Outcome:
+        reader, planner = self._reader, self._planner
+        assert reader is not None
+        assert planner is not None
+        plan = dataclasses.replace(self._plan, storage_data=share)
+        return self._outcome_of(lambda: reader.read_data(plan, planner).wait())
+
+    def _join(self, place: Place) -> Outcome:
+        """Load by torch's own ``load``, as one of the ranks of a process group."""
+        reader, planner = self._set_up(place.work)
+        dist.init_process_group("gloo", init_method=place.meet_at, rank=place.rank, world_size=place.ranks)
+        try:
+            return self._outcome_of(lambda: load({}, storage_reader=reader, planner=planner))
+        finally:
+            dist.destroy_process_group()
+
+    def _outcome_of(self, read: Callable[[], object]) -> Outcome:
         assert self._reader is not None
         assert self._planner is not None
         began_s = time.monotonic()
@@ -149,7 +183,7 @@ class _Loads:
         try:
             self._is_loading = True
             self._mishap("read")
-            self._reader.read_data(dataclasses.replace(self._plan, storage_data=share), self._planner).wait()
+            read()
         except BaseException as error:  # noqa: BLE001  # judged by the process that tests
             self._error, result, text = error, type(error).__name__, str(error)
         finally:

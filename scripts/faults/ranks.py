@@ -45,6 +45,7 @@ __all__ = [
     "Mishap",
     "Nursery",
     "Outcome",
+    "Place",
     "Rank",
     "Work",
     "make_files",
@@ -114,6 +115,22 @@ class Work:
     mishaps: tuple[Mishap, ...] = ()
     limits: Mapping[str, float] = dataclasses.field(default_factory=dict)
     before: str = ""
+
+
+class Place(NamedTuple):
+    """A load of one rank of a process group.
+
+    Attributes:
+        work: What it loads.
+        rank: Its rank.
+        ranks: Number of the ranks.
+        meet_at: URL at which torch's process group meets.
+    """
+
+    work: Work
+    rank: int
+    ranks: int
+    meet_at: str
 
 
 class Outcome(NamedTuple):
@@ -221,6 +238,10 @@ class Rank:
     def offered(self, within_s: float = 60.0) -> Any:
         """Returns the offer of the rank, in place of ``storage_data`` of its plan."""
         return self._answer(within_s)
+
+    def join(self, place: Place) -> None:
+        """Load by torch's ``load``, all steps of it, in a process group; then comes :meth:`outcome`."""
+        self._connection.send(("join", place))
 
     def load(self, share: Any) -> None:
         """Read; ``share`` is the answer to the rank's offer."""

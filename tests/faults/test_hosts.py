@@ -8,7 +8,9 @@ import os
 import pickle
 import signal
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import pytest
@@ -28,6 +30,7 @@ from scripts.faults.ranks import (
     Mishap,
     Nursery,
     Outcome,
+    Place,
     Rank,
     Work,
     make_files,
@@ -68,40 +71,55 @@ def server() -> Iterator[FaultServer]:
 
 
 Group = Callable[..., Job]
+Mishaps = Mapping[int, Mishap]
+NO_MISHAPS: Final[Mishaps] = MappingProxyType({})
 
 
 @pytest.fixture
-def group(nursery: Nursery, server: FaultServer) -> Iterator[Group]:
-    """Make ranks that have planned a load; each loads whole tensors, or rows or columns of all."""
+def new_ranks(nursery: Nursery) -> Iterator[Callable[[int], list[Rank]]]:
+    """Make ranks, which end with the test."""
     ranks: list[Rank] = []
 
-    def begin(
-        count: int,
-        kind: str = "whole",
-        mishaps: dict[int, Mishap] | None = None,
-        pool: PoolConfig = POOL,
-        before_by_place: dict[int, str] | None = None,
-        **more: Any,
-    ) -> Job:
-        client = S3ClientConfig("us-east-1", endpoint_url=server.endpoint_url, force_path_style=True, max_attempts=3)
-        works = [
-            Work(
-                boxes_of(kind, place, count),
-                client,
-                pool,
-                mishaps=(mishaps[place],) if mishaps and place in mishaps else (),
-                before=(before_by_place or {}).get(place, ""),
-                **more,
-            )
-            for place in range(count)
-        ]
+    def make(count: int) -> list[Rank]:
         ranks.extend(nursery.rank() for _ in range(count))
-        return Job(ranks, works)
+        return ranks[-count:]
 
-    yield begin
+    yield make
     for rank in ranks:
-        rank.signal(signal.SIGCONT)
         rank.kill()
+
+
+@pytest.fixture
+def group(new_ranks: Callable[[int], list[Rank]], server: FaultServer) -> Group:
+    """Make ranks that have planned a load; each loads whole tensors, or rows or columns of all."""
+
+    def begin(count: int, kind: str = "whole", mishaps: Mishaps = NO_MISHAPS, **more: Any) -> Job:
+        return Job(new_ranks(count), works_of(server, count, kind, mishaps, **more))
+
+    return begin
+
+
+def works_of(
+    server: FaultServer,
+    count: int,
+    kind: str,
+    mishaps: Mishaps = NO_MISHAPS,
+    pool: PoolConfig = POOL,
+    before_by_place: Mapping[int, str] = MappingProxyType({}),
+    **more: Any,
+) -> list[Work]:
+    client = S3ClientConfig("us-east-1", endpoint_url=server.endpoint_url, force_path_style=True, max_attempts=3)
+    return [
+        Work(
+            boxes_of(kind, place, count),
+            client,
+            pool,
+            mishaps=(mishaps[place],) if place in mishaps else (),
+            before=before_by_place.get(place, ""),
+            **more,
+        )
+        for place in range(count)
+    ]
 
 
 def boxes_of(kind: str, place: int, count: int) -> tuple[Box, ...]:
@@ -320,7 +338,7 @@ assert os.waitpid(pid, 0)[1] == 0, "it was answered"
 @pytest.mark.parametrize("intruder", ["without the token", "of another user"])
 @row(INTRUDERS, within_s=15)
 def test_process_that_is_none_of_the_ranks_is_told_nothing(
-    group: Group, nursery: Nursery, server: FaultServer, intruder: str
+    group: Group, new_ranks: Callable[[int], list[Rank]], server: FaultServer, intruder: str
 ) -> None:
     if os.getuid() != 0 and intruder == "of another user":
         pytest.skip("needs to be root, to become another user")
@@ -334,14 +352,13 @@ def test_process_that_is_none_of_the_ranks_is_told_nothing(
         token=leader.token if is_other_user else bytes(TOKEN_BYTES),
         join=struct.pack("<IB", len(message), 0) + message,
     )
-    stranger = nursery.rank()
+    [stranger] = new_ranks(1)
     stranger.offer(Work((), S3ClientConfig("us-east-1", endpoint_url=server.endpoint_url), POOL, before=program))
     stranger.offered(WITHIN_S)
     job.load(1)
     assert not stranger.is_dead
     assert results(job) == ["exact", "exact"]
     assert job.left() == []
-    stranger.kill()
 
 
 # -- memory, descriptors
@@ -422,3 +439,38 @@ def test_record_that_is_damaged_on_the_way_is_received_again(group: Group, serve
     job.load()
     assert results(job) == ["exact"] * 3
     assert job.left() == []
+
+
+# -- by torch's own load
+
+
+@pytest.mark.parametrize(
+    ("kind", "fault", "mishaps", "said_of"),
+    [
+        ("rows", None, {}, ""),
+        ("whole", Fault(FaultKind.FLIPPED_BIT, path=DATA_PATHS[1], covering=300_000), {}, "is damaged in"),
+        ("rows", Fault(FaultKind.FLIPPED_BIT, path=DATA_PATHS[1], covering=300_000), {}, "is damaged in"),
+        ("rows", None, {0: Mishap("resolve_tensor", MIDDLE, "raise")}, "RankError"),
+        ("columns", None, {1: Mishap("commit_tensor", MIDDLE, "raise")}, "RankError"),
+    ],
+    ids=["well", "damaged", "damaged for all", "leader raises", "member raises"],
+)
+@row(RANKS_ERR, within_s=15)
+def test_error_of_one_rank_is_the_error_of_the_job(
+    new_ranks: Callable[[int], list[Rank]],
+    server: FaultServer,
+    tmp_path: Path,
+    kind: str,
+    fault: Fault | None,
+    mishaps: Mishaps,
+    said_of: str,
+) -> None:
+    ranks = new_ranks(3)
+    if fault is not None:
+        server.inject(fault)
+    for number, (rank, work) in enumerate(zip(ranks, works_of(server, 3, kind, mishaps), strict=True)):
+        rank.join(Place(work, number, 3, f"file://{tmp_path}/job"))
+    outcomes = [rank.outcome(WITHIN_S) for rank in ranks]
+    assert [outcome and said(outcome) for outcome in outcomes] == ["CheckpointException" if said_of else "exact"] * 3
+    assert all(outcome is not None and said_of in outcome.text for outcome in outcomes)
+    assert [rank.close(all_of_it=True) for rank in ranks] == [[], [], []]
