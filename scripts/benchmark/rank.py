@@ -101,7 +101,7 @@ def _run(job: RankJob, rank: int, parent: Connection) -> None:
         if job.job.checking:
             parent.recv()  # memory is sampled until all ranks have told
             _check(targets, checkpoint)
-            dist.barrier()  # eight ranks have their targets in the same memory, which one must not fill while others check
+            dist.barrier()  # ranks may have their targets in the same memory: none fills it while others check
 
 
 def _targets(shapes: Mapping[str, Sequence[int]], layout: Layout, memory: mmap.mmap | None) -> dict[str, Any]:
