@@ -17,7 +17,7 @@ from itertools import accumulate
 from typing import Final, NamedTuple
 
 from mpreader.dcp.boxes import best_gaps
-from mpreader.dcp.items import Check
+from mpreader.dcp.items import OWN_CHECK, Check, Verdict
 from mpreader.formats.selection import Gaps, Run, Selection, is_worth_selecting, joined_runs, placed_runs
 from mpreader.pool.hosts.messages import SharedRead, Subscription
 from mpreader.pool.requests import SlotRead
@@ -75,7 +75,7 @@ def takes_all(item: ItemNeed, check: Check | None, answer: Answer) -> bool:
     """Returns True if a rank takes all of an item, of which it was told who verifies it."""
     if item.selections is None:
         return True
-    return check is Check.FOR_OTHERS or (check is Check.BY_OTHERS and item.nbytes <= answer.large_nbytes)
+    return check is not None and (check.is_own or item.nbytes <= answer.large_nbytes)
 
 
 def taken_runs(item: ItemNeed, check: Check | None, answer: Answer) -> list[Run]:
@@ -131,18 +131,18 @@ def plan_host(needs: Sequence[Need], *, max_gap_bytes: float, part_bytes: int) -
     slot_reads = [
         SlotRead(number, part.size, (part,), part.over_read) for number, uri in enumerate(uris) for part in parts[uri]
     ]
-    checkers = _choose_checkers(needs, selected)
+    verdicts = _choose_verifiers(needs, selected)
     subscriptions = []
     for place, need in enumerate(needs):
         checks = {
             uri: [
-                None if item.offset in selected[uri] else _check_of(item, place, checkers.get((uri, item.offset)))
+                None if item.offset in selected[uri] else _check_of(item, place, verdicts.get((uri, item.offset)))
                 for item in items
             ]
             for uri, items in need.files.items()
         }
         subscriptions.append(_subscribe(need, Answer(checks, {}, _MOST_PARTS_TAKEN * part_bytes), parts))
-    return uris, SharedRead(tuple(slot_reads), tuple(subscriptions))
+    return uris, SharedRead(tuple(slot_reads), tuple(subscriptions), notes=len(verdicts))
 
 
 def _join(needs: Sequence[Need]) -> dict[str, dict[int, _Union]]:
@@ -178,38 +178,34 @@ def _runs_of_file(items: Mapping[int, _Union], selected: set[int]) -> list[Run]:
     return runs
 
 
-def _choose_checkers(needs: Sequence[Need], selected: Mapping[str, set[int]]) -> dict[tuple[str, int], int]:
-    """Choose a rank for each item that is received whole, though no rank wants it whole: it verifies it for all.
+def _choose_verifiers(needs: Sequence[Need], selected: Mapping[str, set[int]]) -> dict[tuple[str, int], Verdict]:
+    """Choose a rank for each item that is received whole, though not all ranks want it whole: it verifies it for all.
 
     Returns:
-        The place of the rank, by URI and offset of the item. The ranks get about as many bytes each.
+        The verdicts, by URI and offset of the item. The ranks verify about as many bytes each, where there is a choice.
     """
-    wanting: dict[tuple[str, int], list[int]] = {}
-    nbytes: dict[tuple[str, int], int] = {}
-    is_whole: set[tuple[str, int]] = set()  # some rank wants all of it, and verifies it for itself
+    wanting: dict[tuple[str, int], list[tuple[int, ItemNeed]]] = {}
     for place, need in enumerate(needs):
         for uri, items in need.files.items() if need.verifies else ():
             for item in items:
-                if item.offset in selected[uri]:
-                    continue
-                key = uri, item.offset
-                nbytes[key] = item.nbytes
-                wanting.setdefault(key, []).append(place)
-                if item.selections is None:
-                    is_whole.add(key)
+                if item.offset not in selected[uri]:
+                    wanting.setdefault((uri, item.offset), []).append((place, item))
     loads = [0] * len(needs)
-    checkers = {}
-    for key, places in wanting.items():
-        if key not in is_whole:
-            checkers[key] = min(places, key=lambda place: loads[place])
-            loads[checkers[key]] += nbytes[key]
-    return checkers
+    verdicts: dict[tuple[str, int], Verdict] = {}
+    for key, wants in wanting.items():
+        whole = [place for place, item in wants if item.selections is None]  # they verify it in any case
+        if len(whole) < len(wants):
+            place = min(whole or [place for place, _ in wants], key=loads.__getitem__)
+            loads[place] += wants[0][1].nbytes
+            verdicts[key] = Verdict(place, len(verdicts))
+    return verdicts
 
 
-def _check_of(item: ItemNeed, place: int, checker: int | None) -> Check:
-    if item.selections is None:
-        return Check.OWN
-    return Check.FOR_OTHERS if checker == place else Check.BY_OTHERS
+def _check_of(item: ItemNeed, place: int, verdict: Verdict | None) -> Check:
+    is_verifier = verdict is not None and verdict.place == place
+    if item.selections is None and not is_verifier:
+        return OWN_CHECK
+    return Check(is_verifier, verdict)
 
 
 def _subscribe(need: Need, answer: Answer, parts: Mapping[str, Sequence[Part]]) -> Subscription:

@@ -15,11 +15,10 @@ If bytes contradict their CRC, the item is received a second time. If these byte
 
 from __future__ import annotations
 
-import enum
 import io
 import logging
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import torch
 from torch.distributed._shard._utils import narrow_tensor_by_index
@@ -33,7 +32,7 @@ from mpreader.formats.torch_save import BufferItem, ItemBytes, RecordCorrupted, 
 from mpreader.readers.protocols import StoredItem
 from mpreader.s3 import parse_s3_uri
 
-__all__ = ["Check", "ItemLoader", "ItemReader", "LoadedBytes", "PlannedItem", "SelectedBytes"]
+__all__ = ["OWN_CHECK", "Check", "ItemLoader", "ItemReader", "LoadedBytes", "PlannedItem", "SelectedBytes", "Verdict"]
 
 
 log = logging.getLogger(__name__)
@@ -59,18 +58,31 @@ class SelectedBytes(ItemBytes, Protocol):
         """Returns True if all bytes [start, end) can be read; there must be at least one."""
 
 
-class Check(enum.Enum):
+class Verdict(NamedTuple):
+    """Name of what one rank of the host says, to all of them, of an item that it compares with its checksum.
+
+    Attributes:
+        place: Place of that rank among those that load together.
+        number: Number of the verdict.
+    """
+
+    place: int
+    number: int
+
+
+class Check(NamedTuple):
     """Who compares an item with its checksum, where that is asked for and all of the item is received.
 
     Attributes:
-        OWN: This rank, for itself.
-        FOR_OTHERS: This rank, for all ranks of its host, which load boxes of the item from the same memory.
-        BY_OTHERS: Another rank of the host.
+        is_own: True if this rank does.
+        verdict: What others hear of it, or this rank from another one; None: no rank relies on another.
     """
 
-    OWN = enum.auto()
-    FOR_OTHERS = enum.auto()
-    BY_OTHERS = enum.auto()
+    is_own: bool
+    verdict: Verdict | None
+
+
+OWN_CHECK: Final = Check(is_own=True, verdict=None)
 
 
 class PlannedItem(NamedTuple):
@@ -88,7 +100,7 @@ class PlannedItem(NamedTuple):
     stored: StoredItem
     selection: Selection | None = None
     layout: TensorLayout | None = None
-    check: Check = Check.OWN
+    check: Check = OWN_CHECK
 
 
 class LoadedBytes:
@@ -108,7 +120,7 @@ class LoadedBytes:
 
     def count(self, item: PlannedItem, nbytes: int, *, is_verified: bool) -> None:
         """Count bytes of an item."""
-        if item.check is Check.BY_OTHERS:
+        if not item.check.is_own:
             return
         if is_verified:
             self.verified += nbytes
@@ -232,11 +244,9 @@ class ItemLoader:
             self._load_into_target(item, reader.item(offset, length))
         except RecordCorrupted as error:
             self._check()  # or the bytes of another item have come into the memory meanwhile
-            if item.check is Check.FOR_OTHERS:  # who have loaded the damaged bytes
-                raise _mismatch(item, uri, error, attempts=1) from error
             if self._is_shared:  # other ranks may have the damaged bytes in their hands, too: this one reads its own
                 log.debug("%r is damaged, as all ranks of this host see it: %s", item.request.storage_index.fqn, error)
-                return item
+                return PlannedItem(item.request, item.stored)
             # Bits may have flipped on the way, and then a second download is right. If they have flipped in the bucket,
             # it brings the same damage.
             try:
@@ -253,7 +263,7 @@ class ItemLoader:
         """
         request = item.request
         content = self._transformed(item, stored_bytes)
-        verify = self._verify and item.check is not Check.BY_OTHERS
+        verify = self._verify and item.check.is_own
         if request.type == LoadItemType.BYTE_IO:
             value = io.BytesIO(content.view(0, content.size))
             is_verified = verify and check_archive(value)
@@ -305,18 +315,16 @@ def _runs_of(layout: TensorLayout, request: ReadItem, max_gap_bytes: int) -> tup
     return tuple(Run(run.start + layout.payload_offset, run.end + layout.payload_offset) for run in runs)
 
 
-def _mismatch(item: PlannedItem, uri: str, error: RecordCorrupted, attempts: int = 2) -> ChecksumMismatch:
+def _mismatch(item: PlannedItem, uri: str, error: RecordCorrupted) -> ChecksumMismatch:
     bucket, key = parse_s3_uri(uri)
     start, end = item.stored.offset, item.stored.offset + item.stored.length
-    again = ", also when received again" if attempts > 1 else ", for all ranks of this host"
-    remedy = "" if attempts > 1 else "Load again, if it was damaged on the way. "
     return ChecksumMismatch(
-        f"{item.request.storage_index.fqn!r} is damaged in {uri}, bytes {start}-{end}{again}: {error}. {remedy}"
-        "Restore the file, or load from another checkpoint; verify=False does not check tensors",
+        f"{item.request.storage_index.fqn!r} is damaged in {uri}, bytes {start}-{end}, also when received again: "
+        f"{error}. Restore the file, or load from another checkpoint; verify=False does not check tensors",
         bucket=bucket,
         key=key,
         range=(start, end),
-        attempts=attempts,
+        attempts=2,
     )
 
 

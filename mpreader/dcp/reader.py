@@ -29,7 +29,7 @@ from torch.futures import Future
 from mpreader.collector import collector_paused, spare_new_objects
 from mpreader.dcp.boxes import NO_BOXES, box_key, load_ranges, needed_boxes, planned_items, select_boxes
 from mpreader.dcp.filesystem import Path, S3FileSystem
-from mpreader.dcp.items import Check, ItemLoader, ItemReader, LoadedBytes, PlannedItem
+from mpreader.dcp.items import OWN_CHECK, ItemLoader, ItemReader, LoadedBytes, PlannedItem
 from mpreader.dcp.metadata import load_metadata
 from mpreader.dcp.sharing import (
     HostReads,
@@ -76,11 +76,32 @@ class _Opened(NamedTuple):
 
 
 class _Progress:
-    """How far a list of items was loaded: how many, and which of these must be received in another way."""
+    """How far a list of items was loaded.
 
-    def __init__(self) -> None:
+    Args:
+        host: The shared reads that they are received by, whose other ranks hear of it.
+
+    Attributes:
+        loaded: Number of items that were loaded, or must be received in another way.
+        again: The latter.
+        trusted: Items that were loaded, and that another rank verifies.
+    """
+
+    def __init__(self, host: HostReads | None = None) -> None:
+        self._host = host
         self.loaded = 0
         self.again: list[PlannedItem] = []
+        self.trusted: list[PlannedItem] = []
+
+    def note(self, item: PlannedItem, again: PlannedItem | None) -> None:
+        """Note that an item was loaded, or has to be received as ``again`` says."""
+        self.loaded += 1
+        if again is not None:
+            self.again.append(again)
+        elif not item.check.is_own and item.check.verdict is not None:
+            self.trusted.append(item)
+        if self._host is not None:
+            self._host.tell_verdict(item, is_good=again is None)
 
 
 class S3StorageReader(FileSystemReader):
@@ -152,6 +173,7 @@ class S3StorageReader(FileSystemReader):
         self._share_host = share_host
         self._offered: Offered | None = None  # while a load is planned
         self._host: HostReads | None = None  # reads of the last load, if it was shared
+        self._shared_items: list[PlannedItem] = []  # of the same load
         self._began_s = time.monotonic()
         # Process and thread that last called reset. None before the first call: a caller of the single steps may leave
         # reset out.
@@ -338,19 +360,17 @@ class S3StorageReader(FileSystemReader):
         check = self._host.check if self._host is not None else None
         loader = ItemLoader(planner, transforms, verify=bool(self._verify), loaded=self._loaded, check=check)
         if self._host is not None:
-            again = self._load_shared(path, loader)
+            again, trusted = self._load_shared(path, loader)
             loader.leave_host()
         else:
             begun, added = self._begun_and_added(plan.items)
             items = planned_items(begun, storage_data, self._boxes.selections)
             again = self._load_items(items, path, loader) + planned_items(added, storage_data, {})
-        if again:
-            # All of them at once, since each alone would cost a round trip.
-            log.debug("%d items of %s are not stored or planned as expected", len(again), path)
-            again.sort(key=lambda item: _location(item.stored))
-            files = {item.stored.relative_path for item in again}
-            constructor.set_ranges_by_file(*load_ranges(again, files, self._boxes.max_gap_bytes, path), continues=True)
-            self._load_items(again, path, loader)
+        self._load_again(again, path, loader, constructor)
+        if self._host is not None and self._verify:
+            # After all that this rank does for the others.
+            unverified = self._host.unverified(trusted)
+            self._load_again([PlannedItem(item.request, item.stored) for item in unverified], path, loader, constructor)
         log.log(
             logging.INFO if self._host is None else logging.DEBUG,
             *("loaded %s in %.2f s: %s", path, time.monotonic() - self._began_s, self.stats),
@@ -360,16 +380,34 @@ class S3StorageReader(FileSystemReader):
         done.set_result(None)
         return done
 
-    def _load_shared(self, path: Path, loader: ItemLoader) -> list[PlannedItem]:
-        """Load the items that the ranks of this host receive together; returns those that this rank must read alone."""
-        progress = _Progress()
+    def _load_shared(self, path: Path, loader: ItemLoader) -> tuple[list[PlannedItem], list[PlannedItem]]:
+        """Load the items that the ranks of this host receive together.
+
+        Returns:
+            Those that this rank must receive alone, and those that it has loaded, but another rank verifies.
+        """
+        progress = _Progress(self._host)
+        again = progress.again
         try:
-            return self._load_items(self._shared_items, path, loader, progress)
+            self._load_items(self._shared_items, path, loader, progress)
         except (HostLost, ArenaExhausted) as error:
             # What this rank receives by itself, it verifies for itself.
-            rest = [item._replace(check=Check.OWN) for item in self._shared_items[progress.loaded :]]
+            rest = [item._replace(check=OWN_CHECK) for item in self._shared_items[progress.loaded :]]
             log.debug("this rank reads %d of %d items by itself: %s", len(rest), len(self._shared_items), error)
-            return progress.again + rest
+            again += rest
+        return again, progress.trusted
+
+    def _load_again(
+        self, items: list[PlannedItem], path: Path, loader: ItemLoader, constructor: MultiprocessConstructor
+    ) -> None:
+        """Receive and load items that have come otherwise than expected, all at once: one alone costs a round trip."""
+        if not items:
+            return
+        log.debug("%d items of %s are received again, or otherwise than was planned", len(items), path)
+        items.sort(key=lambda item: _location(item.stored))
+        files = {item.stored.relative_path for item in items}
+        constructor.set_ranges_by_file(*load_ranges(items, files, self._boxes.max_gap_bytes, path), continues=True)
+        self._load_items(items, path, loader)
 
     def _begun_and_added(self, items: Sequence[ReadItem]) -> tuple[Sequence[ReadItem], list[ReadItem]]:
         """Split the items of the final plan into those whose bytes are being read, and others.
@@ -398,10 +436,7 @@ class S3StorageReader(FileSystemReader):
             uri = self._fs.concat_path(path, relative_path)
             with self._fs.create_stream(uri, "rb") as reader:
                 for item in planned:
-                    again = loader.load(item, uri, cast("ItemReader", reader))
-                    if again is not None:
-                        progress.again.append(again)
-                    progress.loaded += 1
+                    progress.note(item, loader.load(item, uri, cast("ItemReader", reader)))
         return progress.again
 
     @property

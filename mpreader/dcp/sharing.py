@@ -17,6 +17,7 @@ import dataclasses
 import hashlib
 import logging
 import os
+import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
@@ -58,6 +59,10 @@ _SOURCE_VARIABLES: Final = (
 )
 # Of the time after which a read fails since memory is kept: a rank that keeps it is dropped before.
 _DROP_SHARE: Final = 0.6
+# A rank that verifies for others may be dead, stopped or stuck: if no rank says anything for so long, they don't wait.
+_VERDICT_S: Final = 5.0
+_VERDICT_POLL_S: Final = 0.005  # the board tells nobody that something was written on it
+_GOOD, _DAMAGED = 1, 2
 
 
 class Offered:
@@ -189,6 +194,33 @@ class HostReads:
             raise
         if not self.ahead.transfer:  # nothing to take: the others need not wait for it
             self._host.leave()
+
+    def tell_verdict(self, item: PlannedItem, *, is_good: bool) -> None:
+        """Tell the other ranks what has become of an item, if this rank verifies it for them."""
+        if item.check.is_own and item.check.verdict is not None:
+            self._host.board.note(item.check.verdict.number, _GOOD if is_good else _DAMAGED)
+
+    def unverified(self, items: Iterable[PlannedItem]) -> list[PlannedItem]:
+        """Wait for what other ranks say of items that they verify; returns those that are not known to be good.
+
+        They may be damaged, or the rank has ended before it came to them, or is silent. Each rank verifies in the order
+        of its load, and none waits here before it has said all, so that they can't wait for each other.
+        """
+        board = self._host.board
+        deadline_s, notes = 0.0, -1
+        unverified = []
+        for item in items:
+            verdict = item.check.verdict
+            assert verdict is not None, "another rank verifies it"
+            while not board.noted(verdict.number) and not board.has_ended(verdict.place):
+                if board.notes() != notes:
+                    deadline_s, notes = time.monotonic() + _VERDICT_S, board.notes()
+                elif time.monotonic() > deadline_s:
+                    break
+                time.sleep(_VERDICT_POLL_S)
+            if board.noted(verdict.number) != _GOOD:
+                unverified.append(item)
+        return unverified
 
     def check(self) -> None:
         """Check that what was copied until now was right; see :meth:`HostMember.check`."""

@@ -543,7 +543,7 @@ PROTECTIONS = (
         RANK_HANGS,
         "a rank looks, before it commits what it has copied, if it was given up meanwhile",
         HOST_MEMBER,
-        "if self._control is not None and self._control[self._place]:",
+        "if self.board.has_ended(self._joined.place):",
         "if False:",
         f"{HOSTS}::test_rank_that_is_stopped_is_dropped_and_reads_by_itself_when_it_goes_on"
         "[whole-resolve_tensor-member]",
@@ -552,7 +552,7 @@ PROTECTIONS = (
         RANK_HANGS,
         "the leader's own rank looks so, too",
         HOST_SERVER,
-        "if self._control[self._places[_LEADER]]:",
+        "if self.board.has_ended(self._places[_LEADER]):",
         "if False:",
         f"{HOSTS}::test_rank_that_is_stuck_in_its_planner_is_dropped[leader]",
     ),
@@ -560,7 +560,7 @@ PROTECTIONS = (
         RANK_HANGS,
         "a rank that is given up is told so before its memory is used again",
         HOST_SERVER,
-        "self._control[self._places[number]] = 1",
+        "self.board.end(self._places[number])",
         "pass",
         f"{HOSTS}::test_rank_that_is_stopped_is_dropped_and_reads_by_itself_when_it_goes_on"
         "[whole-resolve_tensor-member]",

@@ -36,6 +36,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.state_dict_loader import load
 
 import mpreader.dcp.reader
+import mpreader.dcp.sharing
 import mpreader.pool.hosts.member
 import mpreader.pool.hosts.server
 from mpreader.dcp import S3StorageReader
@@ -105,8 +106,9 @@ class _Planner(LoadPlanner):
                 for tensors in versions
             ):
                 return f"{box} is wrong"
-        if sorted(map(repr, self.committed)) != sorted(map(repr, self.items)):
-            return f"{len(self.committed)} of {len(self.items)} items were committed"
+        committed = set(map(repr, self.committed))
+        if committed != set(map(repr, self.items)):
+            return f"{len(committed)} of {len(self.items)} items were committed"
         return ""
 
 
@@ -192,7 +194,8 @@ class _Loads:
             text = self._planner.find_wrong(self._versions)
             result = "wrong" if text else "exact"
         stats = self._reader.stats
-        return Outcome(result, text, time.monotonic() - began_s, stats.shared_bytes, stats.bytes)
+        again = len(self._planner.committed) - len(set(map(repr, self._planner.committed)))
+        return Outcome(result, text, time.monotonic() - began_s, stats.shared_bytes, stats.bytes, again)
 
     def _close(self, all_of_it: bool) -> list[str]:  # comes by position
         if self._reader is not None:
@@ -243,6 +246,7 @@ _LIMITS: Final[dict[str, Any]] = {
     "_JOIN_S": mpreader.pool.hosts.member,
     "_GATHER_S": mpreader.pool.hosts.server,
     "_HEARTBEAT_S": mpreader.pool.hosts.server,
+    "_VERDICT_S": mpreader.dcp.sharing,
 }
 
 

@@ -142,6 +142,7 @@ class Outcome(NamedTuple):
         seconds: Duration.
         shared_bytes: Bytes that the rank got from its host's leader.
         received_bytes: Bytes that its own workers received.
+        loaded_again: Number of items that the planner was given more than once.
     """
 
     result: str
@@ -149,6 +150,7 @@ class Outcome(NamedTuple):
     seconds: float
     shared_bytes: int
     received_bytes: int
+    loaded_again: int
 
 
 def make_tensors(version: int = 0) -> dict[str, torch.Tensor]:

@@ -47,7 +47,7 @@ MIDDLE: Final = 68  # number of a tensor in the 19th part
 LATE: Final = 130
 # A silent rank is dropped after 0.6 of lease_timeout_s, a silent leader left after _SILENCE_S.
 HASTY: Final = dataclasses.replace(POOL, lease_timeout_s=1.0)
-HASTY_LIMITS: Final = {"_SILENCE_S": 1.0, "_JOIN_S": 2.0, "_GATHER_S": 1.0, "_HEARTBEAT_S": 0.2}
+HASTY_LIMITS: Final = {"_SILENCE_S": 1.0, "_JOIN_S": 2.0, "_GATHER_S": 1.0, "_HEARTBEAT_S": 0.2, "_VERDICT_S": 1.0}
 
 row = pytest.mark.row
 RANK_DIES: Final = "ranks of a host: one is killed"
@@ -138,6 +138,13 @@ def results(job: Job, *places: int) -> list[str]:
     return ["dead" if outcome is None else said(outcome) for outcome in outcomes]
 
 
+def damage_once(server: FaultServer) -> None:
+    """Flip a bit in one tensor of each part of a file on its first way: each rank was to verify three of these."""
+    for part in range(9):
+        covering = part * 256 * KiB + 100_000
+        server.inject(Fault(FaultKind.FLIPPED_BIT, path=DATA_PATHS[0], covering=covering, at=(1,)))
+
+
 def said(outcome: Outcome) -> str:
     return outcome.result if outcome.result != "wrong" else f"wrong: {outcome.text}"
 
@@ -226,7 +233,7 @@ def test_rank_that_is_stopped_is_dropped_and_reads_by_itself_when_it_goes_on(
 def test_rank_that_is_stopped_with_the_usual_limits_holds_the_others_up_for_less_than_10_s(
     group: Group, place: int
 ) -> None:
-    job = group(3, "rows", {place: Mishap("resolve_tensor", 3, "stop")})
+    job = group(3, "whole", {place: Mishap("resolve_tensor", 3, "stop")})
     job.load()
     others = other_than(place, 3)
     outcomes = [job.ranks[other].outcome(WITHIN_S) for other in others]
@@ -392,7 +399,8 @@ def test_memory_of_few_slots_is_enough(group: Group, kind: str) -> None:
     job.load()
     job.ranks[1].wait_for_mishap()
     job.ranks[1].go_on()
-    assert results(job) == ["exact"] * 3
+    outcomes = [rank.outcome(WITHIN_S) for rank in job.ranks]
+    assert [outcome and (said(outcome), outcome.loaded_again) for outcome in outcomes] == [("exact", 0)] * 3
     assert job.left() == []
 
 
@@ -432,12 +440,30 @@ def test_record_that_stays_damaged_is_the_same_error_in_all_ranks(group: Group, 
     assert job.left() == []
 
 
+@KINDS
 @row(RANKS_ERR, within_s=15)
-def test_record_that_is_damaged_on_the_way_is_received_again(group: Group, server: FaultServer) -> None:
-    job = group(3)
-    server.inject(Fault(FaultKind.FLIPPED_BIT, path=DATA_PATHS[1], covering=300_000, at=(1,)))
+def test_records_that_are_damaged_on_the_way_are_received_again(group: Group, server: FaultServer, kind: str) -> None:
+    job = group(3, kind)
+    damage_once(server)
     job.load()
     assert results(job) == ["exact"] * 3
+    assert job.left() == []
+
+
+@PLACES
+@KINDS
+@pytest.mark.parametrize(("mishap", "result"), [("kill", "dead"), ("raise", "RankError"), ("stop", "exact")])
+@row(RANKS_ERR, within_s=15)
+def test_what_a_rank_was_to_verify_is_verified_by_the_others_if_it_does_not(
+    group: Group, server: FaultServer, place: int, kind: str, mishap: Any, result: str
+) -> None:
+    job = group(3, kind, {place: Mishap("resolve_tensor", 1, mishap)}, pool=HASTY, limits=HASTY_LIMITS)
+    damage_once(server)
+    job.load()
+    others = other_than(place, 3)
+    assert results(job, *others) == ["exact", "exact"]
+    job.ranks[place].signal(signal.SIGCONT)
+    assert results(job, place) == [result]
     assert job.left() == []
 
 

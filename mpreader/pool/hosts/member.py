@@ -21,6 +21,7 @@ from typing import Any, Final
 from mpreader.pool.blocking import make_selector
 from mpreader.pool.caller import Caller
 from mpreader.pool.coordinator.wakeup import Wakeup
+from mpreader.pool.hosts.board import Board
 from mpreader.pool.hosts.channel import Channel, ChannelClosed
 from mpreader.pool.hosts.identity import HostShare, peer_user
 from mpreader.pool.hosts.messages import HostLost, HostStats, Join, Joined
@@ -60,6 +61,9 @@ class HostMember:
         share: What the rank was told of its host.
         need: What it needs, in the words of the leader's planner.
 
+    Attributes:
+        board: The board of the shared read.
+
     Raises:
         HostLost: The leader can't be reached.
     """
@@ -67,8 +71,6 @@ class HostMember:
     def __init__(self, share: HostShare, need: Any) -> None:
         self._channel = _connect(share)
         self._wakeup: Wakeup | None = None
-        self._control: mmap.mmap | None = None
-        self._place = 0
         self._early: Sequence[tuple[object, int | None]] = ()  # came right behind the answer
         self._is_closing = False
         self._host_stats = PoolStats()
@@ -115,7 +117,7 @@ class HostMember:
         Raises:
             HostLost: It may have.
         """
-        if self._control is not None and self._control[self._place]:
+        if self.board.has_ended(self._joined.place):
             raise HostLost("the leader has given up this rank, which was silent for too long")
 
     def flush(self) -> None:
@@ -159,11 +161,8 @@ class HostMember:
                 joined, fd = messages[0]
                 if not isinstance(joined, Joined) or fd is None:
                     raise ChannelClosed(f"it answers by {type(joined).__name__}")
-                try:
-                    self._control = mmap.mmap(fd, 0)
-                finally:
-                    posix.close(fd)
-                self._place = joined.place
+                self.board = Board(fd, joined.ranks)
+                self.board.close()  # no other process will be given it
                 self._early = messages[1:]
                 return joined
         raise HostLost(f"the leader of this host has not answered within {_JOIN_S:.0f} s")

@@ -5,7 +5,7 @@
     member                                                            leader
     the token, as raw bytes ─────────────────────────────────────────►  who can't say it is told nothing
     Join(need): what this rank is going to read ─────────────────────►
-                 ◄────────────────────────────────────────────────────  Joined(answer, slot reads), with its flag
+                 ◄────────────────────────────────────────────────────  Joined(answer, slot reads), with the board
     Demand, SlotTaken, GiveBack, Discard, CloseRead ─────────────────►
                  ◄────────────────────────────────────────────────────  MapSegment, SlotArrived, Recall, SlotFailed, …
                  ◄────────────────────────────────────────────────────  HostStats, once a second: the leader is alive
@@ -56,20 +56,22 @@ class SharedRead(NamedTuple):
     Attributes:
         slot_reads: Its slot reads, in the order in which all ranks take theirs.
         subscriptions: One for each rank, in the order of the needs.
+        notes: Number of notes that the ranks leave for each other on the :class:`~mpreader.pool.hosts.board.Board`.
     """
 
     slot_reads: tuple[SlotRead, ...]
     subscriptions: tuple[Subscription, ...]
+    notes: int = 0
 
 
 class Joined(NamedTuple):
-    """The shared read has begun. With it comes the descriptor of the control page.
+    """The shared read has begun. With it comes the descriptor of the board.
 
     Attributes:
         read: Name of the rank's own read, for all further messages.
         answer: See :class:`Subscription`.
         slot_reads: The slot reads that the rank has subscribed to; their sources are the rank's.
-        place: Place of the rank's flag in the control page.
+        place: Place of the rank among those that take part.
         ranks: Number of ranks that take part.
         max_bytes: Largest number of bytes of shared memory that the leader's pool may reserve.
     """

@@ -15,13 +15,7 @@ token, finds the connection closed and reads by itself.
 from __future__ import annotations
 
 import contextlib
-import hmac
 import logging
-import mmap
-import os
-import posix
-import selectors
-import socket
 import threading
 import time
 from collections import deque
@@ -29,12 +23,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from mpreader.errors import PoolClosed, PoolError
-from mpreader.pool.blocking import make_selector
 from mpreader.pool.caller import Caller
 from mpreader.pool.coordinator.wakeup import Wakeup
+from mpreader.pool.hosts.board import Board
 from mpreader.pool.hosts.broker import Broker
-from mpreader.pool.hosts.channel import Channel, ChannelClosed
-from mpreader.pool.hosts.identity import TOKEN_BYTES, Listener, peer_user
+from mpreader.pool.hosts.identity import Listener
+from mpreader.pool.hosts.links import Links
 from mpreader.pool.hosts.messages import HostLost, HostStats, Join, Joined, SharedRead, Subscription
 from mpreader.pool.pool import Pool, PoolConnection
 from mpreader.pool.requests import (
@@ -51,7 +45,6 @@ from mpreader.pool.resolver import SourceResolver
 from mpreader.pool.source import Source
 from mpreader.pool.stats import PoolStats
 from mpreader.pool.transfer import Transfer
-from mpreader.shared_memory import open_shared_memory
 
 __all__ = ["HostServer"]
 
@@ -66,28 +59,6 @@ _LEADER: Final = 0  # number of the leader's own rank
 
 Planner = Callable[[Sequence[Any]], tuple[Sequence[Source], SharedRead]]
 """Makes the sources of a shared read, and the read, from the needs of the ranks."""
-
-
-class _Member:
-    """A rank on the other end of a socket.
-
-    Attributes:
-        channel: Its connection; None until it has said the token.
-        need: What it has said that it needs; None until then.
-    """
-
-    def __init__(self, connection: socket.socket) -> None:
-        connection.setblocking(False)
-        self.connection = connection
-        self.token = b""
-        self.channel: Channel | None = None
-        self.need: Any = None
-
-    def close(self) -> None:
-        if self.channel is not None:
-            self.channel.close()
-        else:
-            self.connection.close()
 
 
 class HostServer:
@@ -117,7 +88,6 @@ class HostServer:
         drop_after_s: float,
         on_end: Callable[[PoolStats, int], object],
     ) -> None:
-        self._listener = listener
         self._ranks = ranks
         self._pool = pool
         self._planner = planner
@@ -126,11 +96,11 @@ class HostServer:
         self._on_end = on_end
         self.joined_ranks = 0
         self._inbox: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
-        self._members: dict[int, _Member] = {}
-        self._numbers = iter(range(_LEADER + 1, 1 << 30))
+        self._needs: dict[int, Any] = {}  # of the other ranks, by their numbers
         self._places: dict[int, int] = {}
         self._leader_heard_s = time.monotonic()
         self._broker: Broker | None = None
+        self._board: Board | None = None
         self._pool_connection: PoolConnection | None = None
         self._sources: Sequence[Source] = ()
         self._resolver: SourceResolver | None = None
@@ -144,11 +114,8 @@ class HostServer:
         with contextlib.ExitStack() as opened:
             self._wakeup = Wakeup()
             opened.callback(self._wakeup.close)
-            self._selector = make_selector(self._wakeup.fd)
-            opened.callback(self._selector.close)
-            self._control_fd = open_shared_memory(mmap.PAGESIZE * -(-ranks // mmap.PAGESIZE))
-            opened.callback(posix.close, self._control_fd)
-            self._control = mmap.mmap(self._control_fd, 0)
+            self._links = Links(listener, self._wakeup.fd, self._hear, self._forget)
+            opened.callback(self._links.close)
             try:
                 self._thread.start()
             except RuntimeError as error:
@@ -183,8 +150,14 @@ class HostServer:
         Raises:
             HostLost: It may not have been.
         """
-        if self._control[self._places[_LEADER]]:
+        if self.board.has_ended(self._places[_LEADER]):
             raise HostLost("this rank was silent for too long, or its host's read has ended")
+
+    @property
+    def board(self) -> Board:
+        """The board of the shared read, once it has begun."""
+        assert self._board is not None, "the read has begun"
+        return self._board
 
     def leave(self) -> None:
         """End the leader's own part, after its transfer was closed; the others are served on.
@@ -229,7 +202,6 @@ class HostServer:
 
     def _run(self) -> None:
         try:
-            self._selector.register(self._listener.socket, selectors.EVENT_READ)
             self._gather()
             if not self._is_closing:
                 self._begin()
@@ -241,24 +213,24 @@ class HostServer:
             self._shut_down()
 
     def _gather(self) -> None:
+        self._links.listen()
         until = time.monotonic() + _GATHER_S
-        while not self._is_closing and time.monotonic() < until:
-            if sum(member.need is not None for member in self._members.values()) >= self._ranks - 1:
-                break
+        while not self._is_closing and len(self._needs) < self._ranks - 1 and time.monotonic() < until:
             self._wait(until - time.monotonic())
-        self._selector.unregister(self._listener.socket)
-        self._listener.close()
-        for number in [number for number, member in self._members.items() if member.need is None]:
-            self._forget(number)
+        self._links.stop_listening()
+        for number in self._links.numbers():
+            if number not in self._needs:
+                self._forget(number)
 
     def _begin(self) -> None:
-        numbers = [_LEADER, *self._members]
+        numbers = [_LEADER, *self._needs]
         self.joined_ranks = len(numbers)
         log.debug("%d of %d ranks of this host share the read", len(numbers), self._ranks)
-        needs = [self._own_need, *(member.need for member in self._members.values())]
+        sources, read = self._planner([self._own_need, *self._needs.values()])
         self._own_need = None
-        sources, read = self._planner(needs)
+        self._needs.clear()
         self._sources = sources
+        self._board = Board.create(len(numbers), read.notes)
         connection = self._pool_connection = self._pool.connect(self)
         self._resolver = SourceResolver(self._tell_resolved)
         broker = self._broker = Broker(ReadId(connection.number, 1), connection.tell)
@@ -288,12 +260,10 @@ class HostServer:
             self._own = joined
             self._broker.add_rank(number, joined.read, self.caller.post, subscription)
             return
-        channel = self._members[number].channel
-        assert channel is not None, "a member that has said what it needs has a channel"
-        channel.send(joined, self._control_fd)
+        self._links.send(number, joined, self.board.fd)
 
         def post(message: object, memory: SegmentMemory | None) -> None:
-            channel.send(message, memory.fd if memory is not None else None)
+            self._links.send(number, message, memory.fd if memory is not None else None)
 
         self._broker.add_rank(number, joined.read, post, subscription)
 
@@ -305,121 +275,45 @@ class HostServer:
             now = time.monotonic()
             if now >= heartbeat_s:
                 heartbeat_s = now + _HEARTBEAT_S
-                self._send_all(HostStats(self.stats))
+                for number in self._links.numbers():
+                    self._links.send(number, HostStats(self.stats))
                 for number in self._broker.overdue(self._drop_after_s):
                     if self._is_silent(number):
                         log.debug("a rank of this host keeps memory, and is silent: it reads on by itself")
                         self._forget(number)
 
     def _is_silent(self, number: int) -> bool:
-        member = self._members.get(number)
-        channel = None if member is None else member.channel
-        heard_s = self._leader_heard_s if channel is None else channel.heard_s
+        heard_s = self._leader_heard_s if number == _LEADER else self._links.heard_s(number)
         return time.monotonic() - heard_s > self._drop_after_s
 
     def _wait(self, timeout_s: float) -> None:
-        for key, _ in self._selector.select(0 if self._inbox else max(0.0, timeout_s)):
-            if key.fd == self._wakeup.fd:
-                self._wakeup.clear()
-            elif key.data is None:
-                self._accept()
-            else:
-                self._read(key.data)
+        if self._links.wait(0 if self._inbox else timeout_s):
+            self._wakeup.clear()
         while self._inbox:
             function, arguments = self._inbox.popleft()
             function(*arguments)
-        for member in self._members.values():
-            self._watch_writable(member)
-
-    # -- members
-
-    def _accept(self) -> None:
-        try:
-            connection, _ = self._listener.socket.accept()
-        except OSError:
-            return
-        if peer_user(connection) != os.getuid():
-            connection.close()
-            return
-        number = next(self._numbers)
-        self._members[number] = _Member(connection)
-        self._selector.register(connection, selectors.EVENT_READ, number)
-
-    def _read(self, number: int) -> None:
-        member = self._members.get(number)
-        if member is None:
-            return
-        try:
-            if member.channel is None and not self._is_known(member):
-                return
-            assert member.channel is not None, "it has said the token"
-            for message, fd in member.channel.receive():
-                if fd is not None:
-                    posix.close(fd)  # members have none to send
-                if isinstance(message, Join):
-                    member.need = message.need
-                else:
-                    self._from_rank(number, message)
-            if member.channel.has_unsent:
-                member.channel.flush()
-        except ChannelClosed:
-            self._forget(number)
-        except Exception:
-            log.exception("a rank of this host says what makes no sense: it reads by itself")
-            self._forget(number)
-
-    def _is_known(self, member: _Member) -> bool:
-        """Receive the token; True when all of it has come.
-
-        Raises:
-            ChannelClosed: It is another one.
-        """
-        try:
-            data = member.connection.recv(TOKEN_BYTES - len(member.token))
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            raise ChannelClosed(str(error)) from error
-        member.token += data
-        if not data or (
-            len(member.token) == TOKEN_BYTES and not hmac.compare_digest(member.token, self._listener.token)
-        ):
-            raise ChannelClosed("it does not know the token")
-        if len(member.token) < TOKEN_BYTES:
-            return False
-        member.channel = Channel(member.connection)
-        return True
-
-    def _watch_writable(self, member: _Member) -> None:
-        channel = member.channel
-        if channel is None or channel.fd < 0:
-            return
-        key = self._selector.get_key(channel.fd)
-        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if channel.has_unsent else 0)
-        if key.events != events:
-            self._selector.modify(channel.fd, events, key.data)
 
     def _forget(self, number: int) -> None:
         """End the part of a rank that is dead, done, silent or not one of us.
 
-        Its flag in the control page is set before anything is received into the slots that it had: if it lives, it
-        looks there after each copy.
+        It is struck off the board before anything is received into the slots that it had: if it lives, it looks there
+        after each copy.
         """
-        member = self._members.pop(number, None)
         if number in self._places:
-            self._control[self._places[number]] = 1
-        if member is not None:
-            self._selector.unregister(member.connection)
-            member.close()
+            self.board.end(self._places[number])
+        self._links.close_link(number)
+        self._needs.pop(number, None)
         if number == _LEADER:
             self.caller.post(Ended(HostLost("this rank does not take part in its host's read any more")))
         if self._broker is not None:
             self._broker.drop(number)
 
-    def _send_all(self, message: object) -> None:
-        for member in self._members.values():
-            if member.channel is not None:
-                member.channel.send(message)
+    def _hear(self, number: int, message: object) -> None:
+        """Take a message of another rank."""
+        if isinstance(message, Join):
+            self._needs[number] = message.need
+        else:
+            self._from_rank(number, message)
 
     # -- messages
 
@@ -427,9 +321,8 @@ class HostServer:
         if self._broker is None:
             return
         self._broker.from_rank(number, message)
-        member = self._members.get(number)
-        if isinstance(message, CloseRead) and member is not None and member.channel is not None:
-            member.channel.send(HostStats(self.stats, is_last=True))
+        if isinstance(message, CloseRead):
+            self._links.send(number, HostStats(self.stats, is_last=True))
 
     def _from_coordinator(self, message: object, memory: SegmentMemory | None) -> None:
         if self._broker is None or self._resolver is None:  # a segment that was made before the read has begun
@@ -450,8 +343,7 @@ class HostServer:
             self._pool_connection.tell(message)
 
     def _shut_down(self) -> None:
-        self._listener.close()
-        for number in [_LEADER, *self._members]:
+        for number in [_LEADER, *self._links.numbers()]:
             self._forget(number)
         if self._resolver is not None:
             self._resolver.close()
@@ -459,9 +351,10 @@ class HostServer:
             self._pool_connection.close(ReadId(self._pool_connection.number, 1))
         self._is_ready.set()
         self._inbox.clear()
-        self._selector.close()
+        self._links.close()
         self._wakeup.close()
-        posix.close(self._control_fd)
+        if self._board is not None:
+            self._board.close()
         self._on_end(self.stats, self.joined_ranks)
 
 

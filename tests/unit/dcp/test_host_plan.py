@@ -61,7 +61,7 @@ def random_need(chance: random.Random, places: Places) -> Need:
 
 def wanted(item: ItemNeed, check: Check | None) -> list[tuple[int, int]]:
     """Returns what a rank can't do without of an item."""
-    if item.selections is None or check is Check.FOR_OTHERS:
+    if item.selections is None or (check is not None and check.is_own):
         return [(item.offset, item.offset + item.nbytes)]
     return [(run.start, run.end) for one in item.selections for run in placed_runs(one, item.offset)]
 
@@ -118,31 +118,38 @@ def test_item_is_received_whole_for_all_or_for_none(seed: int) -> None:
     places = random_places(chance)
     needs = [random_need(chance, places) for _ in range(chance.randint(1, 5))]
     _, read = plan_host(needs, max_gap_bytes=GAP, part_bytes=1 * MiB)
-    checks: dict[tuple[str, int], list[tuple[ItemNeed, Check | None, bool]]] = {}
-    for need, answer in zip(needs, answers_of(read), strict=True):
+    checks: dict[tuple[str, int], list[tuple[int, ItemNeed, Check | None, bool]]] = {}
+    for place, (need, answer) in enumerate(zip(needs, answers_of(read), strict=True)):
         for uri, items in need.files.items():
             for item, check in zip(items, answer.checks[uri], strict=True):
-                checks.setdefault((uri, item.offset), []).append((item, check, need.verifies))
+                checks.setdefault((uri, item.offset), []).append((place, item, check, need.verifies))
     for told in checks.values():
-        is_whole = told[0][1] is not None
-        assert all((check is not None) == is_whole for _, check, _ in told)
-        runs = [Run(*one) for item, _, _ in told for one in wanted(item, None)]
+        whole = [(place, item, check, verifies) for place, item, check, verifies in told if check is not None]
+        assert len(whole) in {0, len(told)}
+        runs = [Run(*one) for _, item, _, _ in told for one in wanted(item, None)]
         first = joined_runs(runs, 0)[0]
-        if any(item.selections is None for item, _, _ in told) or first.size == told[0][0].nbytes:
-            assert is_whole
-        if is_whole:
-            check_verified_once(told)
+        if any(item.selections is None for _, item, _, _ in told) or first.size == told[0][1].nbytes:
+            assert whole
+        if whole:
+            check_verified_once(whole)
+    verdicts = {check.verdict for told in checks.values() for _, _, check, _ in told if check and check.verdict}
+    assert {verdict.number for verdict in verdicts} == {*range(read.notes)}
 
 
-def check_verified_once(told: Sequence[tuple[ItemNeed, Check | None, bool]]) -> None:
-    """Check that an item is verified by the ranks that want all of it, or by one of the others."""
-    by_itself = [verifies for _, check, verifies in told if check is Check.OWN]
-    for_others = [verifies for _, check, verifies in told if check is Check.FOR_OTHERS]
-    assert len(by_itself) == sum(item.selections is None for item, _, _ in told)
-    if any(by_itself) or not any(verifies for _, _, verifies in told):
-        assert not for_others
-    else:
-        assert for_others == [True]
+def check_verified_once(told: Sequence[tuple[int, ItemNeed, Check, bool]]) -> None:
+    """Check that each rank verifies an item that it wants all of, and that one rank does for those that do not."""
+    verifying = [(place, item, check) for place, item, check, verifies in told if verifies]
+    is_whole = [item.selections is None for _, item, _ in verifying]
+    verdicts = {check.verdict for _, _, check in verifying if check.verdict is not None}
+    if all(is_whole):
+        assert not verdicts
+        assert all(check.is_own for _, _, check in verifying)
+        return
+    [verdict] = verdicts
+    assert all(check.is_own or check.verdict == verdict for _, _, check in verifying)
+    own = {place for place, _, check in verifying if check.is_own}
+    assert verdict.place in own
+    assert own == ({place for place, item, _ in verifying if item.selections is None} or {verdict.place})
 
 
 def rows_of(number: int, count: int, nbytes: int) -> Need:
@@ -160,8 +167,9 @@ def test_ranks_that_need_all_rows_receive_whole_items_and_divide_their_checks() 
     assert sum(one.nbytes for one in read.slot_reads) == 2 * nbytes
     checks = [answer.checks["s3://bucket/a"] for answer in answers_of(read)]
     for of_item in zip(*checks, strict=True):
-        assert sorted(map(str, of_item)) == [*["Check.BY_OTHERS"] * 3, "Check.FOR_OTHERS"]
-    assert sum(Check.FOR_OTHERS in of_rank for of_rank in checks) == 2, "two items, and two ranks to verify them"
+        assert [check.is_own for check in of_item if check is not None].count(True) == 1
+    verifying = [any(check is not None and check.is_own for check in of_rank) for of_rank in checks]
+    assert sum(verifying) == 2, "two items, and two ranks to verify them"
 
 
 def test_rank_takes_only_what_it_needs_of_a_large_item_that_others_verify() -> None:
@@ -169,7 +177,7 @@ def test_rank_takes_only_what_it_needs_of_a_large_item_that_others_verify() -> N
     _, read = plan_host([rows_of(number, 4, nbytes) for number in range(4)], max_gap_bytes=GAP, part_bytes=1 * MiB)
     assert sum(one.nbytes for one in read.slot_reads) == 2 * nbytes
     for answer in answers_of(read):
-        verified = answer.checks["s3://bucket/a"].count(Check.FOR_OTHERS)
+        verified = sum(check is not None and check.is_own for check in answer.checks["s3://bucket/a"])
         taken = sum(part.size for part in answer.parts["s3://bucket/a"])
         others = 2 - verified
         assert others * 8 * MiB <= taken - verified * nbytes <= others * (8 + 3) * MiB
