@@ -42,6 +42,7 @@ HOSTS = "tests/faults/test_hosts.py"
 HOST_SERVER = "mpreader/pool/hosts/server.py"
 HOST_MEMBER = "mpreader/pool/hosts/member.py"
 RANK_HANGS = "ranks of a host: one is stopped, never comes, or is slow"
+RANKS_ERR = "ranks of a host: S3 refuses, an object is overwritten, a record is damaged"
 
 
 class Protection(NamedTuple):
@@ -566,6 +567,22 @@ PROTECTIONS = (
         "[whole-resolve_tensor-member]",
     ),
     Protection(
+        RANKS_ERR,
+        "what one rank verifies for others, and finds damaged, they receive again",
+        "mpreader/dcp/sharing.py",
+        "_GOOD if is_good else _DAMAGED",
+        "_GOOD",
+        f"{HOSTS}::test_records_that_are_damaged_on_the_way_are_received_again[rows]",
+    ),
+    Protection(
+        RANKS_ERR,
+        "what a rank has not verified, though it was to, the others receive again",
+        "mpreader/dcp/sharing.py",
+        "if board.noted(verdict.number) != _GOOD:",
+        "if board.noted(verdict.number) == _DAMAGED:",
+        f"{HOSTS}::test_what_a_rank_was_to_verify_is_verified_by_the_others_if_it_does_not[raise-RankError-rows-member]",
+    ),
+    Protection(
         RANK_HANGS,
         "the silence of the leader is noticed",
         HOST_MEMBER,
@@ -593,8 +610,8 @@ PROTECTIONS = (
     Protection(
         "ranks of a host: a process that is none of them",
         "the token is compared",
-        HOST_SERVER,
-        "len(member.token) == TOKEN_BYTES and not hmac.compare_digest(member.token, self._listener.token)",
+        "mpreader/pool/hosts/links.py",
+        "len(link.token) == TOKEN_BYTES and not hmac.compare_digest(link.token, self._listener.token)",
         "False",
         f"{HOSTS}::test_process_that_is_none_of_the_ranks_is_told_nothing[without the token]",
     ),

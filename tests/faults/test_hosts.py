@@ -139,9 +139,14 @@ def results(job: Job, *places: int) -> list[str]:
 
 
 def damage_once(server: FaultServer) -> None:
-    """Flip a bit in one tensor of each part of a file on its first way: each rank was to verify three of these."""
-    for part in range(9):
-        covering = part * 256 * KiB + 100_000
+    """Flip a bit in every fourth tensor of a file on its first way: in what place 2 loads, where it is rows.
+
+    The leader, which has place 0, is to verify the first of these, and other ranks the next ones.
+    """
+    nbytes = len(make_files()[DATA_PATHS[0]])
+    count = len(NAMES) // len(DATA_PATHS)
+    for number in range(0, count, 4):
+        covering = nbytes * number // count + 45_000
         server.inject(Fault(FaultKind.FLIPPED_BIT, path=DATA_PATHS[0], covering=covering, at=(1,)))
 
 
