@@ -618,7 +618,7 @@ PROTECTIONS = (
     Protection(
         "ranks of a host: a process that is none of them",
         "the user of the other process is compared",
-        HOST_SERVER,
+        "mpreader/pool/hosts/links.py",
         "if peer_user(connection) != os.getuid():",
         "if False:",
         f"{HOSTS}::test_process_that_is_none_of_the_ranks_is_told_nothing[of another user]",
