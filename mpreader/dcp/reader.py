@@ -23,37 +23,24 @@ from typing import IO, TYPE_CHECKING, Any, Final, Literal, NamedTuple, cast
 
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.futures import Future
 
 from mpreader.collector import collector_paused, spare_new_objects
-from mpreader.dcp.boxes import NO_BOXES, box_key, load_ranges, needed_boxes, planned_items, select_boxes
 from mpreader.dcp.filesystem import Path, S3FileSystem
-from mpreader.dcp.items import OWN_CHECK, ItemLoader, ItemReader, LoadedBytes, PlannedItem
+from mpreader.dcp.load import Load, sorted_items
 from mpreader.dcp.metadata import load_metadata
-from mpreader.dcp.sharing import (
-    HostReads,
-    Offered,
-    as_received,
-    group_plans,
-    has_other_ranks,
-    is_likely_leader,
-    need_of,
-    try_offer,
-)
-from mpreader.errors import ArenaError, ArenaExhausted, ConfigError, ObjectMissing, PlanError, PoolError
+from mpreader.dcp.sharing import group_plans, has_other_ranks, is_likely_leader
+from mpreader.errors import ConfigError, ObjectMissing, PlanError
 from mpreader.pool.background import call_twice_if_slow
-from mpreader.pool.hosts.identity import HostShare
-from mpreader.pool.hosts.messages import HostLost
 from mpreader.pool.stats import PoolStats
 from mpreader.readers.client import S3Client
 from mpreader.readers.kinds import S3ReaderConstructor
 from mpreader.readers.protocols import DCPS3ReaderConstructorProtocol, S3ReaderConstructorProtocol, StoredItem
 from mpreader.readers.read_ahead import MultiprocessConstructor
-from mpreader.telemetry.events import LoadEvent, report_load
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping
 
     from typing_extensions import Self
 
@@ -73,35 +60,6 @@ class _Opened(NamedTuple):
     stream: IO[bytes]
     first: bytes
     stack: contextlib.ExitStack
-
-
-class _Progress:
-    """How far a list of items was loaded.
-
-    Args:
-        host: The shared reads that they are received by, whose other ranks hear of it.
-
-    Attributes:
-        loaded: Number of items that were loaded, or must be received in another way.
-        again: The latter.
-        trusted: Items that were loaded, and that another rank verifies.
-    """
-
-    def __init__(self, host: HostReads | None = None) -> None:
-        self._host = host
-        self.loaded = 0
-        self.again: list[PlannedItem] = []
-        self.trusted: list[PlannedItem] = []
-
-    def note(self, item: PlannedItem, again: PlannedItem | None) -> None:
-        """Note that an item was loaded, or has to be received as ``again`` says."""
-        self.loaded += 1
-        if again is not None:
-            self.again.append(again)
-        elif not item.check.is_own and item.check.verdict is not None:
-            self.trusted.append(item)
-        if self._host is not None:
-            self._host.tell_verdict(item, is_good=again is None)
 
 
 class S3StorageReader(FileSystemReader):
@@ -160,9 +118,6 @@ class S3StorageReader(FileSystemReader):
             raise ConfigError(f'verify must be True, False or "whole", got {verify!r}')
         self._verify = verify
         self._entries: Mapping[str, Any] = {}  # descriptions of the tensors, from .metadata
-        self._boxes = NO_BOXES  # of the items that the plan does not take whole
-        self._read_whole: set[MetadataIndex] = set()  # the other items, if there are boxes
-        self._loaded = LoadedBytes()
         if isinstance(allowed_globals, str):  # would be taken for a collection of letters
             raise ConfigError(f"allowed_globals is a collection of names: write ({allowed_globals!r},)")
         self._allowed_globals = tuple(allowed_globals)
@@ -171,9 +126,7 @@ class S3StorageReader(FileSystemReader):
         self.fs = self._fs  # type: ignore[assignment]
         self.path = self._fs.init_path(path)
         self._share_host = share_host
-        self._offered: Offered | None = None  # while a load is planned
-        self._host: HostReads | None = None  # reads of the last load, if it was shared
-        self._shared_items: list[PlannedItem] = []  # of the same load
+        self._load: Load | None = None  # the last one, if the constructor is a multiprocess one
         self._began_s = time.monotonic()
         # Process and thread that last called reset. None before the first call: a caller of the single steps may leave
         # reset out.
@@ -247,19 +200,18 @@ class S3StorageReader(FileSystemReader):
             PlanError: Another thread has begun a load on this reader meanwhile.
         """
         path, storage_data = self._own_load()
-        if isinstance(self._reader_constructor, MultiprocessConstructor):
-            # Set again for each load: another storage reader, with another endpoint, may share the constructor, and may
-            # have set its client since read_metadata.
-            self._reader_constructor.use_client(self._fs.client)
+        constructor = self._reader_constructor
         with collector_paused():
-            plan = dataclasses.replace(plan, items=_sorted(plan.items, storage_data))
-            self._leave_host()
-            constructor = self._reader_constructor
-            if self._may_share() and isinstance(constructor, MultiprocessConstructor):
-                self._offered = try_offer(constructor)
-            if self._offered is not None:  # who shares is known when all ranks have planned
-                return dataclasses.replace(plan, storage_data=self._offered.offer)
-            self._begin_reads(plan.items, storage_data, path)
+            plan = dataclasses.replace(plan, items=sorted_items(plan.items, storage_data))
+            if isinstance(constructor, MultiprocessConstructor):
+                load = self._begin_load(constructor, path, storage_data)
+                offer = load.offer() if self._may_share() else None
+                if offer is not None:  # who shares is known when all ranks have planned
+                    return dataclasses.replace(plan, storage_data=offer)
+                load.begin(plan.items)
+            # By protocol, not by class: the user may pass a constructor of s3torchconnector.
+            elif isinstance(constructor, DCPS3ReaderConstructorProtocol):
+                constructor.set_item_ranges_by_file(plan.items, storage_data, path)
             spare_new_objects()
         return plan
 
@@ -270,77 +222,25 @@ class S3StorageReader(FileSystemReader):
     def _may_share(self) -> bool:
         return self._share_host and isinstance(self._reader_constructor, MultiprocessConstructor) and has_other_ranks()
 
-    def _leave_host(self) -> None:
-        host, self._host = self._host, None
-        if host is not None:
-            host.close()
-        offered, self._offered = self._offered, None
-        if offered is not None:
-            offered.close()
-
-    def _begin_planned(self, plan: LoadPlan, storage_data: Mapping[MetadataIndex, StoredItem], path: Path) -> None:
-        """Begin the reads of a plan that other ranks have seen: together with those of this host, or alone."""
-        offered, self._offered = self._offered, None
-        if offered is None:
-            return  # they were begun at once
-        with collector_paused():
-            if isinstance(plan.storage_data, HostShare):
-                try:
-                    self._begin_shared(plan.storage_data, offered, plan.items, storage_data, path)
-                    return
-                except (PoolError, ArenaError, OSError) as error:
-                    log.debug("this rank reads by itself: %s", error)
-                except BaseException:
-                    offered.close()  # or others would wait for it
-                    raise
-            else:
-                log.debug("this rank reads by itself: no other rank of this load is on its host")
-            offered.close()
-            self._begin_reads(plan.items, storage_data, path)
-            spare_new_objects()
-
-    def _begin_shared(
-        self,
-        share: HostShare,
-        offered: Offered,
-        items: Sequence[ReadItem],
-        storage_data: Mapping[MetadataIndex, StoredItem],
-        path: Path,
-    ) -> None:
-        constructor = cast("MultiprocessConstructor", self._reader_constructor)
-        self._boxes, self._loaded = NO_BOXES, LoadedBytes()
-        items = _sorted(items, storage_data)  # once more: a planner may have changed its plan
-        needed = needed_boxes(items, storage_data, self._entries) if self._verify != "whole" else {}
-        planned = planned_items(items, storage_data, needed)
-        began_s = self._began_s
-
-        def log_end(stats: PoolStats, ranks: int) -> None:
-            log.info(
-                "loaded %s in %.2f s for %d ranks of this host: %s", path, time.monotonic() - began_s, ranks, stats
-            )
-
-        need = need_of(planned, path, verifies=bool(self._verify))
-        host = HostReads(share, offered, need, constructor, log_end)
-        self._host = host
-        self._shared_items = as_received(planned, need, host.answer, path)
-        constructor.read_by(host.ahead)
-
-    def _begin_reads(
-        self, items: Sequence[ReadItem], storage_data: Mapping[MetadataIndex, StoredItem], path: Path
-    ) -> None:
-        constructor = self._reader_constructor
-        self._boxes, self._loaded = NO_BOXES, LoadedBytes()
-        if isinstance(constructor, MultiprocessConstructor) and self._verify != "whole":
-            boxes = select_boxes(items, storage_data, self._entries)
-            if boxes.files:
-                self._boxes = boxes
-                self._read_whole = {item.storage_index for item in items} - {key[0] for key in boxes.selections}
-                planned = planned_items(items, storage_data, boxes.selections)
-                constructor.set_ranges_by_file(*load_ranges(planned, boxes.files, boxes.max_gap_bytes, path))
-                return
-        # By protocol, not by class: the user may pass a constructor of s3torchconnector.
-        if isinstance(constructor, DCPS3ReaderConstructorProtocol):
-            constructor.set_item_ranges_by_file(items, storage_data, path)
+    def _begin_load(
+        self, constructor: MultiprocessConstructor, path: Path, storage_data: Mapping[MetadataIndex, StoredItem]
+    ) -> Load:
+        # Set again for each load: another storage reader, with another endpoint, may share the constructor, and may
+        # have set its client since read_metadata.
+        constructor.use_client(self._fs.client)
+        if self._load is not None:
+            self._load.close()
+        self._load = Load(
+            path,
+            storage_data,
+            self._entries,
+            self._fs,
+            constructor,
+            verify=self._verify,
+            transforms=getattr(self, "transforms", None),  # older torch has no extensions
+            began_s=self._began_s,
+        )
+        return self._load
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read all items of the plan into the planner's targets.
@@ -355,89 +255,13 @@ class S3StorageReader(FileSystemReader):
         constructor = self._reader_constructor
         if not isinstance(constructor, MultiprocessConstructor):
             return super().read_data(plan, planner)
-        self._begin_planned(plan, storage_data, path)
-        transforms = getattr(self, "transforms", None)  # older torch has no extensions
-        check = self._host.check if self._host is not None else None
-        loader = ItemLoader(planner, transforms, verify=bool(self._verify), loaded=self._loaded, check=check)
-        if self._host is not None:
-            again, trusted = self._load_shared(path, loader)
-            loader.leave_host()
-        else:
-            begun, added = self._begun_and_added(plan.items)
-            items = planned_items(begun, storage_data, self._boxes.selections)
-            again = self._load_items(items, path, loader) + planned_items(added, storage_data, {})
-        self._load_again(again, path, loader, constructor)
-        if self._host is not None and self._verify:
-            # After all that this rank does for the others.
-            unverified = self._host.unverified(trusted)
-            self._load_again([PlannedItem(item.request, item.stored) for item in unverified], path, loader, constructor)
-        log.log(
-            logging.INFO if self._host is None else logging.DEBUG,
-            *("loaded %s in %.2f s: %s", path, time.monotonic() - self._began_s, self.stats),
-        )
-        report_load(LoadEvent(str(path), self._loaded.verified, self._loaded.unverified))
+        load = self._load
+        if load is None or not load.is_of(path, storage_data):  # a caller of the single steps may leave planning out
+            load = self._begin_load(constructor, path, storage_data)
+        load.read(plan, planner)
         done: Future[None] = Future()
         done.set_result(None)
         return done
-
-    def _load_shared(self, path: Path, loader: ItemLoader) -> tuple[list[PlannedItem], list[PlannedItem]]:
-        """Load the items that the ranks of this host receive together.
-
-        Returns:
-            Those that this rank must receive alone, and those that it has loaded, but another rank verifies.
-        """
-        progress = _Progress(self._host)
-        again = progress.again
-        try:
-            self._load_items(self._shared_items, path, loader, progress)
-        except (HostLost, ArenaExhausted) as error:
-            # What this rank receives by itself, it verifies for itself.
-            rest = [item._replace(check=OWN_CHECK) for item in self._shared_items[progress.loaded :]]
-            log.debug("this rank reads %d of %d items by itself: %s", len(rest), len(self._shared_items), error)
-            again += rest
-        return again, progress.trusted
-
-    def _load_again(
-        self, items: list[PlannedItem], path: Path, loader: ItemLoader, constructor: MultiprocessConstructor
-    ) -> None:
-        """Receive and load items that have come otherwise than expected, all at once: one alone costs a round trip."""
-        if not items:
-            return
-        log.debug("%d items of %s are received again, or otherwise than was planned", len(items), path)
-        items.sort(key=lambda item: _location(item.stored))
-        files = {item.stored.relative_path for item in items}
-        constructor.set_ranges_by_file(*load_ranges(items, files, self._boxes.max_gap_bytes, path), continues=True)
-        self._load_items(items, path, loader)
-
-    def _begun_and_added(self, items: Sequence[ReadItem]) -> tuple[Sequence[ReadItem], list[ReadItem]]:
-        """Split the items of the final plan into those whose bytes are being read, and others.
-
-        Nearly always there are no others. But a planner may change its plan in ``create_global_plan`` and
-        ``finish_plan``, after the reads have begun: to other boxes of the same stored items, for one.
-        """
-        if not self._boxes.selections:  # every item is read whole, so that any box of it can be loaded
-            return items, []
-        begun: list[ReadItem] = []
-        added: list[ReadItem] = []
-        for item in items:
-            is_read = item.storage_index in self._read_whole or box_key(item) in self._boxes.selections
-            (begun if is_read else added).append(item)
-        return begun, added
-
-    def _load_items(
-        self, items: Iterable[PlannedItem], path: Path, loader: ItemLoader, progress: _Progress | None = None
-    ) -> list[PlannedItem]:
-        """Load items, file by file; returns those that have to be received in another way."""
-        progress = progress or _Progress()
-        items_by_file: dict[str, list[PlannedItem]] = {}
-        for item in items:
-            items_by_file.setdefault(item.stored.relative_path, []).append(item)
-        for relative_path, planned in items_by_file.items():
-            uri = self._fs.concat_path(path, relative_path)
-            with self._fs.create_stream(uri, "rb") as reader:
-                for item in planned:
-                    progress.note(item, loader.load(item, uri, cast("ItemReader", reader)))
-        return progress.again
 
     @property
     def stats(self) -> PoolStats:
@@ -446,28 +270,18 @@ class S3StorageReader(FileSystemReader):
         Also how many bytes were verified, and how many were not. All of them are zero if the constructor is not a
         multiprocess one.
         """
-        constructor = self._reader_constructor
-        if not isinstance(constructor, MultiprocessConstructor):
-            return PoolStats()
-        stats, loaded = constructor.stats(), self._loaded
-        if self._host is not None:
-            stats = self._host.own_stats(stats)
-        return dataclasses.replace(
-            stats,
-            over_read=stats.over_read + loaded.over_read,
-            verified_bytes=loaded.verified,
-            unverified_bytes=loaded.unverified,
-        )
+        return self._load.stats if self._load is not None else PoolStats()
 
     @property
     def host_stats(self) -> PoolStats:
         """Counts of the read that the ranks of this host have shared, as far as this rank knows; else :attr:`stats`."""
-        return self._host.stats if self._host is not None else self.stats
+        return self._load.host_stats if self._load is not None else PoolStats()
 
     def close(self) -> None:
         """End the downloads, leave the worker pool and close the connections. Idempotent; a later load starts anew."""
-        self._loaded = LoadedBytes()
-        self._leave_host()
+        load, self._load = self._load, None
+        if load is not None:
+            load.close()
         close = getattr(self._reader_constructor, "close", None)  # only some constructors have something to close
         if close is not None:
             close()
@@ -518,12 +332,3 @@ class S3StorageReader(FileSystemReader):
                 "thread a reader of its own"
             )
         return own
-
-
-def _sorted(items: Iterable[ReadItem], storage_data: Mapping[MetadataIndex, StoredItem]) -> list[ReadItem]:
-    """Returns items in the order of their bytes, boxes of one item included."""
-    return sorted(items, key=lambda request: (*_location(storage_data[request.storage_index]), request.storage_offsets))
-
-
-def _location(stored: StoredItem) -> tuple[str, int]:
-    return stored.relative_path, stored.offset

@@ -24,6 +24,7 @@ from mpreader.config import KiB, MiB
 from mpreader.dcp import S3FileSystem, S3StorageReader, S3StorageWriter, describe_checkpoint
 from mpreader.errors import ConfigError
 from mpreader.pool.stats import PoolStats
+from mpreader.readers.read_ahead import MultiprocessConstructor
 from mpreader.testing import S3Server
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -169,16 +170,20 @@ def test_version_that_was_read_first_is_the_one_that_is_read_again(bucket: str) 
         with S3FileSystem().create_stream(file, "wb") as stream:
             stream.write(content[:-1] + b"\1")
 
-    class Overwritten(S3StorageReader):
+    class Overwritten(MultiprocessConstructor):
         """Overwrites the file between the two waves."""
 
-        def _load_items(self, *arguments: Any) -> Any:
-            again = super()._load_items(*arguments)
-            overwrite()
-            return again
+        def set_ranges_by_file(self, *arguments: Any, continues: bool = False) -> None:
+            if continues:
+                overwrite()
+            super().set_ranges_by_file(*arguments, continues=continues)
 
     state = {"transposed": torch.zeros(1000, 1000, dtype=torch.int32)}
-    with Overwritten(None, uri, pool_config=POOL) as reader, pytest.raises(CheckpointException) as raised:
+    constructor = Overwritten(pool_config=POOL)
+    with (
+        S3StorageReader(None, uri, reader_constructor=constructor) as reader,
+        pytest.raises(CheckpointException) as raised,
+    ):
         load(state, storage_reader=reader, planner=rows(100, 100))
     [(error, _)] = raised.value.failures.values()
     assert isinstance(error, ObjectChanged)

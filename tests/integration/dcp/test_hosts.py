@@ -46,7 +46,7 @@ class Records(logging.Handler):
         self.lines = []
 
     def emit(self, record):
-        if record.name in ("mpreader.dcp.reader", "mpreader.dcp.sharing"):
+        if record.name in ("mpreader.dcp.load", "mpreader.dcp.sharing"):
             self.lines.append(f"{record.levelname}: {record.getMessage()}")
 
 records = Records()
