@@ -35,7 +35,8 @@ from mpreader.tools.bench.memory import process_tree
 __all__ = ["CASES", "CHECKPOINTS", "RANK_CONTENDERS", "RankCase", "Ranks", "RanksRun", "measure_ranks"]
 
 CHECKPOINTS: Final = {"a", "ranks", "ranks3"}
-RANK_CONTENDERS: Final = ("mpreader", "alone", "dcp_optimized")
+RANK_CONTENDERS: Final = ("mpreader", "alone", "dcp_optimized", "s3fs")
+_SLOW: Final = "s3fs"  # it is measured once, and not behind the link
 LINK_BYTES_PER_S: Final = 200_000_000
 _LIMIT_S: Final = 120.0
 _SAMPLE_S: Final = 0.02
@@ -127,6 +128,8 @@ class Ranks:
         """True if it is measured in this round; in round 0 bytes are compared and memory is sampled."""
         if self.note:
             return False
+        if self.contender == _SLOW:
+            return number == 1 and self.case.is_timed and not self.case.link
         if number == 0:
             return not self.case.link
         return self.case.is_timed and (number == 1 or self.contender == "mpreader" or not self.case.others_once)
