@@ -20,7 +20,8 @@ __all__ = ["report_ranks"]
 _NOTES: Final = f"""\
 Medians of the rounds; s3fs, in torch's FsspecReader, has one. Needed: the bytes of the tensors in memory, each once,
 whichever ranks have it. Served: all bodies that the server sent, .metadata for each rank included. First / second load
-of the ranks' processes; the seconds are those of the slowest rank. The link passes {LINK_BYTES_PER_S // 1_000_000} MB/s in sum.
+of the ranks' processes; the seconds are those of the slowest rank.
+The link passes {LINK_BYTES_PER_S // 1_000_000} MB/s in sum.
 Memory: of all ranks and their workers, targets aside, in the first load of a round of its own, in which every byte was
 checked; shared memory counts once.
 """
