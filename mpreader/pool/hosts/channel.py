@@ -69,28 +69,38 @@ class Channel:
         """
         data = pickle.dumps(message, protocol=5)
         fds = [] if fd is None else [posix.dup(fd)]  # the sender may close its own before this is sent
-        with self._lock:
-            self._unsent.append((memoryview(_LENGTH.pack(len(data), len(fds)) + data), fds))
+        self._unsent.append((memoryview(_LENGTH.pack(len(data), len(fds)) + data), fds))
         return self.flush()
 
     def flush(self) -> bool:
         """Send what was kept, as far as the other end reads; False if that end is gone."""
-        with self._lock:
-            while self._unsent:
-                data, fds = self._unsent[0]
-                try:
-                    sent = socket.send_fds(self._socket, [data], fds) if fds else self._socket.send(data)
-                except BlockingIOError:
-                    return True
-                except OSError:
-                    self._end()
-                    return False
-                for fd in fds:
-                    posix.close(fd)
-                self._unsent.popleft()
-                if sent < len(data):
-                    self._unsent.appendleft((data[sent:], []))
-            return not self._has_ended
+        # Whoever has the lock sends what was added meanwhile, too, so nobody waits for it. It may be this thread: a
+        # garbage collection in the middle of a message may close a transfer that was dropped, which sends another one.
+        while self._unsent and self._lock.acquire(blocking=False):
+            try:
+                if not self._send_unsent():
+                    break  # the socket is full
+            finally:
+                self._lock.release()
+        return not self._has_ended
+
+    def _send_unsent(self) -> bool:
+        """Send what was kept; False if the other end has to read first. Called under the lock."""
+        while self._unsent:
+            data, fds = self._unsent[0]
+            try:
+                sent = socket.send_fds(self._socket, [data], fds) if fds else self._socket.send(data)
+            except BlockingIOError:
+                return False
+            except OSError:
+                self._end()
+                return True
+            for fd in fds:
+                posix.close(fd)
+            self._unsent.popleft()
+            if sent < len(data):
+                self._unsent.appendleft((data[sent:], []))
+        return True
 
     def receive(self) -> list[tuple[object, int | None]]:
         """Receive what has come: messages, each with its descriptor, which the caller closes.
@@ -102,11 +112,13 @@ class Channel:
         while True:
             try:
                 # Not recv_fds: it does not pass the flag on, and programs that this process starts would inherit them.
-                data, ancillary, _, _ = self._socket.recvmsg(_RECEIVED_AT_ONCE, _FDS_NBYTES, socket.MSG_CMSG_CLOEXEC)
+                data, ancillary, flags, _ = self._socket.recvmsg(
+                    _RECEIVED_AT_ONCE, _FDS_NBYTES, socket.MSG_CMSG_CLOEXEC
+                )
             except BlockingIOError:
                 break
             except ConnectionError:  # closed, though not all was heard that this end has said
-                data, ancillary = b"", []
+                data, ancillary, flags = b"", [], 0
             except OSError as error:
                 raise ChannelClosed(str(error)) from error
             if not data:
@@ -117,6 +129,8 @@ class Channel:
                 raise ChannelClosed("the other end has closed the connection")
             fds = [fd for _, _, packed in ancillary for fd in _fds_of(packed)]
             self._fds.extend(fds)
+            if flags & socket.MSG_CTRUNC:  # the next one would be taken for that of this message
+                raise ChannelClosed("a descriptor was lost: this process may have no more open (ulimit -n)")
             self._received += data
             if len(data) < _RECEIVED_AT_ONCE and not fds:
                 break
@@ -132,8 +146,8 @@ class Channel:
             end = start + _LENGTH.size + nbytes
             if end > len(self._received):
                 break
-            if fds and not self._fds:  # the kernel drops those for which this process has no room
-                raise ChannelClosed("a descriptor was lost: this process may have no more open (ulimit -n)")
+            if fds and not self._fds:
+                raise ChannelClosed("a message without its descriptor")
             message = _unpickled(memoryview(self._received)[start + _LENGTH.size : end])
             messages.append((message, self._fds.popleft() if fds else None))
             start = end

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import pickle
+import resource
 import socket
 import struct
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -163,3 +165,40 @@ def test_threads_may_send_at_one_time(pair: Pair) -> None:
         thread.join()
     for part in sent:
         assert [one for one in received if one in set(part)] == part
+
+
+def test_message_may_be_sent_in_the_middle_of_another_by_the_same_thread(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As by a garbage collection that closes a transfer which was dropped.
+    sender, receiver = pair
+    kernel_send_fds = socket.send_fds
+    interruptions = iter(["second", "third"])
+
+    def interrupted(*arguments: Any) -> int:
+        for message in interruptions:
+            assert sender.send(message)
+        return kernel_send_fds(*arguments)
+
+    monkeypatch.setattr(socket, "send_fds", interrupted)
+    assert sender.send("first", sender.fd)
+    [first, *others] = receiver.receive() + receiver.receive()
+    assert (first[0], *others) == ("first", ("second", None), ("third", None))
+    assert first[1] is not None
+    os.close(first[1])
+
+
+def test_descriptor_that_was_lost_is_not_replaced_by_the_next_one(
+    raw: tuple[socket.socket, Channel], file: int
+) -> None:
+    end, channel = raw
+    message = pickle.dumps("long")
+    framed = struct.pack("<IB", len(message), 1) + message
+    socket.send_fds(end, [framed[:6]], [file])
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        with pytest.raises(ChannelClosed, match="ulimit -n"):
+            channel.receive()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
