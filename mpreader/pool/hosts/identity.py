@@ -68,6 +68,7 @@ class Listener:
     def __init__(self) -> None:
         self.token = secrets.token_bytes(TOKEN_BYTES)
         self.address = b"\0mpreader-" + secrets.token_hex(16).encode()
+        self._pid = os.getpid()
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             self.socket.bind(self.address)
@@ -79,8 +80,9 @@ class Listener:
 
     def close(self) -> None:
         """Refuse whoever connects from now on. Idempotent."""
-        with contextlib.suppress(OSError):  # a forked child may have a copy of the descriptor
-            self.socket.shutdown(socket.SHUT_RDWR)
+        if os.getpid() == self._pid:  # a forked child has a copy of the descriptor, and lets go of that only
+            with contextlib.suppress(OSError):
+                self.socket.shutdown(socket.SHUT_RDWR)
         self.socket.close()
 
 

@@ -68,17 +68,20 @@ class Links:
         self._on_end = on_end
         self._links: dict[int, _Link] = {}
         self._last_number = 0
+        self._is_listening = False
         self._wakeup_fd = wakeup_fd
         self._selector = make_selector(wakeup_fd)
 
     def listen(self) -> None:
         """Let ranks connect from now on."""
         self._selector.register(self._listener.socket, selectors.EVENT_READ)
+        self._is_listening = True
 
     def stop_listening(self) -> None:
         """Refuse whoever connects from now on."""
-        if self._listener.socket.fileno() >= 0:
+        if self._is_listening and self._listener.socket.fileno() >= 0:
             self._selector.unregister(self._listener.socket)
+        self._is_listening = False
         self._listener.close()
 
     def wait(self, timeout_s: float) -> bool:

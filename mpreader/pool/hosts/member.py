@@ -7,6 +7,7 @@ in :class:`~mpreader.pool.hosts.messages.HostLost`, and the rank reads the rest 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import mmap
 import os
@@ -70,7 +71,9 @@ class HostMember:
 
     def __init__(self, share: HostShare, need: Any) -> None:
         self._channel = _connect(share)
-        self._wakeup: Wakeup | None = None
+        self._pid = os.getpid()
+        self._opened = contextlib.ExitStack()  # the descriptors
+        self._opened.callback(self._channel.close)
         self._early: Sequence[tuple[object, int | None]] = ()  # came right behind the answer
         self._is_closing = False
         self._host_stats = PoolStats()
@@ -78,7 +81,9 @@ class HostMember:
         self.caller = Caller(share.place, self._tell)
         try:
             self._wakeup = Wakeup()
+            self._opened.callback(self._wakeup.close)
             self._selector = make_selector(self._wakeup.fd)
+            self._opened.callback(self._selector.close)
             self._selector.register(self._channel.fd, selectors.EVENT_READ)
             self._channel.send(Join(need))
             self._joined = self._join()
@@ -122,11 +127,15 @@ class HostMember:
 
     def flush(self) -> None:
         """Tell the leader of the views that have ended."""
+        if os.getpid() != self._pid:  # a forked child: these are views of its parent
+            return
         for message in self.caller.collect():
             self._tell(message)
 
     def leave(self) -> None:
         """End the rank's part, after its transfer was closed; waits a moment for the host's statistics."""
+        if os.getpid() != self._pid:
+            return
         self.flush()
         if self._thread.ident is not None and threading.current_thread() is not self._thread:
             self._thread.join(_LEAVE_S)
@@ -134,9 +143,10 @@ class HostMember:
 
     def close(self) -> None:
         """Leave; idempotent. Bytes of slots that are still in use may change from here on."""
+        if os.getpid() != self._pid:
+            return
         self._is_closing = True
-        if self._wakeup is not None:
-            self._wakeup.set()
+        self._wakeup.set()
         if self._thread.ident is None:
             self._give_back()
         elif threading.current_thread() is not self._thread:
@@ -145,7 +155,7 @@ class HostMember:
     def _tell(self, message: object) -> None:
         if not self._channel.send(message):
             self._is_closing = True  # the thread tells the transfer
-        if self._channel.has_unsent and self._wakeup is not None:
+        if self._channel.has_unsent:
             self._wakeup.set()
 
     def _join(self) -> Joined:
@@ -175,7 +185,6 @@ class HostMember:
             while not self._is_closing:
                 self._watch_writable()
                 ready = self._selector.select(_TICK_S)
-                assert self._wakeup is not None, "it was made"
                 self._wakeup.clear()
                 if any(key.fd == self._channel.fd for key, _ in ready):
                     self._channel.flush()
@@ -215,10 +224,7 @@ class HostMember:
             if fd is not None:
                 posix.close(fd)
         self._early = ()
-        if self._wakeup is not None:
-            self._selector.close()
-            self._wakeup.close()
-        self._channel.close()
+        self._opened.close()
 
 
 def _connect(share: HostShare) -> Channel:

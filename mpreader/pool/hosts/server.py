@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -95,6 +96,7 @@ class HostServer:
         self._drop_after_s = drop_after_s
         self._on_end = on_end
         self.joined_ranks = 0
+        self._pid = os.getpid()
         self._inbox: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._needs: dict[int, Any] = {}  # of the other ranks, by their numbers
         self._places: dict[int, int] = {}
@@ -141,6 +143,8 @@ class HostServer:
 
     def flush(self) -> None:
         """Note the views of the leader's own rank that have ended."""
+        if os.getpid() != self._pid:  # a forked child, which has no such thread
+            return
         for message in self.caller.collect():
             self._tell_from_leader(message)
 
@@ -164,6 +168,8 @@ class HostServer:
 
         Views that it still has, in the frames of an exception for one, do not keep memory from the others.
         """
+        if os.getpid() != self._pid:
+            return
         self.flush()
         self._call(self._forget, _LEADER)
 
@@ -174,6 +180,8 @@ class HostServer:
 
     def close(self) -> None:
         """End it; ranks that are not done read on by themselves. Idempotent."""
+        if os.getpid() != self._pid:
+            return
         self._is_closing = True
         self._wakeup.set()
         if threading.current_thread() is not self._thread:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import pickle
@@ -11,19 +12,25 @@ import struct
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import pytest
 
 from mpreader.config import KiB
+from mpreader.errors import PoolError
+from mpreader.pool.hosts.board import Board
+from mpreader.pool.hosts.channel import Channel
 from mpreader.pool.hosts.identity import TOKEN_BYTES, HostOffer, HostShare, Listener
 from mpreader.pool.hosts.member import HostMember
-from mpreader.pool.hosts.messages import HostLost, SharedRead, Subscription
+from mpreader.pool.hosts.messages import HostLost, Joined, SharedRead, Subscription
 from mpreader.pool.hosts.server import HostServer
-from mpreader.pool.requests import SlotRead
+from mpreader.pool.requests import GiveBack, ReadId, SlotArrived, SlotRead
+from mpreader.pool.worker.messages import MapSegment
 from mpreader.ranges import Part
+from mpreader.shared_memory import fill, open_shared_memory
 
 if TYPE_CHECKING:
     from mpreader.pool.source import Source
@@ -173,6 +180,72 @@ def test_rank_in_another_process_takes_the_same_memory(
     assert out == f"True {4 * PART}\n"
     assert process.returncode == 0
     assert leader.is_over.wait(30)
+
+
+# -- limits and forks
+
+
+def test_member_without_descriptors_reads_by_itself(
+    lead: Any, source: ServedSource, data: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(fd: int) -> NoReturn:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    leader: Leader = lead(2)
+    with monkeypatch.context() as patched:
+        patched.setattr("mpreader.pool.hosts.member.make_selector", refused)
+        with pytest.raises(HostLost, match="Too many open files"):
+            leader.member(1, (0,))
+    check_leader_goes_on(leader, source, data)
+
+
+def test_leader_without_threads_reads_by_itself(lead: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(_: threading.Thread) -> NoReturn:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refused)
+        with pytest.raises(PoolError, match="can't start new thread"):
+            lead(2)
+
+
+def test_forked_child_says_nothing_in_the_name_of_its_parent(source: ServedSource) -> None:
+    listener = Listener()
+    share = HostShare(HostOffer("host", listener.address, listener.token), 1, 2)
+    with ThreadPoolExecutor(1) as threads, contextlib.closing(listener):
+        joining = threads.submit(HostMember, share, (0,))
+        listener.socket.setblocking(True)
+        connection, _ = listener.socket.accept()
+        assert connection.recv(TOKEN_BYTES) == listener.token
+        leader, board = Channel(connection), Board.create(2, 0)
+        leader.send(Joined(ReadId(1, 1), None, (slot_read_of(0),), 1, 2, 1 << 20), board.fd)
+        member = joining.result(30)
+        transfer = member.begin([source])
+        fd = open_shared_memory(PART)
+        fill(fd, PART)
+        leader.send(MapSegment(1, PART), fd)
+        leader.send(SlotArrived(transfer.read, 0, 7, 1, 0))
+        view = transfer.take(0)
+        leader.receive()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads
+            child = os.fork()
+        if not child:
+            with contextlib.suppress(BaseException):
+                del view
+                member.leave()
+                listener.close()
+            os._exit(0)
+        os.waitpid(child, 0)
+        assert leader.receive() == []
+        with socket.socket(socket.AF_UNIX) as other:
+            other.connect(listener.address)
+        del view
+        member.leave()
+        assert [message for message, _ in leader.receive()] == [GiveBack(7)]
+        leader.close()
+        board.close()
+        os.close(fd)
 
 
 # -- who must not take part
