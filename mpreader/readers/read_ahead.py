@@ -140,7 +140,8 @@ class ReadAhead:
         return cls(
             ranges_by_file,
             {uri: plan.parts for uri, plan in plans.items()},
-            sources,
+            # With those of files that are not read now, but perhaps by the reads that come next.
+            sources if before is None else {**before.sources, **sources},
             # It may grow beyond max_memory, because an item that is read in pieces smaller than its parts is held until
             # the next one.
             lambda: pool.read(list(sources.values()), slot_reads, grows=True),

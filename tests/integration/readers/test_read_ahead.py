@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from types import SimpleNamespace
 
@@ -10,6 +11,8 @@ import pytest
 
 from mpreader import MultiprocessConstructor, PoolConfig, S3Client
 from mpreader.config import KiB, MiB
+from mpreader.errors import ObjectChanged
+from mpreader.ranges import ItemRange
 
 DATA = os.urandom(3 * MiB)
 
@@ -104,3 +107,27 @@ def test_reader_goes_back_within_an_item_and_refuses_what_was_given_back(stored:
             reader.read()
     with pytest.raises(ValueError, match="closed"):
         reader.tell()
+
+
+def test_reads_of_one_load_are_of_one_version_though_others_came_between(stored: str) -> None:
+    files = [f"s3://{stored}/ckpt/{name}" for name in ("f0", "f1")]
+    with contextlib.closing(boto3.client("s3")) as client:
+        client.put_object(Bucket=stored, Key="ckpt/f1", Body=DATA)
+    constructor = planned(stored, (0, 1000))
+    begun = {uri: [ItemRange(0, 1000)] for uri in files}
+    constructor.set_ranges_by_file(begun, {})
+    for name in ("f0", "f1"):
+        with S3Client().get_object(stored, f"ckpt/{name}", reader_constructor=constructor) as reader:
+            assert bytes(reader.read(1000)) == DATA[:1000]
+    with contextlib.closing(boto3.client("s3")) as client:
+        client.put_object(Bucket=stored, Key="ckpt/f1", Body=DATA[::-1])
+    for name in ("f0", "f1"):
+        constructor.set_ranges_by_file({f"s3://{stored}/ckpt/{name}": [ItemRange(1000, 2000)]}, {}, continues=True)
+        with S3Client().get_object(stored, f"ckpt/{name}", reader_constructor=constructor) as reader:
+            reader.seek(1000)
+            if name == "f0":
+                assert bytes(reader.read(1000)) == DATA[1000:2000]
+            else:
+                with pytest.raises(ObjectChanged):
+                    reader.read(1000)
+    constructor.close()
