@@ -189,7 +189,7 @@ class Load:
         if host is not None:
             trusted = self._load_shared(host, loader)
             if self._verify:  # after all that this rank does for the others
-                unverified = host.unverified(trusted)
+                unverified = host.unverified(trusted, self._path)
                 self._load_again([PlannedItem(item.request, item.stored) for item in unverified], loader)
         else:
             begun, added = self._begun_and_added(plan.items)

@@ -19,6 +19,7 @@ import logging
 import os
 import time
 import weakref
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
@@ -179,6 +180,7 @@ class HostReads:
             joined: Joined = self._host.joined()
             self.answer: Answer = joined.answer
             self.ranks = joined.ranks
+            self._repeats = joined.repeats
             self.ahead = ReadAhead(
                 {uri: _ranges(items, uri, self.answer) for uri, items in need.files.items()},
                 self.answer.parts,
@@ -200,11 +202,14 @@ class HostReads:
         if item.check.is_own and item.check.verdict is not None:
             self._host.board.note(item.check.verdict.number, _GOOD if is_good else _DAMAGED)
 
-    def unverified(self, items: Iterable[PlannedItem]) -> list[PlannedItem]:
+    def unverified(self, items: Iterable[PlannedItem], path: Any) -> list[PlannedItem]:
         """Wait for what other ranks say of items that they verify; returns those that are not known to be good.
 
-        They may be damaged, or the rank has ended before it came to them, or is silent. Each rank verifies in the order
-        of its load, and none waits here before it has said all, so that they can't wait for each other.
+        They may be damaged, or the rank has ended before it came to them, or is silent. Or memory was short, and a part
+        was received a second time: then that rank may have verified other bytes than this one has copied.
+
+        Each rank verifies in the order of its load, and none waits here before it has said all, so that they can't wait
+        for each other.
         """
         board = self._host.board
         deadline_s, notes = 0.0, -1
@@ -218,9 +223,22 @@ class HostReads:
                 elif time.monotonic() > deadline_s:
                     break
                 time.sleep(_VERDICT_POLL_S)
+            if self._was_repeated(item, path):  # not before the verdict, which may be of the later bytes
+                unverified.append(item)
+                continue
             if board.noted(verdict.number) != _GOOD:
                 unverified.append(item)
         return unverified
+
+    def _was_repeated(self, item: PlannedItem, path: Any) -> bool:
+        """Returns True if a part that this rank has taken of an item was received more than once."""
+        first, parts = self.ahead.parts_by_file[uri_of(path, item.stored.relative_path)]
+        place = range_of(item.stored)
+        of_item = slice(
+            first + bisect_right(parts, place.start, key=lambda part: part.end),
+            first + bisect_left(parts, place.end, key=lambda part: part.start),
+        )
+        return any(map(self._host.board.noted, self._repeats[of_item]))
 
     def check(self) -> None:
         """Check that what was copied until now was right; see :meth:`HostMember.check`."""

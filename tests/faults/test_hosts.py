@@ -472,6 +472,29 @@ def test_what_a_rank_was_to_verify_is_verified_by_the_others_if_it_does_not(
     assert job.left() == []
 
 
+# Each part counts as one that was received a second time, after a rank has taken it: memory was short.
+REPEATED: Final = """
+from mpreader.pool.hosts.broker import Broker
+slot_arrived = Broker._slot_arrived
+
+def arrived_again(broker, message):
+    broker._slots[message.slot_read].was_taken = True
+    slot_arrived(broker, message)
+
+Broker._slot_arrived = arrived_again
+"""
+
+
+@row(RANKS_ERR, within_s=15)
+def test_what_has_come_by_several_downloads_is_verified_by_each_rank(group: Group) -> None:
+    job = group(2, "rows", before_by_place={0: REPEATED})
+    job.load()
+    outcomes = [rank.outcome(WITHIN_S) for rank in job.ranks]
+    half = len(NAMES) // 2  # which the other rank has verified
+    assert [outcome and (said(outcome), outcome.loaded_again) for outcome in outcomes] == [("exact", half)] * 2
+    assert job.left() == []
+
+
 # -- by torch's own load
 
 

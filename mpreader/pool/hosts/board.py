@@ -4,7 +4,7 @@ It outlives the connections between them: a rank can look there after each copy,
 dead. All notes are single bytes, each of which one process writes, so no lock is needed::
 
     rank 0, rank 1, …          0 while the rank takes part; written by the leader
-    note 0, note 1, …          0 until something was noted; written by a rank, for the others
+    note 0, note 1, …          0 until something was noted; written by one rank, for the others
 """
 
 from __future__ import annotations

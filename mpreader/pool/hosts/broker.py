@@ -66,16 +66,17 @@ class _SharedSlot:
         is_demanded: True if the coordinator was told that.
         is_recalled: True if the coordinator wants it back.
         is_taken: True if the coordinator was told that it can't have it back yet.
+        was_taken: True if a consumer has taken it; if it is received once more, others get other bytes than that one.
     """
 
-    __slots__ = ("arrived", "demanded_s", "holders", "is_demanded", "is_recalled", "is_taken", "kept_by")
+    __slots__ = ("arrived", "demanded_s", "holders", "is_demanded", "is_recalled", "is_taken", "kept_by", "was_taken")
 
     def __init__(self) -> None:
         self.kept_by: set[int] = set()
         self.arrived: SlotArrived | None = None
         self.holders: dict[int, int] = {}
         self.demanded_s: float | None = None
-        self.is_demanded = self.is_recalled = self.is_taken = False
+        self.is_demanded = self.is_recalled = self.is_taken = self.was_taken = False
 
 
 class _Rank:
@@ -117,15 +118,18 @@ class Broker:
     Args:
         read: Name of the read, to the coordinator.
         tell: Sends a message to the coordinator.
+        on_repeat: Called with the index of a slot read that was received once more after a consumer has taken it,
+            before any rank gets it.
 
     Attributes:
         tally: Statistics of the read.
         has_ended: True when the coordinator has ended.
     """
 
-    def __init__(self, read: ReadId, tell: Callable[[object], None]) -> None:
+    def __init__(self, read: ReadId, tell: Callable[[object], None], on_repeat: Callable[[int], object]) -> None:
         self._read = read
         self._tell = tell
+        self._on_repeat = on_repeat
         self._slots: list[_SharedSlot] = []
         self._slot_reads: Sequence[SlotRead] = ()
         self._ranks: dict[int, _Rank] = {}
@@ -218,6 +222,8 @@ class Broker:
     def _slot_arrived(self, message: SlotArrived) -> None:
         slot = self._slots[message.slot_read]
         slot.arrived, slot.is_demanded = message, False
+        if slot.was_taken:
+            self._on_repeat(message.slot_read)
         self.tally.over_read += self._slot_reads[message.slot_read].over_read
         if not slot.kept_by:
             self._release(slot)
@@ -321,6 +327,7 @@ class Broker:
         index = rank.leases.get(message.lease)
         if index is not None and rank.untaken.get(index) == message.lease:
             del rank.untaken[index]
+            self._slots[index].was_taken = True
             self._settle(index, self._slots[index])
 
     def _give_back(self, rank: _Rank, message: GiveBack) -> None:

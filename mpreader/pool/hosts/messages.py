@@ -74,6 +74,8 @@ class Joined(NamedTuple):
         place: Place of the rank among those that take part.
         ranks: Number of ranks that take part.
         max_bytes: Largest number of bytes of shared memory that the leader's pool may reserve.
+        repeats: For each slot read the number of the leader's note that it was received more than once, so that ranks
+            may have got different bytes.
     """
 
     read: ReadId
@@ -82,6 +84,7 @@ class Joined(NamedTuple):
     place: int
     ranks: int
     max_bytes: int
+    repeats: tuple[int, ...]
 
 
 class HostStats(NamedTuple):

@@ -238,10 +238,12 @@ class HostServer:
         self._own_need = None
         self._needs.clear()
         self._sources = sources
-        self._board = Board.create(len(numbers), read.notes)
+        board = self._board = Board.create(len(numbers), read.notes + len(read.slot_reads))
         connection = self._pool_connection = self._pool.connect(self)
         self._resolver = SourceResolver(self._tell_resolved)
-        broker = self._broker = Broker(ReadId(connection.number, 1), connection.tell)
+        broker = self._broker = Broker(
+            ReadId(connection.number, 1), connection.tell, lambda index: board.note(read.notes + index, 1)
+        )
         message = broker.open([_name_of(source) for source in sources], read.slot_reads)
         for place, (number, subscription) in enumerate(zip(numbers, read.subscriptions, strict=True)):
             self._places[number] = place
@@ -255,6 +257,7 @@ class HostServer:
                 place,
                 len(numbers),
                 self._pool.sizes.max_bytes,
+                tuple(read.notes + index for index in subscription.indices),
             )
             self._add(number, joined, subscription)
         if not connection.try_tell(message):

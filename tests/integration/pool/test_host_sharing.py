@@ -218,7 +218,7 @@ def test_forked_child_says_nothing_in_the_name_of_its_parent(source: ServedSourc
         connection, _ = listener.socket.accept()
         assert connection.recv(TOKEN_BYTES) == listener.token
         leader, board = Channel(connection), Board.create(2, 0)
-        leader.send(Joined(ReadId(1, 1), None, (slot_read_of(0),), 1, 2, 1 << 20), board.fd)
+        leader.send(Joined(ReadId(1, 1), None, (slot_read_of(0),), 1, 2, 1 << 20, (0,)), board.fd)
         member = joining.result(30)
         transfer = member.begin([source])
         fd = open_shared_memory(PART)

@@ -168,6 +168,7 @@ class SharedHost:
     Attributes:
         received: How many times each slot read was received.
         recalled: How many times the scheduler has wanted each of them back.
+        repeated: Those that were received once more after a rank has taken them.
     """
 
     def __init__(self, slots: int, count: int, ranks: Sequence[Sequence[int]]) -> None:
@@ -177,7 +178,8 @@ class SharedHost:
         self.to_scheduler: deque[object] = deque()
         limits = SchedulerLimits(slots * PART, 100.0, lease_timeout_s=1e9)
         self.scheduler = Scheduler(self.memory, lambda _: self._post, limits)
-        self.broker = Broker(READ, self.to_scheduler.append)
+        self.repeated: list[int] = []
+        self.broker = Broker(READ, self.to_scheduler.append, self.repeated.append)
         self.in_flight: list[PartState] = []
         self.received: Counter[int] = Counter()
         self.recalled: Counter[int] = Counter()
@@ -432,6 +434,28 @@ def test_rank_that_has_a_view_gets_the_slot_a_second_time() -> None:
         check_received_once(host)
 
 
+def test_slot_that_comes_by_another_download_than_a_rank_has_taken_is_told_of() -> None:
+    with shared_host(1, 7, [[6], [0, 1, 6]]) as host:
+        ahead, behind = host.ranks.values()
+        ahead.go_on()
+        host.settle()
+        ahead.go_on()
+        ahead.go_on()  # it is done
+        host.finish()
+        assert behind.taken == [0, 1, 6]
+        assert host.received[6] == 2
+        assert host.repeated == [6]
+
+
+def test_slot_that_no_rank_has_taken_yet_may_be_received_again() -> None:
+    with shared_host(1, 7, [[6], [0, 1, 6]]) as host:
+        ahead, behind = host.ranks.values()
+        ahead.skip(1)
+        host.finish()
+        assert behind.taken == [0, 1, 6]
+        assert not host.repeated
+
+
 def test_slot_that_fails_fails_for_all_and_the_rest_goes_on() -> None:
     with shared_host(4, 3, [[0, 1, 2], [1], [0, 2]]) as host:
         for rank in host.ranks.values():
@@ -498,7 +522,7 @@ def test_rank_that_keeps_memory_is_overdue_only_while_others_wait_for_it() -> No
 
 
 def test_rank_that_waits_itself_is_not_overdue_though_it_keeps_memory() -> None:
-    broker = Broker(ReadId(1, 1), lambda _: None)
+    broker = Broker(ReadId(1, 1), lambda _: None, lambda _: None)
     broker.open([], [SlotRead(0, 1, (Part(0, 1),)) for _ in range(3)])
     behind, ahead = 1, 2
     answers: list[object] = []
