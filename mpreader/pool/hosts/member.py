@@ -168,12 +168,11 @@ class HostMember:
             self._channel.flush()
             messages = self._channel.receive()
             if messages:
-                joined, fd = messages[0]
+                (joined, fd), self._early = messages[0], messages[1:]
                 if not isinstance(joined, Joined) or fd is None:
                     raise ChannelClosed(f"it answers by {type(joined).__name__}")
                 self.board = Board(fd, joined.ranks)
                 self.board.close()  # no other process will be given it
-                self._early = messages[1:]
                 return joined
         raise HostLost(f"the leader of this host has not answered within {_JOIN_S:.0f} s")
 
