@@ -168,6 +168,7 @@ def test_ranks_of_a_host_receive_each_byte_once(told: Told) -> None:
     assert NEEDED < sum(told.of("rows", "verified")) < 1.01 * NEEDED + 4 * 100_000
     assert sum(told.of("rows", "unverified")) == 0
     assert sum(told.of("unverified", "verified")) == 0
+    assert all(one >= NEEDED // RANKS for one in told.of("unverified", "unverified"))
 
     for case in ONCE:
         info = [[line for line in lines if line.startswith("INFO")] for lines in told.of(case, "lines")]
