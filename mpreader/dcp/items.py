@@ -140,8 +140,8 @@ class ItemLoader:
         transforms: Undoes the extensions of the save, such as compression. None if torch is too old for extensions.
         verify: True checks the CRC-32s that ``torch.save`` wrote.
         loaded: Counts what was loaded.
-        check: For a read that the ranks of a host share: called before an item is committed, and raises if what was
-            copied may have been overwritten meanwhile.
+        check_held: For a read that the ranks of a host share: called before an item is committed, and raises if what
+            was copied may have been overwritten meanwhile.
 
     Raises:
         PlanError: A mode of torch is active in which new tensors have no bytes, such as ``FakeTensorMode``.
@@ -154,7 +154,7 @@ class ItemLoader:
         *,
         verify: bool,
         loaded: LoadedBytes,
-        check: Callable[[], None] | None = None,
+        check_held: Callable[[], None] | None = None,
     ) -> None:
         # Once for each load rather than for each item, since a load is not left between its items.
         made = type(torch.empty(0, device="cpu"))
@@ -164,14 +164,14 @@ class ItemLoader:
         self._transforms = transforms
         self._verify = verify
         self._loaded = loaded
-        self._check = check or _nothing
-        self._is_shared = check is not None
+        self._check_held = check_held or _nothing
+        self._is_shared = check_held is not None
         # Several boxes of one item may be wanted, one after the other: the front is read for the first of them.
         self._last_layout: tuple[str, int, TensorLayout] | None = None  # URI and offset of the item
 
     def leave_host(self) -> None:
         """Note that what follows is received by this rank alone."""
-        self._check, self._is_shared = _nothing, False
+        self._check_held, self._is_shared = _nothing, False
 
     def load(self, item: PlannedItem, uri: str, reader: ItemReader) -> PlannedItem | None:
         """Load an item.
@@ -202,7 +202,7 @@ class ItemLoader:
             # The copy takes the place of the original, so it keeps the original's cause.
             raise error.needed_for(item.request.storage_index.fqn) from error.__cause__
         except Exception:
-            self._check()  # or the record of another item has come into the memory, and was taken for this one
+            self._check_held()  # or the record of another item has come into the memory, and was taken for this one
             raise
 
     def _load_selected(
@@ -215,7 +215,7 @@ class ItemLoader:
         content = reader.selected_item(stored.offset, stored.length, first)
         if layout is None:
             layout = _read_layout(content, selection.front_nbytes)
-            self._check()  # before the layout, which may be that of another item, is believed
+            self._check_held()  # before the layout, which may be that of another item, is believed
             if layout is None:
                 return PlannedItem(request, stored)
             self._last_layout = uri, stored.offset, layout
@@ -226,7 +226,7 @@ class ItemLoader:
             return PlannedItem(request, stored, Selection(0, runs, selection.max_gap_bytes), layout)
         target = self._planner.resolve_tensor(request).detach()
         copy_into(content, layout, target, request.storage_offsets, request.lengths, verify=False)
-        self._check()
+        self._check_held()
         self._planner.commit_tensor(request, target)
         nbytes = request.lengths.numel() * layout.dtype.itemsize
         self._loaded.count(item, nbytes, is_verified=False)
@@ -243,7 +243,7 @@ class ItemLoader:
         try:
             self._load_into_target(item, reader.item(offset, length))
         except RecordCorrupted as error:
-            self._check()  # or the bytes of another item have come into the memory meanwhile
+            self._check_held()  # or the bytes of another item have come into the memory meanwhile
             if self._is_shared:  # other ranks may have the damaged bytes in their hands, too: this one reads its own
                 log.debug("%r is damaged, as all ranks of this host see it: %s", item.request.storage_index.fqn, error)
                 return PlannedItem(item.request, item.stored)
@@ -267,7 +267,7 @@ class ItemLoader:
         if request.type == LoadItemType.BYTE_IO:
             value = io.BytesIO(content.view(0, content.size))
             is_verified = verify and check_archive(value)
-            self._check()
+            self._check_held()
             self._planner.load_bytes(request, value)
             self._loaded.count(item, item.stored.length, is_verified=is_verified)
             return
@@ -281,7 +281,7 @@ class ItemLoader:
             target = self._planner.resolve_tensor(request).detach()
             _check_shape(loaded, target)  # copy_ would broadcast a smaller tensor
             target.copy_(loaded)
-        self._check()
+        self._check_held()
         self._planner.commit_tensor(request, target)
         self._loaded.count(item, item.stored.length, is_verified=is_verified)
 

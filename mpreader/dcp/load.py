@@ -179,27 +179,38 @@ class Load:
         """Load all items of the plan into the planner's targets; the errors are those of the storage reader."""
         self._begin_planned(plan)
         host = self._host
-        loader = ItemLoader(
-            planner,
-            self._transforms,
-            verify=bool(self._verify),
-            loaded=self._loaded,
-            check=host.check if host is not None else None,
-        )
-        if host is not None:
-            trusted = self._load_shared(host, loader)
-            if self._verify:  # after all that this rank does for the others
-                unverified = host.unverified(trusted, self._path)
-                self._load_again([PlannedItem(item.request, item.stored) for item in unverified], loader)
-        else:
-            begun, added = self._begun_and_added(plan.items)
-            again = self._load_items(planned_items(begun, self._storage_data, self._boxes.selections), loader)
-            self._load_again(again + planned_items(added, self._storage_data, {}), loader)
+        try:
+            loader = ItemLoader(
+                planner,
+                self._transforms,
+                verify=bool(self._verify),
+                loaded=self._loaded,
+                check_held=host.check_held if host is not None else None,
+            )
+            if host is not None:
+                self._load_with_others(host, loader)
+            else:
+                self._load_alone(plan.items, loader)
+        except BaseException:
+            if host is not None:  # the others must not wait for this rank if it has failed while no file was open
+                host.ahead.retire()
+            raise
         log.log(
             logging.INFO if host is None else logging.DEBUG,
             *("loaded %s in %.2f s: %s", self._path, time.monotonic() - self._began_s, self.stats),
         )
         report_load(LoadEvent(str(self._path), self._loaded.verified, self._loaded.unverified))
+
+    def _load_alone(self, items: Sequence[ReadItem], loader: ItemLoader) -> None:
+        begun, added = self._begun_and_added(items)
+        again = self._load_items(planned_items(begun, self._storage_data, self._boxes.selections), loader)
+        self._load_again(again + planned_items(added, self._storage_data, {}), loader)
+
+    def _load_with_others(self, host: HostReads, loader: ItemLoader) -> None:
+        trusted = self._load_shared(host, loader)
+        if self._verify:  # after all that this rank does for the others
+            unverified = host.unverified(trusted, self._path)
+            self._load_again([PlannedItem(item.request, item.stored) for item in unverified], loader)
 
     def _load_shared(self, host: HostReads, loader: ItemLoader) -> list[PlannedItem]:
         """Load the items that the ranks of this host receive together, and alone what has gone wrong there.

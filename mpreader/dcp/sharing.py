@@ -28,9 +28,11 @@ from torch.distributed.checkpoint.planner import LoadPlan
 
 from mpreader.dcp.host_plan import Answer, ItemNeed, Need, plan_host, taken_runs, takes_all
 from mpreader.dcp.items import PlannedItem
+from mpreader.pool.blocking import sockets_are_patched
 from mpreader.pool.hosts.identity import HostOffer, HostShare, Listener, group, host_identity
 from mpreader.pool.hosts.member import HostMember
 from mpreader.pool.hosts.messages import Joined, SharedRead
+from mpreader.pool.hosts.part import HostPart
 from mpreader.pool.hosts.server import HostServer
 from mpreader.pool.pool import release_shared_pool, use_shared_pool
 from mpreader.pool.source import Source
@@ -60,7 +62,7 @@ _SOURCE_VARIABLES: Final = (
 )
 # Of the time after which a read fails since memory is kept: a rank that keeps it is dropped before.
 _DROP_SHARE: Final = 0.6
-# A rank that verifies for others may be dead, stopped or stuck: if no rank says anything for so long, they don't wait.
+# A rank that verifies for others may be dead, stopped or stuck: if no rank gets on for so long, they don't wait.
 _VERDICT_S: Final = 5.0
 _VERDICT_POLL_S: Final = 0.005  # the board tells nobody that something was written on it
 _GOOD, _DAMAGED = 1, 2
@@ -91,6 +93,9 @@ def try_offer(constructor: MultiprocessConstructor) -> Offered | None:
     Args:
         constructor: Constructor of the readers. Ranks share only if theirs reach S3 by the same settings.
     """
+    if sockets_are_patched():
+        log.debug("this rank reads by itself: gevent has patched its sockets")
+        return None
     try:
         listener = Listener()
         try:
@@ -136,8 +141,8 @@ def need_of(items: Iterable[PlannedItem], path: Any, *, verifies: bool = True) -
     need: dict[str, list[ItemNeed]] = {}
     for item in items:
         of_file = need.setdefault(uri_of(path, item.stored.relative_path), [])
-        place = range_of(item.stored)
-        of_file.append(ItemNeed(place.start, place.size, None if item.selection is None else (item.selection,)))
+        extent = range_of(item.stored)
+        of_file.append(ItemNeed(extent.start, extent.size, None if item.selection is None else (item.selection,)))
     return Need(need, verifies)
 
 
@@ -170,7 +175,7 @@ class HostReads:
     ) -> None:
         self.is_leader = share.place == 0
         sources = steady_sources(constructor.client, need.files)
-        self._host: HostServer | HostMember
+        self._host: HostPart
         if self.is_leader:
             self._host = _lead(share, offered, need, constructor, sources, on_end)
         else:
@@ -180,6 +185,7 @@ class HostReads:
             joined: Joined = self._host.joined()
             self.answer: Answer = joined.answer
             self.ranks = joined.ranks
+            self._place = joined.place
             self._repeats = joined.repeats
             self.ahead = ReadAhead(
                 {uri: _ranges(items, uri, self.answer) for uri, items in need.files.items()},
@@ -188,14 +194,19 @@ class HostReads:
                 lambda: self._host.begin(list(sources.values())),
                 max_bytes=joined.max_bytes,
                 progress=load_progress(sum(one.nbytes for one in joined.slot_reads), show=constructor.progress),
-                flush=self._host.flush,
+                before_take=self._get_on,
                 release=self._host.leave,
+                abandon=self._host.abandon,
             )
         except BaseException:
             self._host.close()
             raise
         if not self.ahead.transfer:  # nothing to take: the others need not wait for it
             self._host.leave()
+
+    def _get_on(self) -> None:
+        self._host.board.tick(self._place)
+        self._host.flush()
 
     def tell_verdict(self, item: PlannedItem, *, is_good: bool) -> None:
         """Tell the other ranks what has become of an item, if this rank verifies it for them."""
@@ -212,37 +223,35 @@ class HostReads:
         for each other.
         """
         board = self._host.board
-        deadline_s, notes = 0.0, -1
+        deadline_s, ticks = 0.0, b""
         unverified = []
         for item in items:
             verdict = item.check.verdict
             assert verdict is not None, "another rank verifies it"
             while not board.noted(verdict.number) and not board.has_ended(verdict.place):
-                if board.notes() != notes:
-                    deadline_s, notes = time.monotonic() + _VERDICT_S, board.notes()
+                if board.ticks() != ticks:
+                    deadline_s, ticks = time.monotonic() + _VERDICT_S, board.ticks()
                 elif time.monotonic() > deadline_s:
                     break
                 time.sleep(_VERDICT_POLL_S)
-            if self._was_repeated(item, path):  # not before the verdict, which may be of the later bytes
-                unverified.append(item)
-                continue
-            if board.noted(verdict.number) != _GOOD:
+            # Not before the verdict, which may be of the later bytes.
+            if self._was_repeated(item, path) or board.noted(verdict.number) != _GOOD:
                 unverified.append(item)
         return unverified
 
     def _was_repeated(self, item: PlannedItem, path: Any) -> bool:
         """Returns True if a part that this rank has taken of an item was received more than once."""
         first, parts = self.ahead.parts_by_file[uri_of(path, item.stored.relative_path)]
-        place = range_of(item.stored)
+        extent = range_of(item.stored)
         of_item = slice(
-            first + bisect_right(parts, place.start, key=lambda part: part.end),
-            first + bisect_left(parts, place.end, key=lambda part: part.start),
+            first + bisect_right(parts, extent.start, key=lambda part: part.end),
+            first + bisect_left(parts, extent.end, key=lambda part: part.start),
         )
         return any(map(self._host.board.noted, self._repeats[of_item]))
 
-    def check(self) -> None:
-        """Check that what was copied until now was right; see :meth:`HostMember.check`."""
-        self._host.check()
+    def check_held(self) -> None:
+        """Check that what was copied until now was right; see :meth:`HostPart.check_held`."""
+        self._host.check_held()
 
     @property
     def stats(self) -> PoolStats:

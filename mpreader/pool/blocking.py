@@ -28,7 +28,7 @@ from typing import Any
 from mpreader.errors import PoolError
 from mpreader.shared_memory import REFUSED, naming
 
-__all__ = ["make_queue", "make_selector", "popen_class"]
+__all__ = ["make_queue", "make_selector", "popen_class", "sockets_are_patched"]
 
 
 def make_queue() -> queue.SimpleQueue[Any]:
@@ -72,6 +72,12 @@ def popen_class() -> type[subprocess.Popen[bytes]]:
     found: type[subprocess.Popen[bytes]] = _fitting(subprocess, "Popen", "gevent.subprocess", "Popen")
     # gevent also takes the function away that the original starts processes by.
     return found if getattr(subprocess, "_fork_exec", True) is not None or _are_greenlets() else _popen_of_a_copy()
+
+
+def sockets_are_patched() -> bool:
+    """Return True if gevent has patched sockets: then one made here must not be used in a thread of the system."""
+    monkey = sys.modules.get("gevent.monkey")
+    return monkey is not None and monkey.is_module_patched("socket")
 
 
 def _are_greenlets() -> bool:

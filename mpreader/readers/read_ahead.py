@@ -57,8 +57,10 @@ class ReadAhead:
         begin: Begins the reads; not called if there are no parts.
         max_bytes: Largest number of bytes of shared memory that the pool may reserve.
         progress: Progress bar.
-        flush: Called before each part is taken: views of parts that came before may have ended.
+        before_take: Called before each part is taken: views of parts that came before may have ended.
         release: Called once when the reads are over.
+        abandon: Called in its place if they were dropped, in the middle of a garbage collection: must not wait. None:
+            the same.
 
     Attributes:
         ranges_by_file: The ranges of the plan.
@@ -77,8 +79,9 @@ class ReadAhead:
         *,
         max_bytes: int,
         progress: Progress,
-        flush: Callable[[], object] = _nothing,
+        before_take: Callable[[], object] = _nothing,
         release: Callable[[], object] = _nothing,
+        abandon: Callable[[], object] | None = None,
     ) -> None:
         self.ranges_by_file = ranges_by_file
         self.sources = sources
@@ -93,8 +96,9 @@ class ReadAhead:
         self._readers = 0  # readers that are open
         self._is_retired = not first
         self._progress = progress
-        self._flush = flush
-        self._release = weakref.finalize(self, release)
+        self._before_take = before_take
+        self._release = release
+        self._finalizer = weakref.finalize(self, abandon or release)
         # Last: whatever fails after it, a Ctrl-C for one, would leave a read that nobody closes.
         self.transfer: Transfer | None = begin() if first else None
 
@@ -164,7 +168,7 @@ class ReadAhead:
         """
         if self.transfer is None:
             raise PoolClosed("the load plan has no bytes to read")
-        self._flush()
+        self._before_take()
         on_wait = self._show_progress if self._progress.is_shown else None
         view = self.transfer.take_first((index,), on_wait=on_wait)[1]
         self._show_progress()  # on_wait is not called for a part that has arrived already
@@ -197,8 +201,8 @@ class ReadAhead:
             self._progress.close()
             if self.transfer is not None:
                 self.transfer.close()
-            self._flush()
-            self._release()
+            if self._finalizer.detach():
+                self._release()
 
     def _show_progress(self) -> None:
         if self.transfer is not None and self._progress.is_shown:

@@ -4,6 +4,7 @@ It outlives the connections between them: a rank can look there after each copy,
 dead. All notes are single bytes, each of which one process writes, so no lock is needed::
 
     rank 0, rank 1, …          0 while the rank takes part; written by the leader
+    rank 0, rank 1, …          changes with each part that the rank takes; written by the rank
     note 0, note 1, …          0 until something was noted; written by one rank, for the others
 """
 
@@ -48,7 +49,7 @@ class Board:
             ranks: Number of ranks that take part.
             notes: Number of notes that the ranks may leave, besides the leader's.
         """
-        size = ranks + notes
+        size = 2 * ranks + notes
         fd = open_shared_memory(size)
         try:
             if not reserve(fd, 0, size):
@@ -68,15 +69,20 @@ class Board:
 
     def note(self, number: int, value: int) -> None:
         """Leave note ``number``, whose value is from 1 to 255."""
-        self._map[self._ranks + number] = value
+        self._map[2 * self._ranks + number] = value
 
     def noted(self, number: int) -> int:
         """Return note ``number``; 0 until it is left."""
-        return self._map[self._ranks + number]
+        return self._map[2 * self._ranks + number]
 
-    def notes(self) -> int:
-        """Return the number of notes that the ranks have left."""
-        return len(self._map) - self._ranks - self._map[self._ranks :].count(0)
+    def tick(self, place: int) -> None:
+        """Note that a rank gets on."""
+        at = self._ranks + place
+        self._map[at] = (self._map[at] + 1) % 256
+
+    def ticks(self) -> bytes:
+        """Return what has changed if any rank has got on."""
+        return self._map[self._ranks : 2 * self._ranks]
 
     def close(self) -> None:
         """Give back the descriptor; what is on the board can still be read. Idempotent."""

@@ -86,7 +86,7 @@ class _Rank:
         read: Name of its read.
         post: Sends it a message.
         indices: Its slot reads, among those of the union.
-        places: For each of these, its index in ``indices``.
+        own_index: For each of these, the rank's own index of it.
         sources: For each of its sources, by its index in the union, the rank's own index.
         leases: Leases that it has, and the slot reads that they are of.
         untaken: The slot reads that it has got, but no consumer has taken yet, and their leases.
@@ -99,12 +99,17 @@ class _Rank:
         self.read = read
         self.post = post
         self.indices = indices
-        self.places = {index: place for place, index in enumerate(indices)}
+        self.own_index = {index: place for place, index in enumerate(indices)}
         self.sources = {index: place for place, index in enumerate(subscription.sources)}
         self.leases: dict[int, int] = {}
         self.untaken: dict[int, int] = {}
         self.waits_for: set[int] = set()
         self.is_closed = False
+
+    @property
+    def number(self) -> int:
+        """Its number, for the server."""
+        return self.read.caller
 
     @property
     def is_at_work(self) -> bool:
@@ -243,7 +248,7 @@ class Broker:
                 rank.untaken[index] = lease
                 slot.holders[number] = slot.holders.get(number, 0) + 1
                 rank.waits_for.discard(index)
-                rank.post(SlotArrived(rank.read, rank.places[index], lease, arrived.segment, arrived.offset), None)
+                rank.post(SlotArrived(rank.read, rank.own_index[index], lease, arrived.segment, arrived.offset), None)
 
     def _slot_failed(self, message: SlotFailed) -> None:
         slot = self._slots[message.slot_read]
@@ -254,7 +259,7 @@ class Broker:
         for number in [*slot.kept_by]:
             rank = self._ranks[number]
             rank.waits_for.discard(message.slot_read)
-            rank.post(SlotFailed(rank.read, rank.places[message.slot_read], message.error), None)
+            rank.post(SlotFailed(rank.read, rank.own_index[message.slot_read], message.error), None)
             if is_final:
                 slot.kept_by.discard(number)
         self._pass_on_demands()
@@ -307,15 +312,12 @@ class Broker:
             elif self._awaited:
                 self._pass_on_demands()
 
-    def _number_of(self, rank: _Rank) -> int:
-        return rank.read.caller
-
     def _demand(self, rank: _Rank, message: Demand) -> None:
         index = rank.indices[message.slot_read]
         if index in rank.untaken:  # it was sent before this was heard
             return
         slot = self._slots[index]
-        slot.kept_by.add(self._number_of(rank))  # it may have been done with it, and want it once more
+        slot.kept_by.add(rank.number)  # it may have been done with it, and want it once more
         rank.waits_for.add(index)
         if slot.arrived is not None:
             self._share(index, slot)
@@ -334,7 +336,7 @@ class Broker:
         index = rank.leases.pop(message.lease, None)
         if index is None:
             return
-        number, slot = self._number_of(rank), self._slots[index]
+        number, slot = rank.number, self._slots[index]
         slot.holders[number] -= 1
         if not slot.holders[number]:
             del slot.holders[number]
@@ -345,18 +347,18 @@ class Broker:
         self._settle(index, slot)
 
     def _discard(self, rank: _Rank, message: Discard) -> None:
-        for place in range(message.start, message.stop):
-            index = rank.indices[place]
+        for own in range(message.start, message.stop):
+            index = rank.indices[own]
             lease = rank.untaken.get(index)
             if lease is not None:  # it answers by giving back, unless a consumer just takes it
-                rank.post(Recall(rank.read, place, lease), None)
-            self._done(self._number_of(rank), index)
+                rank.post(Recall(rank.read, own, lease), None)
+            self._done(rank.number, index)
 
     def _close_read(self, rank: _Rank, _: CloseRead) -> None:
         rank.is_closed = True
         rank.waits_for.clear()
         for index in rank.indices:
-            self._done(self._number_of(rank), index)
+            self._done(rank.number, index)
 
     # -- slots
 
@@ -386,7 +388,7 @@ class Broker:
         holders = {number: self._ranks[number] for number in slot.holders}
         if all(slot.holders[number] == 1 and index in rank.untaken for number, rank in holders.items()):
             for rank in holders.values():
-                rank.post(Recall(rank.read, rank.places[index], rank.untaken[index]), None)
+                rank.post(Recall(rank.read, rank.own_index[index], rank.untaken[index]), None)
         elif not slot.is_taken:
             slot.is_taken = True
             self._tell(SlotTaken(lease))

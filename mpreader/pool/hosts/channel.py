@@ -138,6 +138,16 @@ class Channel:
 
     def _cut(self) -> list[tuple[object, int | None]]:
         messages: list[tuple[object, int | None]] = []
+        try:
+            self._cut_into(messages)
+        except ChannelClosed:
+            for _, fd in messages:  # nobody hears of them
+                if fd is not None:
+                    posix.close(fd)
+            raise
+        return messages
+
+    def _cut_into(self, messages: list[tuple[object, int | None]]) -> None:
         start = 0
         while len(self._received) - start >= _LENGTH.size:
             nbytes, fds = _LENGTH.unpack_from(self._received, start)
@@ -154,7 +164,6 @@ class Channel:
         del self._received[:start]
         if messages:
             self.heard_s = time.monotonic()
-        return messages
 
     def close(self) -> None:
         """Close this end. Idempotent."""

@@ -6,6 +6,7 @@ connection closed, and are told nothing.
 
 from __future__ import annotations
 
+import errno
 import hmac
 import logging
 import os
@@ -131,7 +132,10 @@ class Links:
     def _accept(self) -> None:
         try:
             connection, _ = self._listener.socket.accept()
-        except OSError:
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):  # it would be asked for again at once, without an end
+                log.debug("no more ranks of this host are let in: %s", error)
+                self.stop_listening()
             return
         if peer_user(connection) != os.getuid():
             connection.close()

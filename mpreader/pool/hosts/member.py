@@ -16,7 +16,7 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 from mpreader.pool.blocking import make_selector
@@ -116,7 +116,7 @@ class HostMember:
             raise HostLost(f"this rank can't follow the read of its host: {error}") from error
         return self._transfer
 
-    def check(self) -> None:
+    def check_held(self) -> None:
         """Check that what was copied until now was right: the leader has not let others have the memory meanwhile.
 
         Raises:
@@ -141,15 +141,21 @@ class HostMember:
             self._thread.join(_LEAVE_S)
         self.close()
 
-    def close(self) -> None:
-        """Leave; idempotent. Bytes of slots that are still in use may change from here on."""
+    def abandon(self) -> None:
+        """Leave without any wait, in the middle of a garbage collection for one."""
         if os.getpid() != self._pid:
             return
         self._is_closing = True
         self._wakeup.set()
         if self._thread.ident is None:
             self._give_back()
-        elif threading.current_thread() is not self._thread:
+
+    def close(self) -> None:
+        """Leave; idempotent. Bytes of slots that are still in use may change from here on."""
+        if os.getpid() != self._pid:
+            return
+        self.abandon()
+        if self._thread.ident is not None and threading.current_thread() is not self._thread:
             self._thread.join(5.0)
 
     def _tell(self, message: object) -> None:
@@ -193,6 +199,8 @@ class HostMember:
                     break
         except ChannelClosed:
             pass
+        except OSError as refused:  # no memory, or no descriptor, for another segment
+            error = HostLost(f"this rank can't follow the read of its host: {refused}")
         except Exception as bug:
             log.exception("a rank can't follow the read of its host")
             error = HostLost(f"internal error, please report it: {bug!r}")
@@ -201,16 +209,23 @@ class HostMember:
             self._give_back()
 
     def _take(self, messages: Sequence[tuple[object, int | None]]) -> None:
-        for message, fd in messages:
-            if isinstance(message, HostStats):
-                self._host_stats = message.stats
-                if message.is_last:
-                    self._is_closing = True
-            elif isinstance(message, MapSegment):
-                assert fd is not None, "a segment comes with its memory"
-                self.caller.post(message, _Memory(fd, message.size))
-            else:
-                self.caller.post(message)
+        left = iter(messages)
+        try:
+            for message, fd in left:
+                self._take_one(message, fd)
+        finally:
+            _close_fds(left)
+
+    def _take_one(self, message: object, fd: int | None) -> None:
+        if isinstance(message, HostStats):
+            self._host_stats = message.stats
+            if message.is_last:
+                self._is_closing = True
+        elif isinstance(message, MapSegment):
+            assert fd is not None, "a segment comes with its memory"
+            self.caller.post(message, _Memory(fd, message.size))
+        else:
+            self.caller.post(message)
 
     def _watch_writable(self) -> None:
         events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._channel.has_unsent else 0)
@@ -219,11 +234,15 @@ class HostMember:
 
     def _give_back(self) -> None:
         self._channel.flush()
-        for _, fd in self._early:  # this rank was left before it began to read
-            if fd is not None:
-                posix.close(fd)
-        self._early = ()
+        early, self._early = self._early, ()
+        _close_fds(early)  # this rank was left before it began to read
         self._opened.close()
+
+
+def _close_fds(messages: Iterable[tuple[object, int | None]]) -> None:
+    for _, fd in messages:
+        if fd is not None:
+            posix.close(fd)
 
 
 def _connect(share: HostShare) -> Channel:

@@ -148,8 +148,8 @@ class HostServer:
         for message in self.caller.collect():
             self._tell_from_leader(message)
 
-    def check(self) -> None:
-        """Check that what the leader's own rank has copied until now was right; see :meth:`HostMember.check`.
+    def check_held(self) -> None:
+        """Check that what the leader's own rank has copied until now was right; see :meth:`HostPart.check_held`.
 
         Raises:
             HostLost: It may not have been.
@@ -162,6 +162,10 @@ class HostServer:
         """The board of the shared read, once it has begun."""
         assert self._board is not None, "the read has begun"
         return self._board
+
+    def abandon(self) -> None:
+        """Same as ``leave``."""
+        self.leave()
 
     def leave(self) -> None:
         """End the leader's own part, after its transfer was closed; the others are served on.
@@ -354,19 +358,24 @@ class HostServer:
             self._pool_connection.tell(message)
 
     def _shut_down(self) -> None:
+        try:
+            self._end_all()
+        finally:
+            self._is_ready.set()
+            self._on_end(self.stats, self.joined_ranks)
+
+    def _end_all(self) -> None:
         for number in [_LEADER, *self._links.numbers()]:
             self._forget(number)
         if self._resolver is not None:
             self._resolver.close()
         if self._pool_connection is not None:
             self._pool_connection.close(ReadId(self._pool_connection.number, 1))
-        self._is_ready.set()
         self._inbox.clear()
         self._links.close()
         self._wakeup.close()
         if self._board is not None:
             self._board.close()
-        self._on_end(self.stats, self.joined_ranks)
 
 
 def _name_of(source: Source) -> SourceName:

@@ -104,7 +104,7 @@ def take_all(host: HostServer | HostMember, need: Sequence[int], source: Source,
         host.flush()
         view = transfer.take(place)
         assert view == data[index * PART : (index + 1) * PART]
-        host.check()
+        host.check_held()
         del view
     transfer.close()
     host.leave()
@@ -161,7 +161,7 @@ taken = []
 for place in range(3):
     member.flush()
     taken.append(bytes(transfer.take(place)[:8]))
-member.check()
+member.check_held()
 transfer.close()
 member.leave()
 print(taken == [(index * size // 8).to_bytes(8, "little") for index in (1, 2, 3)], member.stats.bytes)
