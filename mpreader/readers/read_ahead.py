@@ -53,7 +53,7 @@ class ReadAhead:
     Args:
         ranges_by_file: Ranges of the plan by URI, in the order in which DCP will read them.
         parts_by_file: Parts of each file by URI. Each part is one slot read, and they follow each other.
-        sources: Sources of the files.
+        sources: Sources of the files, at least; may hold others of the same load.
         begin: Begins the reads; not called if there are no parts.
         max_bytes: Largest number of bytes of shared memory that the pool may reserve.
         progress: Progress bar.
