@@ -46,8 +46,8 @@ POOL: Final = PoolConfig(workers=2, connections_per_worker=2, max_memory=4 * MiB
 MIDDLE: Final = 68  # number of a tensor in the 19th part
 LATE: Final = 130
 # A silent rank is dropped after 0.6 of lease_timeout_s, a silent leader left after _SILENCE_S.
-HASTY: Final = dataclasses.replace(POOL, lease_timeout_s=1.0)
-HASTY_LIMITS: Final = {"_SILENCE_S": 1.0, "_JOIN_S": 2.0, "_GATHER_S": 1.0, "_HEARTBEAT_S": 0.2, "_VERDICT_S": 1.0}
+HASTY: Final = dataclasses.replace(POOL, lease_timeout_s=0.8)
+HASTY_LIMITS: Final = {"_SILENCE_S": 0.8, "_JOIN_S": 1.2, "_GATHER_S": 0.6, "_HEARTBEAT_S": 0.1, "_VERDICT_S": 0.6}
 
 row = pytest.mark.row
 RANK_DIES: Final = "ranks of a host: one is killed"
@@ -138,16 +138,15 @@ def results(job: Job, *places: int) -> list[str]:
     return ["dead" if outcome is None else said(outcome) for outcome in outcomes]
 
 
-def damage_once(server: FaultServer) -> None:
+def damages() -> list[Fault]:
     """Flip a bit in every fourth tensor of a file on its first way: in what place 2 loads, where it is rows.
 
     The leader, which has place 0, is to verify the first of these, and other ranks the next ones.
     """
     nbytes = len(make_files()[DATA_PATHS[0]])
     count = len(NAMES) // len(DATA_PATHS)
-    for number in range(0, count, 4):
-        covering = nbytes * number // count + 45_000
-        server.inject(Fault(FaultKind.FLIPPED_BIT, path=DATA_PATHS[0], covering=covering, at=(1,)))
+    covered = [nbytes * number // count + 45_000 for number in range(0, count, 4)]
+    return [Fault(FaultKind.FLIPPED_BIT, path=DATA_PATHS[0], covering=byte, at=(1,)) for byte in covered]
 
 
 def said(outcome: Outcome) -> str:
@@ -168,7 +167,7 @@ PLACES: Final = pytest.mark.parametrize("place", [0, 1], ids=["leader", "member"
 @PLACES
 @row(RANK_DIES, within_s=15)
 def test_rank_killed_before_it_joins_costs_the_others_nothing_but_time(group: Group, place: int) -> None:
-    job = group(3)
+    job = group(3, limits=HASTY_LIMITS)
     job.ranks[place].kill()
     job.load(*other_than(place, 3))
     assert results(job) == ["exact" if other != place else "dead" for other in range(3)]
@@ -178,7 +177,7 @@ def test_rank_killed_before_it_joins_costs_the_others_nothing_but_time(group: Gr
 @PLACES
 @row(RANK_DIES, within_s=15)
 def test_rank_killed_while_the_needs_are_gathered(group: Group, place: int) -> None:
-    job = group(3, "rows")
+    job = group(3, "rows", limits=HASTY_LIMITS)
     job.load(*([0, 1] if place == 0 else [1, 2]))  # the last one to come keeps the others waiting
     job.ranks[place].kill()
     job.load(2 if place == 0 else 0)
@@ -233,22 +232,23 @@ def test_rank_that_is_stopped_is_dropped_and_reads_by_itself_when_it_goes_on(
     assert job.left() == []
 
 
-@PLACES
 @row(RANK_HANGS, within_s=15)
-def test_rank_that_is_stopped_with_the_usual_limits_holds_the_others_up_for_less_than_10_s(
-    group: Group, place: int
-) -> None:
-    job = group(3, "whole", {place: Mishap("resolve_tensor", 3, "stop")})
-    job.load()
-    others = other_than(place, 3)
-    outcomes = [job.ranks[other].outcome(WITHIN_S) for other in others]
-    assert [outcome and said(outcome) for outcome in outcomes] == ["exact", "exact"]
-    # Where a member is stopped, the others share on.
-    received = [outcome is not None and outcome.received_bytes > 0 for outcome in outcomes]
-    assert received == [place == 0 or other == 0 for other in others]
-    job.ranks[place].signal(signal.SIGCONT)
-    assert results(job, place) == ["exact"]
-    assert job.left() == []
+def test_rank_that_is_stopped_with_the_usual_limits_holds_the_others_up_for_less_than_10_s(group: Group) -> None:
+    # Two jobs at one time, since both are waited for.
+    jobs = [group(3, "whole", {place: Mishap("resolve_tensor", 3, "stop")}) for place in (0, 1)]
+    for job in jobs:
+        job.load()
+    for place, job in enumerate(jobs):
+        others = other_than(place, 3)
+        outcomes = [job.ranks[other].outcome(WITHIN_S) for other in others]
+        assert [outcome and said(outcome) for outcome in outcomes] == ["exact", "exact"]
+        # Where a member is stopped, the others share on.
+        received = [outcome is not None and outcome.received_bytes > 0 for outcome in outcomes]
+        assert received == [place == 0 or other == 0 for other in others]
+    for place, job in enumerate(jobs):
+        job.ranks[place].signal(signal.SIGCONT)
+        assert results(job, place) == ["exact"]
+        assert job.left() == []
 
 
 @PLACES
@@ -305,7 +305,7 @@ def test_rank_that_raises_does_not_keep_memory_from_the_others(
     group: Group, place: int, call: Any, kind: Any, error: str
 ) -> None:
     # Its reader stays open, and its error is kept with all frames, as in DCP, until all ranks have ended.
-    job = group(3, mishaps={place: Mishap(call, 1 if call == "read" else MIDDLE, kind)}, limits={"_JOIN_S": 3.0})
+    job = group(3, mishaps={place: Mishap(call, 1 if call == "read" else MIDDLE, kind)}, limits=HASTY_LIMITS)
     job.load()
     assert results(job) == ["exact" if other != place else error for other in range(3)]
     assert job.left() == []
@@ -317,6 +317,32 @@ def test_leader_whose_pool_is_closed_leaves_the_others_to_themselves(group: Grou
     job.load()
     assert results(job, 1, 2) == ["exact", "exact"]
     assert results(job, 0)[0] in {"exact", "PoolClosed"}
+    assert job.left() == []
+
+
+FAIL: Final = """
+import {module} as module
+
+def fail(*_, **__):
+    raise ArithmeticError("an error that nobody expects")
+
+module.{name} = fail
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [("mpreader.dcp.load", "needed_boxes"), ("mpreader.dcp.sharing", "load_progress")],
+    ids=["before the others are served", "while the others are served"],
+)
+@row(RANK_FAILS, within_s=15)
+def test_leader_that_fails_before_it_has_begun_to_read_is_not_waited_for(group: Group, module: str, name: str) -> None:
+    # Its error is kept with all frames. The others would wait for it for ever.
+    patient = {"_JOIN_S": 600.0, "_SILENCE_S": 600.0}
+    job = group(3, before_by_place={0: FAIL.format(module=module, name=name)}, limits=patient)
+    job.load()
+    assert results(job) == ["ArithmeticError", "exact", "exact"]
+    assert job.left(all_of_it=False) == []  # before the end of its pool, which would end all that there is
     assert job.left() == []
 
 
@@ -391,9 +417,36 @@ def test_process_that_is_none_of_the_ranks_is_told_nothing(
 def test_rank_that_is_refused_a_system_call_leaves_the_others_well(
     group: Group, place: int, call: str, result: str
 ) -> None:
-    job = group(3, "rows", before_by_place={place: statement_refusing([call], errno.EPERM)})
+    job = group(3, "rows", before_by_place={place: statement_refusing([call], errno.EPERM)}, limits=HASTY_LIMITS)
     job.load()
     assert results(job) == ["exact" if other != place else result for other in range(3)]
+    assert job.left() == []
+
+
+NO_MORE_THREADS: Final = """
+import threading
+
+start = threading.Thread.start
+
+def start_unless_it_is_one_too_many(thread):
+    if thread.name.startswith("mpreader-host"):
+        raise RuntimeError("can't start new thread")
+    start(thread)
+
+threading.Thread.start = start_unless_it_is_one_too_many
+"""
+
+
+@PLACES
+@row(NO_MEMORY, within_s=15)
+def test_rank_that_can_start_no_thread_for_the_sharing_reads_by_itself(group: Group, place: int) -> None:
+    job = group(3, before_by_place={place: NO_MORE_THREADS})
+    job.load()
+    outcomes = [rank.outcome(WITHIN_S) for rank in job.ranks]
+    assert [outcome and said(outcome) for outcome in outcomes] == ["exact"] * 3
+    # Without a leader each rank receives for itself; else the leader, and the one that can't follow.
+    received = [outcome is not None and outcome.received_bytes > 0 for outcome in outcomes]
+    assert received == [True, True, place == 0]
     assert job.left() == []
 
 
@@ -436,6 +489,26 @@ def test_object_that_is_overwritten_is_the_same_error_in_all_ranks(
     assert job.left() == []
 
 
+@pytest.mark.parametrize("kind", ["whole", "rows"])
+@row(RANKS_ERR, within_s=15)
+def test_what_a_rank_receives_again_is_of_the_version_that_its_host_has_read(
+    group: Group, server: FaultServer, kind: str
+) -> None:
+    # Of rows, each rank first receives again what it has verified itself, and found damaged, all of the first file;
+    # then what others have found damaged, of both.
+    last = Mishap("resolve_tensor", len(NAMES), "wait")
+    job = group(3, kind, dict.fromkeys(range(3), last))
+    server.inject(*damages(), Fault(FaultKind.FLIPPED_BIT, path=DATA_PATHS[1], covering=300_000, at=(1,)))
+    job.load()
+    for rank in job.ranks:
+        rank.wait_for_mishap()
+    server.put(DATA_PATHS[1], make_files(1)[DATA_PATHS[1]])
+    for rank in job.ranks:
+        rank.go_on()
+    assert results(job) == ["ObjectChanged"] * 3
+    assert job.left() == []
+
+
 @row(RANKS_ERR, within_s=15)
 def test_record_that_stays_damaged_is_the_same_error_in_all_ranks(group: Group, server: FaultServer) -> None:
     job = group(3)
@@ -449,7 +522,7 @@ def test_record_that_stays_damaged_is_the_same_error_in_all_ranks(group: Group, 
 @row(RANKS_ERR, within_s=15)
 def test_records_that_are_damaged_on_the_way_are_received_again(group: Group, server: FaultServer, kind: str) -> None:
     job = group(3, kind)
-    damage_once(server)
+    server.inject(*damages())
     job.load()
     assert results(job) == ["exact"] * 3
     assert job.left() == []
@@ -463,7 +536,7 @@ def test_what_a_rank_was_to_verify_is_verified_by_the_others_if_it_does_not(
     group: Group, server: FaultServer, place: int, kind: str, mishap: Any, result: str
 ) -> None:
     job = group(3, kind, {place: Mishap("resolve_tensor", 1, mishap)}, pool=HASTY, limits=HASTY_LIMITS)
-    damage_once(server)
+    server.inject(*damages())
     job.load()
     others = other_than(place, 3)
     assert results(job, *others) == ["exact", "exact"]
@@ -528,3 +601,19 @@ def test_error_of_one_rank_is_the_error_of_the_job(
     assert [outcome and said(outcome) for outcome in outcomes] == ["CheckpointException" if said_of else "exact"] * 3
     assert all(outcome is not None and said_of in outcome.text for outcome in outcomes)
     assert [rank.close(all_of_it=True) for rank in ranks] == [[], [], []]
+
+
+@PLACES
+@row(RANK_DIES, within_s=15)
+def test_rank_killed_in_torchs_own_load_ends_the_others_in_an_error_of_the_process_group(
+    new_ranks: Callable[[int], list[Rank]], server: FaultServer, tmp_path: Path, place: int
+) -> None:
+    ranks = new_ranks(3)
+    works = works_of(server, 3, "rows", {place: Mishap("resolve_tensor", MIDDLE, "kill")}, limits=HASTY_LIMITS)
+    for number, (rank, work) in enumerate(zip(ranks, works, strict=True)):
+        rank.join(Place(work, number, 3, f"file://{tmp_path}/job"))
+    for other, rank in enumerate(ranks):
+        outcome = rank.outcome(WITHIN_S)
+        assert (outcome is None) == (other == place)
+        assert outcome is None or (outcome.result, "gloo" in outcome.text) == ("RuntimeError", True), outcome
+    assert [rank.close(all_of_it=True) for rank in ranks] == [None if other == place else [] for other in range(3)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,10 +66,12 @@ def save_case(case, state):
 """
 
 CASES = """
-import contextlib, dataclasses
+import contextlib, dataclasses, mpreader.telemetry.progress
 from s3torchconnector.dcp import S3StorageReader as ConnectorReader
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from mpreader import S3ReaderConstructor
+from mpreader.dcp.load import Load
 
 def shards(expected, placement):
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -96,6 +99,27 @@ def few_rows(expected):
             few[name][rows] = value[rows]
     return few
 
+def check_versions(tensors):
+    # Overwritten when each rank has read with the others, before it reads its own rows once more.
+    load_again = Load._load_again
+
+    def overwrite_and_load_again(*arguments):
+        dist.barrier()
+        save_case("overwritten", {name: value + 1 for name, value in tensors.items()})
+        load_again(*arguments)
+
+    save_case("overwritten", tensors)
+    Load._load_again = overwrite_and_load_again
+    try:
+        with ours("overwritten")() as reader:
+            dcp.load(like(tensors), storage_reader=reader, planner=FewRows())
+        raise AssertionError("rows of two versions were loaded")
+    except CheckpointException as error:
+        failures = {rank: type(failure).__name__ for rank, (failure, _) in error.failures.items()}
+        assert failures == dict.fromkeys(range(4), "ObjectChanged"), failures
+    finally:
+        Load._load_again = load_again
+
 def load_all():
     rank = dist.get_rank()
     as_stored = {f"plain{number}": numbered(1000, 1000, number) for number in range(3)}
@@ -106,6 +130,8 @@ def load_all():
     save_case("transposed", transposed)
     load_state("transposed", like(transposed), few_rows(transposed), ours("transposed"), FewRows())
 
+    check_versions(transposed)
+
     large = {"large": numbered(4096, 2048), "small": numbered(100, 10)}  # 32 MiB, four times the arena
     save_case("large", large)
     for placement in (Replicate(), Shard(0), Shard(1)):
@@ -115,7 +141,8 @@ def load_all():
     every = {f"{number:02}": numbered(512, 512, number) for number in range(48)}
     save_case("mixed", every)
     mixed = {name: value for name, value in every.items() if int(name) % 8 in (rank, rank + 4) or int(name) > 32}
-    load_state("mixed", like(mixed), mixed, ours("mixed"))
+    mpreader.telemetry.progress._DELAY_S = 0.0  # a load that takes no time shows its bar, too
+    load_state("mixed", like(mixed), mixed, ours("mixed", progress=True if rank == 0 else None))
     load_state("alone", like(mixed), mixed, ours("mixed", share_host=False))
 
     constructor = S3ReaderConstructor.multiprocess(pool_config=POOL)
@@ -153,7 +180,8 @@ run_job(int(sys.argv[4]), load_shards)
 class Job:
     """What the ranks of a job have told of each of its loads, and how many bytes each load has asked the server for."""
 
-    def __init__(self, stdout: str, server: S3Server, before: int) -> None:
+    def __init__(self, stdout: str, stderr: str, server: S3Server, before: int) -> None:
+        self.stderr = stderr
         lines = [json.loads(line[5:]) for line in stdout.splitlines() if line.startswith("told ")]
         self._lines = sorted(lines, key=lambda line: int(line["rank"]))
         self._server, self._before = server, before
@@ -176,7 +204,7 @@ def run(bucket: str, s3_server: S3Server, tmp_path: Path, warm_interpreter: Warm
         before = len(s3_server.requests)
         done = warm_interpreter.run(script, f"s3://{bucket}", tmp_path, *map(str, arguments), preload=PRELOAD)
         assert done.returncode == 0, done.stderr
-        return Job(done.stdout, s3_server, before)
+        return Job(done.stdout, done.stderr, s3_server, before)
 
     return run
 
@@ -205,6 +233,10 @@ def test_loads_of_the_ranks_of_a_host(run: Any) -> None:
     for placement in ("R", "S(0)", "S(1)"):
         check_is_shared(job, f"large, {placement}", 4 * 4096 * 2048)
     check_is_shared(job, "mixed", 48 * 4 * 512 * 512)
+    bars = [line for line in re.split(r"[\r\n]+", job.stderr) if line.startswith("load:")]
+    assert re.match(r"load: +0%", bars[0])
+    assert bars[-1].startswith("load: 100%")
+    assert [line for line in bars if "100%" in line] == bars[-1:], "one rank shows a bar, and ends it"
     check_is_shared(job, "no launcher", 48 * 4 * 512 * 512)
     for case in ("alone", "drop-in"):
         assert all(job.told(case, "requests"))

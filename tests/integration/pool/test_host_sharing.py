@@ -111,12 +111,12 @@ def take_all(host: HostServer | HostMember, need: Sequence[int], source: Source,
     return transfer
 
 
-def check_leader_goes_on(leader: Leader, source: Source, data: bytes) -> None:
+def check_leader_goes_on(leader: Leader, source: Source, data: bytes, need: Sequence[int] = (1, 2, 3)) -> None:
     """Check that the leader and one member, which has joined or is about to, read well."""
     with ThreadPoolExecutor(1) as threads:
         own = threads.submit(take_all, leader.server, (0, 1, 2), source, data)
-        member = leader.member(1, (1, 2, 3))
-        take_all(member, (1, 2, 3), source, data)
+        member = leader.member(1, need)
+        take_all(member, need, source, data)
         own.result()
     assert leader.is_over.wait(30)
     assert leader.ended[0][1] == 2
@@ -146,6 +146,40 @@ def test_ranks_of_one_process_receive_each_part_once(
     assert sorted(request.range for request in server.requests if request.range) == sorted(
         f"bytes={index * PART}-{(index + 1) * PART - 1}" for index in range(30)
     )
+
+
+@pytest.mark.parametrize("is_leader", [True, False], ids=["leader", "member"])
+def test_views_that_a_rank_keeps_when_it_leaves_keep_no_memory_from_the_others(
+    lead: Any, source: ServedSource, data: bytes, is_leader: bool
+) -> None:
+    few, many = range(16), range(40)  # memory has room for 16
+    leader: Leader = lead(2, few if is_leader else many)
+    with ThreadPoolExecutor(1) as threads:
+        joining = threads.submit(leader.member, 1, many if is_leader else few)
+        first, second = leader.server, joining.result()
+        ranks: list[HostServer | HostMember] = [first, second] if is_leader else [second, first]
+        other = threads.submit(take_all, ranks[1], many, source, data)
+        transfer = ranks[0].begin([source])
+        views = [transfer.take(place) for place in few]
+        transfer.close()
+        ranks[0].leave()
+        other.result()
+    del views
+
+
+class LargeNeed(tuple[int, ...]):
+    """A need that comes with more bytes than a socket holds."""
+
+    def __init__(self, _: Sequence[int]) -> None:
+        self.plan = bytes(8 << 20)
+
+
+def test_need_may_be_larger_than_what_a_socket_holds_at_one_time(
+    lead: Any, source: ServedSource, data: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mpreader.pool.hosts.server._GATHER_S", 50.0)
+    leader: Leader = lead(2)
+    check_leader_goes_on(leader, source, data, LargeNeed((1, 2, 3)))
 
 
 MEMBER: Final = """

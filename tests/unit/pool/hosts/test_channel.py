@@ -95,6 +95,20 @@ def test_descriptor_may_be_closed_by_the_sender_before_it_is_sent(pair: Pair, fi
     os.close(fd)
 
 
+def test_descriptor_for_which_the_process_has_no_room_is_missed(pair: Pair, file: int) -> None:
+    sender, receiver = pair
+    sender.send("descriptor", file)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.dup(file)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, limits[1]))
+    try:
+        with pytest.raises(ChannelClosed, match="ulimit -n"):
+            receiver.receive()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
 def test_message_that_comes_byte_by_byte_is_heard_when_it_is_whole(raw: tuple[socket.socket, Channel]) -> None:
     end, channel = raw
     data = pickle.dumps("message")
