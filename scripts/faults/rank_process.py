@@ -39,6 +39,7 @@ import mpreader.dcp.reader
 import mpreader.dcp.sharing
 import mpreader.pool.hosts.member
 import mpreader.pool.hosts.server
+from mpreader import S3ClientConfig
 from mpreader.dcp import S3StorageReader
 from mpreader.pool.pool import close_shared_pools
 from scripts.faults.ranks import URI, Box, Mishap, Outcome, Place, Work, make_tensors
@@ -274,12 +275,15 @@ def _run_rank(connection: Connection, versions: Sequence[Mapping[str, torch.Tens
 
 def _prepare() -> None:
     """Import and read, once for all ranks, what each of them would else import and read by itself."""
-    import botocore.session
+    import botocore.loaders
     import numpy as np  # noqa: F401
 
+    from mpreader.s3.session import Session
+
     # Each new session of botocore reads its descriptions of S3 again, which takes longer than most loads.
-    botocore.session.create_loader = functools.cache(botocore.session.create_loader)
-    botocore.session.Session().create_client("s3", "us-east-1").close()
+    load_file = functools.cache(botocore.loaders.JSONFileLoader().load_file)
+    botocore.loaders.JSONFileLoader.load_file = lambda _, file_path: load_file(file_path)
+    Session(S3ClientConfig("us-east-1")).make_client("us-east-1").close()
 
 
 def main() -> None:

@@ -39,10 +39,10 @@ __all__ = ["RankOutcome", "run_rank_storm", "summary"]
 
 DEADLINE_S: Final = 40.0
 SCHEDULES_PER_SERVER: Final = 8
-_MOST_RANKS: Final = 6
+MOST_RANKS: Final = 6
 _NAMES: Final = sorted(make_tensors())
 # Waiting times far below the usual ones, so that schedules are short.
-_LIMITS: Final = {"_SILENCE_S": 1.0, "_JOIN_S": 1.0, "_GATHER_S": 0.5, "_HEARTBEAT_S": 0.2}
+_LIMITS: Final = {"_SILENCE_S": 0.6, "_JOIN_S": 0.6, "_GATHER_S": 0.3, "_HEARTBEAT_S": 0.1, "_VERDICT_S": 0.6}
 _SLOW_KINDS: Final = (FaultKind.DELAY, FaultKind.STALL, FaultKind.SLOW)
 # What a mishap may make of the load of the rank itself.
 _ENDS: Final = {
@@ -78,12 +78,13 @@ class RankOutcome:
     seconds: float
 
 
-def run_rank_storm(seed: int, schedules: int) -> list[RankOutcome]:
+def run_rank_storm(seed: int, schedules: int, most_ranks: int = MOST_RANKS) -> list[RankOutcome]:
     """Run schedules one after the other, most in ranks that have loaded before; the same for the same arguments.
 
     Args:
         seed: Seed of the random choices.
         schedules: Number of schedules.
+        most_ranks: Most ranks of a schedule, at least 2.
 
     Raises:
         StormFailure: A rank's load ended in wrong bytes, in another error than mpreader's, or not at all.
@@ -95,7 +96,7 @@ def run_rank_storm(seed: int, schedules: int) -> list[RankOutcome]:
             rng = random.Random(f"ranks {seed} {number}")
             with _Setup(nursery, rng) as setup:
                 names = [f"ranks, seed {seed}, schedule {index}" for index in range(number, schedules)]
-                outcomes += [_run_named(setup, rng, name) for name in names[:SCHEDULES_PER_SERVER]]
+                outcomes += [_run_named(setup, rng, name, most_ranks) for name in names[:SCHEDULES_PER_SERVER]]
     return outcomes
 
 
@@ -125,7 +126,7 @@ class _Setup(contextlib.ExitStack):
             stall_timeout_s=0.6,
             timeout_s=8.0,
             worker_timeout_s=2.0,
-            lease_timeout_s=rng.choice((1.0, 2.0)),
+            lease_timeout_s=rng.choice((0.7, 1.4)),
         )
         self.callback(self._end_ranks)
 
@@ -140,15 +141,15 @@ class _Setup(contextlib.ExitStack):
             rank.kill()
 
 
-def _run_named(setup: _Setup, rng: random.Random, name: str) -> RankOutcome:
+def _run_named(setup: _Setup, rng: random.Random, name: str, most_ranks: int) -> RankOutcome:
     try:
-        return _run_schedule(setup, rng)
+        return _run_schedule(setup, rng, most_ranks)
     except (StormFailure, TimeoutError) as failure:
         raise StormFailure(f"{name}: {failure}") from failure
 
 
-def _run_schedule(setup: _Setup, rng: random.Random) -> RankOutcome:
-    count = rng.randrange(2, _MOST_RANKS + 1)
+def _run_schedule(setup: _Setup, rng: random.Random, most_ranks: int) -> RankOutcome:
+    count = rng.randrange(2, most_ranks + 1)
     kind = rng.choice(("rows", "columns", "whole", "subsets", "mixed"))
     mishaps = _choose_mishaps(rng, count)
     late = set(rng.sample(range(count), rng.choice((0, 0, 0, 1)))) - set(mishaps)

@@ -11,8 +11,9 @@ from scripts.faults import rank_storm, storm
 # A seed with many kills and slow answers. scripts/soak runs thousands of schedules.
 SEED = 18
 SCHEDULES = 32
-RANKS_SEED = 11
-RANKS_SCHEDULES = 16
+RANKS_SEED = 12
+RANKS_SCHEDULES = 24
+MOST_RANKS = 4
 
 
 @pytest.mark.row("random plans, faults and kills (storm)", within_s=40)
@@ -33,7 +34,7 @@ def test_storm_ends_in_exact_bytes_or_one_typed_error(capsys: pytest.CaptureFixt
 
 @pytest.mark.row("random plans, faults and kills (storm)", within_s=40)
 def test_storm_of_ranks_ends_in_exact_bytes_or_one_typed_error(capsys: pytest.CaptureFixture[str]) -> None:
-    outcomes = rank_storm.run_rank_storm(RANKS_SEED, RANKS_SCHEDULES)
+    outcomes = rank_storm.run_rank_storm(RANKS_SEED, RANKS_SCHEDULES, MOST_RANKS)
     with capsys.disabled():
         sys.stdout.write(f"\nstorm of ranks, seed {RANKS_SEED}: {rank_storm.summary(outcomes)}\n")
     assert len(outcomes) == RANKS_SCHEDULES
@@ -42,4 +43,5 @@ def test_storm_of_ranks_ends_in_exact_bytes_or_one_typed_error(capsys: pytest.Ca
     assert sum(outcome.shared_bytes > 0 for outcome in outcomes) >= RANKS_SCHEDULES // 2
     assert {"kill", "stop"} <= {mishap for outcome in outcomes for mishap in outcome.mishaps}
     assert sum(outcome.faults for outcome in outcomes) >= RANKS_SCHEDULES // 2
-    assert sum(result == "exact" for outcome in outcomes for result in outcome.results) >= 2 * RANKS_SCHEDULES
+    results = [result for outcome in outcomes for result in outcome.results]
+    assert results.count("exact") >= len(results) // 2

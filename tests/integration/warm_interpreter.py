@@ -82,6 +82,11 @@ class WarmInterpreter:
         self._channel.close()
         self._process.wait()
 
+    @property
+    def pid(self) -> int:
+        """Process id of the interpreter; a program that runs is its only child."""
+        return self._process.pid
+
     def run(
         self, *argv: str | Path, module: str = "", is_strict: bool = False, preload: tuple[str, ...] = ()
     ) -> subprocess.CompletedProcess[str]:

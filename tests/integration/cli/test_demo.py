@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -16,6 +16,9 @@ from mpreader.cli import demo
 from mpreader.cli.main import main
 from mpreader.tools.demo import Demo, DemoLoad
 from mpreader.tools.ranks.job import HostLoad
+
+if TYPE_CHECKING:
+    from tests.integration.warm_interpreter import WarmInterpreter
 
 # What a user's own settings would break, if they were heeded; background jobs of a shell are born without SIGINT.
 ENVIRONMENT = {"AWS_PROFILE": "not-to-be-used", "http_proxy": "http://127.0.0.1:1"}
@@ -27,9 +30,9 @@ main()
 """
 
 
-def start(*arguments: str, warnings: str = "ignore") -> subprocess.Popen[str]:
+def start(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-W", warnings, "-c", PROGRAM, "demo", *arguments],
+        [sys.executable, "-c", PROGRAM, "demo", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -38,13 +41,15 @@ def start(*arguments: str, warnings: str = "ignore") -> subprocess.Popen[str]:
     )
 
 
-def test_demo_shows_each_step_a_table_and_that_all_is_right() -> None:
-    with start(
-        "--size-mb", "5", "--workers", "1", "--max-memory", "4MiB", "--every-reader", warnings="error"
-    ) as process:
-        out, err = process.communicate(timeout=120)
-    assert (process.returncode, err) == (0, "")
-    lines = out.splitlines()
+def test_demo_shows_each_step_a_table_and_that_all_is_right(
+    monkeypatch: pytest.MonkeyPatch, warm_interpreter: WarmInterpreter
+) -> None:
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    options = ("--size-mb", "5", "--workers", "1", "--max-memory", "4MiB", "--every-reader")
+    done = warm_interpreter.run("mpreader", "demo", *options, module="mpreader", is_strict=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
     assert lines[0] == "Starting an embedded S3 server …"
     assert lines.count("Loading it with mpreader …") == 1
     rows = [line for line in lines if line.endswith("  same")]

@@ -7,7 +7,6 @@ import json
 import math
 import re
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -34,7 +33,11 @@ from mpreader.dcp import (
     load_checkpoint,
 )
 from mpreader.errors import ConfigError
+from mpreader.pool.background import BackgroundThreads
+from mpreader.pool.coordinator.halving import Halving
+from mpreader.pool.coordinator.tail import SlowTail
 from mpreader.testing import FaultedRequest, FaultServer, S3Server
+from tests.integration.dcp.test_sharded_jobs import JOBS, PRELOAD
 
 if TYPE_CHECKING:
     from tests.integration.warm_interpreter import WarmInterpreter
@@ -119,6 +122,15 @@ def planned(summary: CheckpointSummary) -> dict[str, list[tuple[str, str | None]
     return {"GET": sorted(gets), "HEAD": sorted(heads)}
 
 
+@pytest.fixture
+def _asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine an answer may seem slow: nothing is cut, halved or asked for once more, or the log has more."""
+    monkeypatch.setattr(SlowTail, "judge", lambda *_: [])
+    monkeypatch.setattr(Halving, "choose", lambda *_: None)
+    monkeypatch.setattr(BackgroundThreads, "_patience_s", lambda _: 600.0)
+
+
+@pytest.mark.usefixtures("_asked_once")
 @pytest.mark.parametrize("max_gap_size", [0, 32 * MiB])
 @pytest.mark.parametrize(
     "match", [None, "small.*[0347]", ("odd.*", "medium.*", "large.0", "step", "names", "sharded"), "names"]
@@ -144,6 +156,7 @@ def test_the_plans_that_are_compared_have_gaps_and_over_read_and_cut_tensors(che
     assert describe_checkpoint(checkpoint, pool_config=POOL, max_gap_size=0).load.over_read_nbytes == 0
 
 
+@pytest.mark.usefixtures("_asked_once")
 @pytest.mark.parametrize(("max_gap_size", "part_size"), [(32 * MiB, 256 * KiB), (64 * KiB, 64 * KiB), (0, 8 * MiB)])
 def test_inspect_tells_exactly_what_dcps_own_load_asks_for(
     checkpoint: str, s3_server: S3Server, max_gap_size: int, part_size: int
@@ -173,30 +186,27 @@ def test_inspect_tells_exactly_what_dcps_own_load_asks_for(
     assert torch.equal(state["large"][0], expected["large"][0])
 
 
-RANK = """
-import os, sys, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-from mpreader import PoolConfig, S3ClientConfig
-from mpreader.dcp import S3StorageReader
-from mpreader.pool.coordinator.tail import SlowTail
+LOADS = """
+from torch.distributed.tensor import Replicate, distribute_tensor
+from mpreader import S3ClientConfig
 
-# On a busy machine a request may be so slow that it is cut, and made again: the log has the plan's requests only.
-SlowTail.judge = lambda tail, parts, now: tail.in_flight.report(parts, now)[:0]
-dist.init_process_group("gloo")
-rank, dim, sizes = dist.get_rank(), int(sys.argv[1]), eval(sys.argv[2])
-own, first = (S3ClientConfig(endpoint_url=sys.argv[at], force_path_style=True) for at in (3 + rank, 3))
-mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-state = {
-    name: distribute_tensor(torch.zeros(size), mesh, [Shard(dim) if dim < len(size) else Replicate()])
-    for name, size in sizes.items()
-}
-pool = PoolConfig(workers=1, connections_per_worker=1, max_memory=16 * 2**20, part_size=2**18)
-for uri, client, share_host in (("s3://bucket/run", own, False), ("s3://bucket/shared", first, True)):
-    with S3StorageReader(None, uri, client, pool_config=pool, share_host=share_host) as reader:
-        dcp.load(state, storage_reader=reader)
-dist.barrier()
-os._exit(0)  # not destroy_process_group(): gloo of torch 2.13 aborts in about one of ten such exits
+dim, sizes, urls = int(sys.argv[3]), eval(sys.argv[4]), sys.argv[5:]
+
+def load_all():
+    own, first = (
+        S3ClientConfig(endpoint_url=url, force_path_style=True) for url in (urls[dist.get_rank()], urls[0])
+    )
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    state = {
+        name: distribute_tensor(torch.zeros(size), mesh, [Shard(dim) if dim < len(size) else Replicate()])
+        for name, size in sizes.items()
+    }
+    pool = PoolConfig(workers=1, connections_per_worker=1, max_memory=16 * 2**20, part_size=2**18)
+    for path, client, share_host in (("s3://bucket/run", own, False), ("s3://bucket/shared", first, True)):
+        with S3StorageReader(None, path, client, pool_config=pool, share_host=share_host) as reader:
+            dcp.load(state, storage_reader=reader)
+
+run_job(len(urls), load_all)
 """
 
 
@@ -216,11 +226,16 @@ SIZES = {"large": (2048, 1024), "odd": (1021, 1031), "deep": (64, 32, 100), "fla
 
 @pytest.mark.parametrize(("ranks", "dim"), [(4, 0), (3, 1)])
 def test_inspect_tells_exactly_what_each_rank_and_a_host_of_all_ask_for(
-    tmp_path: Path, aws_environment: None, monkeypatch: pytest.MonkeyPatch, ranks: int, dim: int
+    tmp_path: Path,
+    aws_environment: None,
+    monkeypatch: pytest.MonkeyPatch,
+    warm_interpreter: WarmInterpreter,
+    ranks: int,
+    dim: int,
 ) -> None:
-    checkpoint, script = tmp_path / "checkpoint", tmp_path / "rank.py"
+    checkpoint, script = tmp_path / "checkpoint", tmp_path / "job.py"
     save({name: torch.ones(size) for name, size in SIZES.items()}, storage_writer=FileSystemWriter(checkpoint))
-    script.write_text(RANK)
+    script.write_text(JOBS + LOADS)
     files = {file.name: file.read_bytes() for file in checkpoint.iterdir()}
     objects = {f"/bucket/{run}/{name}": data for run in ("run", "shared") for name, data in files.items()}
     with ExitStack() as stack:
@@ -233,9 +248,9 @@ def test_inspect_tells_exactly_what_each_rank_and_a_host_of_all_ask_for(
             "s3://bucket/run", pool_config=dataclasses.replace(POOL, part_size=256 * KiB), ranks=ranks, shard=dim
         ).sharded
         before = len(servers[0].requests)
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         urls = [server.endpoint_url for server in servers]
-        subprocess.run([*command, script, str(dim), repr(SIZES), *urls], check=True, capture_output=True, timeout=150)
+        done = warm_interpreter.run(script, "", tmp_path, f"{dim}", repr(SIZES), *urls, preload=PRELOAD)
+        assert done.returncode == 0, done.stderr
         logs = [server.requests for server in servers]
     del logs[0][:before]
     assert summary is not None
