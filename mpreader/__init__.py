@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from mpreader.readers.dcp_optimized import DCPOptimizedS3Reader as DCPOptimizedS3Reader
     from mpreader.readers.kinds import S3ReaderConstructor as S3ReaderConstructor
     from mpreader.readers.multiprocess import MultiprocessS3Reader as MultiprocessS3Reader
+    from mpreader.readers.multiprocess_constructor import MultiprocessConstructor as MultiprocessConstructor
     from mpreader.readers.ranged import RangedS3Reader as RangedS3Reader
-    from mpreader.readers.read_ahead import MultiprocessConstructor as MultiprocessConstructor
     from mpreader.readers.sequential import SequentialS3Reader as SequentialS3Reader
     from mpreader.telemetry.timeline import Timeline as Timeline
     from mpreader.telemetry.timeline import record_timeline as record_timeline
@@ -62,7 +62,7 @@ _HOME_OF = {
     "S3Reader": "mpreader.readers.base",
     "S3ReaderConstructor": "mpreader.readers.kinds",
     "DCPOptimizedConstructor": "mpreader.readers.constructor",
-    "MultiprocessConstructor": "mpreader.readers.read_ahead",
+    "MultiprocessConstructor": "mpreader.readers.multiprocess_constructor",
     "SequentialS3Reader": "mpreader.readers.sequential",
     "RangedS3Reader": "mpreader.readers.ranged",
     "DCPOptimizedS3Reader": "mpreader.readers.dcp_optimized",

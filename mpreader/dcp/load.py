@@ -33,8 +33,8 @@ from mpreader.errors import ArenaError, ArenaExhausted, PoolError
 from mpreader.pool.hosts.identity import HostOffer, HostShare
 from mpreader.pool.hosts.messages import HostLost
 from mpreader.pool.stats import PoolStats
+from mpreader.readers.multiprocess_constructor import MultiprocessConstructor
 from mpreader.readers.protocols import StoredItem
-from mpreader.readers.read_ahead import MultiprocessConstructor
 from mpreader.telemetry.events import LoadEvent, report_load
 
 __all__ = ["Load", "sorted_items"]

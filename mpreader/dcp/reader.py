@@ -36,8 +36,8 @@ from mpreader.pool.background import call_twice_if_slow
 from mpreader.pool.stats import PoolStats
 from mpreader.readers.client import S3Client
 from mpreader.readers.kinds import S3ReaderConstructor
+from mpreader.readers.multiprocess_constructor import MultiprocessConstructor
 from mpreader.readers.protocols import DCPS3ReaderConstructorProtocol, S3ReaderConstructorProtocol, StoredItem
-from mpreader.readers.read_ahead import MultiprocessConstructor
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

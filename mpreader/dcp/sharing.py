@@ -40,7 +40,8 @@ from mpreader.pool.stats import PoolStats, total
 from mpreader.ranges import ItemRange
 from mpreader.ranks import local_rank
 from mpreader.readers.load_plan import range_of, uri_of
-from mpreader.readers.read_ahead import MultiprocessConstructor, ReadAhead, load_progress, steady_sources
+from mpreader.readers.multiprocess_constructor import MultiprocessConstructor
+from mpreader.readers.read_ahead import ReadAhead, load_progress, steady_sources
 from mpreader.sources.versions import SteadySource
 
 __all__ = [

@@ -3,7 +3,7 @@
 They are used by the storage readers of mpreader and s3torchconnector: a storage reader passes the plan to the
 constructor, and later calls it to make a reader for each file that it opens. This module holds the base class, and the
 constructor of :class:`DCPOptimizedS3Reader`. The constructor that starts to download as soon as it is given the plan is
-in :mod:`mpreader.readers.read_ahead`. This module must not import torch, nor the worker pool.
+in :mod:`mpreader.readers.multiprocess_constructor`. This module must not import torch, nor the worker pool.
 """
 
 from __future__ import annotations

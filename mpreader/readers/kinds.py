@@ -17,7 +17,7 @@ from mpreader.readers.sequential import SequentialS3Reader
 
 if TYPE_CHECKING:
     from mpreader.config import PoolConfig, S3ClientConfig
-    from mpreader.readers.read_ahead import MultiprocessConstructor
+    from mpreader.readers.multiprocess_constructor import MultiprocessConstructor
 
 __all__ = ["S3ReaderConstructor"]
 
@@ -84,7 +84,7 @@ class S3ReaderConstructor:
             ValueError: ``max_gap_size`` is negative.
         """
         # Imported here, because it imports the worker pool, which the other kinds don't need.
-        from mpreader.readers.read_ahead import MultiprocessConstructor
+        from mpreader.readers.multiprocess_constructor import MultiprocessConstructor
 
         return MultiprocessConstructor(
             max_gap_size, s3client_config=s3client_config, pool_config=pool_config, progress=progress

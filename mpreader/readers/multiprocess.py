@@ -1,8 +1,9 @@
 """Reader of one file whose bytes worker processes receive ahead of time.
 
-It is made by :class:`~mpreader.readers.read_ahead.MultiprocessConstructor`, and used in two ways: as a file, by
-``torch.load`` and by the storage reader of s3torchconnector; and through :meth:`MultiprocessS3Reader.item`, by the
-storage reader of mpreader, which decodes items in place. It makes no requests: it takes slot reads that others began.
+It is made by :class:`~mpreader.readers.multiprocess_constructor.MultiprocessConstructor`, and used in two ways: as a
+file, by ``torch.load`` and by the storage reader of s3torchconnector; and through :meth:`MultiprocessS3Reader.item`, by
+the storage reader of mpreader, which decodes items in place. It makes no requests: it takes slot reads that others
+began.
 
 The bytes lie in slots of shared memory, one slot for each part of the file. A slot is received into again when the last
 reference to its view is gone. The arena may have room for no more than the parts that are being read now. Therefore
@@ -52,8 +53,7 @@ _NOWHERE: Final = _Near(0, -1, 0, 0)  # holds no byte, nor the empty read at 0
 class PlannedReads(Protocol):
     """Reads of a load plan, as far as the reader of one of its files needs them.
 
-    :class:`~mpreader.readers.read_ahead.ReadAhead` satisfies it. That module imports this one, so that this one can't
-    name the class.
+    :class:`~mpreader.readers.read_ahead.ReadAhead` satisfies it.
     """
 
     @property

@@ -580,10 +580,18 @@ PROTECTIONS = (
     ),
     Protection(
         RANKS_ERR,
+        "a verdict is not believed of what was received a second time",
+        "mpreader/pool/hosts/broker.py",
+        "self._on_repeat(message.slot_read)",
+        "pass",
+        "tests/unit/pool/hosts/test_broker.py::test_slot_that_comes_by_another_download_than_a_rank_has_taken_is_told_of",
+    ),
+    Protection(
+        RANKS_ERR,
         "what a rank has not verified, though it was to, the others receive again",
         "mpreader/dcp/sharing.py",
-        "if board.noted(verdict.number) != _GOOD:",
-        "if board.noted(verdict.number) == _DAMAGED:",
+        "or board.noted(verdict.number) != _GOOD:",
+        "or board.noted(verdict.number) == _DAMAGED:",
         f"{HOSTS}::test_what_a_rank_was_to_verify_is_verified_by_the_others_if_it_does_not[raise-RankError-rows-member]",
     ),
     Protection(
@@ -615,7 +623,7 @@ PROTECTIONS = (
         RANK_HANGS,
         "a rank that was silent does not believe the front of a record before it has looked if it was given up",
         ITEMS,
-        "            self._check()  # before the layout, which may be that of another item, is believed\n",
+        "            self._check_held()  # before the layout, which may be that of another item, is believed\n",
         "",
         "tests/unit/dcp/test_items.py::"
         "test_layout_is_not_believed_if_the_memory_of_the_front_was_given_to_others[another record]",
@@ -680,7 +688,7 @@ PROTECTIONS = (
         RANKS_ERR,
         "what a rank receives again, once more too, is of the version that its host has read",
         "mpreader/readers/read_ahead.py",
-        "{**before.sources, **sources} if before is not None else sources,",
+        "sources if before is None else {**before.sources, **sources},",
         "sources,",
         f"{HOSTS}::test_what_a_rank_receives_again_is_of_the_version_that_its_host_has_read[rows]",
     ),

@@ -24,7 +24,7 @@ from mpreader.config import KiB, MiB
 from mpreader.dcp import S3FileSystem, S3StorageReader, S3StorageWriter, describe_checkpoint
 from mpreader.errors import ConfigError
 from mpreader.pool.stats import PoolStats
-from mpreader.readers.read_ahead import MultiprocessConstructor
+from mpreader.readers.multiprocess_constructor import MultiprocessConstructor
 from mpreader.testing import S3Server
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -68,7 +68,7 @@ def test_layout_is_not_believed_if_the_memory_of_the_front_was_given_to_others(m
     index = MetadataIndex("weight", [0, 0])
     box = ReadItem(LoadItemType.TENSOR, index, torch.Size([0, 0]), index, torch.Size([100, 0]), torch.Size([10, 100]))
     item = PlannedItem(box, Stored("__0_0.distcp", 0, len(memory)), Selection(FRONT_NBYTES, (Run(40_000, 44_000),), 0))
-    loader = ItemLoader(DefaultLoadPlanner(), None, verify=True, loaded=LoadedBytes(), check=lose_host)
+    loader = ItemLoader(DefaultLoadPlanner(), None, verify=True, loaded=LoadedBytes(), check_held=lose_host)
     with pytest.raises(HostLost, match="silent"):
         loader.load(item, URI, Reader(memory))
     loader.leave_host()
