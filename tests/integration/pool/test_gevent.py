@@ -91,3 +91,27 @@ def test_program_that_gevent_has_patched_reads(bucket: str, how: str) -> None:
             env={**os.environ, "PYTHONPATH": str(ROOT)},
         )
     assert (done.returncode, done.stdout) == (0, "read\n"), done.stderr
+
+
+OFFER: Final = """
+import sys
+from gevent import monkey
+exec(sys.argv[1])
+import logging
+logging.basicConfig(level=logging.DEBUG, format="%(message)s", stream=sys.stdout)
+logging.getLogger().setLevel(logging.WARNING)
+logging.getLogger("mpreader").setLevel(logging.DEBUG)
+import mpreader
+from mpreader.dcp.sharing import try_offer
+offered = try_offer(mpreader.MultiprocessConstructor())
+assert (offered is None) == (sys.argv[1] != ""), offered
+"""
+
+
+@pytest.mark.parametrize("how", ["", "monkey.patch_socket()", "monkey.patch_all(thread=False)"])
+def test_rank_whose_sockets_are_patched_does_not_share_its_host(how: str) -> None:
+    program = subprocess.run(
+        [sys.executable, "-c", OFFER, how], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert program.returncode == 0, program.stderr
+    assert ("reads by itself: gevent" in program.stdout) == bool(how)
