@@ -82,7 +82,8 @@ class S3StorageReader(FileSystemReader):
         progress: True shows a progress bar on stderr during a load, False shows none, for the default constructor.
             None: on a terminal or in a notebook, and only in the first of several ranks.
         share_host: True: the ranks of a job that run on one host receive together what they need, each byte once, if
-            the constructor is a multiprocess one. False: each rank receives by itself.
+            the constructor is a multiprocess one. An item that one of them verifies for others, and finds damaged, is
+            then loaded a second time by each. False: each rank receives by itself.
         kwargs: Further arguments of torch's ``FileSystemReader``, according to torch's version.
 
     Raises:
