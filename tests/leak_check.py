@@ -20,10 +20,12 @@ import gc
 import multiprocessing.resource_tracker
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
 import time
+import traceback
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -69,7 +71,7 @@ def _nothing_is_left(pytestconfig: pytest.Config, caplog: pytest.LogCaptureFixtu
     new = shared_memory_names() - names
     while left := _held() - before | {f"shared memory {name}" for name in _ours(new & shared_memory_names())}:
         if time.monotonic() > started + float(pytestconfig.getini("leak_grace_s")):
-            pytest.fail("left behind: " + ", ".join(sorted(left)), pytrace=False)
+            pytest.fail("left behind: " + ", ".join(sorted(left)) + _said_of(left), pytrace=False)
         if time.monotonic() > collect_at:
             gc.collect(generation)  # a client dropped in a reference cycle keeps its sockets until then
             collect_at, generation = time.monotonic() + _SOON_S, 2
@@ -94,6 +96,25 @@ def _held() -> set[str]:
     mapped = re.findall(r" (\d+) +/memfd:mpreader ", Path("/proc/self/maps").read_text())
     held.update(f"mapped memory of an arena (inode {inode})" for inode in mapped)
     return held
+
+
+def _said_of(left: set[str]) -> str:
+    """Returns what helps to find out who has left the sockets: their ends, and where all threads are."""
+    sockets = [int(entry.split()[2]) for entry in left if "(socket:" in entry]
+    if not sockets:
+        return ""
+    said = []
+    for fd in sockets:
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as left_open:
+            own = left_open.getsockname()
+            try:
+                said.append(f"{fd}: from {own} to {left_open.getpeername()}")
+            except OSError as error:
+                said.append(f"{fd}: at {own}, {error.strerror}")
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    for ident, frame in sys._current_frames().items():
+        said.append(f"thread {names.get(ident, ident)}:\n" + "".join(traceback.format_stack(frame)[-8:]))
+    return "\n" + "\n".join(said)
 
 
 # -- processes
