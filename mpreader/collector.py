@@ -16,6 +16,7 @@ __all__ = ["collector_paused", "spare_new_objects"]
 # A program that freezes objects freezes all that there are, which is more than 4,000 in the smallest one. Python 3.12
 # itself hides its immortal ones, the bases of its own types: fewer than 400, at each full collection.
 _FEWEST_OF_A_PROGRAM: Final = 1000
+_is_program_freezing = False
 
 
 @contextlib.contextmanager
@@ -45,6 +46,11 @@ def spare_new_objects() -> None:
     # freeze() hides all objects from the collector, unfreeze() puts all hidden ones into the oldest generation. If the
     # program itself has frozen objects, unfreeze() would release those as well, so nothing is done. What Python has
     # hidden may be released: it hides that again.
-    if gc.get_freeze_count() < _FEWEST_OF_A_PROGRAM:
+    global _is_program_freezing
+    if _is_program_freezing:
+        return
+    # This counts them one by one, which takes half a second for some millions: it is not asked again.
+    _is_program_freezing = gc.get_freeze_count() >= _FEWEST_OF_A_PROGRAM
+    if not _is_program_freezing:
         gc.freeze()
         gc.unfreeze()

@@ -34,9 +34,7 @@ from typing import Any, NamedTuple
 import pytest
 
 _PR_SET_CHILD_SUBREAPER = 36
-# What goes away by itself does so soon. A full collection takes half a second, with all that the tests have imported;
-# one of what is young, as the garbage of a test mostly is, takes no time.
-_SOON_S = 0.05
+_SOON_S = 0.05  # what goes away by itself does so soon
 _PROC = Path("/proc")
 _SHM = Path("/dev/shm")
 
@@ -60,21 +58,32 @@ def pytest_sessionstart() -> None:
 def _nothing_is_left(pytestconfig: pytest.Config, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """Compare what there is before a test with what there is after it."""
     names, before = shared_memory_names(), _held()
-    yield
+    # What was there before is no garbage of this test: without it, a collection takes no time.
+    gc.freeze()
+    try:
+        yield
+        _wait_until_nothing_is_left(pytestconfig, caplog, names, before)
+    finally:
+        gc.unfreeze()
+
+
+def _wait_until_nothing_is_left(
+    pytestconfig: pytest.Config, caplog: pytest.LogCaptureFixture, names: set[str], before: set[str]
+) -> None:
     caplog.get_records("call").clear()  # torch logs exceptions, whose tracebacks keep clients and their sockets alive
     pool = sys.modules.get("mpreader.pool.pool")
     if pool is not None:
         pool.close_shared_pools()
     started = time.monotonic()
-    collect_at, generation = started + _SOON_S, 1
+    collect_at = started + _SOON_S
     # Of shared memory only what was there at once, and stayed: another program may make some at any time.
     new = shared_memory_names() - names
     while left := _held() - before | {f"shared memory {name}" for name in _ours(new & shared_memory_names())}:
         if time.monotonic() > started + float(pytestconfig.getini("leak_grace_s")):
             pytest.fail("left behind: " + ", ".join(sorted(left)) + _said_of(left), pytrace=False)
         if time.monotonic() > collect_at:
-            gc.collect(generation)  # a client dropped in a reference cycle keeps its sockets until then
-            collect_at, generation = time.monotonic() + _SOON_S, 2
+            gc.collect()  # a client dropped in a reference cycle keeps its sockets until then
+            collect_at = time.monotonic() + _SOON_S
         threading.Event().wait(0.005)
 
 

@@ -672,9 +672,9 @@ PROTECTIONS = (
         RANKS_SHORT,
         "a descriptor that was lost on the way is missed",
         "mpreader/pool/hosts/channel.py",
-        "if fds and not self._fds:",
+        "if flags & socket.MSG_CTRUNC:",
         "if False:",
-        f"{CHANNEL_TEST}::test_descriptor_for_which_the_process_has_no_room_is_missed",
+        f"{CHANNEL_TEST}::test_descriptor_that_was_lost_is_not_replaced_by_the_next_one",
     ),
     Protection(
         RANK_HANGS,

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+import mpreader.collector
 from mpreader.collector import collector_paused, spare_new_objects
 
 
@@ -34,7 +35,9 @@ def test_collector_that_the_program_has_switched_off_stays_off() -> None:
 
 
 @pytest.fixture
-def _automatic_collections_off() -> Iterator[None]:
+def _automatic_collections_off(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    gc.unfreeze()  # the leak check has frozen what there was before the test
+    monkeypatch.setattr(mpreader.collector, "_is_program_freezing", False)
     gc.disable()
     yield
     gc.enable()
@@ -67,5 +70,27 @@ def test_what_the_program_has_frozen_stays_frozen() -> None:
         assert frozen > 4000, "the fewest that any program has"
         spare_new_objects()
         assert gc.get_freeze_count() == frozen
+    finally:
+        gc.unfreeze()
+
+
+@pytest.mark.usefixtures("_automatic_collections_off")
+def test_program_that_has_frozen_objects_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    count = gc.get_freeze_count
+
+    def ask() -> int:
+        asked.append(count())
+        return asked[-1]
+
+    monkeypatch.setattr(gc, "get_freeze_count", ask)
+    spare_new_objects()
+    spare_new_objects()
+    assert len(asked) == 2, "others may freeze theirs at any time"
+    gc.freeze()
+    try:
+        spare_new_objects()
+        spare_new_objects()
+        assert len(asked) == 3
     finally:
         gc.unfreeze()
