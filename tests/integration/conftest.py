@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -124,3 +125,16 @@ def cut_object(source: ServedSource, data: bytes) -> CutObject:
         return [SlotRead(0, size, (Part(start, start + size),)) for start in starts]
 
     return cut
+
+
+@pytest.fixture
+def run_here(capsys: pytest.CaptureFixture[str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs a command of mpreader, named by its first argument, in this process, which may have torch already."""
+    from mpreader.cli.main import main
+
+    def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        with pytest.raises(SystemExit) as ended:
+            main([*map(str, arguments)])
+        return subprocess.CompletedProcess(arguments, ended.value.code, *capsys.readouterr())  # type: ignore[arg-type]
+
+    return run

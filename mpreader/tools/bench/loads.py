@@ -13,33 +13,24 @@ from dataclasses import dataclass
 from typing import Any
 
 from mpreader.dcp.checkpoint import LoadOptions
-from mpreader.dcp.loader import check_memory, read_into, read_metadata
+from mpreader.dcp.loader import read_into
 from mpreader.dcp.reader import S3StorageReader
-from mpreader.dcp.state import allocate, empty_state, state_bytes, touch_memory
-from mpreader.readers.kinds import S3ReaderConstructor
+from mpreader.dcp.state import allocate, state_bytes, touch_memory
+from mpreader.tools.bench.counts import LoadCounts, counts_of
 from mpreader.tools.bench.memory import TreeMemory, tree_memory_bytes
+from mpreader.tools.bench.targets import planned_state
 
 __all__ = ["TimedLoad", "time_loads"]
 
 
 @dataclass(frozen=True, slots=True)
-class TimedLoad:
+class TimedLoad(LoadCounts):
     """Measurements of one load.
 
     Attributes:
         starts_workers: True if the time includes starting the worker processes, as in the first load.
         seconds: Wall time, from the request for ``.metadata`` to the last byte in its target.
         nbytes: Bytes of the tensors in memory.
-        received_nbytes: Bytes that were received, gaps and repetitions included.
-        over_read_nbytes: Bytes received that belong to no item.
-        requests: GETs made, those of ``.metadata`` not included.
-        retries: GETs that were made again.
-        slow_cut: GETs that were cut, since they were much slower than others.
-        network_wait_s: Seconds during which the load waited for bytes.
-        consumer_wait_s: Seconds during which nothing was received, since memory was full of bytes not taken yet.
-        verified_nbytes: Bytes of the items whose checksum was compared; those around the tensors' own are included.
-        unverified_nbytes: Bytes of the items whose checksum was not compared: all of them where that was not asked for,
-            else those that were saved without checksums.
         extra_memory_bytes: Most memory that this process and its workers took during the load, beyond what they had
             before the first load; the targets were there by then. Shared memory is counted once.
     """
@@ -47,15 +38,6 @@ class TimedLoad:
     starts_workers: bool
     seconds: float
     nbytes: int
-    received_nbytes: int
-    over_read_nbytes: int
-    requests: int
-    retries: int
-    slow_cut: int
-    network_wait_s: float
-    consumer_wait_s: float
-    verified_nbytes: int
-    unverified_nbytes: int
     extra_memory_bytes: int
 
     @property
@@ -80,14 +62,7 @@ def time_loads(uri: str, options: LoadOptions, repeat: int = 1) -> Iterator[Time
     Raises:
         MpreaderError: As for :func:`mpreader.dcp.load_checkpoint`.
     """
-    # A reader that starts no processes reads .metadata for the targets: the first timed load shall start them.
-    plain = S3ReaderConstructor.sequential()
-    with S3StorageReader(
-        options.region, uri, options.s3client_config, plain, allowed_globals=options.allowed_globals
-    ) as reader:
-        planned = empty_state(read_metadata(reader), options.match)
-        check_memory(state_bytes(planned), reader, options.pool_config)
-    state = allocate(planned)
+    state = allocate(planned_state(uri, options))
     touch_memory(state)  # else the first load would pay for the page faults of its targets
     with options.open_reader(uri) as reader:
         memory_before = tree_memory_bytes(os.getpid())
@@ -105,21 +80,12 @@ def _timed(reader: S3StorageReader, state: dict[str, Any], memory_before: int, *
         seconds = time.perf_counter() - started
     # A load shorter than the sampler's interval has no sample; the pool still holds its memory now.
     added = tree_memory_bytes(os.getpid()) - memory_before
-    stats = reader.stats
     return TimedLoad(
         starts_workers=starts_workers,
         seconds=seconds,
         nbytes=state_bytes(state),
-        received_nbytes=stats.bytes,
-        over_read_nbytes=stats.over_read,
-        requests=stats.requests,
-        retries=stats.retries,
-        slow_cut=stats.slow_cut,
-        network_wait_s=stats.seconds,
-        consumer_wait_s=stats.consumer_seconds,
-        verified_nbytes=stats.verified_bytes,
-        unverified_nbytes=stats.unverified_bytes,
         extra_memory_bytes=max(added, added_before + memory.peak_extra_bytes),
+        **counts_of(reader.stats),
     )
 
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import os
 import signal
@@ -19,14 +18,12 @@ from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from mpreader.dcp.job import describe
-from mpreader.dcp.loader import check_memory, read_metadata
-from mpreader.dcp.reader import S3StorageReader
 from mpreader.dcp.sharding import shard_bytes
-from mpreader.dcp.state import empty_state, state_bytes
+from mpreader.dcp.state import state_bytes
 from mpreader.errors import MpreaderError
 from mpreader.pool.coordinator.interpreter import find_interpreter
-from mpreader.readers.kinds import S3ReaderConstructor
 from mpreader.tools.bench.memory import TreeMemory, tree_memory_bytes
+from mpreader.tools.bench.targets import planned_state
 from mpreader.tools.ranks.messages import Failed, Go, JobSettings, Loaded, RankFailed, RankLoad, Ready, Stop
 
 if TYPE_CHECKING:
@@ -65,7 +62,7 @@ class HostLoad:
 
     @property
     def received_per_needed(self) -> float | None:
-        """How many times the host received what it needs; None if it needs nothing."""
+        """Bytes received for each byte that the host needs; None if it needs nothing."""
         return self.received_nbytes / self.needed_nbytes if self.needed_nbytes else None
 
 
@@ -89,49 +86,45 @@ def time_rank_loads(
         RankFailed: A rank has ended, or has failed with an error that is none of mpreader's.
         MpreaderError: As for :func:`mpreader.dcp.load_checkpoint`.
     """
-    # Read here first: so a mistake is found before any rank is started, and there is one line that tells of it.
-    plain = S3ReaderConstructor.sequential()
-    with S3StorageReader(
-        options.region, uri, options.s3client_config, plain, allowed_globals=options.allowed_globals
-    ) as reader:
-        planned = empty_state(read_metadata(reader), options.match)
-        sizes = [
-            state_bytes(planned) if dim is None else shard_bytes(planned, dim, rank, ranks) for rank in range(ranks)
-        ]
-        check_memory(sum(sizes), reader, options.pool_config)
+
+    def bytes_needed(state: dict[str, Any]) -> int:
+        if dim is None:
+            return ranks * state_bytes(state)
+        return sum(shard_bytes(state, dim, rank, ranks) for rank in range(ranks))
+
+    planned = planned_state(uri, options, bytes_needed)
+    needed_nbytes = state_bytes(planned)
     level = logging.getLogger("mpreader").level
     with _Ranks(ranks) as job:
         job.send(JobSettings(uri, options, describe(planned), dim, job.port, timeline is not None, level))
         job.answers(Ready)
         memory_before = tree_memory_bytes(os.getpid())
         for number in range(repeat):
-            load, loaded = _load(job, memory_before)
-            for rank, one in enumerate(loaded):
-                if timeline is not None:
+            loaded, memory_bytes = _load(job, memory_before)
+            if timeline is not None:
+                for rank, one in enumerate(loaded):
                     timeline.add(rank + 1, one.recorded)
-            yield dataclasses.replace(load, starts_workers=number == 0, needed_nbytes=state_bytes(planned))
+            loads = tuple(one.load for one in loaded)
+            yield HostLoad(
+                starts_workers=number == 0,
+                seconds=max(load.seconds for load in loads),
+                needed_nbytes=needed_nbytes,
+                received_nbytes=sum(load.received_nbytes for load in loads),
+                extra_memory_bytes=memory_bytes,
+                ranks=loads,
+            )
         job.send(Stop())
 
 
-def _load(job: _Ranks, memory_before: int) -> tuple[HostLoad, list[Loaded]]:
+def _load(job: _Ranks, memory_before: int) -> tuple[list[Loaded], int]:
+    """Let all ranks load once; returns what they say, and the most memory that they took beyond ``memory_before``."""
     # TreeMemory counts from its own start: what an earlier load has left in the pools is added.
     added_before = tree_memory_bytes(os.getpid()) - memory_before
     with TreeMemory() as memory:
         job.send(Go())
         loaded = job.answers(Loaded)
     added = tree_memory_bytes(os.getpid()) - memory_before
-    loads = tuple(one.load for one in loaded)
-    return (
-        HostLoad(
-            starts_workers=False,
-            seconds=max(load.seconds for load in loads),
-            needed_nbytes=0,
-            received_nbytes=sum(load.received_nbytes for load in loads),
-            extra_memory_bytes=max(added, added_before + memory.peak_extra_bytes),
-            ranks=loads,
-        ),
-        loaded,
-    )
+    return loaded, max(added, added_before + memory.peak_extra_bytes)
 
 
 class _Ranks:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from mpreader.errors import MpreaderError
+from mpreader.tools.bench.counts import LoadCounts
 
 if TYPE_CHECKING:
     from mpreader.dcp.checkpoint import LoadOptions
@@ -38,7 +39,7 @@ class RankFailed(MpreaderError):
 
 
 class JobSettings(NamedTuple):
-    """What the ranks are to do.
+    """Settings of the job: all that a rank must know to load.
 
     Attributes:
         uri: URI of the checkpoint.
@@ -72,38 +73,20 @@ class Stop(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class RankLoad:
+class RankLoad(LoadCounts):
     """Measurements of one load by one rank.
 
     Attributes:
         rank: The rank.
         seconds: Wall time, from the moment when all ranks had begun.
         nbytes: Bytes of the rank's tensors in memory.
-        received_nbytes: Bytes that it received; those for other ranks are included.
         shared_nbytes: Bytes that it got from the rank that received them.
-        over_read_nbytes: Bytes received that belong to no item.
-        requests: GETs made, that of ``.metadata`` not included.
-        retries: GETs that were made again.
-        slow_cut: GETs that were cut, since they were much slower than others.
-        network_wait_s: Seconds during which the load waited for bytes.
-        consumer_wait_s: Seconds during which nothing was received, since memory was full of bytes not taken yet.
-        verified_nbytes: Bytes of the items whose checksum the rank has compared.
-        unverified_nbytes: Bytes of its other items.
     """
 
     rank: int
     seconds: float
     nbytes: int
-    received_nbytes: int
     shared_nbytes: int
-    over_read_nbytes: int
-    requests: int
-    retries: int
-    slow_cut: int
-    network_wait_s: float
-    consumer_wait_s: float
-    verified_nbytes: int
-    unverified_nbytes: int
 
 
 class Loaded(NamedTuple):

@@ -15,6 +15,7 @@ from mpreader.dcp.job import join, load_together, local_bytes, make_targets, wai
 from mpreader.dcp.reader import S3StorageReader
 from mpreader.errors import MpreaderError
 from mpreader.telemetry.timeline import Timeline, record_timeline
+from mpreader.tools.bench.counts import counts_of
 from mpreader.tools.ranks.messages import Failed, Go, JobSettings, Loaded, RankFailed, RankLoad, Ready
 
 __all__ = ["run_rank"]
@@ -80,16 +81,8 @@ def _measured(rank: int, seconds: float, reader: S3StorageReader, targets: dict[
         rank=rank,
         seconds=seconds,
         nbytes=local_bytes(targets),
-        received_nbytes=stats.bytes,
         shared_nbytes=stats.shared_bytes,
-        over_read_nbytes=stats.over_read,
-        requests=stats.requests,
-        retries=stats.retries,
-        slow_cut=stats.slow_cut,
-        network_wait_s=stats.seconds,
-        consumer_wait_s=stats.consumer_seconds,
-        verified_nbytes=stats.verified_bytes,
-        unverified_nbytes=stats.unverified_bytes,
+        **counts_of(stats),
     )
 
 

@@ -6,6 +6,7 @@ import json
 import pickle
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,6 @@ import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from mpreader.cli.main import main
 from mpreader.dcp import S3FileSystem, S3StorageWriter, describe_checkpoint
 from mpreader.testing import S3Server
 
@@ -47,15 +47,8 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs the command in this process, which has torch already."""
-
-    def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        with pytest.raises(SystemExit) as ended:
-            main(["load", *map(str, arguments)])
-        return subprocess.CompletedProcess(arguments, ended.value.code, *capsys.readouterr())  # type: ignore[arg-type]
-
-    return run
+def run(run_here: Run) -> Run:
+    return partial(run_here, "load")
 
 
 def rewrite(uri: str, change: Any) -> None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,9 +18,10 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from mpreader.cli.main import main
 from mpreader.dcp import S3FileSystem, S3StorageWriter, describe_checkpoint
+from mpreader.pool.stats import PoolStats, WorkerStats
 from mpreader.testing import Fault, FaultKind, FaultServer, S3Server
+from mpreader.tools.bench.counts import counts_of
 from mpreader.tools.ranks.job import HostLoad
 from mpreader.tools.ranks.messages import RankLoad
 
@@ -32,15 +34,8 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs the command in this process, which has torch already; the ranks are processes of their own."""
-
-    def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        with pytest.raises(SystemExit) as ended:
-            main(["load", *map(str, arguments)])
-        return subprocess.CompletedProcess(arguments, ended.value.code, *capsys.readouterr())  # type: ignore[arg-type]
-
-    return run
+def run(run_here: Run) -> Run:
+    return partial(run_here, "load")
 
 
 def example() -> dict[str, Any]:
@@ -140,7 +135,8 @@ def test_load_by_ranks_prints_a_row_for_each_and_what_the_host_received(checkpoi
 
 
 def test_load_by_one_rank_says_what_was_not_verified(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    rank = RankLoad(0, 1.0, 10, 11, 0, 1, 1, 0, 0, 0.0, 0.0, 0, 11)
+    counts = counts_of(PoolStats(over_read=1, unverified_bytes=11, workers=(WorkerStats(11, 1, 1.0),)))
+    rank = RankLoad(rank=0, seconds=1.0, nbytes=10, shared_nbytes=0, **counts)
     load = HostLoad(True, 1.0, 10, 11, 7, (rank,))
     monkeypatch.setattr("mpreader.tools.ranks.job.time_rank_loads", lambda *_: [load])
     alone = run("s3://bucket/run", "--ranks", "1", "--no-verify").stdout.splitlines()

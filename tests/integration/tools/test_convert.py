@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,6 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from mpreader import ChecksumMismatch, PoolConfig
-from mpreader.cli.main import main
 from mpreader.config import KiB, MiB
 from mpreader.dcp import (
     ItemRefused,
@@ -252,15 +252,8 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs the command in this process, which has torch already."""
-
-    def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        with pytest.raises(SystemExit) as ended:
-            main(["convert", *map(str, arguments)])
-        return subprocess.CompletedProcess(arguments, ended.value.code, *capsys.readouterr())  # type: ignore[arg-type]
-
-    return run
+def run(run_here: Run) -> Run:
+    return partial(run_here, "convert")
 
 
 def test_command_converts_and_replaces_only_what_it_may(
