@@ -31,7 +31,7 @@ _MOST_PARTS_TAKEN: Final = 4
 
 
 class ItemNeed(NamedTuple):
-    """What a rank needs of one stored item.
+    """Need that a rank has of one stored item: all of it, or the boxes that it loads.
 
     Attributes:
         offset: First byte of the item in its file.
@@ -45,7 +45,7 @@ class ItemNeed(NamedTuple):
 
 
 class Need(NamedTuple):
-    """What a rank needs.
+    """Needs of one rank, for its whole load; it tells them to the leader.
 
     Attributes:
         files: Its items by the URI of their file; files and items are in the order in which it reads them.
@@ -57,7 +57,7 @@ class Need(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What a rank is told of the shared read.
+    """Answer of the leader to the needs of one rank: its part of the shared read.
 
     Attributes:
         checks: For each file, by URI: for each item of the rank's need, who verifies it, if it is received whole; None
@@ -86,7 +86,7 @@ def taken_runs(item: ItemNeed, check: Check | None, answer: Answer) -> list[Run]
 
 
 class _Union:
-    """What all ranks need of one item: all of it, or some runs."""
+    """Union of what all ranks need of one item: all of it, or some runs."""
 
     __slots__ = ("nbytes", "runs")
 

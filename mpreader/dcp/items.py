@@ -71,7 +71,9 @@ class Verdict(NamedTuple):
 
 
 class Check(NamedTuple):
-    """Who compares an item with its checksum, where that is asked for and all of the item is received.
+    """Assignment of an item to the rank that compares it with its checksum.
+
+    It counts where checks are asked for, and all of the item is received.
 
     Attributes:
         is_own: True if this rank does.

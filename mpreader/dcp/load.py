@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 
 class _Progress:
-    """How far a list of items was loaded.
+    """Progress of the load of a list of items: what is done, and what must be received otherwise, or once more.
 
     Args:
         host: The shared reads that they are received by, whose other ranks hear of it.
@@ -164,9 +164,10 @@ class Load:
         path, began_s = self._path, self._began_s
 
         def log_end(stats: PoolStats, ranks: int) -> None:
-            log.info(
-                "loaded %s in %.2f s for %d ranks of this host: %s", path, time.monotonic() - began_s, ranks, stats
-            )
+            if ranks:  # or it has not begun, and each rank tells of its own load
+                log.info(
+                    "loaded %s in %.2f s for %d ranks of this host: %s", path, time.monotonic() - began_s, ranks, stats
+                )
 
         need = need_of(planned, path, verifies=bool(self._verify))
         host = self._host = HostReads(share, offered, need, self._constructor, log_end)

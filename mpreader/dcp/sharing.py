@@ -160,7 +160,6 @@ class HostReads:
     Attributes:
         ahead: The reads, for the constructor.
         answer: What the rank was told of the items that it needs.
-        ranks: Number of ranks that take part.
 
     Raises:
         PoolError: The read could not begin.
@@ -185,7 +184,6 @@ class HostReads:
         try:
             joined: Joined = self._host.joined()
             self.answer: Answer = joined.answer
-            self.ranks = joined.ranks
             self._place = joined.place
             self._repeats = joined.repeats
             self.ahead = ReadAhead(
@@ -230,9 +228,10 @@ class HostReads:
             verdict = item.check.verdict
             assert verdict is not None, "another rank verifies it"
             while not board.noted(verdict.number) and not board.has_ended(verdict.place):
-                if board.ticks() != ticks:
-                    deadline_s, ticks = time.monotonic() + _VERDICT_S, board.ticks()
-                elif time.monotonic() > deadline_s:
+                now, last, ticks = time.monotonic(), ticks, board.ticks()
+                if ticks != last:
+                    deadline_s = now + _VERDICT_S
+                elif now > deadline_s:
                     break
                 time.sleep(_VERDICT_POLL_S)
             # Not before the verdict, which may be of the later bytes.

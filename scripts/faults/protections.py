@@ -614,7 +614,7 @@ PROTECTIONS = (
     Protection(
         RANK_HANGS,
         "a rank that waits for bytes itself is not taken for a silent one",
-        "mpreader/pool/hosts/broker.py",
+        "mpreader/pool/hosts/shares.py",
         "return bool(self.leases) and not self.waits_for",
         "return bool(self.leases)",
         "tests/unit/pool/hosts/test_broker.py::test_rank_that_waits_itself_is_not_overdue_though_it_keeps_memory",
@@ -680,7 +680,7 @@ PROTECTIONS = (
         RANK_HANGS,
         "a rank sends what it needs piece by piece, as the leader reads it",
         HOST_MEMBER,
-        "            self._watch_writable()  # what this rank needs may be more than the socket holds at one time\n",
+        "            self._channel.watch(self._selector)  # its need may be more than the socket holds at one time\n",
         "",
         f"{SHARING_TEST}::test_need_may_be_larger_than_what_a_socket_holds_at_one_time",
     ),

@@ -87,7 +87,7 @@ class _Planner(LoadPlanner):
         return central_plan
 
     def load_bytes(self, _: ReadItem, __: io.BytesIO) -> None:
-        raise NotImplementedError
+        raise AssertionError("the checkpoint of the ranks has tensors only")
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
         self._mishap("resolve_tensor")

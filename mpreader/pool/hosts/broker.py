@@ -25,6 +25,7 @@ from typing import Any
 
 from mpreader.errors import ArenaExhausted
 from mpreader.pool.hosts.messages import Subscription
+from mpreader.pool.hosts.shares import Post, SharedSlot, SharingRank
 from mpreader.pool.requests import (
     CloseRead,
     Demand,
@@ -49,72 +50,7 @@ from mpreader.pool.requests import (
 from mpreader.pool.stats import Tally
 from mpreader.pool.worker.messages import MapSegment, UnmapSegment
 
-__all__ = ["Broker", "Post"]
-
-Post = Callable[[object, "SegmentMemory | None"], None]
-"""Sends a message to a rank; with a MapSegment goes its memory."""
-
-
-class _SharedSlot:
-    """A slot read of the union.
-
-    Attributes:
-        kept_by: The ranks that are not done with it.
-        arrived: The slot, while the broker has it.
-        holders: The ranks that have got it, and how many leases each of them has.
-        demanded_s: Time since when a rank waits for it; None if none does.
-        is_demanded: True if the coordinator was told that.
-        is_recalled: True if the coordinator wants it back.
-        is_taken: True if the coordinator was told that it can't have it back yet.
-        was_taken: True if a consumer has taken it; if it is received once more, others get other bytes than that one.
-    """
-
-    __slots__ = ("arrived", "demanded_s", "holders", "is_demanded", "is_recalled", "is_taken", "kept_by", "was_taken")
-
-    def __init__(self) -> None:
-        self.kept_by: set[int] = set()
-        self.arrived: SlotArrived | None = None
-        self.holders: dict[int, int] = {}
-        self.demanded_s: float | None = None
-        self.is_demanded = self.is_recalled = self.is_taken = self.was_taken = False
-
-
-class _Rank:
-    """A rank that takes part.
-
-    Attributes:
-        read: Name of its read.
-        post: Sends it a message.
-        indices: Its slot reads, among those of the union.
-        own_index: For each of these, the rank's own index of it.
-        sources: For each of its sources, by its index in the union, the rank's own index.
-        leases: Leases that it has, and the slot reads that they are of.
-        untaken: The slot reads that it has got, but no consumer has taken yet, and their leases.
-        waits_for: Slot reads that it has demanded, and not got yet.
-        is_closed: True when it takes no more.
-    """
-
-    def __init__(self, read: ReadId, post: Post, subscription: Subscription) -> None:
-        indices = subscription.indices
-        self.read = read
-        self.post = post
-        self.indices = indices
-        self.own_index = {index: place for place, index in enumerate(indices)}
-        self.sources = {index: place for place, index in enumerate(subscription.sources)}
-        self.leases: dict[int, int] = {}
-        self.untaken: dict[int, int] = {}
-        self.waits_for: set[int] = set()
-        self.is_closed = False
-
-    @property
-    def number(self) -> int:
-        """Its number, for the server."""
-        return self.read.caller
-
-    @property
-    def is_at_work(self) -> bool:
-        """True if it is about to give memory back."""
-        return bool(self.leases) and not self.waits_for
+__all__ = ["Broker"]
 
 
 class Broker:
@@ -135,9 +71,9 @@ class Broker:
         self._read = read
         self._tell = tell
         self._on_repeat = on_repeat
-        self._slots: list[_SharedSlot] = []
+        self._slots: list[SharedSlot] = []
         self._slot_reads: Sequence[SlotRead] = ()
-        self._ranks: dict[int, _Rank] = {}
+        self._ranks: dict[int, SharingRank] = {}
         self._numbers = itertools.count(1)
         self._awaited: set[int] = set()  # slot reads that ranks wait for
         self.tally = Tally()
@@ -154,7 +90,7 @@ class Broker:
             HeldUp: self._held_up,
             Ended: self._ended,
         }
-        self._from_rank: dict[type, Callable[[_Rank, Any], None]] = {
+        self._from_rank: dict[type, Callable[[SharingRank, Any], None]] = {
             Demand: self._demand,
             SlotTaken: self._slot_taken,
             GiveBack: self._give_back,
@@ -170,7 +106,7 @@ class Broker:
     def open(self, sources: Sequence[SourceName], slot_reads: Sequence[SlotRead]) -> OpenRead:
         """Return the message that begins the read; the ranks are added before it is sent."""
         self._slot_reads = slot_reads
-        self._slots = [_SharedSlot() for _ in slot_reads]
+        self._slots = [SharedSlot() for _ in slot_reads]
         return OpenRead(self._read, tuple(sources), tuple(slot_reads))
 
     def add_rank(self, number: int, read: ReadId, post: Post, subscription: Subscription) -> None:
@@ -184,7 +120,7 @@ class Broker:
         """
         if not subscription.indices:  # it takes nothing, and will say nothing
             return
-        self._ranks[number] = _Rank(read, post, subscription)
+        self._ranks[number] = SharingRank(read, post, subscription)
         for index in subscription.indices:
             self._slots[index].kept_by.add(number)
 
@@ -235,7 +171,7 @@ class Broker:
         elif slot.demanded_s is not None:
             self._share(message.slot_read, slot)
 
-    def _share(self, index: int, slot: _SharedSlot) -> None:
+    def _share(self, index: int, slot: SharedSlot) -> None:
         """Give a slot to all ranks that keep it and have not got it yet; one that is recalled, to those that wait."""
         arrived = slot.arrived
         assert arrived is not None, "only what has arrived is shared"
@@ -312,7 +248,7 @@ class Broker:
             elif self._awaited:
                 self._pass_on_demands()
 
-    def _demand(self, rank: _Rank, message: Demand) -> None:
+    def _demand(self, rank: SharingRank, message: Demand) -> None:
         index = rank.indices[message.slot_read]
         if index in rank.untaken:  # it was sent before this was heard
             return
@@ -325,14 +261,14 @@ class Broker:
             slot.demanded_s = time.monotonic()
             self._awaited.add(index)
 
-    def _slot_taken(self, rank: _Rank, message: SlotTaken) -> None:
+    def _slot_taken(self, rank: SharingRank, message: SlotTaken) -> None:
         index = rank.leases.get(message.lease)
         if index is not None and rank.untaken.get(index) == message.lease:
             del rank.untaken[index]
             self._slots[index].was_taken = True
             self._settle(index, self._slots[index])
 
-    def _give_back(self, rank: _Rank, message: GiveBack) -> None:
+    def _give_back(self, rank: SharingRank, message: GiveBack) -> None:
         index = rank.leases.pop(message.lease, None)
         if index is None:
             return
@@ -346,7 +282,7 @@ class Broker:
             slot.kept_by.discard(number)
         self._settle(index, slot)
 
-    def _discard(self, rank: _Rank, message: Discard) -> None:
+    def _discard(self, rank: SharingRank, message: Discard) -> None:
         for own in range(message.start, message.stop):
             index = rank.indices[own]
             lease = rank.untaken.get(index)
@@ -354,7 +290,7 @@ class Broker:
                 rank.post(Recall(rank.read, own, lease), None)
             self._done(rank.number, index)
 
-    def _close_read(self, rank: _Rank, _: CloseRead) -> None:
+    def _close_read(self, rank: SharingRank, _: CloseRead) -> None:
         rank.is_closed = True
         rank.waits_for.clear()
         for index in rank.indices:
@@ -369,7 +305,7 @@ class Broker:
             slot.kept_by.discard(number)
             self._settle(index, slot)
 
-    def _settle(self, index: int, slot: _SharedSlot) -> None:
+    def _settle(self, index: int, slot: SharedSlot) -> None:
         """Let the memory of a slot go if no rank keeps it, or if the coordinator wants it back and nobody uses it.
 
         Ranks that have got such a slot, but are not about to take it, lose it, and ask for it when they need it.
@@ -384,7 +320,7 @@ class Broker:
         elif slot.is_recalled:
             self._recall_from_ranks(index, slot, slot.arrived.lease)
 
-    def _recall_from_ranks(self, index: int, slot: _SharedSlot, lease: int) -> None:
+    def _recall_from_ranks(self, index: int, slot: SharedSlot, lease: int) -> None:
         holders = {number: self._ranks[number] for number in slot.holders}
         if all(slot.holders[number] == 1 and index in rank.untaken for number, rank in holders.items()):
             for rank in holders.values():
@@ -393,13 +329,13 @@ class Broker:
             slot.is_taken = True
             self._tell(SlotTaken(lease))
 
-    def _release(self, slot: _SharedSlot) -> None:
+    def _release(self, slot: SharedSlot) -> None:
         arrived, slot.arrived = slot.arrived, None
         slot.is_recalled = slot.is_taken = False
         if arrived is not None:
             self._tell(GiveBack(arrived.lease))
 
-    def _end_wait(self, index: int, slot: _SharedSlot) -> None:
+    def _end_wait(self, index: int, slot: SharedSlot) -> None:
         slot.demanded_s = None
         self._awaited.discard(index)
 

@@ -10,14 +10,16 @@ import array
 import contextlib
 import pickle
 import posix
+import selectors
 import socket
 import struct
 import threading
 import time
 from collections import deque
+from collections.abc import Iterable
 from typing import Final
 
-__all__ = ["Channel", "ChannelClosed"]
+__all__ = ["Channel", "ChannelClosed", "close_descriptors"]
 
 _LENGTH: Final = struct.Struct("<IB")  # bytes of the message, and number of its descriptors
 _RECEIVED_AT_ONCE: Final = 256 * 1024
@@ -59,6 +61,13 @@ class Channel:
     def has_unsent(self) -> bool:
         """True while the other end has not read all: then ``flush`` when the socket is writable."""
         return bool(self._unsent)
+
+    def watch(self, selector: selectors.BaseSelector) -> None:
+        """Let a selector, which waits for the socket, also wait until it can take what is unsent, if anything is."""
+        key = selector.get_key(self.fd)
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self.has_unsent else 0)
+        if key.events != events:
+            selector.modify(self.fd, events, key.data)
 
     def send(self, message: object, fd: int | None = None) -> bool:
         """Send a message, or keep it until the other end has read; False if that end is gone.
@@ -141,9 +150,7 @@ class Channel:
         try:
             self._cut_into(messages)
         except ChannelClosed:
-            for _, fd in messages:  # nobody hears of them
-                if fd is not None:
-                    posix.close(fd)
+            close_descriptors(messages)  # nobody hears of them
             raise
         return messages
 
@@ -183,6 +190,13 @@ class Channel:
         # Not only closed: a forked child may have a copy of the descriptor, which would keep the connection open.
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
+
+
+def close_descriptors(messages: Iterable[tuple[object, int | None]]) -> None:
+    """Close the descriptors of messages that nobody takes."""
+    for _, fd in messages:
+        if fd is not None:
+            posix.close(fd)
 
 
 def _unpickled(data: memoryview) -> object:

@@ -1,4 +1,4 @@
-"""Who shares a host: what each rank tells of itself, and who leads whom. Pure, but for the facts of this process.
+"""Identity of a host: what each rank tells of itself, and who leads whom. Pure, but for the facts of this process.
 
 A rank offers to lead by a socket in the abstract namespace: it is no file, needs no clean-up and belongs to a network
 namespace. So ranks of one host are those that have the kernel, that namespace and the user in common. Containers that
@@ -28,7 +28,7 @@ _NETWORK: Final = Path("/proc/self/ns/net")
 
 
 class HostOffer(NamedTuple):
-    """What a rank tells the others of itself.
+    """Offer of a rank to lead its host: what it tells the others of itself.
 
     Attributes:
         identity: Identity of its host; see :func:`host_identity`.
@@ -45,7 +45,7 @@ class HostOffer(NamedTuple):
 
 
 class HostShare(NamedTuple):
-    """What a rank is told of its host.
+    """Share that a rank has in its host's load, as the rank that plans tells it.
 
     Attributes:
         leader: Offer of the rank that receives for all.

@@ -88,7 +88,8 @@ class Links:
     def wait(self, timeout_s: float) -> bool:
         """Wait until a rank says something, and hear it; returns True if the descriptor of the wake-up is readable."""
         for link in self._links.values():
-            self._watch_writable(link)
+            if link.channel is not None:
+                link.channel.watch(self._selector)
         is_woken = False
         for key, _ in self._selector.select(max(0.0, timeout_s)):
             if key.fd == self._wakeup_fd:
@@ -183,12 +184,3 @@ class Links:
             return False
         link.channel = Channel(link.connection)
         return True
-
-    def _watch_writable(self, link: _Link) -> None:
-        channel = link.channel
-        if channel is None or channel.fd < 0:
-            return
-        key = self._selector.get_key(channel.fd)
-        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if channel.has_unsent else 0)
-        if key.events != events:
-            self._selector.modify(channel.fd, events, key.data)

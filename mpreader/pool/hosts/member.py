@@ -16,14 +16,14 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 from mpreader.pool.blocking import make_selector
 from mpreader.pool.caller import Caller
 from mpreader.pool.coordinator.wakeup import Wakeup
 from mpreader.pool.hosts.board import Board
-from mpreader.pool.hosts.channel import Channel, ChannelClosed
+from mpreader.pool.hosts.channel import Channel, ChannelClosed, close_descriptors
 from mpreader.pool.hosts.identity import HostShare, peer_user
 from mpreader.pool.hosts.messages import HostLost, HostStats, Join, Joined
 from mpreader.pool.requests import Ended
@@ -168,7 +168,7 @@ class HostMember:
         """Wait for the answer; messages behind it are taken when the thread runs."""
         until = time.monotonic() + _JOIN_S
         while time.monotonic() < until:
-            self._watch_writable()  # what this rank needs may be more than the socket holds at one time
+            self._channel.watch(self._selector)  # its need may be more than the socket holds at one time
             if not self._selector.select(max(0.0, until - time.monotonic())):
                 break
             self._channel.flush()
@@ -188,7 +188,7 @@ class HostMember:
             early, self._early = self._early, ()
             self._take(early)
             while not self._is_closing:
-                self._watch_writable()
+                self._channel.watch(self._selector)
                 ready = self._selector.select(_TICK_S)
                 self._wakeup.clear()
                 if any(key.fd == self._channel.fd for key, _ in ready):
@@ -214,7 +214,7 @@ class HostMember:
             for message, fd in left:
                 self._take_one(message, fd)
         finally:
-            _close_fds(left)
+            close_descriptors(left)
 
     def _take_one(self, message: object, fd: int | None) -> None:
         if isinstance(message, HostStats):
@@ -227,22 +227,11 @@ class HostMember:
         else:
             self.caller.post(message)
 
-    def _watch_writable(self) -> None:
-        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._channel.has_unsent else 0)
-        if self._selector.get_key(self._channel.fd).events != events:
-            self._selector.modify(self._channel.fd, events)
-
     def _give_back(self) -> None:
         self._channel.flush()
         early, self._early = self._early, ()
-        _close_fds(early)  # this rank was left before it began to read
+        close_descriptors(early)  # this rank was left before it began to read
         self._opened.close()
-
-
-def _close_fds(messages: Iterable[tuple[object, int | None]]) -> None:
-    for _, fd in messages:
-        if fd is not None:
-            posix.close(fd)
 
 
 def _connect(share: HostShare) -> Channel:

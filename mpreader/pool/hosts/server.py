@@ -75,7 +75,7 @@ class HostServer:
         on_end: Called by the server's thread when all is over, with the statistics of the read and the number of ranks.
 
     Attributes:
-        joined_ranks: Number of ranks that take part, the leader's own included; 0 until that is known.
+        joined_ranks: Number of ranks that take part, the leader's own included; 0 until the shared read has begun.
     """
 
     def __init__(
@@ -236,7 +236,6 @@ class HostServer:
 
     def _begin(self) -> None:
         numbers = [_LEADER, *self._needs]
-        self.joined_ranks = len(numbers)
         log.debug("%d of %d ranks of this host share the read", len(numbers), self._ranks)
         sources, read = self._planner([self._own_need, *self._needs.values()])
         self._own_need = None
@@ -267,6 +266,7 @@ class HostServer:
         if not connection.try_tell(message):
             raise PoolClosed("the pool has ended")
         broker.discard_unwanted()
+        self.joined_ranks = len(numbers)
         self._is_ready.set()
 
     def _add(self, number: int, joined: Joined, subscription: Subscription) -> None:

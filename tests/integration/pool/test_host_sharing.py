@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 import pytest
 
 from mpreader.config import KiB
-from mpreader.errors import PoolError
+from mpreader.errors import PlanError, PoolError
 from mpreader.pool.hosts.board import Board
 from mpreader.pool.hosts.channel import Channel
 from mpreader.pool.hosts.identity import TOKEN_BYTES, HostOffer, HostShare, Listener
@@ -28,13 +28,13 @@ from mpreader.pool.hosts.member import HostMember
 from mpreader.pool.hosts.messages import HostLost, Joined, SharedRead, Subscription
 from mpreader.pool.hosts.server import HostServer
 from mpreader.pool.requests import GiveBack, ReadId, SlotArrived, SlotRead
+from mpreader.pool.stats import PoolStats
 from mpreader.pool.worker.messages import MapSegment
 from mpreader.ranges import Part
 from mpreader.shared_memory import fill, open_shared_memory
 
 if TYPE_CHECKING:
     from mpreader.pool.source import Source
-    from mpreader.pool.stats import PoolStats
     from mpreader.pool.transfer import Transfer
     from mpreader.testing import FaultServer
     from tests.integration.conftest import MakePool, ServedSource
@@ -412,6 +412,20 @@ def test_rank_that_comes_too_late_reads_by_itself(
         leader.member(1, (0,))
     take_all(leader.server, (0, 1, 2), source, data)
     assert leader.is_over.wait(30)
+
+
+def test_read_that_can_not_begin_has_no_ranks_when_it_ends(lead: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a line in the log would say that ranks have loaded together."""
+
+    def refuse(*_: object) -> None:
+        raise PlanError("not this one")
+
+    monkeypatch.setattr(Leader, "_plan", refuse)
+    leader: Leader = lead(1)
+    with pytest.raises(PoolError, match="not this one"):
+        leader.server.joined()
+    assert leader.is_over.wait(30)
+    assert leader.ended == [(PoolStats(), 0)]
 
 
 def test_listener_is_reached_by_its_address_and_has_a_token_of_its_own() -> None:
