@@ -1,0 +1,205 @@
+"""The header of a safetensors file: what it says, once all of it was checked.
+
+A file is a length, a header in JSON, and the bytes of the tensors, one behind the other::
+
+    8 bytes    number of bytes of the header, little-endian
+    header     {"__metadata__": {"name": "text", …}, "tensor": {"dtype": "F32", "shape": […], "data_offsets": […]}, …}
+    data       all of it belongs to some tensor: there are no holes, and no byte belongs to two
+
+Nothing in a header is believed before it was checked, and nothing is allocated from its numbers here. The rules are
+those of the safetensors library (0.8). It takes two kinds of headers that are refused here: those with a name that is
+there twice, of which it takes the last, and those that describe a tensor by a list.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple, NoReturn
+
+from mpreader.errors import PlanError
+
+__all__ = [
+    "BITS",
+    "LENGTH_BYTES",
+    "MAX_HEADER_BYTES",
+    "Header",
+    "HeaderRefused",
+    "StoredTensor",
+    "decode_header",
+    "header_end",
+]
+
+LENGTH_BYTES: Final = 8
+MAX_HEADER_BYTES: Final = 100_000_000  # the library's own bound
+_MOST: Final = 2**64 - 1
+_METADATA: Final = "__metadata__"
+
+BITS: Final[Mapping[str, int]] = {
+    "F4": 4,
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
+    **dict.fromkeys(("I32", "U32", "F32"), 32),
+    **dict.fromkeys(("C64", "F64", "I64", "U64"), 64),
+}
+"""Bits of one element, by the name of its type."""
+
+
+class HeaderRefused(PlanError):
+    """The header of a safetensors file is damaged, or contradicts itself or the length of the file."""
+
+
+class StoredTensor(NamedTuple):
+    """A tensor of a file.
+
+    Attributes:
+        name: Its name.
+        dtype: Name of the type of its elements, a key of :data:`BITS`.
+        shape: Its shape, in elements.
+        start: First byte in the file.
+        end: Byte behind the last one.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+class Header(NamedTuple):
+    """What a header says.
+
+    Attributes:
+        tensors: The tensors by their names, in the order of their bytes.
+        metadata: Texts that the writer has added.
+    """
+
+    tensors: Mapping[str, StoredTensor]
+    metadata: Mapping[str, str]
+
+
+def header_end(prefix: bytes, file_nbytes: int) -> int:
+    """Return where the header of a file ends.
+
+    Args:
+        prefix: The first ``LENGTH_BYTES`` bytes of the file.
+        file_nbytes: Length of the file.
+
+    Raises:
+        HeaderRefused: The file can't have such a header.
+    """
+    if len(prefix) < LENGTH_BYTES:
+        raise HeaderRefused(f"a safetensors file begins with {LENGTH_BYTES} bytes, this one has {file_nbytes}")
+    nbytes = int.from_bytes(prefix[:LENGTH_BYTES], "little")
+    if nbytes > MAX_HEADER_BYTES:
+        raise HeaderRefused(f"no safetensors file: its header would have {nbytes} bytes, more than {MAX_HEADER_BYTES}")
+    if LENGTH_BYTES + nbytes > file_nbytes:
+        raise HeaderRefused(
+            f"the header has {nbytes} bytes, but the file only {file_nbytes}: it was cut off, or is of another format"
+        )
+    return LENGTH_BYTES + nbytes
+
+
+def decode_header(data: bytes | memoryview, file_nbytes: int) -> Header:
+    """Decode and check a header.
+
+    Args:
+        data: The bytes behind the length, up to :func:`header_end`.
+        file_nbytes: Length of the file.
+
+    Raises:
+        HeaderRefused: A rule of the format is broken.
+    """
+    described = _parse(bytes(data))
+    metadata = _checked_metadata(described.pop(_METADATA, None))
+    base = LENGTH_BYTES + len(data)
+    tensors = [_checked_tensor(name, entry, base) for name, entry in described.items()]
+    # Tensors without bytes come before one that begins at the same place.
+    tensors.sort(key=lambda tensor: (tensor.start, tensor.end))
+    end = base
+    for tensor in tensors:
+        if tensor.start != end:
+            kind = "overlaps another tensor" if tensor.start < end else f"leaves a hole of {tensor.start - end} bytes"
+            _refuse(tensor.name, f"{kind} before byte {tensor.start} of the file")
+        end = tensor.end
+    if end != file_nbytes:
+        raise HeaderRefused(f"the tensors end at byte {end}, but the file has {file_nbytes} bytes")
+    return Header({tensor.name: tensor for tensor in tensors}, metadata)
+
+
+def _parse(data: bytes) -> dict[str, Any]:
+    try:
+        text = data.decode("utf-8")
+        described = json.loads(
+            text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=str, parse_int=_natural
+        )
+    except HeaderRefused:
+        raise
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise HeaderRefused(f"the header is no JSON: {error}") from error
+    if not isinstance(described, dict):
+        raise HeaderRefused(f"the header is a {type(described).__name__}, not an object of JSON")
+    return described
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    for text in (*made, *(value for value in made.values() if isinstance(value, str))):
+        text.encode("utf-8")  # JSON can name half of a character, which no text in UTF-8 has: a ValueError
+    if len(made) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise HeaderRefused(f"the header has {twice!r} twice")
+    return made
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _natural(text: str) -> int | str:
+    """Return a number; what has a sign stays a text, as what has a fraction does: where it counts, that is refused."""
+    return text if text.startswith("-") else int(text)
+
+
+def _checked_metadata(stored: object) -> Mapping[str, str]:
+    if stored is None:
+        return {}
+    if not isinstance(stored, dict) or not all(isinstance(text, str) for text in stored.values()):
+        raise HeaderRefused(f"{_METADATA} must be texts by name")
+    return stored
+
+
+def _checked_tensor(name: str, entry: object, base: int) -> StoredTensor:
+    if not isinstance(entry, dict):
+        _refuse(name, "is not described by an object of JSON")
+    fields: list[Any] = [entry.get(field) for field in ("dtype", "shape", "data_offsets")]
+    dtype, shape, offsets = fields
+    if not isinstance(dtype, str) or dtype not in BITS:
+        _refuse(name, f"has the type {dtype!r}: it must be one of {', '.join(BITS)}")
+    if not _are_sizes(shape):
+        _refuse(name, f"has the shape {shape!r}")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        _refuse(name, f"has the data_offsets {offsets!r}")
+    count = 1
+    for size in shape:
+        count *= size
+        if count > _MOST:
+            _refuse(name, f"has the shape {shape!r}, of more elements than can be counted")
+    nbits = count * BITS[dtype]
+    start, end = offsets
+    if nbits % 8:
+        _refuse(name, f"has {count} elements of {BITS[dtype]} bits, which don't end at a byte")
+    if end - start != nbits // 8:
+        _refuse(name, f"has {end - start} bytes, but {dtype} of shape {shape} takes {nbits // 8}")
+    return StoredTensor(name, dtype, tuple(shape), base + start, base + end)
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(size) is int and 0 <= size <= _MOST for size in value)
+
+
+def _refuse(name: str, reason: str) -> NoReturn:
+    raise HeaderRefused(f"tensor {name!r} {reason}")
