@@ -6,7 +6,7 @@ the fetchers: the engine must not wait for bytes. It may wait for the sizes of o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from mpreader.config import PoolConfig, S3ClientConfig
@@ -82,6 +82,11 @@ class Engine:
     def stat(self, uri: str, options: FetchOptions) -> ObjectVersion:
         """Ask the server for the size and the ETag of an object."""
         return self._resolve([self.sources.source(uri)], options)[0].version
+
+    def stat_many(self, uris: Sequence[str], options: FetchOptions) -> dict[str, ObjectVersion]:
+        """Ask for the sizes and ETags of several objects at once."""
+        pinned = self._resolve([self.sources.source(uri) for uri in uris], options)
+        return {uri: source.version for uri, source in zip(uris, pinned, strict=True)}
 
     def plan_fetch(self, ranges_by_source: Mapping[str, Ranges], options: FetchOptions, *, has_room: bool) -> FetchPlan:
         """Plan a fetch, which holds all of its ranges at the same time.

@@ -7,7 +7,7 @@ the engine. The same interface for asyncio is in :mod:`mpreader.fetch.aio`. It m
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from mpreader.config import PoolConfig, S3ClientConfig
@@ -188,6 +188,10 @@ class RangeFetcher:
             PoolTimeout: ``timeout_s`` has passed.
         """
         return self._engine.stat(source, FetchOptions(timeout_s=timeout_s))
+
+    def stat_many(self, sources: Sequence[str], *, timeout_s: float | None = None) -> dict[str, ObjectVersion]:
+        """Ask for the versions of several objects at once; by source. Otherwise the same as :meth:`stat`."""
+        return self._engine.stat_many(sources, FetchOptions(timeout_s=timeout_s))
 
     def pinned(
         self, source: str, version: ObjectVersion

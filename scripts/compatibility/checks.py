@@ -139,6 +139,7 @@ def check_safetensors(bucket: str) -> None:
     if importlib.util.find_spec("safetensors") is None:
         raise Skipped("safetensors is not installed")
     import safetensors.torch
+
     from mpreader.safetensors import load_file
 
     tensors = {name: tensor.contiguous() for name, tensor in state()["model"].items()}
