@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from typing import Any, Final
+from collections.abc import Collection, Iterator
+from typing import Any
 
 import torch
 
 from mpreader.config import PoolConfig, S3ClientConfig
 from mpreader.errors import PlanError
 from mpreader.fetch.fetcher import RangeFetcher, SharedPoolFetcher
+from mpreader.fetch.safetensors import StoredFile, files_of, opened
 from mpreader.formats.safetensors import StoredTensor
-from mpreader.safetensors.files import StoredFile, files_of, opened
+from mpreader.formats.torch_tensors import torch_dtype, torch_shape
 
-__all__ = ["TORCH_DTYPES", "load_checkpoint", "load_file"]
-
-_NAMES: Final = {
-    "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "U16": "uint16", "F16": "float16", "BF16": "bfloat16",
-    "I32": "int32", "U32": "uint32", "F32": "float32", "C64": "complex64", "F64": "float64", "I64": "int64",
-    "U64": "uint64", "F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn", "F8_E8M0": "float8_e8m0fnu",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz", "F4": "float4_e2m1fn_x2",
-}  # fmt: skip
-TORCH_DTYPES: Final[Mapping[str, torch.dtype]] = {
-    name: getattr(torch, own) for name, own in _NAMES.items() if hasattr(torch, own)
-}
-"""torch's types by their names in a header; those that this torch has."""
+__all__ = ["load_checkpoint", "load_file"]
 
 
 def load_file(
@@ -102,27 +92,3 @@ def _check_wanted(files: list[StoredFile], wanted: set[str] | None) -> None:
     missing = (wanted or set()).difference(*(file.header.tensors for file in files))
     if missing:
         raise PlanError(f"no tensor {min(missing)!r} is in {files[0].uri}" + (" or the other files" * (len(files) > 1)))
-
-
-def torch_dtype(stored: StoredTensor) -> torch.dtype:
-    """Return the type of a tensor.
-
-    Raises:
-        PlanError: This torch has no such type.
-    """
-    if stored.dtype not in TORCH_DTYPES:
-        raise PlanError(f"tensor {stored.name!r} has the type {stored.dtype}, which torch {torch.__version__} has not")
-    return TORCH_DTYPES[stored.dtype]
-
-
-def torch_shape(stored: StoredTensor) -> tuple[int, ...]:
-    """Return the shape that torch gives a tensor: two elements of four bits are one of torch's.
-
-    Raises:
-        PlanError: The last dimension is odd.
-    """
-    if stored.dtype != "F4":
-        return stored.shape
-    if not stored.shape or stored.shape[-1] % 2:
-        raise PlanError(f"tensor {stored.name!r} of F4 has the shape {stored.shape}: its last dimension must be even")
-    return (*stored.shape[:-1], stored.shape[-1] // 2)

@@ -13,7 +13,7 @@ from safetensors.torch import save
 from mpreader import ObjectMissing, PlanError, PoolConfig
 from mpreader.config import MiB
 from mpreader.safetensors import HeaderRefused, load_checkpoint, load_file
-from mpreader.safetensors.load import TORCH_DTYPES
+from mpreader.formats.torch_tensors import TORCH_DTYPES
 
 POOL = PoolConfig(workers=1, max_memory=8 * MiB)
 

@@ -1,4 +1,4 @@
-"""Files: which files of a checkpoint there are, and what their headers say.
+"""Files of a safetensors checkpoint: which ones there are, and what their headers say. It must work without torch.
 
 A checkpoint is one file, or a directory of files. A directory may have an index, ``model.safetensors.index.json``,
 which names the file of each tensor; without one, all of its ``.safetensors`` files belong to it.
