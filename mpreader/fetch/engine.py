@@ -40,6 +40,7 @@ class Engine:
         shares_pool: True: use the shared pool of the process, which keeps running when the engine is closed. False:
             make a pool for this engine only.
         known: Ready-made sources by name; see :class:`Sources`.
+        http_headers: Further headers for web servers; they are not pickled, since they may be secrets.
 
     Attributes:
         pool: Worker pool that fetches the bytes.
@@ -58,10 +59,16 @@ class Engine:
         progress: bool | None = False,
         shares_pool: bool = False,
         known: Mapping[str, Source] | None = None,
+        http_headers: Mapping[str, str] | None = None,
     ) -> None:
         self.pool = (shared_pool if shares_pool else Pool)(pool_config, s3client_config)
         # Importing boto3 and making a client takes 0.15 s: the workers start up in the meantime.
-        self.sources = Sources(s3client_config or S3ClientConfig(), known, on_client_needed=self.pool.start)
+        self.sources = Sources(
+            s3client_config or S3ClientConfig(),
+            known,
+            on_client_needed=self.pool.start,
+            http_headers=http_headers,
+        )
         self._configs = s3client_config, pool_config
         self._known = known
         self._progress = progress

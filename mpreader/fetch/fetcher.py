@@ -218,6 +218,11 @@ class RangeFetcher:
         return self._engine.pool.sizes.part_bytes
 
     @property
+    def max_memory(self) -> int:
+        """Largest number of bytes of shared memory that the views of this fetcher, and what is under way, can have."""
+        return self._engine.pool.sizes.max_bytes
+
+    @property
     def stats(self) -> PoolStats:
         """Statistics so far: bytes, requests, retries and seconds, in total and for each worker."""
         return self._engine.pool.stats()
@@ -245,6 +250,7 @@ class SharedPoolFetcher(RangeFetcher):
         s3client_config: As for :class:`RangeFetcher`.
         pool_config: As for :class:`RangeFetcher`.
         known: Ready-made sources by name; see :class:`~mpreader.fetch.sources.Sources`.
+        http_headers: Further headers for web servers; see there.
     """
 
     def __init__(
@@ -252,9 +258,11 @@ class SharedPoolFetcher(RangeFetcher):
         s3client_config: S3ClientConfig | None,
         pool_config: PoolConfig | None,
         known: Mapping[str, Source] | None = None,
+        *,
+        http_headers: Mapping[str, str] | None = None,
     ) -> None:
         # In place of the __init__ of the base class, which would make an engine with a pool of its own.
-        self._engine = Engine(s3client_config, pool_config, shares_pool=True, known=known)
+        self._engine = Engine(s3client_config, pool_config, shares_pool=True, known=known, http_headers=http_headers)
 
 
 def fetch_ranges(

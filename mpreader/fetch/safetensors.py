@@ -8,18 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Final, NamedTuple
 
-from mpreader.errors import ObjectMissing, PlanError
-from mpreader.fetch.fetcher import RangeFetcher
+from mpreader.config import PoolConfig, S3ClientConfig
+from mpreader.errors import ConfigError, ObjectMissing, PlanError
+from mpreader.fetch.fetcher import RangeFetcher, SharedPoolFetcher
+from mpreader.fetch.local import LocalFetcher, path_of
 from mpreader.formats.safetensors import LENGTH_BYTES, Header, HeaderRefused, decode_header, header_end
 from mpreader.s3 import parse_s3_uri
 
-__all__ = ["INDEX", "StoredFile", "files_of", "opened"]
+__all__ = ["INDEX", "SUFFIX", "FileFetcher", "StoredFile", "fetcher_of", "files_of", "opened"]
+
+FileFetcher = RangeFetcher | LocalFetcher
 
 INDEX: Final = "model.safetensors.index.json"
-_SUFFIX: Final = ".safetensors"
+SUFFIX: Final = ".safetensors"
+_ONLY: Final = "model.safetensors"
 # Most headers are shorter, so that one request brings them; what comes behind them costs less than another request.
 _FIRST_BYTES: Final = 256 * 1024
 
@@ -38,52 +44,98 @@ class StoredFile(NamedTuple):
     header: Header
 
 
-def files_of(fetcher: RangeFetcher, uri: str) -> list[str]:
+def fetcher_of(
+    uri: str,
+    s3client_config: S3ClientConfig | None,
+    pool_config: PoolConfig | None,
+    headers: Mapping[str, str] | None = None,
+) -> FileFetcher:
+    """Make what reads a URI: a fetcher on the shared pool of the process, or one of local files. The caller closes it.
+
+    Args:
+        uri: ``s3://…``, an http(s) URL, ``file://…``, or a path.
+        s3client_config: Settings of the S3 client.
+        pool_config: Settings of the worker pool.
+        headers: Further headers for web servers.
+
+    Raises:
+        ConfigError: It is none of these, or a setting is wrong.
+    """
+    scheme = _scheme_of(uri)
+    if headers and scheme not in ("http", "https"):
+        raise ConfigError(f"headers are sent to web servers only, and {uri!r} is none")
+    if scheme in ("", "file"):
+        return LocalFetcher()
+    if scheme not in ("s3", "http", "https"):
+        raise ConfigError(f"{uri!r} is none of s3://bucket/key, an http(s) URL, and a local path")
+    return SharedPoolFetcher(s3client_config, pool_config, http_headers=headers)
+
+
+def files_of(fetcher: FileFetcher, uri: str, names: Collection[str] | None = None) -> list[str]:
     """Return the URIs of the files of a checkpoint.
 
     Args:
-        fetcher: Reads the index.
-        uri: URI of a file, which ends with ``.safetensors``, or of a directory.
+        fetcher: What reads it.
+        uri: URI of a file, which ends with ``.safetensors``, or of a directory. In a directory on a web server, which
+            can't be listed, there must be an index or one file ``model.safetensors``.
+        names: Names of the tensors that are wanted: files that the index says to have none of them are left out.
 
     Raises:
         ObjectMissing: There are none.
         PlanError: The index is damaged, or names a file outside of its directory.
     """
-    if uri.endswith(_SUFFIX):
+    uri = path_of(uri)
+    directory, query = uri, ""
+    if _scheme_of(uri) in ("http", "https"):
+        directory, mark, query = uri.partition("?")
+        query = mark + query
+    if directory.endswith(SUFFIX) and not (isinstance(fetcher, LocalFetcher) and os.path.isdir(directory)):
         return [uri]
-    directory = uri.rstrip("/")
+    directory = directory.rstrip("/")
+    index_uri = f"{directory}/{INDEX}{query}"
     try:
-        index = bytes(fetcher.fetch_object(f"{directory}/{INDEX}"))
+        index = bytes(fetcher.fetch_object(index_uri))
     except ObjectMissing:
+        if query or directory.startswith(("http://", "https://")):
+            return [f"{directory}/{_ONLY}{query}"]
         return _listed(fetcher, directory)
-    return [f"{directory}/{name}" for name in _names_in(index, f"{directory}/{INDEX}")]
+    return [f"{directory}/{name}{query}" for name in _names_in(index, f"{directory}/{INDEX}", names)]
 
 
-def _names_in(index: bytes, uri: str) -> list[str]:
+def _scheme_of(uri: str) -> str:
+    """Return the scheme of a URI, in lower case; "" for a path."""
+    scheme, colon, _ = uri.partition("://")
+    return scheme.lower() if colon else ""
+
+
+def _names_in(index: bytes, uri: str, wanted: Collection[str] | None) -> list[str]:
     try:
-        described = json.loads(index)
-        names = {str(name) for name in described["weight_map"].values()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        files = dict(json.loads(index)["weight_map"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise PlanError(f"{uri} is damaged: {error!r}") from error
-    for name in names:
-        if not name.endswith(_SUFFIX) or name.startswith("/") or ".." in name.split("/"):
+    for name in files.values():
+        if not isinstance(name, str) or not name.endswith(SUFFIX) or name.startswith("/") or ".." in name.split("/"):
             raise PlanError(f"{uri} names {name!r}, which is no file of this directory")
-    return sorted(names)
+    # Where a name is not there, all headers are read: the error tells of a tensor that is in none of them.
+    if wanted is not None and all(name in files for name in wanted):
+        files = {name: files[name] for name in wanted}
+    return sorted(set(files.values()))
 
 
-def _listed(fetcher: RangeFetcher, directory: str) -> list[str]:
-    if not directory.startswith("s3://"):
-        raise PlanError(f"{directory} has no {INDEX}, and http(s) can't list a directory: name the files")
-    bucket, prefix = parse_s3_uri(f"{directory}/")
-    found = [entry.key for page in fetcher.client().list_objects(bucket, prefix, "/") for entry in page.object_info]
-    files = [f"s3://{bucket}/{key}" for key in sorted(found) if key.endswith(_SUFFIX)]
+def _listed(fetcher: FileFetcher, directory: str) -> list[str]:
+    if isinstance(fetcher, LocalFetcher):
+        bucket, files = "", [path for path in fetcher.list_files(directory) if path.endswith(SUFFIX)]
+    else:
+        bucket, prefix = parse_s3_uri(f"{directory}/")
+        found = [entry.key for page in fetcher.client().list_objects(bucket, prefix, "/") for entry in page.object_info]
+        files = [f"s3://{bucket}/{key}" for key in sorted(found) if key.endswith(SUFFIX)]
     if not files:
-        raise ObjectMissing(f"{directory}: no {_SUFFIX} file is there", bucket=bucket, key=prefix)
+        raise ObjectMissing(f"{directory}: no {SUFFIX} file is there", bucket=bucket, key=directory)
     return files
 
 
 @contextlib.contextmanager
-def opened(fetcher: RangeFetcher, uris: Sequence[str]) -> Iterator[list[StoredFile]]:
+def opened(fetcher: FileFetcher, uris: Sequence[str]) -> Iterator[list[StoredFile]]:
     """Read the headers of files, at the same time; while the context is entered, they can be read.
 
     Raises:

@@ -17,6 +17,7 @@ from mpreader.sources.versions import PinnedSource
 
 if TYPE_CHECKING:
     from mpreader.readers.client import S3Client
+    from mpreader.sources.network import Headers
 
 __all__ = ["Sources"]
 
@@ -30,6 +31,10 @@ class Sources:
             by their paths, each pinned to the version that it wants to read.
         on_client_needed: Called before a source is made that needs the S3 client. Making the client takes 0.1 s, for
             the import of boto3: the callback can start other work that runs in the meantime.
+        http_headers: Further headers for web servers; they are sent to the server that a URL names only.
+
+    Raises:
+        ConfigError: A header can't be sent.
     """
 
     def __init__(
@@ -37,9 +42,15 @@ class Sources:
         s3client_config: S3ClientConfig,
         known: Mapping[str, Source] | None = None,
         on_client_needed: Callable[[], object] = lambda: None,
+        http_headers: Mapping[str, str] | None = None,
     ) -> None:
         self._s3client_config = s3client_config
         self._known = dict(known or {})
+        self._http_headers: Headers = ()
+        if http_headers:
+            from mpreader.sources.network import checked_headers  # slow to import, and seldom needed
+
+            self._http_headers = checked_headers(http_headers)
         self._on_client_needed = on_client_needed
         self._client: S3Client | None = None
 
@@ -62,7 +73,7 @@ class Sources:
         """
         if uri in self._known:
             return self._known[uri]
-        return source_of(uri, self._client_of_source, self._s3client_config.max_attempts)
+        return source_of(uri, self._client_of_source, self._s3client_config.max_attempts, self._http_headers)
 
     @contextlib.contextmanager
     def pinned(self, uri: str, version: ObjectVersion) -> Iterator[tuple[str, PinnedSource]]:

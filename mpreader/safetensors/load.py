@@ -2,93 +2,146 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from mpreader.config import PoolConfig, S3ClientConfig
-from mpreader.errors import PlanError
-from mpreader.fetch.fetcher import RangeFetcher, SharedPoolFetcher
-from mpreader.fetch.safetensors import StoredFile, files_of, opened
-from mpreader.formats.safetensors import StoredTensor
-from mpreader.formats.torch_tensors import torch_dtype, torch_shape
+from mpreader.errors import ConfigError, PlanError
+from mpreader.fetch.local import path_of
+from mpreader.fetch.safetensors import FileFetcher, StoredFile, fetcher_of, files_of, opened
+from mpreader.safetensors.fill import fill
+from mpreader.safetensors.modules import assign, targets_of
+from mpreader.safetensors.wanted import Slices, choose, loaded, want_new, want_targets
 
 __all__ = ["load_checkpoint", "load_file"]
+
+StateOrModule = Mapping[str, torch.Tensor] | torch.nn.Module
 
 
 def load_file(
     uri: str,
     *,
     device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
     names: Collection[str] | None = None,
+    slices: Slices | None = None,
+    out: StateOrModule | None = None,
+    headers: Mapping[str, str] | None = None,
+    progress: bool | None = None,
     s3client_config: S3ClientConfig | None = None,
     pool_config: PoolConfig | None = None,
 ) -> dict[str, torch.Tensor]:
     """Load the tensors of one file.
 
     Args:
-        uri: ``s3://bucket/key`` or an http(s) URL of a ``.safetensors`` file.
+        uri: ``s3://bucket/key``, an http(s) URL, or a local path.
         device: Where the tensors are wanted.
-        names: Names of the tensors that are wanted; None: all.
+        dtype: Type that tensors of float64, float32, float16 and bfloat16 are converted to. Others are left as they
+            are: the values of quantized tensors mean nothing without their scales.
+        names: Names of the tensors that are wanted; None: all, or those of ``out``.
+        slices: Index expressions by name, such as ``numpy.s_[:, 256:512]`` or ``slice(0, 10)``; or a function that is
+            called with name and shape, and returns one. None: the whole tensor. Little more than the bytes of a slice
+            is received.
+        out: Tensors to fill, of the shapes that are loaded, of any type and device; or a module, whose parameters and
+            persistent buffers are filled. What is on ``meta`` is made on ``device``: a module gets it in its place,
+            for a dictionary it is in the result. Of a DTensor the part of this rank is loaded.
+        headers: Headers for a web server, such as ``{"Authorization": "Bearer …"}``; they are sent to the server that
+            ``uri`` names only, not where it redirects to.
+        progress: Progress bar on stderr. None: on a terminal or in a notebook, if it takes long. False: never.
         s3client_config: Settings of the S3 client. None: the defaults and the usual ``AWS_*`` environment.
         pool_config: Settings of the worker pool. None: the defaults.
 
     Returns:
-        The tensors by their names, in the order of their bytes.
+        The tensors by their names, in the order of their bytes. Elements of four and six bits are packed: see
+        ``mpreader.safetensors``.
 
     Raises:
         HeaderRefused: The header is damaged, or contradicts the length of the file.
-        PlanError: A tensor is not there, or has a type that this torch does not know.
+        PlanError: A tensor is not there, has another shape than its target, or a type that this torch does not know.
+        ConfigError: Arguments contradict each other, or are of a wrong type.
+        ObjectMissing: There is no such file.
+        ObjectChanged: It was overwritten meanwhile.
         TransportError: The bytes could not be received.
     """
-    with SharedPoolFetcher(s3client_config, pool_config) as fetcher:
-        return _load(fetcher, [uri], device, names)
+    options = _Options(device, dtype, names, slices, out, progress)
+    with fetcher_of(uri, s3client_config, pool_config, headers) as fetcher:
+        return options.load(fetcher, [path_of(uri)])
 
 
 def load_checkpoint(
     uri: str,
     *,
     device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
     names: Collection[str] | None = None,
+    slices: Slices | None = None,
+    out: StateOrModule | None = None,
+    headers: Mapping[str, str] | None = None,
+    progress: bool | None = None,
     s3client_config: S3ClientConfig | None = None,
     pool_config: PoolConfig | None = None,
 ) -> dict[str, torch.Tensor]:
     """Load the tensors of a directory of files, with or without ``model.safetensors.index.json``, or of one file.
 
-    The arguments and errors are those of :func:`load_file`; without any file the error is ``ObjectMissing``.
+    The arguments and errors are those of :func:`load_file`; without any file the error is ``ObjectMissing``. A name
+    that ends with ``.safetensors`` is that of a file. A web server can't list a directory: there must be an index, or
+    one file ``model.safetensors``. Of files that have none of ``names``, according to the index, nothing is read.
     """
-    with SharedPoolFetcher(s3client_config, pool_config) as fetcher:
-        return _load(fetcher, files_of(fetcher, uri), device, names)
+    options = _Options(device, dtype, names, slices, out, progress)
+    with fetcher_of(uri, s3client_config, pool_config, headers) as fetcher:
+        return options.load(fetcher, files_of(fetcher, uri, names))
 
 
-def _load(
-    fetcher: RangeFetcher, uris: list[str], device: str | torch.device, names: Collection[str] | None
-) -> dict[str, torch.Tensor]:
-    wanted = None if names is None else set(names)
-    with opened(fetcher, uris) as files:
-        _check_wanted(files, wanted)
-        tensors: dict[str, torch.Tensor] = {}
-        ranges: dict[str, list[tuple[int, int]]] = {}
-        targets: dict[str, list[Any]] = {}
-        for file, stored in _chosen(files, wanted):
-            tensor = tensors[stored.name] = torch.empty(torch_shape(stored), dtype=torch_dtype(stored))
-            if stored.end > stored.start:
-                ranges.setdefault(file.source, []).append((stored.start, stored.end))
-                targets.setdefault(file.source, []).append(tensor.reshape(-1).view(torch.uint8).numpy())
-        if ranges:
-            fetcher.fetch_many(ranges, out=targets)
-    return {name: tensor.to(device) for name, tensor in tensors.items()}
+class _Options:
+    """Arguments of a load, checked as far as that is possible without the headers of the files."""
 
+    def __init__(
+        self,
+        device: str | torch.device,
+        dtype: torch.dtype | None,
+        names: Collection[str] | None,
+        slices: Slices | None,
+        out: StateOrModule | None,
+        progress: bool | None,
+    ) -> None:
+        if isinstance(names, str):  # would be taken for a collection of letters
+            raise ConfigError(f"names is a collection of names: write [{names!r}]")
+        if dtype is not None and out is not None:
+            raise ConfigError("the tensors of out have their types: leave dtype out")
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise ConfigError(f"dtype is a torch.dtype, got {dtype!r}")
+        self._device = device
+        self._dtype = dtype
+        self._names = names
+        self._slices = slices
+        self._out = out
+        self._progress = progress
 
-def _chosen(files: list[StoredFile], wanted: set[str] | None) -> Iterator[tuple[StoredFile, StoredTensor]]:
-    for file in files:
-        for stored in file.header.tensors.values():
-            if wanted is None or stored.name in wanted:
-                yield file, stored
+    def load(self, fetcher: FileFetcher, uris: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Load the tensors from these files."""
+        with opened(fetcher, uris) as files:
+            self._check_slices(files)
+            return self._load_new(fetcher, files) if self._out is None else self._load_into(self._out, fetcher, files)
 
+    def _load_new(self, fetcher: FileFetcher, files: Sequence[StoredFile]) -> dict[str, torch.Tensor]:
+        chosen = choose(files, self._names)
+        wanted = list(want_new(chosen, self._slices, self._device, self._dtype))
+        fill(fetcher, wanted, progress=self._progress)
+        return {one.stored.name: loaded(one) for one in wanted}
 
-def _check_wanted(files: list[StoredFile], wanted: set[str] | None) -> None:
-    missing = (wanted or set()).difference(*(file.header.tensors for file in files))
-    if missing:
-        raise PlanError(f"no tensor {min(missing)!r} is in {files[0].uri}" + (" or the other files" * (len(files) > 1)))
+    def _load_into(
+        self, out: StateOrModule, fetcher: FileFetcher, files: Sequence[StoredFile]
+    ) -> dict[str, torch.Tensor]:
+        stored = {name for file in files for name in file.header.tensors}
+        targets = targets_of(out, stored, self._names, self._device)
+        chosen = choose(files, targets.tensors)
+        fill(fetcher, list(want_targets(chosen, self._slices, targets.tensors)), progress=self._progress)
+        return assign(out, targets)
+
+    def _check_slices(self, files: Sequence[StoredFile]) -> None:
+        if isinstance(self._slices, Mapping):
+            unknown: Any = sorted(set(self._slices).difference(*(file.header.tensors for file in files)))
+            if unknown:
+                raise PlanError(f"slices has {unknown[0]!r}, but no such tensor is in the files")

@@ -22,7 +22,7 @@ from mpreader.pool.worker.messages import FailureKind
 from mpreader.pool.worker.partial_content import is_compressed
 from mpreader.pool.worker.route import Route
 from mpreader.pool.worker.version import validators_of
-from mpreader.sources.network import ca_file, proxy_for, route_to, tls_context
+from mpreader.sources.network import Headers, ca_file, proxy_for, route_to, tls_context
 from mpreader.sources.url import Url, without_urls
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ _MAX_DIGITS: Final = 18
 _NO_GET_AFTER: Final = frozenset({404, 410, *BUSY_STATUSES})
 _TIMEOUT: Final = Timeout(connect=10, read=60)  # seconds
 _DENIED: Final = (
-    "access denied: the URL may have expired, or need a user name and password (https://user:password@host/…)"
+    "access denied: the URL may have expired, or need a token, or user name and password (https://user:password@host/…)"
 )
 
 
@@ -52,6 +52,7 @@ class HttpSource:
     Args:
         url: The URL; its fragment is ignored.
         max_attempts: Largest number of requests that are made for the same bytes.
+        headers: Further headers, such as one with a token. Like a password, they are sent to the URL's own server only.
 
     Raises:
         ConfigError: ``url`` is not an http(s) URL.
@@ -60,8 +61,9 @@ class HttpSource:
     # Not decided yet: the pool calls open(). A PinnedSource has a version here.
     version: ObjectVersion | None = None
 
-    def __init__(self, url: str, max_attempts: int = 10) -> None:
-        self._url = Url.parse(url)
+    def __init__(self, url: str, max_attempts: int = 10, headers: Headers = ()) -> None:
+        parsed = Url.parse(url)
+        self._url = parsed._replace(headers=(*parsed.headers, *headers))
         self._max_attempts = max_attempts
         self._asks_by_get = False  # once the server has redirected a GET, and not the HEAD before it
         # URL at which open() found the redirects to end, until a route is made of it.

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 import ssl
+from collections.abc import Mapping
 from typing import Final
 from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -16,11 +18,42 @@ from urllib.request import getproxies, proxy_bypass
 from mpreader.errors import ConfigError
 from mpreader.pool.worker.route import Proxy, Route
 
-__all__ = ["PORTS", "Headers", "basic_authorization", "ca_file", "proxy_for", "route_to", "tls_context"]
+__all__ = [
+    "PORTS",
+    "Headers",
+    "basic_authorization",
+    "ca_file",
+    "checked_headers",
+    "proxy_for",
+    "route_to",
+    "tls_context",
+]
 
 Headers = tuple[tuple[str, str], ...]  # names and values, in the order in which they are sent
 
 PORTS: Final = {"http": 80, "https": 443}  # default port of each scheme
+
+# Headers by which a request says which bytes it wants, or how they are framed.
+_OWN_HEADERS: Final = frozenset(
+    {"accept-encoding", "connection", "content-length", "host", "if-match", "range", "transfer-encoding"}
+)
+
+
+def checked_headers(headers: Mapping[str, str] | None) -> Headers:
+    """Check headers that a user wants to be sent.
+
+    Raises:
+        ConfigError: A name or a value can't be sent, or the header is one that mpreader sends itself. The value, which
+            may be a secret, is not shown.
+    """
+    for name, value in (headers or {}).items():
+        if not isinstance(name, str) or not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
+            raise ConfigError(f"not the name of a header: {name!r}")
+        if name.lower() in _OWN_HEADERS:
+            raise ConfigError(f"the header {name} is sent by mpreader itself")
+        if not isinstance(value, str) or not re.fullmatch(r"[\x20-\x7e\xa0-\xff]*", value):
+            raise ConfigError(f"the value of the header {name} must be text of printable Latin-1 characters")
+    return tuple((headers or {}).items())
 
 
 def route_to(url: str, headers: Headers, proxy: Proxy | None, ca_file: str | None) -> Route:

@@ -13,11 +13,12 @@ from mpreader.pool.source import Source
 
 if TYPE_CHECKING:
     from mpreader.s3 import BaseS3Client  # imports boto3
+    from mpreader.sources.network import Headers
 
 __all__ = ["source_of"]
 
 
-def source_of(uri: str, client: Callable[[], BaseS3Client], max_attempts: int) -> Source:
+def source_of(uri: str, client: Callable[[], BaseS3Client], max_attempts: int, headers: Headers = ()) -> Source:
     """Make the source of a URI. Makes no request.
 
     Args:
@@ -25,6 +26,7 @@ def source_of(uri: str, client: Callable[[], BaseS3Client], max_attempts: int) -
         client: Returns the client for S3. Called for objects of S3 only.
         max_attempts: Largest number of requests that are made of a web server for the same bytes. For S3 the client's
             settings decide.
+        headers: Further headers for a web server.
 
     Raises:
         ConfigError: ``uri`` is neither, or names a bucket without an object in it.
@@ -34,7 +36,7 @@ def source_of(uri: str, client: Callable[[], BaseS3Client], max_attempts: int) -
     if not uri.startswith("s3://"):
         from mpreader.sources.http import HttpSource
 
-        return HttpSource(uri, max_attempts)
+        return HttpSource(uri, max_attempts, headers)
     # Called before the imports below, which take 0.1 s because of boto3: the callable may start the worker processes,
     # which then come up during the imports.
     s3_client = client()

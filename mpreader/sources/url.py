@@ -27,7 +27,7 @@ class Url(NamedTuple):
         scheme: ``"http"`` or ``"https"``.
         authority: Host, with its port where that is not the default one; without user name and password.
         target: Path and query.
-        headers: The Authorization header made of the URL's user name and password; empty if it has none.
+        headers: The Authorization header made of the URL's user name and password, and headers that the user gave.
     """
 
     scheme: str

@@ -12,8 +12,8 @@ from safetensors.torch import save
 
 from mpreader import ObjectMissing, PlanError, PoolConfig
 from mpreader.config import MiB
-from mpreader.safetensors import HeaderRefused, load_checkpoint, load_file
 from mpreader.formats.torch_tensors import TORCH_DTYPES
+from mpreader.safetensors import HeaderRefused, load_checkpoint, load_file
 
 POOL = PoolConfig(workers=1, max_memory=8 * MiB)
 

@@ -1,0 +1,165 @@
+"""Local files, read by the same calls as objects of S3 are by a RangeFetcher, as far as safetensors files need them.
+
+A file is read into memory rather than mapped: a mapping would change with the file, and end the program if that is cut
+off. It must work without torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from mpreader.errors import ObjectChanged, ObjectMissing, ShortRead, TransportError
+from mpreader.pool.source import ObjectVersion
+from mpreader.ranges import ItemRange
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["LocalFetcher", "path_of"]
+
+_PIECE_BYTES: Final = 8 * 1024 * 1024
+_THREADS: Final = 4  # more of them read no faster from memory, and disks of one queue are kept busy by them
+_AHEAD: Final = 2 * _THREADS  # pieces that are read before they are taken
+
+
+def path_of(uri: str) -> str:
+    """Return the path of a ``file://`` URI; a path is returned as it is."""
+    return uri.removeprefix("file://")
+
+
+class LocalFetcher:
+    """Reads byte ranges of local files by a few threads. A source is a path.
+
+    Attributes:
+        part_size: Largest number of bytes of one piece.
+        max_memory: Bytes of the pieces that are read ahead.
+    """
+
+    part_size: Final = _PIECE_BYTES
+    max_memory: Final = _PIECE_BYTES * _AHEAD * 4
+
+    def __init__(self) -> None:
+        self._opened: dict[str, int] = {}  # descriptors of the files that are pinned, by path
+        self._threads = ThreadPoolExecutor(_THREADS, "mpreader-local")
+
+    def list_files(self, directory: str) -> list[str]:
+        """Return the paths of the files in a directory, sorted.
+
+        Raises:
+            ObjectMissing: There is no such directory.
+        """
+        with _errors_of(directory), os.scandir(directory) as entries:
+            return sorted(entry.path for entry in entries if entry.is_file())
+
+    def stat_many(self, paths: Sequence[str]) -> dict[str, ObjectVersion]:
+        """Return the versions of files: their sizes, and the times of their last changes.
+
+        Raises:
+            ObjectMissing: There is no such file.
+            TransportError: It can't be read.
+        """
+        versions = {}
+        for path in paths:
+            with _errors_of(path):
+                versions[path] = _version(os.stat(path))
+        return versions
+
+    @contextlib.contextmanager
+    def pinned(self, path: str, version: ObjectVersion) -> Iterator[tuple[str, object]]:
+        """Read only one version of a file in all calls within the context; returns a name for it.
+
+        Raises:
+            ObjectChanged: The file has changed since, or has changed when the context is left.
+        """
+        with _errors_of(path):
+            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            self._check_version(file, path, version)
+            self._opened[path] = file
+            yield path, None
+            self._check_version(file, path, version)
+        finally:
+            self._opened.pop(path, None)
+            os.close(file)
+
+    def fetch_object(self, path: str) -> bytes:
+        """Return all bytes of a file."""
+        with _errors_of(path), open(path, "rb") as file:
+            return file.read()
+
+    def fetch_many(self, ranges_by_source: Mapping[str, Sequence[tuple[int, int]]]) -> dict[str, list[memoryview]]:
+        """Return a view for each range of pinned files."""
+        views: dict[str, list[memoryview]] = {source: [] for source in ranges_by_source}
+        with contextlib.closing(self.stream_many(ranges_by_source)) as stream:
+            for source, _, view in stream:
+                views[source].append(view)
+        return views
+
+    def stream_many(
+        self, ranges_by_source: Mapping[str, Sequence[tuple[int, int]]], **_: object
+    ) -> Generator[tuple[str, int, memoryview], None, None]:
+        """Yield the ranges of pinned files in their order, each in memory of its own; a few are read ahead."""
+        wanted = [
+            (source, index, ItemRange(start, end))
+            for source, ranges in ranges_by_source.items()
+            for index, (start, end) in enumerate(ranges)
+        ]
+        ahead = [self._threads.submit(self._read, source, extent) for source, _, extent in wanted[:_AHEAD]]
+        try:
+            for number, (source, index, _extent) in enumerate(wanted):
+                view = ahead.pop(0).result()
+                for later, _index, extent in wanted[number + _AHEAD : number + _AHEAD + 1]:
+                    ahead.append(self._threads.submit(self._read, later, extent))
+                yield source, index, view
+                del view
+        finally:
+            for future in ahead:
+                future.cancel()
+
+    def close(self) -> None:
+        """End the threads. Idempotent."""
+        self._threads.shutdown(cancel_futures=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _read(self, path: str, extent: ItemRange) -> memoryview:
+        # Not a bytearray, which is filled with zeros first.
+        view = np.empty(extent.size, np.uint8).data
+        done = 0
+        while done < extent.size:
+            with _errors_of(path):
+                count = os.preadv(self._opened[path], [view[done:]], extent.start + done)
+            if not count:
+                raise ShortRead(
+                    f"{path} ends at byte {extent.start + done}", key=path, range=(extent.start, extent.end), attempts=1
+                )
+            done += count
+        return view
+
+    def _check_version(self, file: int, path: str, version: ObjectVersion) -> None:
+        if _version(os.fstat(file)) != version:
+            raise ObjectChanged(f"{path} has changed while it was read", key=path, attempts=1)
+
+
+def _version(facts: os.stat_result) -> ObjectVersion:
+    return ObjectVersion(facts.st_size, f'"{facts.st_dev}-{facts.st_ino}-{facts.st_mtime_ns}"')
+
+
+@contextlib.contextmanager
+def _errors_of(path: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise ObjectMissing(f"{path}: there is no such file or directory", key=path) from error
+    except OSError as error:
+        raise TransportError(f"{path} can't be read: {error.strerror}", key=path) from error

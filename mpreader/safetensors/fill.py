@@ -1,0 +1,142 @@
+"""Fill: receives the bytes of wanted tensors, in the order of the files, and copies them into their targets."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
+from typing import Final
+
+from mpreader.collector import collector_paused
+from mpreader.dcp.boxes import best_gaps
+from mpreader.dcp.tensor import copy_into
+from mpreader.errors import ArenaError, PoolError, TransportError
+from mpreader.fetch.safetensors import FileFetcher
+from mpreader.formats.selection import GAPS, Gaps, Run, box_runs
+from mpreader.safetensors.wanted import WantedTensor
+from mpreader.telemetry.progress import Progress, progress_bar
+
+__all__ = ["fill"]
+
+_Pieces = Iterator[tuple[str, int, memoryview]]
+# With so many tensors no plan of yet more requests is the quickest, and making one takes its time, too.
+_MANY: Final = 1000
+
+
+def fill(fetcher: FileFetcher, wanted: Sequence[WantedTensor], *, progress: bool | None) -> None:
+    """Load tensors into their targets.
+
+    Args:
+        fetcher: What reads their files.
+        wanted: The tensors, in the order of the files and of their bytes.
+        progress: ``show`` of :func:`~mpreader.telemetry.progress.progress_bar`.
+
+    Raises:
+        TransportError: The bytes could not be received; the error names the tensor.
+        PoolError: The worker pool has failed; the error names the tensor.
+        ArenaError: Shared memory is used up; the error names the tensor.
+    """
+    with collector_paused():
+        runs, gap = _plan(wanted)
+        ranges = _pieces_by_file(wanted, runs, fetcher.part_size)
+    nbytes = sum(end - start for of_file in ranges.values() for start, end in of_file)
+    if not nbytes:
+        return
+    stream = fetcher.stream_many(ranges, order="offset", max_gap_size=gap)
+    with closing(stream), progress_bar(nbytes, "load", show=progress) as bar:
+        received = _Received(stream, ranges, bar)
+        for tensor in wanted:
+            received.begin(tensor)
+            try:
+                copy_into(
+                    received, tensor.layout, tensor.target, tensor.asked.offsets, tensor.asked.lengths, verify=False
+                )
+            except (TransportError, PoolError, ArenaError) as error:
+                raise error.needed_for(tensor.stored.name) from error.__cause__
+
+
+def _plan(wanted: Sequence[WantedTensor]) -> tuple[list[list[Run]], int]:
+    """Return the runs of each tensor, as bytes of its file, and the largest gap that is received between two of them.
+
+    Of all plans that would not take much longer than the quickest one, the one of the fewest bytes is taken.
+    """
+    possible = GAPS if len(wanted) <= _MANY else GAPS[1:]
+    plans = {gaps: [_runs_of(tensor, gaps) for tensor in wanted] for gaps in possible}
+
+    def received(gaps: Gaps) -> list[list[Run]]:
+        files: dict[str, list[Run]] = {}
+        for tensor, runs in zip(wanted, plans[gaps], strict=True):
+            files.setdefault(tensor.file.source, []).extend(runs)
+        return list(files.values())
+
+    gaps = best_gaps(received, possible)
+    return plans[gaps], gaps.between_records
+
+
+def _runs_of(tensor: WantedTensor, gaps: Gaps) -> list[Run]:
+    start, end = tensor.stored.start, tensor.stored.end
+    layout, asked = tensor.layout, tensor.asked
+    runs = None
+    if asked.lengths != layout.size:
+        runs = box_runs(layout.size, asked.box, layout.dtype.itemsize, max_gap_bytes=gaps.within_box)
+    if runs is None:
+        return [Run(start, end)] if end > start else []
+    return [Run(start + run.start, start + run.end) for run in runs]
+
+
+def _pieces_by_file(
+    wanted: Sequence[WantedTensor], runs: Sequence[Sequence[Run]], piece_bytes: int
+) -> dict[str, list[tuple[int, int]]]:
+    """Return the ranges to receive, cut into pieces: a tensor may be larger than shared memory."""
+    ranges: dict[str, list[tuple[int, int]]] = {}
+    for tensor, of_tensor in zip(wanted, runs, strict=True):
+        of_file = ranges.setdefault(tensor.file.source, [])
+        for run in of_tensor:
+            of_file.extend((start, min(start + piece_bytes, run.end)) for start in range(*run, piece_bytes))
+    return {source: of_file for source, of_file in ranges.items() if of_file}
+
+
+class _Received:
+    """Bytes of one tensor after the other, taken from a stream in their order, as the copier reads an item.
+
+    At most one piece is held, and none while the next one is waited for: memory may have room for no more.
+    """
+
+    def __init__(self, stream: _Pieces, ranges: Mapping[str, Sequence[tuple[int, int]]], progress: Progress) -> None:
+        self._stream = stream
+        self._ranges = ranges
+        self._progress = progress
+        self._piece = memoryview(b"")
+        self._piece_start = 0  # in the tensor
+        self._tensor_start = 0  # in its file
+        self.size = 0
+
+    def begin(self, tensor: WantedTensor) -> None:
+        """Go on to the next tensor."""
+        self._piece, self._piece_start = memoryview(b""), 0
+        self._tensor_start = tensor.stored.start
+        self.size = tensor.stored.end - tensor.stored.start
+
+    def view(self, start: int, end: int) -> memoryview:
+        """Return bytes ``[start, end)``, copied."""
+        return memoryview(bytearray().join(self.pieces(start, end)))
+
+    def pieces(self, start: int, end: int) -> Generator[memoryview, None, None]:
+        """Yield the bytes ``[start, end)`` of the tensor; they are read forwards."""
+        while start < end:
+            while self._piece_start + len(self._piece) <= start:
+                self._take_next()
+            stop = min(end, self._piece_start + len(self._piece))
+            yield self._cut(start, stop)
+            start = stop
+
+    def _cut(self, start: int, stop: int) -> memoryview:
+        cut = self._piece[start - self._piece_start : stop - self._piece_start]
+        if len(self._piece) == stop - self._piece_start:  # the caller alone keeps its memory
+            self._piece, self._piece_start = memoryview(b""), stop
+        return cut
+
+    def _take_next(self) -> None:
+        self._piece = memoryview(b"")
+        source, index, self._piece = next(self._stream)
+        self._piece_start = self._ranges[source][index][0] - self._tensor_start
+        self._progress.advance(len(self._piece))

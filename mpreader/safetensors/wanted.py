@@ -1,0 +1,180 @@
+"""Wanted tensors: which tensors of which files a load takes, which box of each, and where it goes.
+
+It plans only, and receives nothing: whatever is wrong with the arguments of a load is found here, before a byte of a
+tensor is requested.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from mpreader.dcp.fill import unfilled_memory
+from mpreader.errors import PlanError
+from mpreader.fetch.safetensors import StoredFile
+from mpreader.formats.layout import TensorLayout
+from mpreader.formats.safetensors import StoredTensor
+from mpreader.formats.torch_tensors import layout_of
+from mpreader.safetensors.index import BoxIndex, box_index
+
+__all__ = ["CONVERTED", "Slices", "WantedTensor", "choose", "converted", "loaded", "want_new", "want_targets"]
+
+Slices = Mapping[str, Any] | Callable[[str, tuple[int, ...]], Any]
+"""Index expressions by name, or what makes one of name and shape; None: the whole tensor."""
+
+CONVERTED = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
+"""Types that ``dtype=`` converts; others are left: quantized values mean nothing without their scales."""
+
+
+class WantedTensor(NamedTuple):
+    """Tensor of a file, or a box of it, and where it goes.
+
+    Attributes:
+        file: Its file.
+        stored: What the header says of it.
+        layout: Its layout in its bytes.
+        asked: What is wanted of it.
+        target: Tensor of the shape of the box; its elements are overwritten.
+    """
+
+    file: StoredFile
+    stored: StoredTensor
+    layout: TensorLayout
+    asked: BoxIndex
+    target: torch.Tensor
+
+
+def converted(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    """Return the type that a tensor gets if ``dtype=wanted`` is asked for."""
+    return wanted if wanted is not None and dtype in CONVERTED else dtype
+
+
+def choose(files: Sequence[StoredFile], names: Collection[str] | None) -> list[tuple[StoredFile, StoredTensor]]:
+    """Return the tensors of some names, in the order of their bytes; None: all of them.
+
+    Raises:
+        PlanError: One is not there.
+    """
+    wanted = None if names is None else set(names)
+    chosen = [
+        (file, stored)
+        for file in files
+        for stored in file.header.tensors.values()
+        if wanted is None or stored.name in wanted
+    ]
+    if wanted is not None and len(chosen) < len(wanted):
+        missing = sorted(wanted.difference(stored.name for _, stored in chosen))
+        others = f", and {len(missing) - 1} others are not there either" if len(missing) > 1 else ""
+        where = files[0].uri + (f" and {len(files) - 1} other files" if len(files) > 1 else "")
+        raise PlanError(f"no tensor {missing[0]!r} is in {where}{others}")
+    return chosen
+
+
+def want_new(
+    chosen: Sequence[tuple[StoredFile, StoredTensor]],
+    slices: Slices | None,
+    device: str | torch.device,
+    dtype: torch.dtype | None,
+) -> Iterator[WantedTensor]:
+    """Make new tensors for what was chosen.
+
+    Raises:
+        PlanError: An index expression does not fit, or this torch has no such type.
+    """
+    for file, stored in chosen:
+        layout, index = _slice_of(stored, slices)
+        with unfilled_memory():
+            target = torch.empty(index.lengths, dtype=converted(layout.dtype, dtype), device=device)
+        yield _as_bytes(WantedTensor(file, stored, layout, index, target))
+
+
+def want_targets(
+    chosen: Sequence[tuple[StoredFile, StoredTensor]], slices: Slices | None, targets: Mapping[str, torch.Tensor]
+) -> Iterator[WantedTensor]:
+    """Take tensors that are there already; of one that is distributed, this rank's part is loaded.
+
+    Raises:
+        PlanError: A target has another shape than what is loaded into it.
+    """
+    for file, stored in chosen:
+        layout, index = _slice_of(stored, slices)
+        target = targets[stored.name].detach()
+        if hasattr(target, "__create_chunk_list__"):  # a DTensor
+            index, target = _own_part(stored, layout, index, target)
+        rest = _applied(torch.empty(index.lengths, device="meta"), index)
+        if tuple(rest.shape) != tuple(target.shape):
+            raise PlanError(
+                f"tensor {stored.name!r} of shape {list(rest.shape)} can't be loaded into one of {list(target.shape)}"
+            )
+        if index.rest:
+            if any(isinstance(entry, slice) and entry.step > 1 for entry in index.rest):
+                raise PlanError(f"tensor {stored.name!r}: slices that go into given tensors have the step 1")
+            target = target.reshape(index.lengths) if target.is_contiguous() else _expanded(target, index)
+        yield _as_bytes(WantedTensor(file, stored, layout, index, target))
+
+
+def loaded(wanted: WantedTensor) -> torch.Tensor:
+    """Return what was asked for, after its box has been loaded into a new tensor."""
+    target = wanted.target
+    if wanted.layout.dtype != (own := layout_of(wanted.stored).dtype):
+        target = target.view(own)
+    rest = _applied(target, wanted.asked)
+    # A slice of some steps would keep all that was received for it.
+    return rest.clone() if rest.numel() < target.numel() else rest
+
+
+def _applied(box: torch.Tensor, index: BoxIndex) -> torch.Tensor:
+    return box[index.rest] if index.rest else box
+
+
+def _expanded(target: torch.Tensor, index: BoxIndex) -> torch.Tensor:
+    """Return a view of a target with the dimensions that whole numbers in the index have taken away."""
+    for dim, entry in enumerate(index.rest):
+        if not isinstance(entry, slice):
+            target = target.unsqueeze(dim)
+    return target
+
+
+def _slice_of(stored: StoredTensor, slices: Slices | None) -> tuple[TensorLayout, BoxIndex]:
+    layout = layout_of(stored)
+    if slices is None:
+        index = None
+    elif callable(slices):
+        index = slices(stored.name, layout.size)
+    else:
+        index = slices.get(stored.name)
+    try:
+        return layout, box_index(... if index is None else index, layout.size)
+    except (PlanError, IndexError) as error:
+        raise PlanError(f"tensor {stored.name!r} of shape {list(layout.size)}: {error}") from None
+
+
+def _own_part(
+    stored: StoredTensor, layout: TensorLayout, index: BoxIndex, target: Any
+) -> tuple[BoxIndex, torch.Tensor]:
+    """Return the box of the part of a distributed tensor that this rank has, and that part."""
+    if index.lengths != layout.size or index.rest:
+        raise PlanError(f"tensor {stored.name!r}: what is loaded of a distributed tensor follows from its placements")
+    if tuple(target.shape) != layout.size:
+        raise PlanError(
+            f"tensor {stored.name!r} of shape {list(layout.size)} can't be loaded into one of {list(target.shape)}"
+        )
+    chunks = target.__create_chunk_list__()
+    local: torch.Tensor = target.to_local()
+    if len(chunks) != 1 or tuple(chunks[0].sizes) != tuple(local.shape):
+        if local.numel():
+            raise PlanError(f"tensor {stored.name!r}: the part of this rank is no box; load it by torch's dcp.load")
+        return BoxIndex(tuple((0, length) for length in local.shape), ()), local
+    return BoxIndex(tuple(zip(chunks[0].offsets, chunks[0].sizes, strict=True)), ()), local
+
+
+def _as_bytes(wanted: WantedTensor) -> WantedTensor:
+    """Have elements of four bits copied as bytes: torch's type of two of them can't be copied otherwise."""
+    layout, target = wanted.layout, wanted.target
+    if wanted.stored.dtype != "F4":
+        return wanted
+    if target.dtype != layout.dtype:
+        raise PlanError(f"tensor {wanted.stored.name!r} of {layout.dtype} can't be converted to {target.dtype}")
+    return wanted._replace(layout=layout._replace(dtype=torch.uint8), target=target.view(torch.uint8))
