@@ -202,8 +202,9 @@ class _Payload:
         pieces = self._item.pieces(first + start, first + end)
         # Iterators rather than loops: the variable of a loop would hold a piece until the next one has come, and so
         # keep the slot that the next one may need.
-        blocks = chain.from_iterable(map(_cut, pieces))
-        return map(self._add_to_crc, blocks) if self._with_crc else blocks
+        if not self._with_crc:
+            return pieces
+        return map(self._add_to_crc, chain.from_iterable(map(_cut, pieces)))
 
     def _add_to_crc(self, block: memoryview) -> memoryview:
         self._crc = crc32(block, self._crc)

@@ -1,11 +1,15 @@
-"""safetensors files on S3 and http(s), loaded by worker processes straight into tensors.
+"""safetensors files and directories on S3, on web servers and on local disks, loaded straight into tensors.
 
-The names are those of the safetensors package, so that a program swaps one import.
+The names are those of the safetensors package, so that a program swaps one import. All types of safetensors 0.8 are
+read. Elements of less than a byte are packed: two of ``F4`` are one of torch's ``float4_e2m1fn_x2``, so that the last
+dimension is half as long; ``F6``, which torch does not have, comes as the bytes it is stored in (``uint8``).
 """
 
 from __future__ import annotations
 
 from mpreader.formats.safetensors import HeaderRefused
 from mpreader.safetensors.load import load_checkpoint, load_file
+from mpreader.safetensors.opener import TensorSlice, safe_open
+from mpreader.safetensors.stream import TensorStream, stream
 
-__all__ = ["HeaderRefused", "load_checkpoint", "load_file"]
+__all__ = ["HeaderRefused", "TensorSlice", "TensorStream", "load_checkpoint", "load_file", "safe_open", "stream"]

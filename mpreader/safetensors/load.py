@@ -13,7 +13,7 @@ from mpreader.fetch.local import path_of
 from mpreader.fetch.safetensors import FileFetcher, StoredFile, fetcher_of, files_of, opened
 from mpreader.safetensors.fill import fill
 from mpreader.safetensors.modules import assign, targets_of
-from mpreader.safetensors.wanted import Slices, choose, loaded, want_new, want_targets
+from mpreader.safetensors.wanted import Slices, check_names, choose, loaded, want_new, want_targets
 
 __all__ = ["load_checkpoint", "load_file"]
 
@@ -106,8 +106,7 @@ class _Options:
         out: StateOrModule | None,
         progress: bool | None,
     ) -> None:
-        if isinstance(names, str):  # would be taken for a collection of letters
-            raise ConfigError(f"names is a collection of names: write [{names!r}]")
+        check_names(names)
         if dtype is not None and out is not None:
             raise ConfigError("the tensors of out have their types: leave dtype out")
         if dtype is not None and not isinstance(dtype, torch.dtype):

@@ -12,19 +12,29 @@ from typing import Any, NamedTuple
 import torch
 
 from mpreader.dcp.fill import unfilled_memory
-from mpreader.errors import PlanError
+from mpreader.errors import ConfigError, PlanError
 from mpreader.fetch.safetensors import StoredFile
 from mpreader.formats.layout import TensorLayout
 from mpreader.formats.safetensors import StoredTensor
 from mpreader.formats.torch_tensors import layout_of
 from mpreader.safetensors.index import BoxIndex, box_index
 
-__all__ = ["CONVERTED", "Slices", "WantedTensor", "choose", "converted", "loaded", "want_new", "want_targets"]
+__all__ = [
+    "_CONVERTED",
+    "Slices",
+    "WantedTensor",
+    "check_names",
+    "choose",
+    "converted",
+    "loaded",
+    "want_new",
+    "want_targets",
+]
 
 Slices = Mapping[str, Any] | Callable[[str, tuple[int, ...]], Any]
 """Index expressions by name, or what makes one of name and shape; None: the whole tensor."""
 
-CONVERTED = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
+_CONVERTED = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 """Types that ``dtype=`` converts; others are left: quantized values mean nothing without their scales."""
 
 
@@ -48,7 +58,17 @@ class WantedTensor(NamedTuple):
 
 def converted(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
     """Return the type that a tensor gets if ``dtype=wanted`` is asked for."""
-    return wanted if wanted is not None and dtype in CONVERTED else dtype
+    return wanted if wanted is not None and dtype in _CONVERTED else dtype
+
+
+def check_names(names: Collection[str] | None) -> None:
+    """Check the names that a user wants.
+
+    Raises:
+        ConfigError: It is a single text, which would be taken for a collection of letters.
+    """
+    if isinstance(names, str):
+        raise ConfigError(f"names is a collection of names: write [{names!r}]")
 
 
 def choose(files: Sequence[StoredFile], names: Collection[str] | None) -> list[tuple[StoredFile, StoredTensor]]:
