@@ -7,7 +7,8 @@ the fetchers: the engine must not wait for bytes. It may wait for the sizes of o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from functools import partial
+from typing import Any, Final, Literal
 
 from mpreader.config import PoolConfig, S3ClientConfig
 from mpreader.errors import ArenaExhausted, PlanError
@@ -37,8 +38,8 @@ class Engine:
         s3client_config: Settings of the S3 client and of its sources. None: the defaults.
         pool_config: Settings of the worker pool. None: the defaults.
         progress: Progress bars of calls: ``show`` of :func:`~mpreader.telemetry.progress.progress_bar`.
-        shares_pool: True: use the shared pool of the process, which keeps running when the engine is closed. False:
-            make a pool for this engine only.
+        shares_pool: True: use the shared pool of the process, which keeps running when the engine is closed. "host":
+            that which receives for all ranks of the host. False: make a pool for this engine only.
         known: Ready-made sources by name; see :class:`Sources`.
         http_headers: Further headers for web servers; they are not pickled, since they may be secrets.
 
@@ -57,11 +58,12 @@ class Engine:
         pool_config: PoolConfig | None,
         *,
         progress: bool | None = False,
-        shares_pool: bool = False,
+        shares_pool: bool | Literal["host"] = False,
         known: Mapping[str, Source] | None = None,
         http_headers: Mapping[str, str] | None = None,
     ) -> None:
-        self.pool = (shared_pool if shares_pool else Pool)(pool_config, s3client_config)
+        make_pool = partial(shared_pool, for_host=shares_pool == "host") if shares_pool else Pool
+        self.pool = make_pool(pool_config, s3client_config)
         # Importing boto3 and making a client takes 0.15 s: the workers start up in the meantime.
         self.sources = Sources(
             s3client_config or S3ClientConfig(),
@@ -193,7 +195,7 @@ def _rebuild(
     s3client_config: S3ClientConfig | None,
     pool_config: PoolConfig | None,
     progress: bool | None,
-    shares_pool: bool,
+    shares_pool: bool | Literal["host"],
     known: Mapping[str, Source] | None,
     is_closed: bool,
 ) -> Engine:

@@ -251,6 +251,7 @@ class SharedPoolFetcher(RangeFetcher):
         pool_config: As for :class:`RangeFetcher`.
         known: Ready-made sources by name; see :class:`~mpreader.fetch.sources.Sources`.
         http_headers: Further headers for web servers; see there.
+        for_host: The pool is that which receives for all ranks of the host.
     """
 
     def __init__(
@@ -260,9 +261,16 @@ class SharedPoolFetcher(RangeFetcher):
         known: Mapping[str, Source] | None = None,
         *,
         http_headers: Mapping[str, str] | None = None,
+        for_host: bool = False,
     ) -> None:
         # In place of the __init__ of the base class, which would make an engine with a pool of its own.
-        self._engine = Engine(s3client_config, pool_config, shares_pool=True, known=known, http_headers=http_headers)
+        self._engine = Engine(
+            s3client_config,
+            pool_config,
+            shares_pool="host" if for_host else True,
+            known=known,
+            http_headers=http_headers,
+        )
 
 
 def fetch_ranges(

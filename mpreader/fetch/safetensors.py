@@ -17,7 +17,9 @@ from mpreader.errors import ConfigError, ObjectMissing, PlanError
 from mpreader.fetch.fetcher import RangeFetcher, SharedPoolFetcher
 from mpreader.fetch.local import LocalFetcher, path_of
 from mpreader.formats.safetensors import LENGTH_BYTES, Header, HeaderRefused, decode_header, header_end
+from mpreader.pool.source import ObjectVersion
 from mpreader.s3 import parse_s3_uri
+from mpreader.sources.versions import PinnedSource
 
 __all__ = ["INDEX", "SUFFIX", "FileFetcher", "StoredFile", "fetcher_of", "files_of", "opened"]
 
@@ -36,11 +38,13 @@ class StoredFile(NamedTuple):
     Attributes:
         uri: Its URI.
         source: Name of that version, for the fetcher.
+        version: That version.
         header: Its header.
     """
 
     uri: str
     source: str
+    version: ObjectVersion
     header: Header
 
 
@@ -135,8 +139,13 @@ def _listed(fetcher: FileFetcher, directory: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def opened(fetcher: FileFetcher, uris: Sequence[str]) -> Iterator[list[StoredFile]]:
+def opened(fetcher: FileFetcher, uris: Sequence[str], *, has_pieces: bool = False) -> Iterator[list[StoredFile]]:
     """Read the headers of files, at the same time; while the context is entered, they can be read.
+
+    Args:
+        fetcher: Reads the files.
+        uris: URIs of the files.
+        has_pieces: True: files may have tensors of the same name, as those do whose tensors were saved in pieces.
 
     Raises:
         HeaderRefused: A header is damaged; the error names the file.
@@ -145,26 +154,48 @@ def opened(fetcher: FileFetcher, uris: Sequence[str]) -> Iterator[list[StoredFil
     versions = fetcher.stat_many(uris)
     sizes = {uri: version.size for uri, version in versions.items()}
     with contextlib.ExitStack() as pins:
-        sources = {uri: pins.enter_context(fetcher.pinned(uri, version))[0] for uri, version in versions.items()}
-        firsts = fetcher.fetch_many({sources[uri]: [(0, min(_FIRST_BYTES, size))] for uri, size in sizes.items()})
-        starts = {uri: bytes(firsts[sources[uri]][0]) for uri in uris}
-        del firsts  # views of shared memory
+        pinned = {uri: pins.enter_context(fetcher.pinned(uri, version)) for uri, version in versions.items()}
+        names = {uri: name for uri, (name, _) in pinned.items()}
+        starts = _fetched(fetcher, names, {uri: (0, min(_FIRST_BYTES, size)) for uri, size in sizes.items()})
         ends = {uri: _end_of(uri, starts[uri], sizes[uri]) for uri in uris}
-        longer = {sources[uri]: [(_FIRST_BYTES, end)] for uri, end in ends.items() if end > len(starts[uri])}
-        rests = fetcher.fetch_many(longer) if longer else {}
+        rests = _fetched(fetcher, names, {uri: (len(starts[uri]), end) for uri, end in ends.items()})
         files = []
         for uri in uris:
-            text = starts[uri][LENGTH_BYTES : ends[uri]] + b"".join(map(bytes, rests.get(sources[uri], ())))
+            text = bytes(starts[uri][LENGTH_BYTES : ends[uri]] + rests[uri])
             with _naming_file(uri):
-                files.append(StoredFile(uri, sources[uri], decode_header(text, sizes[uri])))
-        del rests
-        _check_names(files)
+                header = decode_header(text, sizes[uri])
+            source = pinned[uri][1]
+            version = source.version if isinstance(source, PinnedSource) else versions[uri]
+            files.append(StoredFile(uri, names[uri], version, header))
+        del starts, rests
+        if not has_pieces:
+            _check_names(files)
         yield files
 
 
-def _end_of(uri: str, start: bytes, nbytes: int) -> int:
+def _fetched(
+    fetcher: FileFetcher, names: Mapping[str, str], ranges: Mapping[str, tuple[int, int]]
+) -> dict[str, bytearray]:
+    """Returns a range of each file, which may be empty. All of them may be more than shared memory has room for."""
+    received = {name: bytearray() for name in names.values()}
+    pieces = {names[uri]: list(_pieces(*extent, fetcher.part_size)) for uri, extent in ranges.items()}
+    pieces = {name: of_file for name, of_file in pieces.items() if of_file}
+    if pieces:
+        with contextlib.closing(fetcher.stream_many(pieces)) as stream:
+            for name, _, view in stream:
+                received[name] += view
+                del view  # before the next one is waited for
+    return {uri: received[name] for uri, name in names.items()}
+
+
+def _pieces(start: int, end: int, nbytes: int) -> Iterator[tuple[int, int]]:
+    """Yields a range in ranges of at most so many bytes."""
+    return ((at, min(end, at + nbytes)) for at in range(start, end, nbytes))
+
+
+def _end_of(uri: str, start: bytearray, nbytes: int) -> int:
     with _naming_file(uri):
-        return header_end(start[:LENGTH_BYTES], nbytes)
+        return header_end(bytes(start[:LENGTH_BYTES]), nbytes)
 
 
 @contextlib.contextmanager
