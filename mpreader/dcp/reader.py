@@ -33,6 +33,7 @@ from mpreader.dcp.metadata import load_metadata
 from mpreader.dcp.sharing import group_plans, has_other_ranks, is_likely_leader
 from mpreader.errors import ConfigError, ObjectMissing, PlanError
 from mpreader.pool.background import call_twice_if_slow
+from mpreader.pool.source import ObjectVersion
 from mpreader.pool.stats import PoolStats
 from mpreader.readers.client import S3Client
 from mpreader.readers.kinds import S3ReaderConstructor
@@ -119,6 +120,7 @@ class S3StorageReader(FileSystemReader):
             raise ConfigError(f'verify must be True, False or "whole", got {verify!r}')
         self._verify = verify
         self._entries: Mapping[str, Any] = {}  # descriptions of the tensors, from .metadata
+        self._versions: Mapping[str, ObjectVersion] = {}  # the only ones of files that may be read, by URI
         if isinstance(allowed_globals, str):  # would be taken for a collection of letters
             raise ConfigError(f"allowed_globals is a collection of names: write ({allowed_globals!r},)")
         self._allowed_globals = tuple(allowed_globals)
@@ -161,7 +163,7 @@ class S3StorageReader(FileSystemReader):
             # Now, so that the worker processes start while .metadata is read and the plan is made.
             if not self._may_share():
                 self._reader_constructor.start()
-            elif is_likely_leader():
+            elif self._leads():
                 self._reader_constructor.start(for_host=True)
         rank = kwargs.get("rank")  # given if each rank has saved a .metadata of its own
         if rank is None:
@@ -223,12 +225,17 @@ class S3StorageReader(FileSystemReader):
     def _may_share(self) -> bool:
         return self._share_host and isinstance(self._reader_constructor, MultiprocessConstructor) and has_other_ranks()
 
+    def _leads(self) -> bool:
+        """Returns True if this rank is likely to receive for all ranks of its host, if they share."""
+        return is_likely_leader()
+
     def _begin_load(
         self, constructor: MultiprocessConstructor, path: Path, storage_data: Mapping[MetadataIndex, StoredItem]
     ) -> Load:
         # Set again for each load: another storage reader, with another endpoint, may share the constructor, and may
         # have set its client since read_metadata.
         constructor.use_client(self._fs.client)
+        constructor.use_versions(self._versions)
         if self._load is not None:
             self._load.close()
         self._load = Load(

@@ -41,7 +41,7 @@ from mpreader.ranges import ItemRange
 from mpreader.ranks import local_rank
 from mpreader.readers.load_plan import range_of, uri_of
 from mpreader.readers.multiprocess_constructor import MultiprocessConstructor
-from mpreader.readers.read_ahead import ReadAhead, load_progress, steady_sources
+from mpreader.readers.read_ahead import ReadAhead, load_progress
 from mpreader.sources.versions import SteadySource
 
 __all__ = [
@@ -174,7 +174,7 @@ class HostReads:
         on_end: Callable[[PoolStats, int], object],
     ) -> None:
         self.is_leader = share.place == 0
-        sources = steady_sources(constructor.client, need.files)
+        sources = constructor.sources(need.files)
         self._host: HostPart
         if self.is_leader:
             self._host = _lead(share, offered, need, constructor, sources, on_end)
@@ -287,7 +287,7 @@ def _lead(
 
     def plan(needs: Sequence[Need]) -> tuple[Sequence[Source], SharedRead]:
         uris, read = plan_host(needs, max_gap_bytes=constructor.max_gap_size, part_bytes=pool.sizes.part_bytes)
-        others = steady_sources(constructor.client, [uri for uri in uris if uri not in sources])
+        others = constructor.sources([uri for uri in uris if uri not in sources])
         return [sources.get(uri) or others[uri] for uri in uris], read
 
     use_shared_pool(pool)  # the other ranks may need it for longer than the constructor

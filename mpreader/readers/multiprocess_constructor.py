@@ -12,22 +12,24 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from mpreader.config import PoolConfig, S3ClientConfig, check_type
 from mpreader.pool.pool import Pool, release_shared_pool, shared_pool
+from mpreader.pool.source import ObjectVersion
 from mpreader.pool.stats import PoolStats, total
 from mpreader.ranges import DEFAULT_MAX_GAP_SIZE, ItemRange
 from mpreader.readers.base import GetObjectInfo, GetStream, S3Reader
 from mpreader.readers.constructor import ItemRangeConstructor
 from mpreader.readers.multiprocess import MultiprocessS3Reader
 from mpreader.readers.protocols import PlanItem, StoredItem
-from mpreader.readers.read_ahead import ReadAhead
+from mpreader.readers.read_ahead import ReadAhead, steady_sources
 
 if TYPE_CHECKING:
     from mpreader.s3 import BaseS3Client
+    from mpreader.sources.versions import SteadySource
 
 __all__ = ["MultiprocessConstructor"]
 
@@ -62,6 +64,7 @@ class MultiprocessConstructor(ItemRangeConstructor):
 
     # State that does not come from the arguments; _reset() sets it in a new constructor and in an unpickled one.
     _client: BaseS3Client | None  # made when it is first needed, unless use_client() has set it
+    _versions: Mapping[str, ObjectVersion]  # the only ones that are read, by URI
     # Its own one, and that which receives for all ranks of the host (True); each is made when it is first needed, and
     # released by its finalizer when the constructor is dropped.
     _pools: dict[bool, tuple[Pool, weakref.finalize[..., MultiprocessConstructor]]]
@@ -89,6 +92,14 @@ class MultiprocessConstructor(ItemRangeConstructor):
         """Make the requests by ``client``, unless an ``s3client_config`` was given."""
         if self._s3client_config is None:
             self._client = client
+
+    def use_versions(self, versions: Mapping[str, ObjectVersion]) -> None:
+        """Read only these versions of files, by URI; of other files it is the one that the first read finds."""
+        self._versions = versions
+
+    def sources(self, uris: Iterable[str], before: ReadAhead | None = None) -> dict[str, SteadySource]:
+        """Returns the sources of some files; see :func:`~mpreader.readers.read_ahead.steady_sources`."""
+        return steady_sources(self.client, uris, self._versions, before)
 
     def start(self, *, for_host: bool = False) -> None:
         """Start the worker processes without waiting for them, so that they are running when the plan is known.
@@ -197,9 +208,9 @@ class MultiprocessConstructor(ItemRangeConstructor):
     ) -> S3Reader:
         uri = f"s3://{bucket}/{key}"
         ahead = self._read_ahead
-        if ahead is None or ahead.is_over or uri not in ahead.parts_by_file:
-            # There are no reads of the plan: they are over, or the constructor was closed or unpickled since the plan
-            # came. The file gets reads of its own.
+        if ahead is None or uri not in ahead.parts_by_file or (ahead.is_over and ahead.parts_by_file[uri][1]):
+            # There are no reads of the plan: they are over, though the file has bytes to read, or the constructor was
+            # closed or unpickled since the plan came. The file gets reads of its own.
             ahead = self._begin({uri: item_ranges})
             self._set_read_ahead(ahead)
         # Not item_ranges: another thread may have passed another plan since they were looked up. A reader must only
@@ -216,7 +227,7 @@ class MultiprocessConstructor(ItemRangeConstructor):
         """Begin to read the ranges; makes the S3 client and the pool if there are none."""
         return ReadAhead.of_pool(
             self._get_pool(),
-            self.client,
+            self.sources(ranges_by_file, before),
             ranges_by_file,
             self._max_gap_size,
             max_gap_by_file=max_gap_by_file,
@@ -245,6 +256,7 @@ class MultiprocessConstructor(ItemRangeConstructor):
 
     def _reset(self) -> None:
         self._client = None
+        self._versions = {}
         self._pools = {}
         self._read_ahead = None
         self._end_read_ahead = _nothing

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from mpreader.errors import PoolClosed
 from mpreader.pool.pool import Pool, release_shared_pool, use_shared_pool
 from mpreader.pool.requests import SlotRead
+from mpreader.pool.source import ObjectVersion
 from mpreader.pool.transfer import Transfer
 from mpreader.ranges import ItemRange, Part, plan_files
 from mpreader.telemetry.progress import Progress, progress_bar
@@ -92,7 +93,7 @@ class ReadAhead:
     def of_pool(
         cls,
         pool: Pool,
-        client: BaseS3Client,
+        sources: Mapping[str, SteadySource],
         ranges_by_file: Mapping[str, Sequence[ItemRange]],
         max_gap_bytes: float,
         *,
@@ -104,7 +105,7 @@ class ReadAhead:
 
         Args:
             pool: Shared pool that reads.
-            client: S3 client that signs the requests.
+            sources: Sources of the files; see :func:`steady_sources`.
             ranges_by_file: Ranges of the plan by URI, in the order in which DCP will read them.
             max_gap_bytes: Largest gap between two ranges that are fetched as one.
             max_gap_by_file: Smaller bounds for some files, by URI.
@@ -112,7 +113,6 @@ class ReadAhead:
                 read.
             progress: ``show`` of :func:`~mpreader.telemetry.progress.progress_bar`.
         """
-        sources = steady_sources(client, ranges_by_file, before)
         plans = plan_files(
             ranges_by_file,
             max_gap_bytes=max_gap_bytes,
@@ -201,13 +201,27 @@ def load_progress(nbytes: int, *, show: bool | None) -> Progress:
 
 
 def steady_sources(
-    client: BaseS3Client, uris: Iterable[str], before: ReadAhead | None = None
+    client: BaseS3Client,
+    uris: Iterable[str],
+    versions: Mapping[str, ObjectVersion] = MappingProxyType({}),
+    before: ReadAhead | None = None,
 ) -> dict[str, SteadySource]:
-    """Returns the sources of some files, those of ``before`` where it has some, so that the same versions are read."""
+    """Returns the sources of some files.
+
+    Args:
+        client: S3 client that signs the requests.
+        uris: URIs of the files.
+        versions: The only versions that may be read, by URI; of other files, it is the one that the first read finds.
+        before: Reads of the same load. Its sources are taken where it has some, so that the same versions are read.
+    """
     # Imported here, because they import boto3, which takes 0.1 s: a constructor can be made without it.
     from mpreader.s3 import parse_s3_uri
     from mpreader.sources.s3 import S3Source
-    from mpreader.sources.versions import SteadySource
+    from mpreader.sources.versions import PinnedSource, SteadySource
+
+    def make(uri: str) -> SteadySource:
+        source = S3Source(client, *parse_s3_uri(uri))
+        return PinnedSource(source, versions[uri]) if uri in versions else SteadySource(source)
 
     known = before.sources if before is not None else {}
-    return {uri: known.get(uri) or SteadySource(S3Source(client, *parse_s3_uri(uri))) for uri in uris}
+    return {uri: known.get(uri) or make(uri) for uri in uris}

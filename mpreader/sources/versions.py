@@ -104,7 +104,9 @@ def _learned(uri: str, bucket: str, key: str, known: ObjectVersion, version: Obj
     Raises:
         ObjectChanged: It has found another version.
     """
-    change = find_change(known.validators, version.validators)
+    change: object = find_change(known.validators, version.validators)
+    if change is None and known.size != version.size:
+        change = f"it has {version.size} bytes, not {known.size}"
     if change is not None:
         raise ObjectChanged(
             f"{uri}: the object was overwritten while it was read: {change}; read it again", bucket=bucket, key=key

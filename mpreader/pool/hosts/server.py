@@ -263,6 +263,9 @@ class HostServer:
                 tuple(read.notes + index for index in subscription.indices),
             )
             self._add(number, joined, subscription)
+        for index, source in enumerate(sources):
+            if source.version is not None:  # nothing is resolved, by which the ranks would hear of it
+                broker.tell_version(VersionLearned(message.read, index, source.version))
         if not connection.try_tell(message):
             raise PoolClosed("the pool has ended")
         broker.discard_unwanted()

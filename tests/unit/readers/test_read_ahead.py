@@ -24,7 +24,6 @@ def test_load_that_is_interrupted_as_it_begins_leaves_no_read(step: str, monkeyp
         sizes=types.SimpleNamespace(part_bytes=100, max_bytes=1000), read=lambda *args, **_: reads.append(args)
     )
     monkeypatch.setattr(read_ahead, step, interrupted)
-    client: Any = object()
     with pytest.raises(KeyboardInterrupt):
-        ReadAhead.of_pool(pool, client, {"s3://bucket/key": [ItemRange(0, 10)]}, 0.0)
+        ReadAhead.of_pool(pool, {}, {"s3://bucket/key": [ItemRange(0, 10)]}, 0.0)
     assert not reads, "nobody would close it"

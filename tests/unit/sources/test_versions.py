@@ -103,4 +103,6 @@ def test_steady_source_asks_once_and_stays_with_that_version() -> None:
     source.learn(ObjectVersion(5, '"e"'))
     with pytest.raises(ObjectChanged, match="the object was overwritten while it was read"):
         source.learn(ObjectVersion(5, '"f"'))
+    with pytest.raises(ObjectChanged, match="it has 6 bytes, not 5"):
+        source.learn(ObjectVersion(6, '"e"'))
     assert source.version == ObjectVersion(5, '"e"')
