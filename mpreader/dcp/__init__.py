@@ -6,6 +6,7 @@ Users import its public names, listed below, from here. Besides it, only ``mprea
 from mpreader.dcp.checkpoint import ItemRefused, load_checkpoint
 from mpreader.dcp.conversion import dcp_to_torch_save
 from mpreader.dcp.filesystem import S3FileSystem
+from mpreader.dcp.huggingface import S3HuggingFaceStorageReader
 from mpreader.dcp.inspection import describe_checkpoint
 from mpreader.dcp.metadata import MetadataRefused
 from mpreader.dcp.prefix import (
@@ -44,6 +45,7 @@ __all__ = [
     "RankSummary",
     "RoundRobinPrefixStrategy",
     "S3FileSystem",
+    "S3HuggingFaceStorageReader",
     "S3PrefixStrategyBase",
     "S3StorageReader",
     "S3StorageWriter",

@@ -16,7 +16,7 @@ import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
-from mpreader.dcp.items import PlannedItem
+from mpreader.dcp.items import PlannedItem, RawItem
 from mpreader.errors import PlanError
 from mpreader.formats.selection import GAPS, Box, Gaps, Run, Selection, box_of, joined_runs, placed_runs, select_box
 from mpreader.formats.torch_save import payload_place
@@ -239,7 +239,8 @@ def _wanted_box(request: ReadItem, stored: StoredItem, size: torch.Size, dtype: 
         return whole
     if not is_extent(stored.offset, stored.length):
         return whole
-    place = payload_place(stored.length, size.numel() * dtype.itemsize)
+    is_raw = isinstance(stored, RawItem)
+    place = (0, 0) if is_raw else payload_place(stored.length, size.numel() * dtype.itemsize)
     if place is None:
         return whole
     try:

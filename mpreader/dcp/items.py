@@ -32,7 +32,17 @@ from mpreader.formats.torch_save import BufferItem, ItemBytes, RecordCorrupted, 
 from mpreader.readers.protocols import StoredItem
 from mpreader.s3 import parse_s3_uri
 
-__all__ = ["OWN_CHECK", "Check", "ItemLoader", "ItemReader", "LoadedBytes", "PlannedItem", "SelectedBytes", "Verdict"]
+__all__ = [
+    "OWN_CHECK",
+    "Check",
+    "ItemLoader",
+    "ItemReader",
+    "LoadedBytes",
+    "PlannedItem",
+    "RawItem",
+    "SelectedBytes",
+    "Verdict",
+]
 
 
 log = logging.getLogger(__name__)
@@ -103,6 +113,24 @@ class PlannedItem(NamedTuple):
     selection: Selection | None = None
     layout: TensorLayout | None = None
     check: Check = OWN_CHECK
+
+
+class RawItem(NamedTuple):
+    """Location of an item that is the bytes of a tensor and nothing else: it has no record around it, and no checksum.
+
+    It is a :class:`~mpreader.readers.protocols.StoredItem`.
+
+    Attributes:
+        relative_path: Path of its file, relative to the checkpoint.
+        offset: First byte in the file.
+        length: Number of bytes.
+        layout: Layout of the tensor in these bytes.
+    """
+
+    relative_path: str
+    offset: int
+    length: int
+    layout: TensorLayout
 
 
 class LoadedBytes:
@@ -212,7 +240,7 @@ class ItemLoader:
     ) -> PlannedItem | None:
         """Load a box whose bytes were selected; returns what to receive instead if they are the wrong ones."""
         stored, request = item.stored, item.request
-        layout = item.layout or self._known_layout(uri, stored)
+        layout = item.layout or _raw_layout(stored) or self._known_layout(uri, stored)
         first = 0 if layout is None else selection.runs[0].start
         content = reader.selected_item(stored.offset, stored.length, first)
         if layout is None:
@@ -265,7 +293,8 @@ class ItemLoader:
         """
         request = item.request
         content = self._transformed(item, stored_bytes)
-        verify = self._verify and item.check.is_own
+        layout = _raw_layout(item.stored)
+        verify = self._verify and item.check.is_own and layout is None
         if request.type == LoadItemType.BYTE_IO:
             value = io.BytesIO(content.view(0, content.size))
             is_verified = verify and check_archive(value)
@@ -273,7 +302,7 @@ class ItemLoader:
             self._planner.load_bytes(request, value)
             self._loaded.count(item, item.stored.length, is_verified=is_verified)
             return
-        layout = decode_layout(content)
+        layout = layout or decode_layout(content)
         if layout is not None:
             target = self._planner.resolve_tensor(request).detach()  # autograd refuses copies into a leaf
             is_verified = copy_into(content, layout, target, request.storage_offsets, request.lengths, verify=verify)
@@ -298,6 +327,10 @@ class ItemLoader:
             return BufferItem(bytearray(stream.read(-1)))  # writable, as an item's bytes must be
         except Exception as error:  # each extension raises errors of its own types for damaged bytes
             raise RecordCorrupted(f"{', '.join(descriptors)} can't read it: {error}") from error
+
+
+def _raw_layout(stored: StoredItem) -> TensorLayout | None:
+    return stored.layout if isinstance(stored, RawItem) else None
 
 
 def _read_layout(content: SelectedBytes, front_nbytes: int) -> TensorLayout | None:

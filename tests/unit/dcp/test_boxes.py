@@ -22,8 +22,9 @@ from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
 from mpreader.dcp import tensor as tensor_module
 from mpreader.dcp.boxes import NO_BOXES, load_ranges, planned_items, select_boxes
-from mpreader.dcp.items import ItemLoader, LoadedBytes, PlannedItem
-from mpreader.formats.selection import GAPS, Gaps
+from mpreader.dcp.items import ItemLoader, LoadedBytes, PlannedItem, RawItem
+from mpreader.formats.layout import TensorLayout
+from mpreader.formats.selection import GAPS, Gaps, Run, Selection
 from mpreader.formats.torch_save import decode_layout, payload_place
 from mpreader.ranges import ItemRange
 
@@ -244,6 +245,16 @@ def test_item_that_is_not_understood_is_taken_whole(stored: _StorageInfo) -> Non
     boxes = select_boxes([request], storage_data, {"w": entry_of(tensor)})
     assert (boxes.selections, boxes.files) == ({}, frozenset({"a.distcp"}))
     assert select_boxes([request], storage_data, {}) is NO_BOXES
+
+
+def test_raw_item_is_selected_from_without_a_front() -> None:
+    tensor = torch.zeros(1000, 1000)
+    request = read_item("w", tensor.size(), (200, 0), (100, 1000))
+    layout = TensorLayout(torch.float32, (1000, 1000), (1000, 1), 0, 0, 4_000_000, has_crc=False)
+    storage_data = {request.storage_index: RawItem("a.safetensors", 77, 4_000_000, layout)}
+    boxes = select_boxes([request], storage_data, {"w": entry_of(tensor)})
+    items = planned_items([request], storage_data, boxes.selections)
+    assert items[0].selection == Selection(0, (Run(800_000, 1_200_000),), GAPS[0].within_box)
 
 
 @pytest.mark.row("hostile .metadata")
