@@ -16,7 +16,7 @@ import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
-from mpreader.dcp.items import PlannedItem, RawItem
+from mpreader.dcp.planned import PlannedItem, RawItem
 from mpreader.errors import PlanError
 from mpreader.formats.selection import GAPS, Box, Gaps, Run, Selection, box_of, joined_runs, placed_runs, select_box
 from mpreader.formats.torch_save import payload_place

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from mpreader.dcp.items import RawItem
+from mpreader.dcp.planned import RawItem
 from mpreader.errors import PlanError
 from mpreader.formats.safetensors import Header, HeaderRefused
 from mpreader.formats.torch_tensors import layout_of

@@ -6,6 +6,8 @@ to an item's bytes without copying them. A tensor is decoded from these bytes, w
     reader.item ──> decode_layout ──> planner.resolve_tensor ──> copy_into (checks the CRC) ──> planner.commit_tensor
                         └ None: torch.load, after a check of its CRCs
 
+Of a raw item, which has no record around it, the layout is known, and nothing can be checked.
+
 Of some items only the bytes of a box were requested, by what the plan expects of their records. The front of the record
 tells if it was right. If it was not, no byte is copied: the item is returned, with what is to be read of it instead.
 
@@ -18,12 +20,13 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, ReadItem
 
+from mpreader.dcp.planned import PlannedItem, RawItem
 from mpreader.dcp.tensor import check_archive, copy_into, load_whole
 from mpreader.errors import ArenaError, ChecksumMismatch, PlanError, PoolError, TransportError
 from mpreader.formats.layout import TensorLayout
@@ -32,17 +35,7 @@ from mpreader.formats.torch_save import BufferItem, ItemBytes, RecordCorrupted, 
 from mpreader.readers.protocols import StoredItem
 from mpreader.s3 import parse_s3_uri
 
-__all__ = [
-    "OWN_CHECK",
-    "Check",
-    "ItemLoader",
-    "ItemReader",
-    "LoadedBytes",
-    "PlannedItem",
-    "RawItem",
-    "SelectedBytes",
-    "Verdict",
-]
+__all__ = ["ItemLoader", "ItemReader", "LoadedBytes", "SelectedBytes"]
 
 
 log = logging.getLogger(__name__)
@@ -66,71 +59,6 @@ class SelectedBytes(ItemBytes, Protocol):
 
     def holds(self, start: int, end: int) -> bool:
         """Returns True if all bytes [start, end) can be read; there must be at least one."""
-
-
-class Verdict(NamedTuple):
-    """Name of what one rank of the host says, to all of them, of an item that it compares with its checksum.
-
-    Attributes:
-        place: Place of that rank among those that load together.
-        number: Number of the verdict.
-    """
-
-    place: int
-    number: int
-
-
-class Check(NamedTuple):
-    """Assignment of an item to the rank that compares it with its checksum.
-
-    It counts where checks are asked for, and all of the item is received.
-
-    Attributes:
-        is_own: True if this rank does.
-        verdict: What others hear of it, or this rank from another one; None: no rank relies on another.
-    """
-
-    is_own: bool
-    verdict: Verdict | None
-
-
-OWN_CHECK: Final = Check(is_own=True, verdict=None)
-
-
-class PlannedItem(NamedTuple):
-    """Item of a load plan, and its location in the checkpoint.
-
-    Attributes:
-        request: The plan's entry: the name of the item, and which box of it is wanted.
-        stored: File, offset and length of the item.
-        selection: What is received of it; None: all of it.
-        layout: Layout of its tensor, if that is known already; else it is read from the front.
-        check: Who verifies it.
-    """
-
-    request: ReadItem
-    stored: StoredItem
-    selection: Selection | None = None
-    layout: TensorLayout | None = None
-    check: Check = OWN_CHECK
-
-
-class RawItem(NamedTuple):
-    """Location of an item that is the bytes of a tensor and nothing else: it has no record around it, and no checksum.
-
-    It is a :class:`~mpreader.readers.protocols.StoredItem`.
-
-    Attributes:
-        relative_path: Path of its file, relative to the checkpoint.
-        offset: First byte in the file.
-        length: Number of bytes.
-        layout: Layout of the tensor in these bytes.
-    """
-
-    relative_path: str
-    offset: int
-    length: int
-    layout: TensorLayout
 
 
 class LoadedBytes:

@@ -27,7 +27,8 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from mpreader.collector import collector_paused, spare_new_objects
 from mpreader.dcp.boxes import NO_BOXES, box_key, load_ranges, needed_boxes, planned_items, select_boxes
 from mpreader.dcp.filesystem import Path, S3FileSystem
-from mpreader.dcp.items import OWN_CHECK, ItemLoader, ItemReader, LoadedBytes, PlannedItem
+from mpreader.dcp.items import ItemLoader, ItemReader, LoadedBytes
+from mpreader.dcp.planned import OWN_CHECK, PlannedItem
 from mpreader.dcp.sharing import HostReads, Offered, as_received, need_of, try_offer
 from mpreader.errors import ArenaError, ArenaExhausted, PoolError
 from mpreader.pool.hosts.identity import HostOffer, HostShare

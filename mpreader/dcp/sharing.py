@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.planner import LoadPlan
 
 from mpreader.dcp.host_plan import Answer, ItemNeed, Need, plan_host, taken_runs, takes_all
-from mpreader.dcp.items import PlannedItem
+from mpreader.dcp.planned import PlannedItem
 from mpreader.pool.blocking import sockets_are_patched
 from mpreader.pool.hosts.identity import HostOffer, HostShare, Listener, group, host_identity
 from mpreader.pool.hosts.member import HostMember

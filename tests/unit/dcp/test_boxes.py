@@ -22,7 +22,8 @@ from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
 from mpreader.dcp import tensor as tensor_module
 from mpreader.dcp.boxes import NO_BOXES, load_ranges, planned_items, select_boxes
-from mpreader.dcp.items import ItemLoader, LoadedBytes, PlannedItem, RawItem
+from mpreader.dcp.items import ItemLoader, LoadedBytes
+from mpreader.dcp.planned import PlannedItem, RawItem
 from mpreader.formats.layout import TensorLayout
 from mpreader.formats.selection import GAPS, Gaps, Run, Selection
 from mpreader.formats.torch_save import decode_layout, payload_place

@@ -9,7 +9,7 @@ import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from mpreader.dcp.headers import metadata_of
-from mpreader.dcp.items import RawItem
+from mpreader.dcp.planned import RawItem
 from mpreader.formats import torch_tensors
 from mpreader.formats.safetensors import Header, HeaderRefused, StoredTensor
 

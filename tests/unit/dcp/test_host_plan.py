@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mpreader.config import KiB, MiB
 from mpreader.dcp.host_plan import Answer, ItemNeed, Need, plan_host, taken_runs
-from mpreader.dcp.items import Check
+from mpreader.dcp.planned import Check
 from mpreader.formats.selection import GAPS, Run, Selection, joined_runs, placed_runs
 from mpreader.pool.hosts.messages import SharedRead
 from mpreader.ranges import Part

@@ -11,7 +11,8 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
-from mpreader.dcp.items import ItemLoader, LoadedBytes, PlannedItem
+from mpreader.dcp.items import ItemLoader, LoadedBytes
+from mpreader.dcp.planned import PlannedItem
 from mpreader.formats.selection import Run, Selection
 from mpreader.formats.torch_save import BufferItem
 from mpreader.pool.hosts.messages import HostLost
