@@ -138,6 +138,14 @@ def test_index_says_which_files_are_read(bucket: str) -> None:
     assert_same(loaded(put(bucket, "model", files), empty_like(TENSORS)), TENSORS)
 
 
+def test_headers_of_more_files_than_memory_has_room_for_are_read(bucket: str) -> None:
+    tensors = {f"w{number}": torch.full((70_000,), float(number)) for number in range(40)}
+    uri = put(bucket, "many", {f"{name}.safetensors": save({name: tensor}) for name, tensor in tensors.items()})
+    small = PoolConfig(workers=1, connections_per_worker=4, max_memory=8 * MiB, part_size=MiB)
+    with S3HuggingFaceStorageReader(None, uri, pool_config=small) as reader:
+        assert reader.read_metadata().state_dict_metadata.keys() == tensors.keys()
+
+
 class Targets(DefaultLoadPlanner):
     """Planner of a program that makes its items by itself: has a target for each."""
 
