@@ -53,6 +53,8 @@ def fetcher_of(
     s3client_config: S3ClientConfig | None,
     pool_config: PoolConfig | None,
     headers: Mapping[str, str] | None = None,
+    *,
+    for_host: bool = False,
 ) -> FileFetcher:
     """Make what reads a URI: a fetcher on the shared pool of the process, or one of local files. The caller closes it.
 
@@ -61,6 +63,7 @@ def fetcher_of(
         s3client_config: Settings of the S3 client.
         pool_config: Settings of the worker pool.
         headers: Further headers for web servers.
+        for_host: True: the pool is the one that receives for all ranks of this host.
 
     Raises:
         ConfigError: It is none of these, or a setting is wrong.
@@ -72,7 +75,7 @@ def fetcher_of(
         return LocalFetcher()
     if scheme not in ("s3", "http", "https"):
         raise ConfigError(f"{uri!r} is none of s3://bucket/key, an http(s) URL, and a local path")
-    return SharedPoolFetcher(s3client_config, pool_config, http_headers=headers)
+    return SharedPoolFetcher(s3client_config, pool_config, for_host=for_host, http_headers=headers)
 
 
 def files_of(fetcher: FileFetcher, uri: str, names: Collection[str] | None = None) -> list[str]:

@@ -13,7 +13,8 @@ from mpreader.fetch.local import path_of
 from mpreader.fetch.safetensors import FileFetcher, StoredFile, fetcher_of, files_of, opened
 from mpreader.safetensors.fill import fill
 from mpreader.safetensors.modules import assign, targets_of
-from mpreader.safetensors.wanted import Slices, check_names, choose, loaded, want_new, want_targets
+from mpreader.safetensors.sharing import Host, fill_shared, taking_part
+from mpreader.safetensors.wanted import Slices, WantedTensor, check_names, choose, loaded, want_new, want_targets
 
 __all__ = ["load_checkpoint", "load_file"]
 
@@ -29,6 +30,9 @@ def load_file(
     slices: Slices | None = None,
     out: StateOrModule | None = None,
     headers: Mapping[str, str] | None = None,
+    share_host: bool | str = False,
+    process_group: Any = None,
+    host_ranks: int | None = None,
     progress: bool | None = None,
     s3client_config: S3ClientConfig | None = None,
     pool_config: PoolConfig | None = None,
@@ -49,6 +53,13 @@ def load_file(
             for a dictionary it is in the result. Of a DTensor the part of this rank is loaded.
         headers: Headers for a web server, such as ``{"Authorization": "Bearer …"}``; they are sent to the server that
             ``uri`` names only, not where it redirects to.
+        share_host: The ranks of a job that run on one host receive together what they want, each byte once; from
+            ``s3://`` only. True: they find each other by a collective of torch.distributed, so that all ranks of the
+            group must make this call, those that want nothing (``names=[]``), too. A text: they meet by this name,
+            which they alone know, and need no process group. Who does not come within a minute, reads by itself.
+        process_group: Group of the ranks; None: the default one.
+        host_ranks: Number of ranks of this host that meet by a name. None: what the launcher (torchrun, Slurm, MPI, …)
+            has told.
         progress: Progress bar on stderr. None: on a terminal or in a notebook, if it takes long. False: never.
         s3client_config: Settings of the S3 client. None: the defaults and the usual ``AWS_*`` environment.
         pool_config: Settings of the worker pool. None: the defaults.
@@ -65,8 +76,12 @@ def load_file(
         ObjectChanged: It was overwritten meanwhile.
         TransportError: The bytes could not be received.
     """
-    options = _Options(device, dtype, names, slices, out, progress)
-    with fetcher_of(uri, s3client_config, pool_config, headers) as fetcher:
+    host = _host_of(uri, share_host, process_group, host_ranks)
+    options = _Options(device, dtype, names, slices, out, progress, host, s3client_config, pool_config)
+    with (
+        taking_part(host),
+        fetcher_of(uri, s3client_config, pool_config, headers, for_host=options.leads_host) as fetcher,
+    ):
         return options.load(fetcher, [path_of(uri)])
 
 
@@ -79,6 +94,9 @@ def load_checkpoint(
     slices: Slices | None = None,
     out: StateOrModule | None = None,
     headers: Mapping[str, str] | None = None,
+    share_host: bool | str = False,
+    process_group: Any = None,
+    host_ranks: int | None = None,
     progress: bool | None = None,
     s3client_config: S3ClientConfig | None = None,
     pool_config: PoolConfig | None = None,
@@ -89,9 +107,25 @@ def load_checkpoint(
     that ends with ``.safetensors`` is that of a file. A web server can't list a directory: there must be an index, or
     one file ``model.safetensors``. Of files that have none of ``names``, according to the index, nothing is read.
     """
-    options = _Options(device, dtype, names, slices, out, progress)
-    with fetcher_of(uri, s3client_config, pool_config, headers) as fetcher:
+    host = _host_of(uri, share_host, process_group, host_ranks)
+    options = _Options(device, dtype, names, slices, out, progress, host, s3client_config, pool_config)
+    with (
+        taking_part(host),
+        fetcher_of(uri, s3client_config, pool_config, headers, for_host=options.leads_host) as fetcher,
+    ):
         return options.load(fetcher, files_of(fetcher, uri, names))
+
+
+def _host_of(uri: str, share_host: bool | str, process_group: Any, host_ranks: int | None) -> Host | None:
+    """Return the ranks that load together; None if there is only this one."""
+    if not share_host:
+        if process_group is not None or host_ranks is not None:
+            raise ConfigError("process_group and host_ranks are for ranks that share: write share_host=True, or a name")
+        return None
+    if not uri.startswith("s3://"):
+        raise ConfigError(f"ranks share what they load from s3:// only, and {uri!r} is elsewhere: leave share_host out")
+    host = Host(share_host, process_group, host_ranks)
+    return host if host.has_others else None
 
 
 class _Options:
@@ -105,6 +139,9 @@ class _Options:
         slices: Slices | None,
         out: StateOrModule | None,
         progress: bool | None,
+        host: Host | None,
+        s3client_config: S3ClientConfig | None,
+        pool_config: PoolConfig | None,
     ) -> None:
         check_names(names)
         if dtype is not None and out is not None:
@@ -117,18 +154,24 @@ class _Options:
         self._slices = slices
         self._out = out
         self._progress = progress
+        self._host = host
+        self._s3client_config = s3client_config
+        self._pool_config = pool_config
+
+    @property
+    def leads_host(self) -> bool:
+        """True if this rank is likely to receive for all ranks of its host."""
+        return self._host is not None and self._host.is_likely_led_by_this
 
     def load(self, fetcher: FileFetcher, uris: Sequence[str]) -> dict[str, torch.Tensor]:
         """Load the tensors from these files."""
         with opened(fetcher, uris) as files:
             self._check_slices(files)
-            return self._load_new(fetcher, files) if self._out is None else self._load_into(self._out, fetcher, files)
-
-    def _load_new(self, fetcher: FileFetcher, files: Sequence[StoredFile]) -> dict[str, torch.Tensor]:
-        chosen = choose(files, self._names)
-        wanted = list(want_new(chosen, self._slices, self._device, self._dtype))
-        fill(fetcher, wanted, progress=self._progress)
-        return {one.stored.name: loaded(one) for one in wanted}
+            if self._out is not None:
+                return self._load_into(self._out, fetcher, files)
+            wanted = list(want_new(choose(files, self._names), self._slices, self._device, self._dtype))
+            self._fill(fetcher, files, wanted)
+            return {one.stored.name: loaded(one) for one in wanted}
 
     def _load_into(
         self, out: StateOrModule, fetcher: FileFetcher, files: Sequence[StoredFile]
@@ -136,8 +179,19 @@ class _Options:
         stored = {name for file in files for name in file.header.tensors}
         targets = targets_of(out, stored, self._names, self._device)
         chosen = choose(files, targets.tensors)
-        fill(fetcher, list(want_targets(chosen, self._slices, targets.tensors)), progress=self._progress)
+        self._fill(fetcher, files, list(want_targets(chosen, self._slices, targets.tensors)))
         return assign(out, targets)
+
+    def _fill(self, fetcher: FileFetcher, files: Sequence[StoredFile], wanted: list[WantedTensor]) -> None:
+        if self._host is None:
+            fill(fetcher, wanted, progress=self._progress)
+            return
+        fill_shared(
+            *(self._host, files, wanted),
+            progress=self._progress,
+            s3client_config=self._s3client_config,
+            pool_config=self._pool_config,
+        )
 
     def _check_slices(self, files: Sequence[StoredFile]) -> None:
         if isinstance(self._slices, Mapping):

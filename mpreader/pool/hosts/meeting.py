@@ -40,13 +40,13 @@ _LENGTH: Final = struct.Struct("<I")
 _MOST_BYTES: Final = 4096
 
 
-def meet(name: str, ranks: int, offer: HostOffer, *, timeout_s: float = MEETING_S) -> HostShare | None:
+def meet(name: str, ranks: int, offer: HostOffer | None, *, timeout_s: float = MEETING_S) -> HostShare | None:
     """Meet the other ranks of this host.
 
     Args:
         name: What all of them call the meeting. Others of this user must not use it at the same time.
         ranks: Number of ranks that come, this one included.
-        offer: What this rank tells the others.
+        offer: What this rank tells the others; None: that it does not share, so that they need not wait for it.
         timeout_s: Seconds to wait for them; those that have come until then share.
 
     Returns:
@@ -75,7 +75,7 @@ def meet(name: str, ranks: int, offer: HostOffer, *, timeout_s: float = MEETING_
         time.sleep(_AGAIN_S)
 
 
-def _lead(own: socket.socket, name: str, ranks: int, offer: HostOffer, until: float) -> HostShare | None:
+def _lead(own: socket.socket, name: str, ranks: int, offer: HostOffer | None, until: float) -> HostShare | None:
     own.listen(ranks)
     offers: list[HostOffer | None] = [offer]
     with contextlib.ExitStack() as stack:
@@ -86,7 +86,8 @@ def _lead(own: socket.socket, name: str, ranks: int, offer: HostOffer, until: fl
                 connection = stack.enter_context(own.accept()[0])
                 _check_peer(connection)
                 connection.settimeout(_HELLO_S)
-                offers.append(_received_offer(connection))
+                described = _receive(connection)
+                offers.append(None if described is None else _offer(described))
                 connections.append(connection)
         own.close()
         if len(offers) < ranks:
@@ -101,12 +102,12 @@ def _lead(own: socket.socket, name: str, ranks: int, offer: HostOffer, until: fl
         return shares[0]
 
 
-def _join(address: bytes, offer: HostOffer, until: float) -> HostShare | None:
+def _join(address: bytes, offer: HostOffer | None, until: float) -> HostShare | None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as connection:
         connection.settimeout(max(0.0, until - time.monotonic()) + _ANSWER_S)
         connection.connect(address)
         _check_peer(connection)
-        _send(connection, _described(offer))
+        _send(connection, None if offer is None else _described(offer))
         share = _receive(connection)
         if share is None:
             return None
@@ -123,13 +124,7 @@ def _described(offer: HostOffer) -> list[str]:
     return [offer.identity, offer.address.hex(), offer.token.hex()]
 
 
-def _received_offer(connection: socket.socket) -> HostOffer:
-    return _offer(_receive(connection) or ())
-
-
-def _offer(described: object) -> HostOffer:
-    if not isinstance(described, (list, tuple)):
-        raise ValueError("no offer")
+def _offer(described: list[object]) -> HostOffer:
     identity, address, token = map(str, described)
     return HostOffer(identity, bytes.fromhex(address), bytes.fromhex(token))
 
@@ -144,6 +139,8 @@ def _receive(connection: socket.socket) -> list[object] | None:
     if nbytes > _MOST_BYTES:
         raise ValueError("no message of a meeting")
     message: list[object] | None = json.loads(_receive_bytes(connection, nbytes))
+    if message is not None and not isinstance(message, list):
+        raise ValueError("no message of a meeting")
     return message
 
 

@@ -35,6 +35,10 @@ def test_ranks_of_other_settings_do_not_share() -> None:
     shares = meet_all("settings", offers, ranks=3)
     assert [share and share.ranks for share in shares] == [2, 2, None]
     assert meet("alone", 1, offer(0)) is None
+    with ThreadPoolExecutor(3) as threads:
+        taking_part = [offer(0), None, offer(1)]
+        shares = list(threads.map(lambda one: meet("not all", 3, one), taking_part))
+    assert [share and share.ranks for share in shares] == [2, None, 2]
 
 
 def test_ranks_that_do_not_come_are_not_waited_for(caplog: pytest.LogCaptureFixture) -> None:
@@ -43,7 +47,7 @@ def test_ranks_that_do_not_come_are_not_waited_for(caplog: pytest.LogCaptureFixt
     assert "only 2 of 3 ranks have come to load 'late'" in caplog.text
 
 
-@pytest.mark.parametrize("hello", [b"", b"\xff\xff\xff\xff", b"\x02\0\0\0[]", b"\x02\0\0\0{]", b"\x04\0\0\0null"])
+@pytest.mark.parametrize("hello", [b"", b"\xff\xff\xff\xff", b"\x02\0\0\0[]", b"\x02\0\0\0{]", b"\x02\0\0\0{}"])
 def test_process_that_says_something_else_is_left_out(hello: bytes) -> None:
     with ThreadPoolExecutor(2) as threads:
         first = threads.submit(meet, "stranger", 2, offer(0))
