@@ -1,0 +1,141 @@
+"""Places of safetensors files other than S3, and files that change under a load."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import boto3
+import pytest
+import torch
+from safetensors.torch import save, save_file
+
+from mpreader import AccessDenied, ConfigError, ObjectChanged, ObjectMissing, PoolConfig, ShortRead
+from mpreader.config import MiB
+from mpreader.safetensors import load_checkpoint, load_file, safe_open, stream
+from mpreader.testing import Fault, FaultKind, FaultServer
+
+POOL = PoolConfig(workers=1, max_memory=8 * MiB)
+TENSORS = {"a": torch.randn(300, 40), "b": torch.arange(9), "large": torch.arange(3.0 * MiB)}
+TOKEN = {"Authorization": "Bearer hf_secret"}
+
+
+def assert_same(found: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == TENSORS.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
+
+
+@contextmanager
+def hub(target: str) -> Iterator[tuple[str, list[str | None]]]:
+    """A server that sends all requests on to another one, as a hub does; and the tokens that it was shown."""
+    seen: list[str | None] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:  # a name of the base class
+            seen.append(self.headers["Authorization"])
+            self.send_response(302)
+            self.send_header("Location", target + self.path.replace("/resolve/main", ""))
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_GET  # noqa: N815
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}", seen
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_web_server_gets_the_token_and_others_do_not(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "mpreader")
+    half = dict(list(TENSORS.items())[:1])
+    rest = dict(list(TENSORS.items())[1:])
+    index = {"weight_map": dict.fromkeys(half, "1.safetensors") | dict.fromkeys(rest, "2.safetensors")}
+    files = {
+        "/model/1.safetensors": save(half),
+        "/model/2.safetensors": save(rest),
+        "/model/model.safetensors.index.json": json.dumps(index).encode(),
+        "/single/model.safetensors": save(TENSORS),
+    }
+    with FaultServer(files) as server:
+        for directory in ("/model", "/single", "/single/"):
+            assert_same(load_checkpoint(server.url(directory), headers=TOKEN, pool_config=POOL))
+        assert_same(load_file(server.url("/single/model.safetensors") + "?download=true", pool_config=POOL))
+        assert_same(dict(stream(server.url("/model"), headers=TOKEN, pool_config=POOL)))
+        shown = {request.headers.get("authorization") for request in server.requests if "/single/m" not in request.path}
+        assert shown == {TOKEN["Authorization"]}, "the workers' requests, too"
+        with pytest.raises(ObjectMissing, match="there is nothing at this URL"):
+            load_checkpoint(server.url("/none"), headers=TOKEN, pool_config=POOL)
+
+        before = len(server.requests)
+        with hub(server.endpoint_url) as (url, seen):
+            assert_same(load_checkpoint(f"{url}/model/resolve/main", headers=TOKEN, pool_config=POOL))
+        assert set(seen) == {TOKEN["Authorization"]}
+        assert all("authorization" not in request.headers for request in server.requests[before:])
+    refusals = [Fault(FaultKind.STATUS, method=method, status=401) for method in ("HEAD", "GET")]
+    with FaultServer(files, faults=refusals) as server:
+        with pytest.raises(AccessDenied, match="need a token") as raised:
+            load_file(server.url("/single/model.safetensors"), headers=TOKEN, pool_config=POOL)
+        assert "secret" not in str(raised.value)
+    assert "secret" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("headers", "message"),
+    [
+        ({"Range": "bytes=0-1"}, "the header Range is sent by mpreader itself"),
+        ({"Authorization": "secret\r\nX: y"}, "the value of the header Authorization must be text"),
+        ({"Bad name": "x"}, "not the name of a header: 'Bad name'"),
+    ],
+)
+def test_header_that_cannot_be_sent_is_refused(headers: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as raised:
+        load_file("http://127.0.0.1:9/a.safetensors", headers=headers, pool_config=POOL)
+    assert "secret" not in str(raised.value)
+
+
+def test_local_files_are_loaded_by_the_same_names(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    for uri in (f"{tmp_path}/model.safetensors", f"file://{tmp_path}/model.safetensors"):
+        assert_same(load_file(uri))
+    assert_same(load_checkpoint(str(tmp_path)))
+    assert_same(load_checkpoint(f"{tmp_path}/"))
+    assert_same(dict(stream(str(tmp_path))))
+    with pytest.raises(ObjectMissing, match=r"none\.safetensors: there is no such file"):
+        load_file(f"{tmp_path}/none.safetensors")
+    with pytest.raises(ObjectMissing, match="there is no such file or directory"):
+        load_checkpoint(f"{tmp_path}/none")
+
+
+def test_file_that_changes_is_never_mixed(tmp_path: Path, bucket: str) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file(TENSORS, path)
+    file = safe_open(str(path))
+    assert torch.equal(file.get_tensor("b"), TENSORS["b"])
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ShortRead, match="ends at byte"):
+        file.get_tensor("large")
+    with pytest.raises(ObjectChanged, match="has changed while it was read"):
+        file.close()
+
+    client = boto3.client("s3")
+    uri = f"s3://{bucket}/a.safetensors"
+    client.put_object(Bucket=bucket, Key="a.safetensors", Body=save(TENSORS))
+    with safe_open(uri, pool_config=POOL) as file:
+        assert torch.equal(file.get_slice("large")[5:8], TENSORS["large"][5:8])
+        client.put_object(Bucket=bucket, Key="a.safetensors", Body=save({"a": torch.zeros(300, 40)}))
+        with pytest.raises(ObjectChanged, match=uri):
+            file.get_tensor("large")
+    client.close()
