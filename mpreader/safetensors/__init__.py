@@ -8,8 +8,22 @@ dimension is half as long; ``F6``, which torch does not have, comes as the bytes
 from __future__ import annotations
 
 from mpreader.formats.safetensors import HeaderRefused
+from mpreader.safetensors.conversion import Conversion
+from mpreader.safetensors.from_dcp import dcp_to_safetensors
 from mpreader.safetensors.load import load_checkpoint, load_file
 from mpreader.safetensors.opener import TensorSlice, safe_open
 from mpreader.safetensors.stream import TensorStream, stream
+from mpreader.safetensors.to_dcp import safetensors_to_dcp
 
-__all__ = ["HeaderRefused", "TensorSlice", "TensorStream", "load_checkpoint", "load_file", "safe_open", "stream"]
+__all__ = [
+    "Conversion",
+    "HeaderRefused",
+    "TensorSlice",
+    "TensorStream",
+    "dcp_to_safetensors",
+    "load_checkpoint",
+    "load_file",
+    "safe_open",
+    "safetensors_to_dcp",
+    "stream",
+]
