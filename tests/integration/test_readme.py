@@ -62,6 +62,8 @@ def test_readme_snippets_run_as_they_are(
     assert names["state"]["step"] == 100
     assert bool((names["state"]["weight"] == 1).all())
     names["filesystem"].clear_instance_cache()  # which fsspec keeps, and with it an S3 client
+    assert bool((names["tensors"]["weight"] == 1).all())
+    assert bool((names["module"].weight == 1).all())
     data = bytes(range(250)) * 40
     assert (bytes(names["first"]), bytes(names["tail"]), bytes(names["whole"])) == (data[:100], data[-8:], data)
     assert [bytes(view) for view in names["views"]] == [data[900:1_000], data[:10], data[:10]]
