@@ -4,7 +4,7 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 
 benched=$(sha256sum "$root/.venv/stamp")
 if [ "$benched" != "$(cat "$root/.venv/bench-stamp" 2>/dev/null)" ]; then
-    echo "Adding what is compared (obstore, s3fs, matplotlib) to $root/.venv." >&2
+    echo "Adding what is compared (obstore, Run:ai's streamer, s3fs, matplotlib) to $root/.venv." >&2
     python -m pip install --quiet --disable-pip-version-check -c "$root/scripts/constraints.txt" -e "$root[bench]"
     # s3fs wants another botocore than the tested boto3: it gets a folder of its own.
     python -m pip install --quiet --disable-pip-version-check --no-warn-conflicts --upgrade --target "$root/.venv/s3fs" \

@@ -1,11 +1,12 @@
 """Compares ways to load checkpoints from S3, and to fetch from it; nginx on this machine plays S3.
 
-  scripts/bench           all contenders, interleaved: about half an hour on 2 cores
-  scripts/bench --quick   one round of a few of them: 2 minutes
-  scripts/bench scaling   a fetch with more and more workers and connections
-  scripts/bench tail      loads from servers of which some answers are slow: a quarter of an hour
-  scripts/bench ranks     loads by several ranks of one host: a quarter of an hour
-  scripts/bench big       memory over time of a load of 10.7 GB
+  scripts/bench               all contenders, interleaved: about half an hour on 2 cores
+  scripts/bench --quick       one round of a few of them: 2 minutes
+  scripts/bench scaling       a fetch with more and more workers and connections
+  scripts/bench tail          loads from servers of which some answers are slow: a quarter of an hour
+  scripts/bench ranks         loads by several ranks of one host: a quarter of an hour
+  scripts/bench safetensors   loads of safetensors files: ten minutes
+  scripts/bench big           memory over time of a load of 10.7 GB
 
 The seconds compare ways of loading on one machine; they are not those of a load from AWS.
 """
@@ -46,8 +47,11 @@ from servers import Servers
 from tail import CASES, measure_tail
 from tail import CHECKPOINTS as TAIL_CHECKPOINTS
 from tail_report import report_tail
+from tensor_loads import CHECKPOINTS as TENSOR_CHECKPOINTS
+from tensor_loads import TENSOR_CASES, TENSOR_CONTENDERS, measure_tensors
+from tensor_report import report_tensors
 
-_COMMANDS: Final = ("compare", "scaling", "tail", "ranks", "big", "coordinator")
+_COMMANDS: Final = ("compare", "scaling", "tail", "ranks", "safetensors", "big", "coordinator")
 Command = Callable[[Servers, Path, Path, dict[str, Any]], None]
 
 
@@ -70,6 +74,7 @@ def main() -> int:
         "big": (BIG_CHECKPOINTS, run_big),
         "tail": (TAIL_CHECKPOINTS, _tail(options)),
         "ranks": (RANKS_CHECKPOINTS, _ranks(options)),
+        "safetensors": (TENSOR_CHECKPOINTS, _safetensors(options)),
     }
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # cleans up, as Ctrl-C does
     try:
@@ -130,6 +135,15 @@ def _ranks(options: argparse.Namespace) -> Command:
     return run
 
 
+def _safetensors(options: argparse.Namespace) -> Command:
+    rounds = 1 if options.quick else options.rounds
+
+    def run(servers: Servers, data: Path, out: Path, machine: dict[str, Any]) -> None:
+        report_tensors(measure_tensors(servers, data, options.rows, options.contenders, rounds), out, machine)
+
+    return run
+
+
 def _report(results: Results, machine: dict[str, Any], out: Path) -> None:
     tables = [(main_table(results), 4), (goal_table(results), 1)]
     for table, text_columns in tables:
@@ -155,13 +169,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--servers", type=_some_of(SERVERS), default=(), metavar="plain,…", help="servers")
     parser.add_argument(
         "--contenders",
-        type=_some_of({*CONTENDERS, *RANK_CONTENDERS}),
+        type=_some_of({*CONTENDERS, *RANK_CONTENDERS, *TENSOR_CONTENDERS}),
         default=(),
         metavar="mpreader,…",
         help="contenders",
     )
-    parser.add_argument("--rows", type=_some_of([case.key for case in (*CASES, *RANK_CASES)]), default=(),
-                        metavar="1,…", help="rows of tail or of ranks")  # fmt: skip
+    parser.add_argument("--rows", type=_some_of([case.key for case in (*CASES, *RANK_CASES, *TENSOR_CASES)]),
+                        default=(), metavar="1,…", help="rows of tail, of ranks or of safetensors")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("benchmark-results"), metavar="DIR",
                         help="where tables, charts and JSON go (default: benchmark-results)")  # fmt: skip
     parser.add_argument("--data", type=Path, metavar="DIR", help="keep the checkpoints here (up to 4 GB), and use them")
@@ -176,6 +190,7 @@ def _names() -> str:
         "contenders": {name: TITLES[name] for name in CONTENDERS},
         "rows of tail": {case.key: case.title for case in CASES},
         "rows of ranks": {case.key: case.title for case in RANK_CASES},
+        "rows of safetensors": {case.key: case.title for case in TENSOR_CASES},
     }
     return "\n\n".join(
         "\n".join([f"{group}:", *(f"  {name:16} {title}" for name, title in known.items())])

@@ -9,7 +9,18 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = ["CONTENDERS", "FETCHES", "LOADS", "SERVERS", "TITLES", "WORKLOADS", "Cell", "choose", "default_cells"]
+__all__ = [
+    "CONTENDERS",
+    "FETCHES",
+    "LOADS",
+    "SERVERS",
+    "TENSORS",
+    "TITLES",
+    "WORKLOADS",
+    "Cell",
+    "choose",
+    "default_cells",
+]
 
 LOADS: Final = {
     "a": "load of 1.2 GB, 109 bf16 tensors of a transformer, 4 files",
@@ -23,6 +34,14 @@ FETCHES: Final = {
     "g": "fetch of 5,000 ranges of 64 KiB scattered over 1.2 GB",
 }
 WORKLOADS: Final = LOADS | FETCHES
+# Of safetensors files, for scripts/bench safetensors.
+TENSORS: Final = {
+    "whole": "1.26 GB, 150 tensors, 3 files",
+    "streamed": "the same, each tensor let go",
+    "half": "every other tensor",
+    "rows": "a quarter of the rows of all tensors",
+    "many": "10,000 tensors of 16 KiB, 1 file",
+}
 SERVERS: Final = {
     "plain": "http",
     "tls": "https",
@@ -42,6 +61,9 @@ TITLES: Final = {
     "s3torchconnector": "s3torchconnector",
     "boto3": "boto3",
     "floor": "bare sockets",
+    "floor-private": "bare sockets, private memory",
+    "runai": "Run:ai",
+    "runai-clone": "Run:ai, cloned",
 }
 _LOADERS: Final = ("mpreader", "drop-in", "dcp_optimized", "sequential", "range_based", "local", "s3fs")
 _MAIN_LOADERS: Final = ("mpreader", "drop-in", "dcp_optimized")

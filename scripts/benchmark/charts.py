@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from results import Results, Row
 
-__all__ = ["memory_chart", "ratio_chart", "write_charts"]
+__all__ = ["SecondsPanel", "memory_chart", "ratio_chart", "seconds_chart", "write_charts"]
 
 mpl.use("Agg")  # draws into files, and needs no display
 _WIDTH_IN: Final = 9.0
@@ -25,6 +25,8 @@ _LINES: Final = ("#1f6fb2", "#e08214", "#6b7785")
 _RATIO_COLUMNS: Final = 3
 # Title, aim, and for each contender its value and whether the true one is larger.
 RatioRow = tuple[str, float, Sequence[tuple[str, "tuple[float, bool] | None"]]]
+# Title, and for each contender its name, its seconds, and why there are none.
+SecondsPanel = tuple[str, Sequence[tuple[str, "float | None", str]]]
 _PANELS: Final = {
     "a": "1.2 GB, 109 tensors",
     "b": "10,000 of 16 KiB",
@@ -86,14 +88,17 @@ def _panels(rows: Mapping[str, Sequence[Row]], value: Callable[[Row], float | No
 
 
 def _bars(panel: Axes, rows: Sequence[tuple[str, Row | None]], value: Callable[[Row], float | None]) -> None:
-    longest = max(value(row) or 0 for _, row in rows if row is not None)
-    for position, (name, row) in enumerate(rows):
-        length = value(row) if row is not None else None
+    _lengths(panel, [(name, *((value(row), row.note) if row is not None else (None, ""))) for name, row in rows])
+
+
+def _lengths(panel: Axes, rows: Sequence[tuple[str, float | None, str]]) -> None:
+    longest = max(length or 0 for _, length, _ in rows)
+    for position, (name, length, note) in enumerate(rows):
         if length is not None:
             panel.barh(position, length, height=0.65, color=_OURS if name in ("mpreader", "drop-in") else _OTHERS)
             text = f" {length:.0f}" if length >= 20 else f" {length:.2f}"
         else:
-            text = f" {row.note}" if row is not None else ""
+            text = f" {note}"
         panel.text(length or 0, position, text, va="center", fontsize=8, color=_TEXT)
     panel.set_xlim(0, longest * 1.3 or 1)  # room for the number behind the longest bar
     _strip(panel)
@@ -113,6 +118,24 @@ def memory_chart(series: Mapping[str, Sequence[tuple[float, int]]], title: str, 
     panel.grid(axis="y", color="#e5e5e5")
     panel.spines[["top", "right"]].set_visible(False)
     panel.legend(frameon=False, fontsize=9)
+    figure.savefig(file, dpi=_DPI)
+
+
+def seconds_chart(rows: Sequence[SecondsPanel], title: str, file: Path) -> None:
+    """A panel of bars for each workload, with a place for each contender, in the same order."""
+    names = [name for name, _, _ in rows[0][1]]
+    lines = -(-len(rows) // _RATIO_COLUMNS)
+    height = 0.7 + lines * (0.55 + 0.22 * len(names))
+    figure = Figure(figsize=(_WIDTH_IN, height), layout="constrained", facecolor="white")
+    figure.suptitle(title, fontsize=10, color=_TEXT)
+    panels = figure.subplots(lines, min(len(rows), _RATIO_COLUMNS), sharey=True, squeeze=False).flat
+    for (name_of_row, lengths), panel in zip(rows, panels, strict=False):
+        _lengths(panel, lengths)
+        panel.set_title("\n".join(textwrap.wrap(name_of_row, 34)), fontsize=8, color=_TEXT)
+        panel.set_yticks(range(len(names)), [TITLES[name] for name in names], fontsize=8, color=_TEXT)
+    for panel in list(panels):  # places without a row
+        panel.axis("off")
+    figure.axes[0].invert_yaxis()  # the first contender on top; the axis is shared by all panels
     figure.savefig(file, dpi=_DPI)
 
 

@@ -19,7 +19,9 @@ from typing import Final
 
 import torch
 import torch.distributed as dist
+from cells import TENSORS
 from isal import isal_zlib
+from safetensors.torch import save_file
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -34,6 +36,7 @@ _THREADS: Final = {"a": 4, "small": 64, "ranks": 4}  # each writes a file of its
 _COPIES: Final = 20
 _SAVING_RANKS: Final = 3  # of the checkpoint "ranks3"
 _MANIFEST: Final = "manifest.json"
+_TENSOR_FILES: Final = {"safetensors": 3, "safetensors-many": 1}  # checkpoints of so many safetensors files
 
 
 class Checkpoint:
@@ -41,7 +44,7 @@ class Checkpoint:
 
     Attributes:
         folder: Folder of its files.
-        shapes: Shapes of its bf16 tensors.
+        shapes: Shapes of its tensors, which are f32 in safetensors files, and else bf16.
         crcs: CRC-32s of their bytes.
     """
 
@@ -54,7 +57,13 @@ class Checkpoint:
     @property
     def files(self) -> dict[str, int]:
         """Sizes of the files that hold tensors, by their keys in the bucket."""
-        return {f"{self.folder.name}/{file.name}": file.stat().st_size for file in sorted(self.folder.glob("*.distcp"))}
+        files = sorted(file for file in self.folder.iterdir() if file.suffix in (".distcp", ".safetensors"))
+        return {f"{self.folder.name}/{file.name}": file.stat().st_size for file in files}
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors of a checkpoint of safetensors files."""
+        return sum(4 * math.prod(shape) for shape in self.shapes.values())
 
     def shapes_for(self, workload: str) -> dict[str, list[int]]:
         """Shapes of the tensors that a workload loads."""
@@ -64,6 +73,8 @@ class Checkpoint:
 
 def checkpoint_of(workload: str) -> str:
     """Name of the checkpoint that a workload reads."""
+    if workload in TENSORS:
+        return "safetensors-many" if workload == "many" else "safetensors"
     return (
         workload if workload in ("a", "b", "d", "big", "small") else "a"
     )  # c loads half of (a), fetches read its files
@@ -95,7 +106,9 @@ def _write(name: str, folder: Path) -> None:
         file.unlink()
     generator = torch.Generator().manual_seed(sum(name.encode()))  # another one for each checkpoint
     state = {key: _random_bits(shape, generator) for key, shape in _shapes(name).items()}
-    if name == "ranks3":
+    if name in _TENSOR_FILES:
+        state = _save_tensor_files(state, folder, _TENSOR_FILES[name])
+    elif name == "ranks3":
         _save_in_shards(state, folder)
     else:
         save(state, storage_writer=FileSystemWriter(folder, thread_count=_THREADS.get(name, 1), sync_files=False),
@@ -108,6 +121,21 @@ def _write(name: str, folder: Path) -> None:
         "crcs": {key: isal_zlib.crc32(tensor.view(torch.uint8).numpy()) for key, tensor in state.items()},
     }
     (folder / _MANIFEST).write_text(json.dumps(manifest))  # last: a folder without it is written anew
+
+
+def _save_tensor_files(state: dict[str, torch.Tensor], folder: Path, files: int) -> dict[str, torch.Tensor]:
+    """Save as safetensors files with an index; returns what was saved: f32 tensors of the same bits."""
+    state = {name: tensor.view(torch.float32) for name, tensor in state.items()}
+    names, each = list(state), -(-len(state) // files)
+    weight_map = {}
+    for number in range(files):
+        file = f"model-{number + 1:05}-of-{files:05}.safetensors"
+        part = {name: state[name] for name in names[number * each : (number + 1) * each]}
+        save_file(part, folder / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in state.values())}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return state
 
 
 def _save_in_shards(state: dict[str, torch.Tensor], folder: Path) -> None:
@@ -165,6 +193,10 @@ def _multiply(folder: Path, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def _shapes(name: str) -> dict[str, tuple[int, ...]]:
+    if name == "safetensors":
+        return {f"layers.{number}.weight": (1024, 2 * 2048) for number in range(150)}
+    if name == "safetensors-many":
+        return {f"tensor_{number:05}": (2 * 4096,) for number in range(10_000)}
     if name == "b":
         return {f"tensor_{number:05}": (8192,) for number in range(10_000)}
     if name == "d":

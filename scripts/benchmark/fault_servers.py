@@ -33,6 +33,7 @@ def _usual(files: dict[str, Path]) -> dict[str, FaultServer]:
         "tls": FaultServer(files, tls=True),
         "slow90": FaultServer(files, bytes_per_s=BYTES_PER_S),
         "late30": FaultServer(files, late),
+        "far": FaultServer(files, late, bytes_per_s=BYTES_PER_S),
     }
 
 

@@ -23,12 +23,17 @@ from mpreader.config import PoolConfig, S3ClientConfig
 from mpreader.host import Host
 from mpreader.pool.sizing import PoolSizes, size_pool
 
-__all__ = ["Floor"]
+__all__ = ["Floor", "Processes", "Threads", "floor_sizes"]
 
 _REQUEST: Final = struct.Struct("<QQQQ")  # number of the part, start, end, offset in memory
 _DONE: Final = struct.Struct("<Q")  # number of the part. Writes of so few bytes to a pipe are never mixed or split
 _HEAD_BYTES: Final = 2048
 Parts = list[tuple[str, int, int]]
+
+
+def floor_sizes() -> PoolSizes:
+    """Processes and connections of mpreader's pool by default."""
+    return size_pool(PoolConfig(), S3ClientConfig(), Host.now())
 
 
 class Floor:
@@ -37,11 +42,11 @@ class Floor:
     def __init__(self, endpoint_url: str) -> None:
         address = urlsplit(endpoint_url)
         self._address = (address.hostname or "", address.port or 80)
-        self._sizes = size_pool(PoolConfig(), S3ClientConfig(), Host.now())
+        self._sizes = floor_sizes()
         self._slots = self._sizes.workers * self._sizes.connections_per_worker
         self._warm = mmap.mmap(-1, self._slots * PART_BYTES)
         self._warm.write(b"\1" * len(self._warm))  # touches every page, for which no run shall pay
-        self._processes: _Processes | None = None
+        self._processes: Processes | None = None
 
     def keep(self, sizes: Mapping[str, int]) -> list[Piece]:
         return self._keep(list(parts_of(sizes)))
@@ -53,7 +58,7 @@ class Floor:
         parts = list(parts_of(sizes))
         # Started in the first run, as a library's processes; the second one finds them connected.
         if self._processes is None:
-            self._processes = _Processes(self._address, self._sizes, self._warm, [key for key, _, _ in parts])
+            self._processes = Processes(self._address, self._sizes, self._warm, [key for key, _, _ in parts])
         view = memoryview(self._warm)
         free, under_way = list(range(self._slots)), dict[int, int]()
         # As many parts under way as there are slots; then each part that arrives frees the slot of the next one.
@@ -72,7 +77,7 @@ class Floor:
         offsets = list(itertools.accumulate((end - start for _, start, end in parts), initial=0))
         # New memory, since the objects are kept, and new processes, since only a fork inherits its mapping.
         memory = mmap.mmap(-1, offsets[-1])
-        processes = _Processes(self._address, self._sizes, memory, [key for key, _, _ in parts])
+        processes = Processes(self._address, self._sizes, memory, [key for key, _, _ in parts])
         for number, (_, start, end) in enumerate(parts):
             processes.request(number, start, end, offsets[number])
         for _ in parts:
@@ -93,22 +98,12 @@ class Floor:
         return slot
 
 
-class _Processes:
-    """Processes that take requests for parts from one pipe, and report received parts on another."""
+class _Receivers:
+    """Receivers that take requests for parts from one pipe, and report received parts on another."""
 
-    def __init__(self, address: tuple[str, int], sizes: PoolSizes, memory: mmap.mmap, keys: Sequence[str]) -> None:
-        requests, self._requests = os.pipe()
-        self._done, done = os.pipe()
-        self._pids = []
-        for _ in range(sizes.workers):
-            pid = os.fork()
-            if pid == 0:
-                # The parent's end: while a child held it, the pipe would never end, and so no child either.
-                os.close(self._requests)
-                _work(address, sizes.connections_per_worker, memoryview(memory), keys, requests, done)
-            self._pids.append(pid)
-        os.close(requests)
-        os.close(done)
+    def __init__(self) -> None:
+        self._taken, self._requests = os.pipe()
+        self._done, self._reported = os.pipe()
 
     def request(self, number: int, start: int, end: int, offset: int) -> None:
         os.write(self._requests, _REQUEST.pack(number, start, end, offset))
@@ -117,8 +112,29 @@ class _Processes:
         """Number of a part that has arrived; waits for it."""
         said = os.read(self._done, _DONE.size)
         if not said:
-            raise EOFError("the processes have ended")
+            raise EOFError("the receivers have ended")
         return int(_DONE.unpack(said)[0])
+
+
+class Processes(_Receivers):
+    """Receivers in processes, into shared memory."""
+
+    def __init__(self, address: tuple[str, int], sizes: PoolSizes, memory: mmap.mmap, keys: Sequence[str]) -> None:
+        super().__init__()
+        self._pids = []
+        for _ in range(sizes.workers):
+            pid = os.fork()
+            if pid == 0:
+                # The parent's end: while a child held it, the pipe would never end, and so no child either.
+                os.close(self._requests)
+                for thread in _threads(
+                    address, sizes.connections_per_worker, memoryview(memory), keys, self._taken, self._reported
+                ):
+                    thread.join()
+                os._exit(0)  # not the usual end, which would run what the parent has registered for its own
+            self._pids.append(pid)
+        os.close(self._taken)
+        os.close(self._reported)
 
     def close(self) -> None:
         os.close(self._requests)
@@ -127,10 +143,26 @@ class _Processes:
         os.close(self._done)
 
 
-def _work(
+class Threads(_Receivers):
+    """Receivers in threads of this process, as many as :class:`Processes` has connections, into its own memory."""
+
+    def __init__(self, address: tuple[str, int], sizes: PoolSizes, memory: mmap.mmap, keys: Sequence[str]) -> None:
+        super().__init__()
+        connections = sizes.workers * sizes.connections_per_worker
+        self._threads = _threads(address, connections, memoryview(memory), keys, self._taken, self._reported)
+
+    def close(self) -> None:
+        os.close(self._requests)
+        for thread in self._threads:
+            thread.join()
+        for end in (self._taken, self._reported, self._done):
+            os.close(end)
+
+
+def _threads(
     address: tuple[str, int], connections: int, memory: memoryview, keys: Sequence[str], requests: int, done: int
-) -> None:
-    """Body of a process: a thread for each connection, which serves requests until the pipe ends. Never returns."""
+) -> list[threading.Thread]:
+    """Start a thread for each connection, which serves requests until the pipe ends."""
 
     def serve() -> None:
         with socket.create_connection(address) as connection:
@@ -142,9 +174,7 @@ def _work(
     threads = [threading.Thread(target=serve) for _ in range(connections)]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
-    os._exit(0)  # not the usual end, which would run what the parent has registered for its own
+    return threads
 
 
 def _receive(connection: socket.socket, key: str, start: int, end: int, memory: memoryview) -> None:

@@ -16,7 +16,8 @@ from servers import nginx_path
 __all__ = ["machine_facts"]
 
 _PACKAGES: Final = ("mpreader", "torch", "s3torchconnector", "s3torchconnectorclient", "boto3", "obstore", "s3fs",
-                    "aiobotocore", "numpy", "isal")  # fmt: skip
+                    "aiobotocore", "runai-model-streamer", "runai-model-streamer-s3", "safetensors",
+                    "numpy", "isal")  # fmt: skip
 
 
 def machine_facts(server: str) -> dict[str, Any]:

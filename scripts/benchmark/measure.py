@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection
 from typing import Any, Final
 from unittest.mock import patch
 
-from cells import FETCHES
+from cells import FETCHES, TENSORS
 from memory import Memory
 from names import resolve_in_this_process
 from private import NotReplaced
@@ -37,6 +37,7 @@ __all__ = ["RUNS", "Failure", "Run", "TooSlow", "as_json", "measure", "set_envir
 RUNS: Final = ("first", "again")
 LIMIT_S: Final = 60.0
 _PREPARING_S: Final = 120.0
+_PROXIES: Final = ("http_proxy", "https_proxy", "all_proxy")
 # Contenders that trust the system's authorities only: all of them use s3torchconnector's client.
 _SYSTEM_TRUST: Final = ("drop-in", "dcp_optimized", "sequential", "range_based", "s3torchconnector")
 
@@ -191,6 +192,10 @@ def _make_task(job: Job) -> Task:
         from fetches import FetchTask
 
         return FetchTask(job)
+    if job.workload in TENSORS:
+        from tensors import TensorTask
+
+        return TensorTask(job)
     from loads import LoadTask, warm_up
 
     task = LoadTask(job)
@@ -202,7 +207,7 @@ def set_environment(job: Job) -> None:
     """Make the environment of the calling process that of a contender, and no setting of the user's."""
     for name in list(os.environ):
         # Settings of the user would change the measurement; s3torchconnector uses a proxy even for this machine.
-        if name.startswith(("AWS_", "MPREADER_")) or name.lower() in ("http_proxy", "https_proxy", "all_proxy"):
+        if name.startswith(("AWS_", "MPREADER_", "RUNAI_")) or name.lower() in _PROXIES:
             del os.environ[name]
     os.environ.update(aws_environment(job.site.endpoint_url, job.site.ca_file))
     if job.site.addresses:

@@ -6,9 +6,8 @@ import datetime
 import mmap
 import os
 import time
-import traceback
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Final, NoReturn
@@ -18,11 +17,11 @@ import torch.distributed as dist
 from checkpoints import BUCKET, Checkpoint
 from isal import isal_zlib
 from loads import reader_maker, warm_up
-from measure import Failure, set_environment
+from measure import set_environment
 from tasks import Job, WrongBytes
 from torch.distributed.checkpoint.state_dict_loader import load
 
-__all__ = ["Layout", "RankJob", "serve"]
+__all__ = ["Layout", "RankJob", "join", "run_rank", "set_rank", "take_turns"]
 
 _TIMEOUT: Final = datetime.timedelta(seconds=120)
 
@@ -59,48 +58,67 @@ class RankJob:
     memory: mmap.mmap | None
 
 
-def serve(job: RankJob, rank: int, parent: Connection, others: Sequence[Connection]) -> NoReturn:
+def run_rank(job: RankJob, rank: int, parent: Connection) -> None:
     """Be a rank until the parent closes the connection. Runs in a fork of it."""
-    os.setpgid(0, 0)
-    for other in others:
-        other.close()
-    try:
-        _run(job, rank, parent)
-    except (EOFError, ConnectionError):
-        os._exit(0)  # the parent has heard enough
-    except BaseException:  # noqa: BLE001  # the parent raises it
-        parent.send(Failure(traceback.format_exc()))
-    os._exit(1)
-
-
-def _run(job: RankJob, rank: int, parent: Connection) -> None:
-    os.environ.update(
-        {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job.ranks), "LOCAL_WORLD_SIZE": str(job.ranks)}
-    )
-    torch.set_num_threads(1)  # as torchrun does
-    warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # in warm_up
-    set_environment(job.job)
     checkpoint = Checkpoint(job.job.data / BUCKET / job.job.workload)
+    set_rank(job.job, rank, job.ranks)
     make_reader = reader_maker(job.job.contender, f"s3://{BUCKET}/{checkpoint.folder.name}", job.job)
     warm_up(job.job)
-    store = dist.FileStore(job.store, job.ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=job.ranks, timeout=_TIMEOUT)
+    join(job.store, rank, job.ranks)
     targets = _targets(checkpoint.shapes, job.layout, job.memory)
-    while True:
+
+    def prepare() -> None:
         for tensor in targets.values():
             _local(tensor).fill_(1)  # so that nothing is right by chance, and that all memory has been touched
+
+    take_turns(
+        parent,
+        prepare,
+        lambda: load(dict(targets), storage_reader=make_reader()),
+        (lambda: _check(targets, checkpoint)) if job.job.checking else None,
+    )
+
+
+def set_rank(job: Job, rank: int, ranks: int) -> None:
+    """Make the environment of this process that of a rank, as torchrun does."""
+    os.environ.update(
+        {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    )
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # in warm_up
+    set_environment(job)
+
+
+def join(store: str, rank: int, ranks: int) -> None:
+    """Wait for the other ranks, which find each other by the file ``store``, and be one process group with them."""
+    dist.init_process_group("gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks, timeout=_TIMEOUT)
+
+
+def take_turns(
+    parent: Connection, prepare: Callable[[], None], load: Callable[[], object], check: Callable[[], None] | None
+) -> NoReturn:
+    """Load whenever the parent says so, together with the other ranks, until it closes the connection.
+
+    Args:
+        parent: The connection.
+        prepare: Called before each load, and not timed.
+        load: What is timed.
+        check: Compares what was loaded; None: nothing is compared.
+    """
+    while True:
+        prepare()
         dist.barrier()
         parent.send("ready")
         parent.recv()
         dist.barrier()
         started = time.perf_counter()
-        load(dict(targets), storage_reader=make_reader())
+        load()
         seconds = time.perf_counter() - started
         dist.barrier()
         parent.send(seconds)
-        if job.job.checking:
+        if check is not None:
             parent.recv()  # memory is sampled until all ranks have told
-            _check(targets, checkpoint)
+            check()
             dist.barrier()  # ranks may have their targets in the same memory: none fills it while others check
 
 

@@ -11,35 +11,28 @@ import gc
 import importlib
 import math
 import mmap
-import multiprocessing
-import os
-import signal
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from multiprocessing.connection import Connection, wait
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from checkpoints import BUCKET, Checkpoint
-from measure import RUNS, Failure, TooSlow
-from rank import Layout, RankJob, serve
+from group import LIMIT_S, RanksRun, measure_group
+from measure import Failure, TooSlow
+from rank import Layout, RankJob, run_rank
 from servers import Servers, Site, spawned
 from tasks import Job
-from tree import Taken, memory_of
 
-from mpreader.tools.bench.memory import process_tree
-
-__all__ = ["CASES", "CHECKPOINTS", "RANK_CONTENDERS", "RankCase", "Ranks", "RanksRun", "measure_ranks"]
+__all__ = ["CASES", "CHECKPOINTS", "RANK_CONTENDERS", "RankCase", "Ranks", "measure_ranks"]
 
 CHECKPOINTS: Final = {"a", "ranks", "ranks3"}
 RANK_CONTENDERS: Final = ("mpreader", "alone", "dcp_optimized", "s3fs")
 _SLOW: Final = "s3fs"  # it is measured once, and not behind the link
 LINK_BYTES_PER_S: Final = 200_000_000
-_LIMIT_S: Final = 120.0
-_SAMPLE_S: Final = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,28 +73,6 @@ CASES: Final = (
     RankCase("one", "1.2 GB, 1 rank", ranks=1, checkpoint="a", one_memory=True, is_timed=False),
     RankCase("eight", "1.2 GB, replicated, 8 ranks", ranks=8, checkpoint="a", one_memory=True, is_timed=False),
 )
-
-
-@dataclass(slots=True)
-class RanksRun:
-    """Measurements of one load by all ranks.
-
-    Attributes:
-        name: ``"first"`` or ``"again"``.
-        seconds: Wall time of the slowest rank.
-        requests: Requests that the server got.
-        served_bytes: Bytes of the bodies that it sent.
-        peak_extra_bytes: Most memory of all ranks and their workers at one time beyond what there was before the first
-            load, with the targets; None where memory was not sampled.
-        peak_shared_bytes: Most shared memory of them at one time, targets not counted; None where it was not sampled.
-    """
-
-    name: str
-    seconds: float
-    requests: int
-    served_bytes: int
-    peak_extra_bytes: int | None = None
-    peak_shared_bytes: int | None = None
 
 
 @dataclass(slots=True)
@@ -195,7 +166,7 @@ def _measure_into(ranks: Ranks, site: Site, data: Path, *, checking: bool) -> No
     try:
         runs = _measure(ranks.case, job)
     except TooSlow:
-        ranks.note = f"> {_LIMIT_S:.0f} s"
+        ranks.note = f"> {LIMIT_S:.0f} s"
     except Failure as error:
         ranks.note = str(error).strip().splitlines()[-1][:100]
         print(f"{ranks.contender}, {ranks.case.key}: {error}", flush=True)
@@ -208,97 +179,11 @@ def _measure_into(ranks: Ranks, site: Site, data: Path, *, checking: bool) -> No
 
 
 def _measure(case: RankCase, job: Job) -> list[RanksRun]:
-    """Start the ranks, let them load twice, and end them.
-
-    Raises:
-        TooSlow: A load took longer than ``_LIMIT_S``.
-        Failure: A rank has failed.
-    """
-    # A fork copies the calling thread only: locks that another one holds would be held for ever.
-    if len(os.listdir("/proc/self/task")) != 1:
-        raise RuntimeError("this process has threads: forking it is not safe")
-    context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         memory = mmap.mmap(-1, _needed_bytes(job.data, case.checkpoint)) if case.one_memory else None
         rank_job = RankJob(job, case.ranks, case.layout, f"{folder}/store", memory)
-        pairs = [multiprocessing.Pipe() for _ in range(case.ranks)]
-        ours = [our for our, _ in pairs]
-        processes = []
-        for rank, (_, their) in enumerate(pairs):
-            others = [end for pair in pairs for end in pair if end is not their]
-            processes.append(context.Process(target=serve, args=(rank_job, rank, their, others)))
-            processes[-1].start()
-        for _, their in pairs:
-            their.close()
         try:
-            return _runs(ours, job, [process.pid or 0 for process in processes])
+            return measure_group(job, case.ranks, partial(run_rank, rank_job))
         finally:
-            _end(ours, processes)
             if memory is not None:
                 memory.close()
-
-
-def _runs(ranks: Sequence[Connection], job: Job, pids: Sequence[int]) -> list[RanksRun]:
-    runs: list[RanksRun] = []
-    before: Taken | None = None
-    for name in RUNS:
-        _answers(ranks)  # in the round in which bytes are compared also that those of the run before were right
-        mark = job.site.mark()
-        if job.checking and before is None:
-            before = _taken(pids)
-        for rank in ranks:
-            rank.send("go")
-        samples: list[Taken] = []
-        seconds = max(_answers(ranks, (samples, pids) if job.checking else None))
-        if job.checking:
-            for rank in ranks:
-                rank.send("check")
-        run = RanksRun(name, seconds, *job.site.served_since(mark))
-        if before is not None:
-            run.peak_extra_bytes = max(sum(taken) - sum(before) for taken in samples)
-            run.peak_shared_bytes = max(taken.shared - before.shared for taken in samples)
-        runs.append(run)
-    if job.checking:
-        _answers(ranks)  # that the bytes of the last run were right
-    return runs
-
-
-def _answers(ranks: Sequence[Connection], sampling: tuple[list[Taken], Sequence[int]] | None = None) -> list[Any]:
-    """The next message of each rank; meanwhile memory is sampled, if that is asked for."""
-    answers: dict[int, Any] = {}
-    until = time.monotonic() + _LIMIT_S
-    while len(answers) < len(ranks):
-        left = [rank for number, rank in enumerate(ranks) if number not in answers]
-        if sampling is not None:
-            sampling[0].append(_taken(sampling[1]))
-        ready = wait(left, _SAMPLE_S if sampling is not None else until - time.monotonic())
-        if time.monotonic() > until:
-            raise TooSlow
-        for rank in ready:
-            answers[ranks.index(rank)] = _receive(rank)  # type: ignore[arg-type]
-    return [answers[number] for number in range(len(ranks))]
-
-
-def _receive(rank: Connection) -> Any:
-    try:
-        message = rank.recv()
-    except (EOFError, ConnectionResetError):
-        raise Failure("a rank died") from None
-    if isinstance(message, Exception):
-        raise message
-    return message
-
-
-def _taken(pids: Sequence[int]) -> Taken:
-    return memory_of(pid for rank in pids for pid in process_tree(rank))
-
-
-def _end(ranks: Sequence[Connection], processes: Sequence[Any]) -> None:
-    for rank in ranks:
-        rank.close()
-    for process in processes:
-        process.join(2)
-        # Its group, with all processes that it has left behind.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.join()

@@ -11,8 +11,9 @@ from typing import Any, Final
 
 from cells import TITLES
 from charts import ratio_chart
+from group import RanksRun
 from measure import RUNS
-from ranks import CASES, LINK_BYTES_PER_S, RANK_CONTENDERS, Ranks, RanksRun
+from ranks import CASES, LINK_BYTES_PER_S, RANK_CONTENDERS, Ranks
 from report import markdown, plain_text
 
 __all__ = ["report_ranks"]

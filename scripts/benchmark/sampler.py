@@ -27,7 +27,8 @@ def _sample(pid: int, ranges: list[tuple[int, int]]) -> list[tuple[float, int]]:
     samples = []
     while not select.select([sys.stdin], [], [], INTERVAL_S)[0]:
         samples.append((round(time.monotonic() - started, 3), taken()))
-    return samples
+    # What there is at the end may be the peak, and a peak is what two samples have reached.
+    return samples + [(round(time.monotonic() - started, 3), taken()) for _ in range(2)]
 
 
 if __name__ == "__main__":

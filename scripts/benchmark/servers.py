@@ -114,6 +114,7 @@ _RULES: Final = {
     "tls": _Rules(tls=True),
     "slow90": _Rules(bytes_per_s=BYTES_PER_S),
     "late30": _Rules(location="auth_request /delay;", extra=_LATE),
+    "far": _Rules(bytes_per_s=BYTES_PER_S, location="auth_request /delay;", extra=_LATE),
 }
 _TAIL_RULES: Final = {
     "some-slow": _Rules(bytes_per_s=BYTES_PER_S, location="limit_rate $some_slow;"),
