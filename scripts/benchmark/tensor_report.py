@@ -12,7 +12,7 @@ from typing import Any, Final
 from cells import TITLES
 from charts import SecondsPanel, seconds_chart
 from floor import floor_sizes
-from measure import RUNS
+from measure import RUNS, Run
 from report import markdown, plain_text
 from tensor_loads import TENSOR_CASES, TENSOR_CONTENDERS, TensorRuns
 
@@ -22,14 +22,15 @@ _FLOORS: Final = ("floor", "floor-private")
 _NOTES: Final = """\
 Medians of the rounds; second load of a process where nothing else is said. All tensors are kept, in CPU memory that
 the load takes for them, except where they are let go. Run:ai: its tensors belong to the caller by default; cloned: it
-reads into buffers that it reuses (owned=False), and each tensor is cloned. Both get the names of the files, while
+reads into buffers that it reuses (owned=False), and each tensor is cloned. It gets the names of the files, while
 mpreader finds them by the index. Bare sockets: as many connections as mpreader's pool ({connections}, of {workers}
 processes), which exist when the time begins, receive whole files into memory that was never touched: processes into
 shared memory, threads into private; the aim is against the faster of the two.
-Bytes are those of all bodies that the server sent, headers and index included. Memory: that of the process tree in the
-first load of a round of its own, in which every byte was compared; the kept tensors are taken off, shared memory counts
-once. Each rank keeps its quarter of the rows of every tensor; Run:ai's ranks broadcast all tensors by gloo
-(RUNAI_STREAMER_DIST=1) and clone their rows; the seconds are those of the slowest rank.
+CPU: of the process and its descendants, without the server. Bytes are those of all bodies that the server sent, headers
+and index included. Memory: of the process tree in the first load of a round of its own, in which every byte was
+compared; the kept tensors are taken off, shared memory counts once. Each rank keeps its quarter of the rows of every
+tensor; Run:ai's ranks broadcast all tensors by gloo (RUNAI_STREAMER_DIST=1) and clone their rows; the seconds are those
+of the slowest rank.
 """
 
 
@@ -77,6 +78,10 @@ class Results:
     def floor(self, case: str) -> float | None:
         """Seconds of bare sockets into that memory into which they are faster."""
         return min((found for name in _FLOORS if (found := self.seconds(case, name)) is not None), default=None)
+
+    def cpu_s(self, case: str, contender: str) -> float | None:
+        """CPU seconds of the second load, those of the server not counted; None for ranks."""
+        return _median([one.cpu_s for one in self._runs(case, contender, RUNS[1]) if isinstance(one, Run)])
 
     def served_per_needed(self, case: str, contender: str) -> float | None:
         """Bytes that the server sent for a load ÷ bytes of what was loaded."""
@@ -197,15 +202,19 @@ def _seconds(results: Results, titles: dict[str, str], contenders: Sequence[str]
 
 
 def _costs(results: Results, titles: dict[str, str], contenders: Sequence[str]) -> list[list[str]]:
-    table = [["served ÷ needed; extra memory, MB", *(TITLES[name] for name in contenders)]]
+    table = [["CPU seconds; served ÷ needed; extra memory, MB", *(TITLES[name] for name in contenders)]]
     for key, title in titles.items():
-        cells = []
-        for name in contenders:
-            served, extra = results.served_per_needed(key, name), results.extra_mb(key, name)
-            texts = [f"{served:.3f}" if served is not None else "", f"{extra:.0f}" if extra is not None else ""]
-            cells.append("; ".join(text for text in texts if text))
-        table.append([title, *cells])
+        table.append([title, *(_costs_of(results, key, name) for name in contenders)])
     return table
+
+
+def _costs_of(results: Results, case: str, contender: str) -> str:
+    values = (
+        (results.cpu_s(case, contender), 2),
+        (results.served_per_needed(case, contender), 3),
+        (results.extra_mb(case, contender), 0),
+    )
+    return "; ".join(f"{value:.{digits}f}" for value, digits in values if value is not None)
 
 
 def _panel(results: Results, key: str, title: str, contenders: Sequence[str]) -> SecondsPanel:
