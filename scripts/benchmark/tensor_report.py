@@ -84,9 +84,9 @@ class Results:
         return _median([one.cpu_s for one in self._runs(case, contender, RUNS[1]) if isinstance(one, Run)])
 
     def served_per_needed(self, case: str, contender: str) -> float | None:
-        """Bytes that the server sent for a load ÷ bytes of what was loaded."""
-        runs = self._runs(case, contender, RUNS[1])
-        return _median([one.served_bytes / self._measured[case, contender].needed_bytes for one in runs])
+        """Bytes that the server sent for a load ÷ bytes of what was loaded; None where they were not counted."""
+        served = [one.served_bytes for one in self._runs(case, contender, RUNS[1]) if one.served_bytes]
+        return _ratio(_median(served), self._measured[case, contender].needed_bytes) if served else None
 
     def extra_mb(self, case: str, contender: str) -> float | None:
         """Most memory of the first load beside the tensors that it keeps."""
