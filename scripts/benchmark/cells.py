@@ -37,9 +37,9 @@ WORKLOADS: Final = LOADS | FETCHES
 # Of safetensors files, for scripts/bench safetensors.
 TENSORS: Final = {
     "whole": "1.26 GB, 150 tensors, 3 files",
-    "streamed": "the same, each tensor let go",
-    "half": "every other tensor",
-    "rows": "a quarter of the rows of all tensors",
+    "streamed": "1.26 GB, each tensor let go",
+    "half": "half the tensors of the 1.26 GB, by name",
+    "rows": "a quarter of the rows of all of them",
     "many": "10,000 tensors of 16 KiB, 1 file",
 }
 SERVERS: Final = {

@@ -56,12 +56,12 @@ class TensorCase:
 
 TENSOR_CASES: Final = (
     TensorCase("whole", TENSORS["whole"], "whole", TENSOR_CONTENDERS),
-    TensorCase("far", "90 MB/s a connection, 30 ms to the first byte", "whole", _LIBRARIES, "far"),
+    TensorCase("far", "1.26 GB, 90 MB/s a connection, 30 ms to the first byte", "whole", _LIBRARIES, "far"),
     TensorCase("many", TENSORS["many"], "many", _LIBRARIES),
     TensorCase("streamed", TENSORS["streamed"], "streamed", _LIBRARIES[:2]),
     TensorCase("half", TENSORS["half"], "half", _LIBRARIES[:2]),
     TensorCase("rows", TENSORS["rows"], "rows", _LIBRARIES[:1]),
-    TensorCase("ranks", f"{RANKS} ranks, each its rows of all tensors", "whole", _LIBRARIES[:2], ranks=RANKS),
+    TensorCase("ranks", f"{RANKS} ranks, each a quarter of the rows", "whole", _LIBRARIES[:2], ranks=RANKS),
 )
 
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from typing import Final
 
 import torch
 from checkpoints import BUCKET, Checkpoint, checkpoint_of
@@ -15,7 +16,7 @@ from tensors import check_tensors, quarter, runai_streamer
 
 __all__ = ["RANKS", "TensorRankJob", "run_tensor_rank"]
 
-RANKS = 4
+RANKS: Final = 4
 Load = Callable[[], dict[str, torch.Tensor]]
 
 
