@@ -8,8 +8,7 @@ compared with the record when it is loaded (:mod:`mpreader.dcp.items`).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from itertools import chain
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -18,9 +17,10 @@ from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
 from mpreader.dcp.planned import PlannedItem, RawItem
 from mpreader.errors import PlanError
-from mpreader.formats.selection import GAPS, Box, Gaps, Run, Selection, box_of, joined_runs, placed_runs, select_box
+from mpreader.formats.gaps import best_gaps
+from mpreader.formats.selection import GAPS, Box, Gaps, Run, Selection, box_of, placed_runs, select_box
 from mpreader.formats.torch_save import payload_place
-from mpreader.ranges import ItemRange, estimated_seconds
+from mpreader.ranges import ItemRange
 from mpreader.readers.load_plan import is_extent, range_of, uri_of
 from mpreader.readers.protocols import StoredItem
 
@@ -29,7 +29,6 @@ __all__ = [
     "BoxKey",
     "Boxes",
     "LoadRanges",
-    "best_gaps",
     "box_key",
     "load_ranges",
     "needed_boxes",
@@ -37,11 +36,7 @@ __all__ = [
     "select_boxes",
 ]
 
-# A plan may take so many times as long as the quickest one if it needs fewer bytes: the ranks of a host share its
-# network interface, which the estimate does not know.
-_MOST_SLOWDOWN: Final = 3.0
 _MANY_BOXES: Final = 1000
-_PART_NBYTES: Final = 8 * 1024 * 1024  # of a request: the default, which is near enough to compare plans
 
 BoxKey = tuple[MetadataIndex, torch.Size, torch.Size]
 """Name of a box: the stored item, and the box's offsets and lengths in it."""
@@ -103,18 +98,6 @@ def select_boxes(
     selections = {gaps: _selections(wanted, gaps) for gaps in possible}
     gaps = best_gaps(lambda gaps: _received(items, storage_data, files, selections[gaps]), possible)
     return Boxes(selections[gaps], files, gaps.between_records)
-
-
-def best_gaps(received: Callable[[Gaps], Iterable[Iterable[Run]]], possible: Sequence[Gaps] = GAPS) -> Gaps:
-    """Returns the gaps with which the fewest bytes are received, of those that S3 would serve in bearable time.
-
-    Args:
-        received: Returns what would be received of each file with such gaps, before these join it.
-        possible: The gaps to choose from, from the fewest bytes to the fewest requests.
-    """
-    seconds = [_estimated_seconds(received(gaps), gaps.between_records) for gaps in possible]
-    bearable_s = _MOST_SLOWDOWN * min(seconds)
-    return next(gaps for gaps, gaps_s in zip(possible, seconds, strict=True) if gaps_s <= bearable_s)
 
 
 def needed_boxes(
@@ -297,14 +280,3 @@ def _received(
         else:
             runs.extend(placed_runs(selection, stored.offset))
     return by_file.values()
-
-
-def _estimated_seconds(files: Iterable[Iterable[Run]], max_gap_bytes: int) -> float:
-    """Returns how long the requests for what is received of some files would take."""
-    requests = nbytes = longest = 0
-    for start, end in chain.from_iterable(joined_runs(runs, max_gap_bytes) for runs in files):
-        parts = -(-(end - start) // _PART_NBYTES)
-        requests += parts
-        nbytes += end - start
-        longest = max(longest, (end - start) // max(1, parts))
-    return estimated_seconds(requests, nbytes, longest)

@@ -16,8 +16,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import Final, NamedTuple
 
-from mpreader.dcp.boxes import best_gaps
 from mpreader.dcp.planned import OWN_CHECK, Check, Verdict
+from mpreader.formats.gaps import best_gaps
 from mpreader.formats.selection import Gaps, Run, Selection, is_worth_selecting, joined_runs, placed_runs
 from mpreader.pool.hosts.messages import SharedRead, Subscription
 from mpreader.pool.requests import SlotRead

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from mpreader.dcp.state import errors_as_refused, plan_whole
+from mpreader.formats.selection import shard_box
 
 __all__ = ["plan_shard", "shard_bytes", "shard_of"]
 
@@ -27,12 +28,8 @@ def shard_of(size: torch.Size, dim: int, rank: int, ranks: int) -> ChunkStorageM
         rank: The rank.
         ranks: Number of ranks.
     """
-    offsets, lengths = [0] * len(size), list(size)
-    if dim < len(size):
-        rows = -(-size[dim] // ranks)  # as torch.chunk does: the last shards may be shorter, or empty
-        offsets[dim] = min(size[dim], rank * rows)
-        lengths[dim] = min(rows, size[dim] - offsets[dim])
-    return ChunkStorageMetadata(torch.Size(offsets), torch.Size(lengths))
+    box = shard_box(size, dim, rank, ranks)
+    return ChunkStorageMetadata(torch.Size(offset for offset, _ in box), torch.Size(length for _, length in box))
 
 
 def shard_bytes(state: Mapping[str, Any], dim: int, rank: int, ranks: int) -> int:

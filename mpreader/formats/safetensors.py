@@ -28,6 +28,7 @@ __all__ = [
     "StoredTensor",
     "decode_header",
     "header_end",
+    "packed_shape",
 ]
 
 LENGTH_BYTES: Final = 8
@@ -78,6 +79,20 @@ class Header(NamedTuple):
 
     tensors: Mapping[str, StoredTensor]
     metadata: Mapping[str, str]
+
+
+def packed_shape(stored: StoredTensor) -> tuple[int, ...]:
+    """Return the shape of a tensor as torch has it.
+
+    Of elements that are less than a byte, the last dimension counts bytes; where rows don't end at a byte, the tensor
+    has one dimension, of its bytes.
+    """
+    bits = BITS[stored.dtype]
+    if bits >= 8:
+        return stored.shape
+    if stored.shape and not stored.shape[-1] * bits % 8:
+        return (*stored.shape[:-1], stored.shape[-1] * bits // 8)
+    return (stored.end - stored.start,)
 
 
 def header_end(prefix: bytes, file_nbytes: int) -> int:

@@ -41,6 +41,7 @@ __all__ = [
     "joined_runs",
     "placed_runs",
     "select_box",
+    "shard_box",
     "stored_runs",
 ]
 
@@ -123,6 +124,23 @@ def box_of(size: Sequence[int], offsets: Sequence[int], lengths: Sequence[int]) 
             box[dim] = (offset, length)
             if offset < 0 or length < 0 or offset + length > whole:
                 raise PlanError(f"box at {list(offsets)} of {list(lengths)} is outside of a tensor of {list(size)}")
+    return tuple(box)
+
+
+def shard_box(size: Sequence[int], dim: int, rank: int, ranks: int) -> Box:
+    """Returns the box of a tensor that a rank has, as torch's ``Shard`` divides it.
+
+    Args:
+        size: Shape of the tensor.
+        dim: Dimension that is divided. A tensor that does not have it is on all ranks, whole.
+        rank: The rank.
+        ranks: Number of ranks.
+    """
+    box = [(0, whole) for whole in size]
+    if dim < len(size):
+        rows = -(-size[dim] // ranks)  # as torch.chunk does: the last shards may be shorter, or empty
+        offset = min(size[dim], rank * rows)
+        box[dim] = (offset, min(rows, size[dim] - offset))
     return tuple(box)
 
 

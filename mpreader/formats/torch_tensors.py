@@ -14,9 +14,9 @@ import torch
 
 from mpreader.errors import PlanError
 from mpreader.formats.layout import TensorLayout
-from mpreader.formats.safetensors import BITS, StoredTensor
+from mpreader.formats.safetensors import StoredTensor, packed_shape
 
-__all__ = ["NAMES", "TORCH_DTYPES", "layout_of", "torch_dtype", "torch_shape"]
+__all__ = ["NAMES", "TORCH_DTYPES", "layout_of", "torch_dtype"]
 
 _TORCH_NAMES: Final = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "U16": "uint16", "F16": "float16", "BF16": "bfloat16",
@@ -50,26 +50,12 @@ def torch_dtype(stored: StoredTensor) -> torch.dtype:
     return TORCH_DTYPES[stored.dtype]
 
 
-def torch_shape(stored: StoredTensor) -> tuple[int, ...]:
-    """Return the shape that torch gives a tensor.
-
-    Of elements that are less than a byte, the last dimension counts bytes; where rows don't end at a byte, the tensor
-    has one dimension, of its bytes.
-    """
-    bits = BITS[stored.dtype]
-    if bits >= 8:
-        return stored.shape
-    if stored.shape and not stored.shape[-1] * bits % 8:
-        return (*stored.shape[:-1], stored.shape[-1] * bits // 8)
-    return (stored.end - stored.start,)
-
-
 def layout_of(stored: StoredTensor) -> TensorLayout:
     """Return the layout of a tensor in its bytes of the file.
 
     Raises:
         PlanError: This torch has no such type.
     """
-    size = torch_shape(stored)
+    size = packed_shape(stored)
     stride = tuple(math.prod(size[dim + 1 :]) for dim in range(len(size)))
     return TensorLayout(torch_dtype(stored), size, stride, 0, 0, stored.end - stored.start, has_crc=False)

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from typing import Final
 
 from mpreader.collector import collector_paused
-from mpreader.dcp.boxes import best_gaps
 from mpreader.dcp.tensor import copy_into
 from mpreader.errors import ArenaError, PoolError, TransportError
 from mpreader.fetch.safetensors import FileFetcher
-from mpreader.formats.selection import GAPS, Gaps, Run, box_runs
+from mpreader.fetch.safetensors_plan import WantedBox, cut_runs, plan_boxes
 from mpreader.safetensors.wanted import WantedTensor
 from mpreader.telemetry.progress import Progress, progress_bar
 
 __all__ = ["fill"]
 
 _Pieces = Iterator[tuple[str, int, memoryview]]
-# With so many tensors no plan of yet more requests is the quickest, and making one takes its time, too.
-_MANY: Final = 1000
 
 
 def fill(fetcher: FileFetcher, wanted: Sequence[WantedTensor], *, progress: bool | None) -> None:
@@ -36,8 +32,9 @@ def fill(fetcher: FileFetcher, wanted: Sequence[WantedTensor], *, progress: bool
         ArenaError: Shared memory is used up; the error names the tensor.
     """
     with collector_paused():
-        runs, gap = _plan(wanted)
-        ranges = _pieces_by_file(wanted, runs, fetcher.part_size)
+        boxes = [_box_of(tensor) for tensor in wanted]
+        runs, gap = plan_boxes(boxes)
+        ranges = cut_runs(boxes, runs, fetcher.part_size)
     nbytes = sum(end - start for of_file in ranges.values() for start, end in of_file)
     if not nbytes:
         return
@@ -54,45 +51,9 @@ def fill(fetcher: FileFetcher, wanted: Sequence[WantedTensor], *, progress: bool
                 raise error.needed_for(tensor.stored.name) from error.__cause__
 
 
-def _plan(wanted: Sequence[WantedTensor]) -> tuple[list[list[Run]], int]:
-    """Return the runs of each tensor, as bytes of its file, and the largest gap that is received between two of them.
-
-    Of all plans that would not take much longer than the quickest one, the one of the fewest bytes is taken.
-    """
-    possible = GAPS if len(wanted) <= _MANY else GAPS[1:]
-    plans = {gaps: [_runs_of(tensor, gaps) for tensor in wanted] for gaps in possible}
-
-    def received(gaps: Gaps) -> list[list[Run]]:
-        files: dict[str, list[Run]] = {}
-        for tensor, runs in zip(wanted, plans[gaps], strict=True):
-            files.setdefault(tensor.file.source, []).extend(runs)
-        return list(files.values())
-
-    gaps = best_gaps(received, possible)
-    return plans[gaps], gaps.between_records
-
-
-def _runs_of(tensor: WantedTensor, gaps: Gaps) -> list[Run]:
-    start, end = tensor.stored.start, tensor.stored.end
-    layout, asked = tensor.layout, tensor.asked
-    runs = None
-    if asked.lengths != layout.size:
-        runs = box_runs(layout.size, asked.box, layout.dtype.itemsize, max_gap_bytes=gaps.within_box)
-    if runs is None:
-        return [Run(start, end)] if end > start else []
-    return [Run(start + run.start, start + run.end) for run in runs]
-
-
-def _pieces_by_file(
-    wanted: Sequence[WantedTensor], runs: Sequence[Sequence[Run]], piece_bytes: int
-) -> dict[str, list[tuple[int, int]]]:
-    """Return the ranges to receive, cut into pieces: a tensor may be larger than shared memory."""
-    ranges: dict[str, list[tuple[int, int]]] = {}
-    for tensor, of_tensor in zip(wanted, runs, strict=True):
-        of_file = ranges.setdefault(tensor.file.source, [])
-        for run in of_tensor:
-            of_file.extend((start, min(start + piece_bytes, run.end)) for start in range(*run, piece_bytes))
-    return {source: of_file for source, of_file in ranges.items() if of_file}
+def _box_of(tensor: WantedTensor) -> WantedBox:
+    is_whole = tensor.asked.lengths == tensor.layout.size
+    return WantedBox(tensor.file.source, tensor.stored, None if is_whole else tensor.asked.box)
 
 
 class _Received:

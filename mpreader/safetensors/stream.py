@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Final, Literal, NamedTuple, get_args
 import torch
 
 from mpreader.config import PoolConfig, S3ClientConfig
-from mpreader.dcp.boxes import best_gaps
 from mpreader.dcp.fill import unfilled_memory
 from mpreader.errors import ArenaError, ConfigError, PoolError, TransportError
 from mpreader.fetch.safetensors import FileFetcher, StoredFile, fetcher_of, files_of, opened
+from mpreader.formats.gaps import best_gaps
 from mpreader.formats.layout import TensorLayout
 from mpreader.formats.safetensors import StoredTensor
 from mpreader.formats.selection import Run
