@@ -1,18 +1,24 @@
-"""Argument and options that the commands for checkpoints (``inspect``, ``load``, ``convert``) share."""
+"""Argument and options that the commands for checkpoints (``inspect``, ``load``, ``convert``) share.
+
+``inspect`` and ``load`` take DCP checkpoints and safetensors files, and find out here which of them a URI names.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from mpreader.cli.options import BYTES, pool_options, s3_options
 from mpreader.config import format_bytes
+from mpreader.errors import ConfigError, ObjectMissing
 from mpreader.ranges import DEFAULT_MAX_GAP_SIZE
 
-__all__ = ["checkpoint_options"]
+__all__ = ["checkpoint_options", "holds_safetensors", "naming_both_kinds", "refuse_options"]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -56,3 +62,46 @@ def checkpoint_options(command: Command) -> Command:
         return command(settings=settings, **arguments)
 
     return with_settings  # type: ignore[return-value]  # click's decorators keep no signature
+
+
+def holds_safetensors(uri: str, settings: Mapping[str, Any], headers: Mapping[str, str] | None) -> bool:
+    """True if a URI names safetensors files; False if it names a DCP checkpoint, or nothing.
+
+    Args:
+        uri: The URI.
+        settings: What a command gets by :func:`checkpoint_options`.
+        headers: Headers for a web server.
+
+    Raises:
+        ConfigError: There are headers, but the URI is not that of a web server.
+    """
+    # Imported here: it imports boto3, for which --help should not wait.
+    from mpreader.tools.safetensors.kind import has_safetensors
+
+    if headers and not uri.startswith(("http://", "https://")):
+        raise ConfigError(f"headers are sent to web servers only, and {uri!r} is none")
+    return has_safetensors(uri, settings["s3client_config"])
+
+
+@contextlib.contextmanager
+def naming_both_kinds() -> Iterator[None]:
+    """Let the error of a DCP checkpoint that is not there say that there are no safetensors files either."""
+    try:
+        yield
+    except ObjectMissing as error:
+        # Another file that is missing is one of a DCP checkpoint.
+        if error.key.rpartition("/")[2] == ".metadata":
+            error.args = (f"neither a DCP checkpoint nor safetensors files are there: {error}",)
+        raise
+
+
+def refuse_options(*names: str) -> None:
+    """Refuse options, by their names, that are of no meaning for safetensors files.
+
+    Raises:
+        click.UsageError: One of them was given.
+    """
+    context = click.get_current_context()
+    for option in context.command.params:
+        if option.name in names and context.get_parameter_source(option.name) is not ParameterSource.DEFAULT:
+            raise click.UsageError(f"{option.opts[0]} is for DCP checkpoints, and this is safetensors: leave it out")

@@ -6,6 +6,7 @@ The decorators collect their options into one configuration object, so that a co
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -14,7 +15,15 @@ import click
 from mpreader.config import SIGNINGS, PoolConfig, S3ClientConfig, format_bytes, parse_bytes
 from mpreader.pool.sizing import CONNECTIONS_PER_WORKER
 
-__all__ = ["BYTES", "json_option", "pool_options", "progress_option", "s3_options", "timeline_option"]
+__all__ = [
+    "BYTES",
+    "headers_options",
+    "json_option",
+    "pool_options",
+    "progress_option",
+    "s3_options",
+    "timeline_option",
+]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -46,6 +55,59 @@ timeline_option = click.option(
     type=click.Path(dir_okay=False, writable=True),
     help="Write what each connection did when to this file: .png, or .json for chrome://tracing or Perfetto.",
 )
+
+
+class _Header(click.ParamType):  # type: ignore[type-arg]  # likewise
+    """A header of HTTP: ``Name: value``."""
+
+    name = "header"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        """Read a header from the command line."""
+        name, colon, text = value.partition(":")
+        if not colon:  # the value is not shown: it may be a secret
+            self.fail("not a header; write 'Name: value'", param, ctx)
+        return name.strip(), text.strip()
+
+
+class _HeaderVariable(_Header):
+    """Name of an environment variable that holds a header."""
+
+    name = "name"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        """Read a header from the environment."""
+        header = os.environ.get(value)
+        if header is None:
+            self.fail(f"there is no environment variable {value}", param, ctx)
+        return super().convert(header, param, ctx)
+
+
+def headers_options(command: Command) -> Command:
+    """Add the headers for a web server; the command gets them as ``headers``, None if there are none."""
+
+    @click.option(
+        "--header",
+        "given",
+        type=_Header(),
+        multiple=True,
+        metavar="'NAME: VALUE'",
+        help="A header for the web server of a URL; other users of this host can see it. May be given several times.",
+    )
+    @click.option(
+        "--header-env",
+        "named",
+        type=_HeaderVariable(),
+        multiple=True,
+        metavar="VARIABLE",
+        help="A header that is in an environment variable, such as 'Authorization: Bearer …', which nobody sees.",
+    )
+    @functools.wraps(command)
+    def with_headers(**arguments: Any) -> Any:
+        headers = dict([*arguments.pop("named"), *arguments.pop("given")])
+        return command(headers=headers or None, **arguments)
+
+    return with_headers  # type: ignore[return-value]  # click's decorators keep no signature
 
 
 def s3_options(command: Command) -> Command:

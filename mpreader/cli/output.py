@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-__all__ = ["human_bytes", "print_json", "print_table"]
+__all__ = ["count", "human_bytes", "print_json", "print_limited", "print_table"]
 
 
 def print_json(document: Any) -> None:
@@ -37,6 +37,22 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
                 for text, width, right in zip(line, widths, is_right, strict=True)
             ).rstrip()  # no blanks behind an empty last column
         )
+
+
+def print_limited(headers: Sequence[str], rows: Sequence[Sequence[object]], limit: int) -> None:
+    """Print an empty line and a table of at most ``limit`` rows (0: of all); nothing if there are no rows."""
+    if not rows:
+        return
+    shown = rows[:limit] if limit else rows
+    click.echo()
+    print_table(headers, shown)
+    if len(shown) < len(rows):
+        click.echo(f"… and {len(rows) - len(shown):,} more (--limit 0 shows all)")
+
+
+def count(number: int, what: str) -> str:
+    """A number of things in words: ``1 file``, ``2,000 files``."""
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 def human_bytes(number: float) -> str:

@@ -21,7 +21,7 @@ from mpreader.pool.source import ObjectVersion
 from mpreader.s3 import parse_s3_uri
 from mpreader.sources.versions import PinnedSource
 
-__all__ = ["INDEX", "SUFFIX", "FileFetcher", "StoredFile", "fetcher_of", "files_of", "opened"]
+__all__ = ["INDEX", "SUFFIX", "FileFetcher", "StoredFile", "fetcher_of", "files_of", "header_pieces", "opened"]
 
 FileFetcher = RangeFetcher | LocalFetcher
 
@@ -174,6 +174,18 @@ def opened(fetcher: FileFetcher, uris: Sequence[str], *, has_pieces: bool = Fals
         if not has_pieces:
             _check_names(files)
         yield files
+
+
+def header_pieces(end: int, nbytes: int, piece_bytes: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Return the ranges by which :func:`opened` reads a header: its first bytes, and what is left of it then.
+
+    Args:
+        end: Where the header ends.
+        nbytes: Length of the file.
+        piece_bytes: Largest number of bytes of a range.
+    """
+    first = min(_FIRST_BYTES, nbytes)
+    return list(_pieces(0, first, piece_bytes)), list(_pieces(first, end, piece_bytes))
 
 
 def _fetched(

@@ -30,8 +30,8 @@ from mpreader.dcp.state import name_patterns
 from mpreader.errors import ChecksumMismatch, ConfigError, MpreaderError, PlanError
 from mpreader.fetch.safetensors import FileFetcher, StoredFile, fetcher_of, files_of, opened
 from mpreader.formats.crc import crc32
-from mpreader.formats.safetensors import BITS, StoredTensor
-from mpreader.formats.torch_tensors import torch_dtype, torch_shape
+from mpreader.formats.safetensors import BITS, StoredTensor, packed_shape
+from mpreader.formats.torch_tensors import torch_dtype
 from mpreader.ranges import DEFAULT_MAX_GAP_SIZE
 from mpreader.safetensors.conversion import BATCH_BYTES, Conversion, loaded_ahead
 from mpreader.safetensors.pieces import Piece, batches_of, pieces_of
@@ -150,7 +150,7 @@ def _batches(sources: Mapping[str, _Source]) -> Iterator[list[Piece]]:
     pieces = (
         piece
         for _, stored in sources.values()
-        for piece in pieces_of(stored.name, torch_shape(stored), torch_dtype(stored).itemsize, max_bytes=BATCH_BYTES)
+        for piece in pieces_of(stored.name, packed_shape(stored), torch_dtype(stored).itemsize, max_bytes=BATCH_BYTES)
     )
     return batches_of(pieces, max_bytes=BATCH_BYTES)
 
@@ -275,7 +275,7 @@ class _Planner(DefaultSavePlanner):
 
     def _item(self, piece: Piece) -> WriteItem:
         stored = self._sources[piece.name].stored
-        size, offsets = torch.Size(torch_shape(stored)), torch.Size(piece.offsets)
+        size, offsets = torch.Size(packed_shape(stored)), torch.Size(piece.offsets)
         chunk = ChunkStorageMetadata(offsets, torch.Size(piece.sizes))
         kind = WriteItemType.TENSOR if chunk.sizes == size else WriteItemType.SHARD
         data = TensorWriteData(chunk, TensorProperties(dtype=torch_dtype(stored)), size)

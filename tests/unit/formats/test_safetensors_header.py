@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from mpreader.errors import PlanError
-from mpreader.formats.safetensors import BITS, LENGTH_BYTES, decode_header
+from mpreader.formats.safetensors import BITS, LENGTH_BYTES, decode_header, packed_shape
 from mpreader.formats.safetensors_header import TensorSpec, encode_header
-from mpreader.formats.torch_tensors import TORCH_DTYPES, torch_shape
+from mpreader.formats.torch_tensors import TORCH_DTYPES
 
 specs = st.lists(
     st.builds(
@@ -33,7 +33,7 @@ def test_header_has_the_bytes_of_the_library(tensors: list[TensorSpec], metadata
     assert all(each.start % (BITS[each.dtype] / 8) == 0 for each in header.tensors)
     ours = {
         each.name: torch.zeros(each.end - each.start, dtype=torch.uint8).view(TORCH_DTYPES[each.dtype])
-        .reshape(torch_shape(each))
+        .reshape(packed_shape(each))
         for each in header.tensors
     }  # fmt: skip
     assert save(ours, metadata or None)[: len(header.data)] == header.data

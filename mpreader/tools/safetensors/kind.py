@@ -1,0 +1,74 @@
+"""Kind of a checkpoint: whether a URI names one of DCP or safetensors files. It must work without torch."""
+
+from __future__ import annotations
+
+import os
+from itertools import islice
+from typing import Final
+
+from mpreader.config import S3ClientConfig
+from mpreader.errors import AccessDenied, ConfigError, MpreaderError, ObjectMissing
+from mpreader.fetch.local import path_of
+from mpreader.fetch.safetensors import INDEX, SUFFIX
+from mpreader.readers.client import S3Client
+from mpreader.s3 import parse_s3_uri
+
+__all__ = ["has_safetensors"]
+
+_METADATA: Final = ".metadata"
+_MOST_LISTED: Final = 10_000  # objects; a bucket may have millions
+
+
+def has_safetensors(uri: str, s3client_config: S3ClientConfig | None) -> bool:
+    """True if a URI names safetensors files; False if it names a checkpoint of DCP, or nothing.
+
+    A name that ends with ``.safetensors``, a path and an http(s) URL are not asked for: DCP checkpoints are on S3. Of
+    another name, ``.metadata`` is asked for first, and a checkpoint that has it is one of DCP.
+
+    Args:
+        uri: The URI.
+        s3client_config: Settings of the S3 client.
+
+    Raises:
+        ConfigError: A DCP checkpoint on a local disk.
+        TransportError: The service could not be reached, or failed.
+    """
+    if not uri.startswith("s3://"):
+        _refuse_local_dcp(path_of(uri))
+        return True
+    if uri.endswith(SUFFIX):
+        return True
+    bucket, key = parse_s3_uri(uri)
+    folder = f"{key.rstrip('/')}/" if key else ""
+    client = S3Client(s3client_config=s3client_config)
+    try:
+        return not _has_object(client, bucket, f"{folder}{_METADATA}") and _has_files(client, bucket, folder)
+    finally:
+        client.close()
+
+
+def _refuse_local_dcp(path: str) -> None:
+    if os.path.isfile(f"{path}/{_METADATA}"):
+        raise ConfigError(
+            f"{path} has .metadata, and so is a DCP checkpoint: mpreader loads those from s3:// only, torch's "
+            "FileSystemReader loads this one"
+        )
+
+
+def _has_object(client: S3Client, bucket: str, key: str) -> bool:
+    try:
+        client.head_object(bucket, key)
+    except (ObjectMissing, AccessDenied):  # S3 denies access to what is missing where listing is not allowed
+        return False
+    return True
+
+
+def _has_files(client: S3Client, bucket: str, folder: str) -> bool:
+    try:
+        pages = client.list_objects(bucket, folder, "/")
+        listed = islice((entry.key for page in pages for entry in page.object_info), _MOST_LISTED)
+        return any(key.endswith((SUFFIX, INDEX)) for key in listed)
+    except AccessDenied:
+        return _has_object(client, bucket, f"{folder}{INDEX}")
+    except MpreaderError:  # such as that there is no bucket: who reads the checkpoint tells it better
+        return False
