@@ -1,6 +1,7 @@
 """``mpreader load``: loads a checkpoint into memory, and prints the time and memory that it took.
 
-:mod:`mpreader.tools.bench.loads` does the work, and :mod:`mpreader.tools.ranks` that of several ranks.
+:mod:`mpreader.tools.bench.loads` does the work, :mod:`mpreader.tools.ranks` that of several ranks, and
+:mod:`mpreader.tools.safetensors` that of safetensors files.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import click
 
-from mpreader.cli.checkpoint import checkpoint_options
-from mpreader.cli.options import json_option, progress_option, timeline_option
+from mpreader.cli.checkpoint import checkpoint_options, holds_safetensors, naming_both_kinds, refuse_options
+from mpreader.cli.options import headers_options, json_option, progress_option, timeline_option
 from mpreader.cli.output import human_bytes, print_json, print_table
 from mpreader.telemetry.timeline import timeline_to
 
@@ -34,6 +35,7 @@ _RANK_HEADERS: Final = (
     *("load", "rank", "seconds", "needed", "received", "from another rank", "GETs", "retries", "slow, cut"),
     *("network wait, s", "verified", "not verified"),
 )
+_UNVERIFIED: Final = "not verified"
 _HOST_HEADERS: Final = ("load", "seconds", "needed", "received", "received / needed", "GETs", "extra memory")
 
 
@@ -50,11 +52,13 @@ _HOST_HEADERS: Final = ("load", "seconds", "needed", "received", "received / nee
 @click.option("--no-share", is_flag=True, help="Let each of --ranks receive by itself, to compare.")
 @click.option("--verify-whole", is_flag=True, help="Let --ranks receive whole tensors only, to verify them all.")
 @timeline_option
+@headers_options
 @progress_option
 @json_option
 def command(
     uri: str,
     settings: dict[str, Any],
+    headers: dict[str, str] | None,
     repeat: int,
     no_verify: bool,
     ranks: int | None,
@@ -71,6 +75,9 @@ def command(
     worker processes. All items are received whole, and compared with the CRC-32s that torch.save wrote; where there
     are none, the output says how many bytes were not verified. Items that are no tensors are never unpickled.
 
+    URI is that of a DCP checkpoint on S3; or of a safetensors file, or a directory of them, on S3, a web server or a
+    local disk. Those hold no checksums, and so are not verified.
+
     With --ranks so many processes load together, by torch.distributed.checkpoint.load over gloo, and the output also
     says what the host received against what it needed. No launcher is needed.
 
@@ -80,12 +87,18 @@ def command(
       mpreader load s3://my-bucket/checkpoint --match 'model.layers.0.*' --workers 4 --json
       mpreader load s3://my-bucket/checkpoint --timeline load.png
       mpreader load s3://my-bucket/checkpoint --ranks 4 --shard 0
+      mpreader load s3://my-bucket/model.safetensors --repeat 3
+      mpreader load https://example.org/model --header-env HUB_HEADER
     """  # noqa: D301  # click reads the \b
     if ranks is None and (shard is not None or no_share or verify_whole):
         raise click.UsageError("--shard, --no-share and --verify-whole say how --ranks load: give --ranks, too")
     if no_verify and verify_whole:
         raise click.UsageError("--no-verify and --verify-whole contradict each other")
-    with timeline_to(timeline) as recorded:  # refuses a wrong path here, before torch is imported, which takes seconds
+    # It refuses a wrong path here, before torch is imported, which takes seconds.
+    with timeline_to(timeline) as recorded, naming_both_kinds():
+        if holds_safetensors(uri, settings, headers):
+            _load_safetensors(uri, settings, headers, repeat, progress, as_json=as_json)
+            return
         from mpreader.dcp.checkpoint import LoadOptions
 
         # No region: --region is in the settings already, as a field of s3client_config.
@@ -104,15 +117,31 @@ def _load_alone(uri: str, options: LoadOptions, repeat: int, *, as_json: bool) -
 
     loads = list(time_loads(uri, options, repeat))
     if as_json:
-        print_json(
-            {
-                "uri": uri,
-                "is_verified": not any(load.unverified_nbytes for load in loads),
-                "loads": [{**dataclasses.asdict(load), "gb_per_s": load.gb_per_s} for load in loads],
-            }
-        )
+        _print_document(uri, loads)
+        return
+    is_checked = bool(options.verify)
+    _print(uri, loads, _verdict(loads[-1].verified_nbytes, loads[-1].unverified_nbytes) if is_checked else _UNVERIFIED)
+
+
+def _load_safetensors(
+    uri: str,
+    settings: dict[str, Any],
+    headers: dict[str, str] | None,
+    repeat: int,
+    progress: bool | None,
+    *,
+    as_json: bool,
+) -> None:
+    refuse_options("max_gap_size", "allowed_globals", "verify_whole", "ranks")
+    from mpreader.tools.safetensors.loads import SafetensorsLoad, time_safetensors_loads
+
+    configs = {name: settings[name] for name in ("match", "s3client_config", "pool_config")}
+    load = SafetensorsLoad(uri, headers=headers, progress=progress, **configs)
+    loads = list(time_safetensors_loads(load, repeat))
+    if as_json:
+        _print_document(uri, loads)
     else:
-        _print(uri, loads, checked=bool(options.verify))
+        _print(uri, loads, f"{_UNVERIFIED}: safetensors files hold no checksums")
 
 
 def _load_with_ranks(
@@ -145,8 +174,17 @@ def _load_with_ranks(
         _print_ranks(uri, loads, shard, checked=bool(options.verify))
 
 
-def _print(uri: str, loads: Sequence[TimedLoad], *, checked: bool) -> None:
-    verdict = _verdict(loads[-1].verified_nbytes, loads[-1].unverified_nbytes) if checked else "not verified"
+def _print_document(uri: str, loads: Sequence[TimedLoad]) -> None:
+    print_json(
+        {
+            "uri": uri,
+            "is_verified": not any(load.unverified_nbytes for load in loads),
+            "loads": [{**dataclasses.asdict(load), "gb_per_s": load.gb_per_s} for load in loads],
+        }
+    )
+
+
+def _print(uri: str, loads: Sequence[TimedLoad], verdict: str) -> None:
     click.echo(f"{uri}: {human_bytes(loads[0].nbytes)} of tensors, {verdict}\n")
     print_table(_HEADERS, [_row(number, load) for number, load in enumerate(loads, start=1)])
     click.echo("(extra memory: what this process and its workers took besides the tensors; shared memory once)")
@@ -181,7 +219,7 @@ def _name(number: int, starts_workers: bool) -> str:
 
 def _print_ranks(uri: str, loads: Sequence[HostLoad], shard: int | None, *, checked: bool) -> None:
     ranks = loads[-1].ranks
-    verdict = "not verified"
+    verdict = _UNVERIFIED
     if checked:
         verdict = _ranks_verdict(
             sum(rank.verified_nbytes for rank in ranks), sum(rank.unverified_nbytes for rank in ranks)

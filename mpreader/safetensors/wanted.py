@@ -26,6 +26,7 @@ __all__ = [
     "check_names",
     "choose",
     "converted",
+    "empty_targets",
     "loaded",
     "want_new",
     "want_targets",
@@ -90,6 +91,17 @@ def choose(files: Sequence[StoredFile], names: Collection[str] | None) -> list[t
         where = files[0].uri + (f" and {len(files) - 1} other files" if len(files) > 1 else "")
         raise PlanError(f"no tensor {missing[0]!r} is in {where}{others}")
     return chosen
+
+
+def empty_targets(chosen: Sequence[tuple[StoredFile, StoredTensor]]) -> dict[str, torch.Tensor]:
+    """Return a new tensor in the memory of the CPU for each of those that were chosen; their contents are undefined.
+
+    Raises:
+        PlanError: This torch has no such type.
+    """
+    with unfilled_memory():
+        layouts = [(stored.name, layout_of(stored)) for _, stored in chosen]
+        return {name: torch.empty(layout.size, dtype=layout.dtype) for name, layout in layouts}
 
 
 def want_new(
