@@ -100,15 +100,16 @@ def command(
 ) -> None:
     """Measure how fast this host reads from this bucket with different settings, and recommend some.
 
-    SOURCE is s3://bucket/key, an http(s) URL, or s3://bucket/prefix, such as a checkpoint's, whose largest objects are
-    read. Bytes are dropped as they come. Workers are tried first, then connections, then part sizes, each with what
-    was found to be enough before; in a final round, the winners are measured once more. The defaults are measured
-    together with all of them. Recommended are the fewest connections, and the smallest parts, that are at most 3 %
-    slower than the best.
+    SOURCE is s3://bucket/key, an http(s) URL, or s3://bucket/prefix, such as that of a checkpoint of DCP or of
+    safetensors files, whose largest objects are read. Bytes are dropped as they come. Workers are tried first, then
+    connections, then part sizes, each with what was found to be enough before; in a final round, the winners are
+    measured once more. The defaults are measured together with all of them. Recommended are the fewest connections,
+    and the smallest parts, that are at most 3 % slower than the best.
 
     \b
     Examples:
       mpreader bench s3://my-bucket/checkpoint --chart bench.png
+      mpreader bench s3://my-bucket/model.safetensors
       mpreader bench s3://my-bucket/data.bin --workers 2,4,8 --connections 8,16 --bytes 4GiB --json
     """  # noqa: D301  # click reads the \b
     draw = _chart_writer(chart)

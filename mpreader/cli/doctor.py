@@ -30,12 +30,13 @@ def command(source: str | None, s3client_config: S3ClientConfig, pool_config: Po
     """Say what is wrong with this host's set-up, and what mends it.
 
     Looks at packages, cores, memory, /dev/shm, descriptors, settings, certificates, names, proxies, the clock,
-    credentials and the region; and at SOURCE, s3://bucket or s3://bucket/prefix, if one is given. Takes a few seconds
-    at most, shows no secret, and exits with 1 if anything fails.
+    credentials and the region; and at SOURCE, s3://bucket or s3://bucket/prefix, if one is given: of safetensors files
+    also at their headers and their index. Takes a few seconds, shows no secret, and exits with 1 if anything fails.
 
     \b
     Examples:
       mpreader doctor s3://my-bucket/checkpoint
+      mpreader doctor s3://my-bucket/model.safetensors
       mpreader doctor --endpoint-url http://localhost:9000 --json
     """  # noqa: D301  # click reads the \b
     findings = examine(source, s3client_config, pool_config)

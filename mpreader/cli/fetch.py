@@ -6,9 +6,11 @@ resumed, or a stream, and shows the progress and the result.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
+from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -17,8 +19,9 @@ import click
 from mpreader.cli.options import json_option, pool_options, progress_option, s3_options, timeline_option
 from mpreader.cli.output import human_bytes, print_json
 from mpreader.config import PoolConfig, S3ClientConfig
-from mpreader.errors import MpreaderError, ObjectChanged
+from mpreader.errors import MpreaderError, ObjectChanged, ObjectMissing
 from mpreader.fetch.fetcher import RangeFetcher
+from mpreader.s3 import parse_s3_uri
 from mpreader.telemetry.progress import Progress, progress_bar
 from mpreader.telemetry.timeline import timeline_to
 from mpreader.tools.download.download import Downloaded, copy_to, download, name_of
@@ -101,6 +104,7 @@ def command(
     Examples:
       mpreader fetch s3://my-bucket/data.bin
       mpreader fetch s3://my-bucket/data.bin --range 0-100 --range -8 -o - | xxd
+      mpreader fetch s3://my-bucket/model/model-00001-of-00002.safetensors
       mpreader fetch https://example.org/data.bin -o copy.bin --checksum md5 --json
     """  # noqa: D301  # click reads the \b
     if as_json and output == _STDOUT:  # the document would be mixed with the object's bytes
@@ -110,6 +114,7 @@ def command(
         # Entered first, so that the timeline is saved last: after the pool has ended, with all of its requests.
         stack.enter_context(timeline_to(timeline))
         fetcher = stack.enter_context(RangeFetcher(s3client_config, pool_config))
+        stack.enter_context(_telling_of_folders(fetcher, source))
         bar = _Bar(stack, progress)
         if _is_plain(path):
             done = _download(
@@ -122,6 +127,32 @@ def command(
         print_json({"path": path, **dataclasses.asdict(done)})
     else:
         _print(done, path)
+
+
+@contextlib.contextmanager
+def _telling_of_folders(fetcher: RangeFetcher, source: str) -> Iterator[None]:
+    """Let the error of an object that is not there say that the name is that of a folder, and what takes folders."""
+    try:
+        yield
+    except ObjectMissing as error:
+        first = _try_first_below(fetcher, source)
+        if first is not None:
+            error.args = (
+                f"{source} is no object, but a folder, which begins with {first}: fetch takes one object; "
+                "`mpreader inspect` and `mpreader load` take the folder of a checkpoint, and `aws s3 sync` copies it",
+            )
+        raise
+
+
+def _try_first_below(fetcher: RangeFetcher, source: str) -> str | None:
+    if not source.startswith("s3://"):
+        return None
+    bucket, key = parse_s3_uri(source)
+    try:
+        page = next(fetcher.client().list_objects(bucket, f"{key.rstrip('/')}/", max_keys=1))
+    except MpreaderError:  # the user may not list: the error is told as it is
+        return None
+    return f"s3://{bucket}/{page.object_info[0].key}" if page.object_info else None
 
 
 class _Bar:

@@ -28,7 +28,7 @@ from mpreader.sources.network import proxy_for
 from mpreader.tools.doctor.finding import Finding
 from mpreader.tools.doctor.version import version_findings
 
-__all__ = ["examine_access"]
+__all__ = ["begin", "examine_access"]
 
 Found = TypeVar("Found")
 
@@ -74,10 +74,10 @@ def examine_access(source: str | None, config: S3ClientConfig, limit_s: float = 
         return
     deadline = time.monotonic() + limit_s
     host = urlsplit(account.url).hostname or ""
-    addresses = _begin(lambda: _addresses(host))
-    response = _begin(account.probe)
-    identity = _begin(account.identify)
-    readable = _begin(lambda: _read(account, response, identity, prefix, config)) if bucket else None
+    addresses = begin(lambda: _addresses(host))
+    response = begin(account.probe)
+    identity = begin(account.identify)
+    readable = begin(lambda: _read(account, response, identity, prefix, config)) if bucket else None
     asked: list[Future[Any]] = [addresses, response, identity, *([] if readable is None else [readable])]
     # Threads that have no answer by then go on; they are daemons, and so do not keep the command from ending.
     wait(asked, max(0.0, deadline - time.monotonic()))
@@ -99,7 +99,7 @@ def _addresses(host: str) -> list[str]:
     return sorted({str(entry[4][0]) for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)})
 
 
-def _begin(work: Callable[[], Found]) -> Future[Found]:
+def begin(work: Callable[[], Found]) -> Future[Found]:
     """Start ``work`` in a daemon thread, since a look-up of a name or of credentials may take minutes."""
     # Not a ThreadPoolExecutor: the interpreter waits for its threads when it ends.
     future: Future[Found] = Future()

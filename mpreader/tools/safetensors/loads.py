@@ -63,7 +63,8 @@ def time_safetensors_loads(load: SafetensorsLoad, repeat: int = 1) -> Iterator[T
     with load.fetcher() as fetcher:
         memory_before = tree_memory_bytes(os.getpid())
         for number in range(repeat):
-            yield _timed(fetcher, load, targets, memory_before, starts_workers=number == 0)
+            starts_workers = number == 0 and isinstance(fetcher, RangeFetcher)
+            yield _timed(fetcher, load, targets, memory_before, starts_workers=starts_workers)
 
 
 def _targets_of(load: SafetensorsLoad) -> dict[str, Any]:
