@@ -133,15 +133,16 @@ def _load_safetensors(
     as_json: bool,
 ) -> None:
     refuse_options("max_gap_size", "allowed_globals", "verify_whole", "ranks")
+    from mpreader.tools.safetensors.kind import without_secrets
     from mpreader.tools.safetensors.loads import SafetensorsLoad, time_safetensors_loads
 
     configs = {name: settings[name] for name in ("match", "s3client_config", "pool_config")}
     load = SafetensorsLoad(uri, headers=headers, progress=progress, **configs)
     loads = list(time_safetensors_loads(load, repeat))
     if as_json:
-        _print_document(uri, loads)
+        _print_document(without_secrets(uri), loads)
     else:
-        _print(uri, loads, f"{_UNVERIFIED}: safetensors files hold no checksums")
+        _print(without_secrets(uri), loads, f"{_UNVERIFIED}: safetensors files hold no checksums")
 
 
 def _load_with_ranks(

@@ -18,6 +18,7 @@ from mpreader.fetch.summary import FileSummary, LoadSummary, ShardedLoadSummary,
 from mpreader.formats.safetensors import StoredTensor
 from mpreader.host import Host
 from mpreader.pool.sizing import size_pool
+from mpreader.tools.safetensors.kind import without_secrets
 from mpreader.tools.safetensors.requests import load_summary, path_in, sharded_summary
 
 __all__ = ["SafetensorsSummary", "describe_safetensors", "matching"]
@@ -28,7 +29,7 @@ class SafetensorsSummary:
     """Contents of safetensors files, and the requests of a load of them.
 
     Attributes:
-        uri: URI of the file or of the directory.
+        uri: URI of the file or of the directory, without the secrets of a URL.
         nbytes: Bytes of all tensors.
         stored_nbytes: Bytes of all files.
         files: The files, in the order in which they are read; ``nbytes`` is all of a file.
@@ -151,7 +152,7 @@ def _summarize(
         for stored in file.header.tensors.values()
     )
     return SafetensorsSummary(
-        uri=uri,
+        uri=without_secrets(uri),
         nbytes=sum(tensor.nbytes for tensor in tensors),
         stored_nbytes=sum(file.version.size for file in files),
         files=tuple(FileSummary(path_in(file.uri), len(file.header.tensors), file.version.size) for file in files),

@@ -12,8 +12,9 @@ from mpreader.fetch.local import path_of
 from mpreader.fetch.safetensors import INDEX, SUFFIX
 from mpreader.readers.client import S3Client
 from mpreader.s3 import parse_s3_uri
+from mpreader.sources.http import HttpSource
 
-__all__ = ["has_safetensors"]
+__all__ = ["has_safetensors", "without_secrets"]
 
 _METADATA: Final = ".metadata"
 _MOST_LISTED: Final = 10_000  # objects; a bucket may have millions
@@ -45,6 +46,11 @@ def has_safetensors(uri: str, s3client_config: S3ClientConfig | None) -> bool:
         return not _has_object(client, bucket, f"{folder}{_METADATA}") and _has_files(client, bucket, folder)
     finally:
         client.close()
+
+
+def without_secrets(uri: str) -> str:
+    """The URI as it may be shown: a URL without user name, password and query."""
+    return HttpSource(uri).uri if uri.startswith(("http://", "https://")) else uri
 
 
 def _refuse_local_dcp(path: str) -> None:

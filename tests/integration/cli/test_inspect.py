@@ -376,4 +376,4 @@ def test_inspect_of_no_checkpoint_says_what_is_there_instead(checkpoint: str, bu
     nowhere = run("s3://no-such-bucket-here/checkpoint")
     assert (nowhere.returncode, "there is no such bucket" in nowhere.stderr) == (3, True)
     local = run("/checkpoint")
-    assert (local.returncode, local.stderr) == (2, "mpreader: not an S3 URI: '/checkpoint'; write s3://bucket/key\n")
+    assert (local.returncode, local.stderr) == (3, "mpreader: /checkpoint: there is no such file or directory\n")
