@@ -15,10 +15,10 @@ from click.core import ParameterSource
 
 from mpreader.cli.options import BYTES, pool_options, s3_options
 from mpreader.config import format_bytes
-from mpreader.errors import ConfigError, ObjectMissing
+from mpreader.errors import AccessDenied, ConfigError, ObjectMissing, TransportError
 from mpreader.ranges import DEFAULT_MAX_GAP_SIZE
 
-__all__ = ["checkpoint_options", "holds_safetensors", "naming_both_kinds", "refuse_options"]
+__all__ = ["check_headers", "checkpoint_options", "lacks_metadata", "naming_both_kinds", "refuse_options"]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -64,23 +64,14 @@ def checkpoint_options(command: Command) -> Command:
     return with_settings  # type: ignore[return-value]  # click's decorators keep no signature
 
 
-def holds_safetensors(uri: str, settings: Mapping[str, Any], headers: Mapping[str, str] | None) -> bool:
-    """True if a URI names safetensors files; False if it names a DCP checkpoint, or nothing.
-
-    Args:
-        uri: The URI.
-        settings: What a command gets by :func:`checkpoint_options`.
-        headers: Headers for a web server.
+def check_headers(uri: str, headers: Mapping[str, str] | None) -> None:
+    """Refuse headers for anything but a web server.
 
     Raises:
         ConfigError: There are headers, but the URI is not that of a web server.
     """
-    # Imported here: it imports boto3, for which --help should not wait.
-    from mpreader.tools.safetensors.kind import has_safetensors
-
     if headers and not uri.startswith(("http://", "https://")):
         raise ConfigError(f"headers are sent to web servers only, and {uri!r} is none")
-    return has_safetensors(uri, settings["s3client_config"])
 
 
 @contextlib.contextmanager
@@ -89,10 +80,15 @@ def naming_both_kinds() -> Iterator[None]:
     try:
         yield
     except ObjectMissing as error:
-        # Another file that is missing is one of a DCP checkpoint.
-        if error.key.rpartition("/")[2] == ".metadata":
+        if lacks_metadata(error):
             error.args = (f"neither a DCP checkpoint nor safetensors files are there: {error}",)
         raise
+
+
+def lacks_metadata(error: TransportError) -> bool:
+    """True if an error says that ``.metadata`` is not there, and not another file of a DCP checkpoint."""
+    # S3 denies access to what is missing where listing is not allowed.
+    return isinstance(error, (ObjectMissing, AccessDenied)) and error.key.rpartition("/")[2] == ".metadata"
 
 
 def refuse_options(*names: str) -> None:

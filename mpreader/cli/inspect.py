@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from mpreader.cli.checkpoint import checkpoint_options, holds_safetensors, naming_both_kinds, refuse_options
+from mpreader.cli.checkpoint import check_headers, checkpoint_options, naming_both_kinds, refuse_options
 from mpreader.cli.options import headers_options, json_option
 from mpreader.cli.output import count, human_bytes, print_json, print_limited
 
@@ -70,12 +70,15 @@ def command(
       mpreader inspect s3://my-bucket/model.safetensors --ranks 4 --shard 1
       mpreader inspect https://example.org/model --header-env HUB_HEADER
     """  # noqa: D301  # click reads the \b
+    from mpreader.tools.safetensors.kind import has_safetensors  # imports boto3, for which --help should not wait
+
+    check_headers(uri, headers)
     summary: Summary
-    if holds_safetensors(uri, settings, headers):
+    if has_safetensors(uri, settings["s3client_config"]):
         summary = _of_safetensors(uri, settings, headers, ranks, shard)
     else:
         with naming_both_kinds():
-            from mpreader.dcp import describe_checkpoint  # imports torch, for which --help should not wait
+            from mpreader.dcp import describe_checkpoint  # imports torch, which safetensors files do without
 
             summary = describe_checkpoint(uri, ranks=ranks, shard=shard, **settings)
     if as_json:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import click
 
-from mpreader.cli.checkpoint import checkpoint_options, holds_safetensors, naming_both_kinds, refuse_options
+from mpreader.cli.checkpoint import check_headers, checkpoint_options, lacks_metadata, naming_both_kinds, refuse_options
 from mpreader.cli.options import headers_options, json_option, progress_option, timeline_option
 from mpreader.cli.output import human_bytes, print_json, print_table
+from mpreader.errors import AccessDenied, ObjectMissing
 from mpreader.telemetry.timeline import timeline_to
 
 if TYPE_CHECKING:
@@ -94,22 +95,44 @@ def command(
         raise click.UsageError("--shard, --no-share and --verify-whole say how --ranks load: give --ranks, too")
     if no_verify and verify_whole:
         raise click.UsageError("--no-verify and --verify-whole contradict each other")
+    check_headers(uri, headers)
+    from mpreader.tools.safetensors.kind import has_files, is_named_so  # imports boto3
+
+    # No region: --region is in the settings already, as a field of s3client_config.
+    verify: bool | Literal["whole"] = "whole" if verify_whole else not no_verify
+    others = {"region": None, "weights_only": True, "verify": verify, "progress": progress, "share_host": not no_share}
     # It refuses a wrong path here, before torch is imported, which takes seconds.
     with timeline_to(timeline) as recorded, naming_both_kinds():
-        if holds_safetensors(uri, settings, headers):
+        is_dcp = not is_named_so(uri)
+        try:
+            if is_dcp:
+                _load_dcp(uri, {**settings, **others}, ranks, shard, repeat, recorded, as_json=as_json)
+        except (ObjectMissing, AccessDenied) as error:
+            # Asked for only now, so that the load of a DCP checkpoint makes no request for it.
+            if not lacks_metadata(error) or not has_files(uri, settings["s3client_config"]):
+                raise
+            is_dcp = False
+        if not is_dcp:
             _load_safetensors(uri, settings, headers, repeat, progress, as_json=as_json)
-            return
-        from mpreader.dcp.checkpoint import LoadOptions
 
-        # No region: --region is in the settings already, as a field of s3client_config.
-        verify: bool | Literal["whole"] = "whole" if verify_whole else not no_verify
-        options = LoadOptions(
-            region=None, verify=verify, weights_only=True, progress=progress, share_host=not no_share, **settings
-        )
-        if ranks is None:
-            _load_alone(uri, options, repeat, as_json=as_json)
-        else:
-            _load_with_ranks(uri, options, ranks, shard, repeat, recorded, as_json=as_json)
+
+def _load_dcp(
+    uri: str,
+    settings: dict[str, Any],
+    ranks: int | None,
+    shard: int | None,
+    repeat: int,
+    recorded: Timeline | None,
+    *,
+    as_json: bool,
+) -> None:
+    from mpreader.dcp.checkpoint import LoadOptions
+
+    options = LoadOptions(**settings)
+    if ranks is None:
+        _load_alone(uri, options, repeat, as_json=as_json)
+    else:
+        _load_with_ranks(uri, options, ranks, shard, repeat, recorded, as_json=as_json)
 
 
 def _load_alone(uri: str, options: LoadOptions, repeat: int, *, as_json: bool) -> None:

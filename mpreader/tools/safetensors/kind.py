@@ -14,38 +14,59 @@ from mpreader.readers.client import S3Client
 from mpreader.s3 import parse_s3_uri
 from mpreader.sources.http import HttpSource
 
-__all__ = ["has_safetensors", "without_secrets"]
+__all__ = ["has_files", "has_safetensors", "is_named_so", "without_secrets"]
 
 _METADATA: Final = ".metadata"
 _MOST_LISTED: Final = 10_000  # objects; a bucket may have millions
 
 
+def is_named_so(uri: str) -> bool:
+    """True if a URI names safetensors files whatever is there: it ends so, or is no URI of S3, where DCP's are.
+
+    Raises:
+        ConfigError: A DCP checkpoint on a local disk.
+    """
+    if not uri.startswith(("s3://", "http://", "https://")):
+        _refuse_local_dcp(path_of(uri))
+    return not uri.startswith("s3://") or uri.endswith(SUFFIX)
+
+
+def has_files(uri: str, s3client_config: S3ClientConfig | None) -> bool:
+    """True if there are safetensors files in a directory on S3, or an index; False also if it can't be asked for.
+
+    A directory with ``.metadata`` is to be taken for a DCP checkpoint, whatever else is in it.
+    """
+    bucket, folder = _folder(uri)
+    client = S3Client(s3client_config=s3client_config)
+    try:
+        return _has_files(client, bucket, folder)
+    except MpreaderError:  # such as that there is no bucket: whoever reads the checkpoint tells it better
+        return False
+    finally:
+        client.close()
+
+
 def has_safetensors(uri: str, s3client_config: S3ClientConfig | None) -> bool:
     """True if a URI names safetensors files; False if it names a checkpoint of DCP, or nothing.
 
-    A name that ends with ``.safetensors``, a path and an http(s) URL are not asked for: DCP checkpoints are on S3. Of
-    another name, ``.metadata`` is asked for first, and a checkpoint that has it is one of DCP.
-
     Args:
-        uri: The URI.
+        uri: The URI; of a directory on S3, ``.metadata`` is asked for first.
         s3client_config: Settings of the S3 client.
 
     Raises:
         ConfigError: A DCP checkpoint on a local disk.
         TransportError: The service could not be reached, or failed.
     """
-    if not uri.startswith("s3://"):
-        _refuse_local_dcp(path_of(uri))
+    if is_named_so(uri):
         return True
-    if uri.endswith(SUFFIX):
-        return True
-    bucket, key = parse_s3_uri(uri)
-    folder = f"{key.rstrip('/')}/" if key else ""
+    bucket, folder = _folder(uri)
     client = S3Client(s3client_config=s3client_config)
     try:
-        return not _has_object(client, bucket, f"{folder}{_METADATA}") and _has_files(client, bucket, folder)
+        if _has_object(client, bucket, f"{folder}{_METADATA}"):
+            return False
     finally:
         client.close()
+    return has_files(uri, s3client_config)
 
 
 def without_secrets(uri: str) -> str:
@@ -76,5 +97,9 @@ def _has_files(client: S3Client, bucket: str, folder: str) -> bool:
         return any(key.endswith((SUFFIX, INDEX)) for key in listed)
     except AccessDenied:
         return _has_object(client, bucket, f"{folder}{INDEX}")
-    except MpreaderError:  # such as that there is no bucket: who reads the checkpoint tells it better
-        return False
+
+
+def _folder(uri: str) -> tuple[str, str]:
+    """Return the bucket, and the beginning of the keys of all that is in a directory."""
+    bucket, key = parse_s3_uri(uri)
+    return bucket, f"{key.rstrip('/')}/" if key else ""

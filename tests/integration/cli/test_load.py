@@ -140,8 +140,8 @@ def test_load_of_a_damaged_checkpoint_ends_in_exit_code_5(checkpoint: str, run: 
 def test_load_of_no_checkpoint_ends_in_exit_code_3(bucket: str, run: Run) -> None:
     done = run(f"s3://{bucket}/missing")
     assert (done.returncode, done.stdout) == (3, "")
-    assert done.stderr.startswith(f"mpreader: s3://{bucket}/missing/.metadata: the bucket exists, but has no such key")
-    assert run(f"{bucket}/missing").returncode == 2
+    assert f": s3://{bucket}/missing/.metadata: the bucket exists, but has no such key" in done.stderr
+    assert run(f"ftp://{bucket}/missing").returncode == 2
 
 
 def test_load_refuses_what_does_not_fit_before_it_asks_for_it(checkpoint: str, s3_server: S3Server, run: Run) -> None:
