@@ -12,6 +12,7 @@ import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Final, NamedTuple
 
+from mpreader.collector import collector_paused
 from mpreader.config import PoolConfig, S3ClientConfig
 from mpreader.errors import ConfigError, ObjectMissing, PlanError
 from mpreader.fetch.fetcher import RangeFetcher, SharedPoolFetcher
@@ -165,7 +166,7 @@ def opened(fetcher: FileFetcher, uris: Sequence[str], *, has_pieces: bool = Fals
         files = []
         for uri in uris:
             text = bytes(starts[uri][LENGTH_BYTES : ends[uri]] + rests[uri])
-            with _naming_file(uri):
+            with _naming_file(uri), collector_paused():  # no garbage, but several objects for each tensor
                 header = decode_header(text, sizes[uri])
             source = pinned[uri][1]
             version = source.version if isinstance(source, PinnedSource) else versions[uri]

@@ -43,15 +43,11 @@ def plan_boxes(wanted: Sequence[WantedBox]) -> tuple[list[list[Run]], int]:
     Of all plans that would not take much longer than the quickest one, the one of the fewest bytes is taken.
     """
     possible = GAPS if len(wanted) <= _MANY else GAPS[1:]
+    if all(one.box is None for one in wanted):  # the same runs, whatever the gaps
+        whole = [_runs_of(one, GAPS[0]) for one in wanted]
+        return whole, best_gaps(lambda _: _by_file(wanted, whole), possible).between_records
     plans = {gaps: [_runs_of(one, gaps) for one in wanted] for gaps in possible}
-
-    def received(gaps: Gaps) -> list[list[Run]]:
-        files: dict[str, list[Run]] = {}
-        for one, runs in zip(wanted, plans[gaps], strict=True):
-            files.setdefault(one.source, []).extend(runs)
-        return list(files.values())
-
-    gaps = best_gaps(received, possible)
+    gaps = best_gaps(lambda gaps: _by_file(wanted, plans[gaps]), possible)
     return plans[gaps], gaps.between_records
 
 
@@ -65,6 +61,13 @@ def cut_runs(
         for run in of_tensor:
             of_file.extend((start, min(start + piece_bytes, run.end)) for start in range(*run, piece_bytes))
     return {source: of_file for source, of_file in ranges.items() if of_file}
+
+
+def _by_file(wanted: Sequence[WantedBox], runs: Sequence[Sequence[Run]]) -> list[list[Run]]:
+    files: dict[str, list[Run]] = {}
+    for one, of_tensor in zip(wanted, runs, strict=True):
+        files.setdefault(one.source, []).extend(of_tensor)
+    return list(files.values())
 
 
 def _runs_of(wanted: WantedBox, gaps: Gaps) -> list[Run]:

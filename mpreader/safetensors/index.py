@@ -19,22 +19,24 @@ class BoxIndex(NamedTuple):
     """Box that an index expression needs.
 
     Attributes:
-        box: First index and length in each dimension.
+        offsets: First index in each dimension.
+        lengths: Length in each dimension.
         rest: What is applied to the box to have what was asked for; () if it is the box itself.
     """
 
-    box: Box
-    rest: tuple[int | slice, ...]
+    offsets: tuple[int, ...]
+    lengths: tuple[int, ...]
+    rest: tuple[int | slice, ...] = ()
+
+    @classmethod
+    def whole(cls, shape: tuple[int, ...]) -> BoxIndex:
+        """Return the box of a whole tensor."""
+        return cls((0,) * len(shape), shape)
 
     @property
-    def offsets(self) -> tuple[int, ...]:
-        """First index in each dimension."""
-        return tuple(start for start, _ in self.box)
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        """Length in each dimension."""
-        return tuple(length for _, length in self.box)
+    def box(self) -> Box:
+        """First index and length in each dimension."""
+        return tuple(zip(self.offsets, self.lengths, strict=True))
 
 
 def box_index(index: Any, shape: Sequence[int]) -> BoxIndex:
@@ -49,21 +51,24 @@ def box_index(index: Any, shape: Sequence[int]) -> BoxIndex:
         PlanError: The expression is of another kind.
         IndexError: An index is outside of the tensor, or there are more than the tensor has dimensions.
     """
-    box: list[tuple[int, int]] = []
+    offsets: list[int] = []
+    lengths: list[int] = []
     rest: list[int | slice] = []
     for entry, size in zip(_one_for_each(index, shape), shape, strict=True):
         if isinstance(entry, slice):
             start, stop, step = _bounds(entry, size)
             count = len(range(start, stop, step))
-            box.append((start if count else 0, (count - 1) * step + 1 if count else 0))
+            offsets.append(start if count else 0)
+            lengths.append((count - 1) * step + 1 if count else 0)
             rest.append(slice(None, None, step))
         else:
             if not -size <= entry < size:
                 raise IndexError(f"index {entry} is outside of a dimension of {size}")
-            box.append((entry % size, 1))
+            offsets.append(entry % size)
+            lengths.append(1)
             rest.append(0)
     is_box = all(isinstance(entry, slice) and entry.step == 1 for entry in rest)
-    return BoxIndex(tuple(box), () if is_box else tuple(rest))
+    return BoxIndex(tuple(offsets), tuple(lengths), () if is_box else tuple(rest))
 
 
 def _one_for_each(index: Any, shape: Sequence[int]) -> list[int | slice]:

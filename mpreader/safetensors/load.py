@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from mpreader.collector import collector_paused
 from mpreader.config import PoolConfig, S3ClientConfig
 from mpreader.errors import ConfigError, PlanError
 from mpreader.fetch.local import path_of
@@ -169,7 +170,8 @@ class _Options:
             self._check_slices(files)
             if self._out is not None:
                 return self._load_into(self._out, fetcher, files)
-            wanted = list(want_new(choose(files, self._names), self._slices, self._device, self._dtype))
+            with collector_paused():  # this makes several objects for each tensor, and no garbage
+                wanted = list(want_new(choose(files, self._names), self._slices, self._device, self._dtype))
             self._fill(fetcher, files, wanted)
             return {one.stored.name: loaded(one) for one in wanted}
 

@@ -135,10 +135,10 @@ def want_targets(
         target = targets[stored.name].detach()
         if hasattr(target, "__create_chunk_list__"):  # a DTensor
             index, target = _own_part(stored, layout, index, target)
-        rest = _applied(torch.empty(index.lengths, device="meta"), index)
-        if tuple(rest.shape) != tuple(target.shape):
+        shape = torch.empty(index.lengths, device="meta")[index.rest].shape if index.rest else index.lengths
+        if tuple(shape) != tuple(target.shape):
             raise PlanError(
-                f"tensor {stored.name!r} of shape {list(rest.shape)} can't be loaded into one of {list(target.shape)}"
+                f"tensor {stored.name!r} of shape {list(shape)} can't be loaded into one of {list(target.shape)}"
             )
         if index.rest:
             if any(isinstance(entry, slice) and entry.step > 1 for entry in index.rest):
@@ -150,15 +150,13 @@ def want_targets(
 def loaded(wanted: WantedTensor) -> torch.Tensor:
     """Return what was asked for, after its box has been loaded into a new tensor."""
     target = wanted.target
-    if wanted.layout.dtype != (own := layout_of(wanted.stored).dtype):
-        target = target.view(own)
-    rest = _applied(target, wanted.asked)
+    if wanted.stored.dtype == "F4":
+        target = target.view(layout_of(wanted.stored).dtype)
+    if not wanted.asked.rest:
+        return target
+    rest = target[wanted.asked.rest]
     # A slice of some steps would keep all that was received for it.
     return rest.clone() if rest.numel() < target.numel() else rest
-
-
-def _applied(box: torch.Tensor, index: BoxIndex) -> torch.Tensor:
-    return box[index.rest] if index.rest else box
 
 
 def _expanded(target: torch.Tensor, index: BoxIndex) -> torch.Tensor:
@@ -177,8 +175,10 @@ def _slice_of(stored: StoredTensor, slices: Slices | None) -> tuple[TensorLayout
         index = slices(stored.name, layout.size)
     else:
         index = slices.get(stored.name)
+    if index is None:
+        return layout, BoxIndex.whole(layout.size)
     try:
-        return layout, box_index(... if index is None else index, layout.size)
+        return layout, box_index(index, layout.size)
     except (PlanError, IndexError) as error:
         raise PlanError(f"tensor {stored.name!r} of shape {list(layout.size)}: {error}") from None
 
@@ -198,8 +198,8 @@ def _own_part(
     if len(chunks) != 1 or tuple(chunks[0].sizes) != tuple(local.shape):
         if local.numel():
             raise PlanError(f"tensor {stored.name!r}: the part of this rank is no box; load it by torch's dcp.load")
-        return BoxIndex(tuple((0, length) for length in local.shape), ()), local
-    return BoxIndex(tuple(zip(chunks[0].offsets, chunks[0].sizes, strict=True)), ()), local
+        return BoxIndex.whole(tuple(local.shape)), local
+    return BoxIndex(tuple(chunks[0].offsets), tuple(chunks[0].sizes)), local
 
 
 def _as_bytes(wanted: WantedTensor) -> WantedTensor:

@@ -24,6 +24,7 @@ NBYTES = 3 * 2048 * 256 * 4  # of the large tensors
 PROGRAM = """
 import boto3, json
 from safetensors.torch import save
+from mpreader.pool.hosts.meeting import meet
 from mpreader.safetensors import load_checkpoint
 
 POOL = PoolConfig(workers=1, connections_per_worker=4, max_memory=16 * 2**20, part_size=2**20)
@@ -75,11 +76,13 @@ def all_cases():
         assert rank != 1
     half = {name: tensor.half() for name, tensor in TENSORS.items()}
     check(load("named", rank, share_host=folder, dtype=torch.float16), half)
+    dist.barrier()  # the rank that leads must not end before the others have what they want
 
 def by_name_only(rank):
     os.environ["LOCAL_WORLD_SIZE"] = "4"
     for _ in range(2):  # the same name once more
         check(load("alone", rank, share_host=f"{folder} again", slices=rows_of(rank)), sharded(rank, 0))
+    meet(f"{folder} end", 4, None)
 
 def run_by_name():
     pids = []
