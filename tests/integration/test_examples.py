@@ -7,6 +7,8 @@ import hashlib
 import json
 import random
 import re
+import runpy
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 import boto3
 import pytest
 import torch
+from safetensors.torch import save as safetensors_of
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from mpreader.dcp import S3StorageWriter
@@ -48,30 +51,6 @@ def run(warm_interpreter: WarmInterpreter) -> Run:
         return done.stdout.splitlines()
 
     return run
-
-
-def check_safetensors_load(run: Run, bucket: str, folder: Path) -> None:
-    tensors = {
-        "model.weight": torch.arange(200_000, dtype=torch.float32).reshape(400, 500),
-        "model.bias": torch.arange(9).to(torch.bfloat16),
-        "model.none": torch.empty(0, 3),
-        "other": torch.ones(3, 2, dtype=torch.int64),
-    }
-    header, body = {"__metadata__": {"format": "pt"}}, b""
-    names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64"}
-    for name, tensor in tensors.items():
-        content = tensor.view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
-        place = [len(body), len(body) + len(content)]
-        header[name] = {"dtype": names[tensor.dtype], "shape": [*tensor.shape], "data_offsets": place}  # type: ignore[dict-item]
-        body += content
-    text = json.dumps(header).encode()
-    put(bucket, model=len(text).to_bytes(8, "little") + text + body)
-    lines = [
-        f"{name} {tuple(tensor.shape)} {tensor.dtype} sum={tensor.double().sum().item():g}"
-        for name, tensor in tensors.items()
-    ]
-    assert run("safetensors_load.py", f"s3://{bucket}/model") == lines
-    assert run("safetensors_load.py", f"s3://{bucket}/model", "model.") == lines[:3]
 
 
 def check_async_fetch(run: Run, bucket: str, folder: Path) -> None:
@@ -135,14 +114,52 @@ def check_lightning_checkpoint(run: Run, bucket: str, folder: Path) -> None:
     assert {key.split("/")[1] for key in keys} == {"epochs=2.ckpt"}, "the older one is removed"
 
 
+def check_transformers_from_s3(run: Run, bucket: str, folder: Path) -> None:
+    pytest.importorskip("transformers")
+    [line] = run("transformers_from_s3.py", f"s3://{bucket}/models/tiny", preload=("transformers.models.llama",))
+    assert re.fullmatch(r"\d+ parameters, the same numbers: True", line)
+    with contextlib.closing(boto3.client("s3")) as client:
+        keys = [entry["Key"] for entry in client.list_objects_v2(Bucket=bucket, Prefix="models/tiny/")["Contents"]]
+    assert len([key for key in keys if key.endswith(".safetensors")]) > 1
+
+
+def check_torchtitan_from_hf(run: Run, bucket: str, folder: Path) -> None:
+    example = runpy.run_path(str(EXAMPLES / "torchtitan_from_hf.py"))
+    torch.manual_seed(0)
+    model, tokens = example["make_model"](), torch.arange(example["TOKENS"])
+    named = [(example["hf_name"](name), tensor) for name, tensor in model.state_dict().items()]
+    files = {f"model-{start}.safetensors": dict(named[start::2]) for start in range(2)}
+    index = {"weight_map": {name: file for file, tensors in files.items() for name in tensors}}
+    put(bucket, **{f"model/{file}": safetensors_of(tensors) for file, tensors in files.items()})
+    put(bucket, **{"model/model.safetensors.index.json": json.dumps(index).encode()})
+    loss = torch.nn.functional.cross_entropy(model(tokens), tokens).item()
+    nbytes = sum(tensor.nbytes for _, tensor in named)
+    assert run("torchtitan_from_hf.py", f"s3://{bucket}/model", preload=("torch.distributed.fsdp",)) == [
+        f"loss {loss:.5f}, {nbytes} bytes received for 2 ranks"
+    ]
+
+
+def check_vllm_loader(run: Run, bucket: str, folder: Path) -> None:
+    # A program finds what lies beside it first: the stub, in place of a vLLM that may be installed.
+    shutil.copytree(Path(__file__).parent / "vllm_stub", folder, dirs_exist_ok=True)
+    (folder / "vllm_loader.py").symlink_to(EXAMPLES / "vllm_loader.py")
+    weights = {"linear.bias": torch.tensor([5.0, 6.0]), "linear.weight": torch.tensor([[1.0, 2.0], [3.0, 4.0]])}
+    put(bucket, **{"model/model.safetensors": safetensors_of(weights | {"unused": torch.zeros(9)})})
+    assert run(str(folder / "vllm_loader.py"), str(folder), f"s3://{bucket}/model", "say") == [
+        "say: {'linear.weight': [[1.0, 2.0], [3.0, 4.0]], 'linear.bias': [5.0, 6.0]}"
+    ]
+
+
 CHECKS: dict[str, Callable[[Run, str, Path], None]] = {
     "async_fetch.py": check_async_fetch,
     "convert_checkpoint.py": check_convert_checkpoint,
     "fsspec_read.py": check_fsspec_read,
     "lightning_checkpoint.py": check_lightning_checkpoint,
-    "safetensors_load.py": check_safetensors_load,
     "timeline.py": check_timeline,
+    "torchtitan_from_hf.py": check_torchtitan_from_hf,
     "torchtitan_style.py": check_torchtitan_style,
+    "transformers_from_s3.py": check_transformers_from_s3,
+    "vllm_loader.py": check_vllm_loader,
 }
 
 
