@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Final, NamedTuple
+from urllib.parse import quote
 
 from mpreader.collector import collector_paused
 from mpreader.config import PoolConfig, S3ClientConfig
@@ -94,7 +95,8 @@ def files_of(fetcher: FileFetcher, uri: str, names: Collection[str] | None = Non
     """
     uri = path_of(uri)
     directory, query = uri, ""
-    if _scheme_of(uri) in ("http", "https"):
+    is_url = _scheme_of(uri) in ("http", "https")
+    if is_url:
         directory, mark, query = uri.partition("?")
         query = mark + query
     if directory.endswith(SUFFIX) and not (isinstance(fetcher, LocalFetcher) and os.path.isdir(directory)):
@@ -104,10 +106,13 @@ def files_of(fetcher: FileFetcher, uri: str, names: Collection[str] | None = Non
     try:
         index = bytes(fetcher.fetch_object(index_uri))
     except ObjectMissing:
-        if query or directory.startswith(("http://", "https://")):
+        if is_url:
             return [f"{directory}/{_ONLY}{query}"]
         return _listed(fetcher, directory)
-    return [f"{directory}/{name}{query}" for name in _names_in(index, f"{directory}/{INDEX}", names)]
+    files = _names_in(index, f"{directory}/{INDEX}", names)
+    if is_url:  # where "?" and "%2e" would be more than letters of a name
+        files = [quote(name) for name in files]
+    return [f"{directory}/{name}{query}" for name in files]
 
 
 def _scheme_of(uri: str) -> str:
@@ -118,16 +123,28 @@ def _scheme_of(uri: str) -> str:
 
 def _names_in(index: bytes, uri: str, wanted: Collection[str] | None) -> list[str]:
     try:
-        files = dict(json.loads(index)["weight_map"])
+        files = json.loads(index)["weight_map"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise PlanError(f"{uri} is damaged: {error!r}") from error
+    if not isinstance(files, dict):
+        raise PlanError(f"{uri} is damaged: its weight_map is a {type(files).__name__}, not an object of JSON")
     for name in files.values():
-        if not isinstance(name, str) or not name.endswith(SUFFIX) or name.startswith("/") or ".." in name.split("/"):
+        if not _is_inside(name):
             raise PlanError(f"{uri} names {name!r}, which is no file of this directory")
     # Where a name is not there, all headers are read: the error tells of a tensor that is in none of them.
     if wanted is not None and all(name in files for name in wanted):
         files = {name: files[name] for name in wanted}
     return sorted(set(files.values()))
+
+
+def _is_inside(name: object) -> bool:
+    """Return whether a name is that of a file in a directory, or in one below it."""
+    if not isinstance(name, str) or not name.endswith(SUFFIX) or name.startswith("/") or ".." in name.split("/"):
+        return False
+    try:
+        return b"\0" not in name.encode("utf-8")
+    except UnicodeEncodeError:  # JSON can name half of a character, which no file has in its name
+        return False
 
 
 def _listed(fetcher: FileFetcher, directory: str) -> list[str]:

@@ -8,12 +8,13 @@ A file is a length, a header in JSON, and the bytes of the tensors, one behind t
 
 Nothing in a header is believed before it was checked, and nothing is allocated from its numbers here. The rules are
 those of the safetensors library (0.8). It takes two kinds of headers that are refused here: those with a name that is
-there twice, of which it takes the last, and those that describe a tensor by a list.
+there twice, of which it takes the last, and those that describe a tensor by a list, or its type by an object.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple, NoReturn
 
@@ -35,6 +36,9 @@ LENGTH_BYTES: Final = 8
 MAX_HEADER_BYTES: Final = 100_000_000  # the library's own bound
 _MOST: Final = 2**64 - 1
 _METADATA: Final = "__metadata__"
+_FIELDS: Final = ("dtype", "shape", "data_offsets")
+_MOST_DIGITS: Final = len(str(_MOST))
+_MOST_NESTED: Final = 127  # lists and objects in one another: the library's own bound
 
 BITS: Final[Mapping[str, int]] = {
     "F4": 4,
@@ -148,7 +152,7 @@ def _parse(data: bytes) -> dict[str, Any]:
     try:
         text = data.decode("utf-8")
         described = json.loads(
-            text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=str, parse_int=_natural
+            text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_fraction, parse_int=_natural
         )
     except HeaderRefused:
         raise
@@ -176,7 +180,13 @@ def _no_constant(name: str) -> NoReturn:
 
 def _natural(text: str) -> int | str:
     """Return a number; what has a sign stays a text, as what has a fraction does: where it counts, that is refused."""
-    return text if text.startswith("-") else int(text)
+    return _fraction(text) if text.startswith("-") or len(text) > _MOST_DIGITS else int(text)
+
+
+def _fraction(text: str) -> str:
+    if math.isinf(float(text)):
+        raise ValueError("a number is too large for any type")
+    return text
 
 
 def _checked_metadata(stored: object) -> Mapping[str, str]:
@@ -190,7 +200,9 @@ def _checked_metadata(stored: object) -> Mapping[str, str]:
 def _checked_tensor(name: str, entry: object, base: int) -> StoredTensor:
     if not isinstance(entry, dict):
         _refuse(name, "is not described by an object of JSON")
-    fields: list[Any] = [entry.get(field) for field in ("dtype", "shape", "data_offsets")]
+    fields: list[Any] = [entry.get(field) for field in _FIELDS]
+    if len(entry) > len(_FIELDS):
+        _check_unused(name, [value for field, value in entry.items() if field not in _FIELDS])
     dtype, shape, offsets = fields
     if not isinstance(dtype, str) or dtype not in BITS:
         _refuse(name, f"has the type {dtype!r}: it must be one of {', '.join(BITS)}")
@@ -210,6 +222,27 @@ def _checked_tensor(name: str, entry: object, base: int) -> StoredTensor:
     if end - start != nbits // 8:
         _refuse(name, f"has {end - start} bytes, but {dtype} of shape {shape} takes {nbits // 8}")
     return StoredTensor(name, dtype, tuple(shape), base + start, base + end)
+
+
+def _check_unused(name: str, values: list[Any]) -> None:
+    """Check fields that nobody reads: what the library refuses there is refused here, although Python takes it for JSON."""
+    pending = [(value, 3) for value in values]  # with how many lists and objects are around it, and itself
+    while pending:
+        value, depth = pending.pop()
+        if isinstance(value, (list, dict)):
+            if depth > _MOST_NESTED:
+                _refuse(name, f"has a field of more than {_MOST_NESTED} lists and objects in one another")
+            pending.extend((inner, depth + 1) for inner in (value.values() if isinstance(value, dict) else value))
+        elif isinstance(value, str) and not _is_text(value):
+            _refuse(name, "has a field with half of a character")
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _are_sizes(value: Any) -> bool:
