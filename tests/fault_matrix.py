@@ -54,6 +54,7 @@ ROWS = (
     "no __main__ guard, stdin, daemonic process",
     "exception in the consumer; reader dropped without close",
     "hostile .metadata",
+    "damaged or hostile safetensors header or index",
     "secrets",
     "64 workers with instance-role credentials",
     "ranks of a host: one is killed",

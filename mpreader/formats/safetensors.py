@@ -178,15 +178,16 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON")
 
 
-def _natural(text: str) -> int | str:
-    """Return a number; what has a sign stays a text, as what has a fraction does: where it counts, that is refused."""
+def _natural(text: str) -> int | float:
+    """Return a number. What has a sign becomes a fraction, ``-0`` too: where numbers count, fractions are refused."""
     return _fraction(text) if text.startswith("-") or len(text) > _MOST_DIGITS else int(text)
 
 
-def _fraction(text: str) -> str:
-    if math.isinf(float(text)):
+def _fraction(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
         raise ValueError("a number is too large for any type")
-    return text
+    return number
 
 
 def _checked_metadata(stored: object) -> Mapping[str, str]:
@@ -225,7 +226,7 @@ def _checked_tensor(name: str, entry: object, base: int) -> StoredTensor:
 
 
 def _check_unused(name: str, values: list[Any]) -> None:
-    """Check fields that nobody reads: what the library refuses there is refused here, although Python takes it for JSON."""
+    """Check fields that nobody reads for what the library refuses there, too, and Python takes for JSON."""
     pending = [(value, 3) for value in values]  # with how many lists and objects are around it, and itself
     while pending:
         value, depth = pending.pop()

@@ -47,6 +47,11 @@ RANKS_ERR = "ranks of a host: S3 refuses, an object is overwritten, a record is 
 RANKS_SHORT = "ranks of a host: out of shared memory, descriptors or workers"
 CHANNEL_TEST = "tests/unit/pool/hosts/test_channel.py"
 SHARING_TEST = "tests/integration/pool/test_host_sharing.py"
+HEADER = "mpreader/formats/safetensors.py"
+HEADER_TEST = "tests/unit/formats/test_safetensors.py::test_header_that_breaks_a_rule_is_refused"
+SAFETENSORS = "damaged or hostile safetensors header or index"
+SAFETENSORS_FILES = "mpreader/fetch/safetensors.py"
+SAFETENSORS_FUZZ = "tests/fuzz/test_safetensors.py"
 
 
 class Protection(NamedTuple):
@@ -380,8 +385,8 @@ PROTECTIONS = (
         "a box of a tensor: overwritten before what was not predicted is read",
         "what is read again is of the version that was read first",
         "mpreader/readers/read_ahead.py",
-        "uri: known.get(uri) or SteadySource(",
-        "uri: SteadySource(",
+        "uri: known.get(uri) or make(uri)",
+        "uri: make(uri)",
         "tests/integration/dcp/test_boxes.py::test_version_that_was_read_first_is_the_one_that_is_read_again",
     ),
     Protection(
@@ -707,6 +712,126 @@ PROTECTIONS = (
         "if peer_user(connection) != os.getuid():",
         "if False:",
         f"{HOSTS}::test_process_that_is_none_of_the_ranks_is_told_nothing[of another user]",
+    ),
+    Protection(
+        SAFETENSORS,
+        "the length of a header is bounded",
+        HEADER,
+        "if nbytes > MAX_HEADER_BYTES:",
+        "if False:",
+        f"{HEADER_TEST}[huge header]",
+    ),
+    Protection(
+        SAFETENSORS,
+        "a header ends before its file does",
+        HEADER,
+        "if LENGTH_BYTES + nbytes > file_nbytes:",
+        "if False:",
+        f"{HEADER_TEST}[cut header]",
+    ),
+    Protection(
+        SAFETENSORS,
+        "a name is there once",
+        HEADER,
+        "if len(made) < len(pairs):",
+        "if False:",
+        f"{HEADER_TEST}[name twice]",
+    ),
+    Protection(
+        SAFETENSORS,
+        "a tensor has the bytes that its type and shape take",
+        HEADER,
+        "if end - start != nbits // 8:",
+        "if False:",
+        f"{HEADER_TEST}[other size]",
+    ),
+    Protection(
+        SAFETENSORS,
+        "elements are as many as can be counted",
+        HEADER,
+        "if count > _MOST:",
+        "if False:",
+        f"{HEADER_TEST}[more than can be counted, times 0]",
+    ),
+    Protection(
+        SAFETENSORS,
+        "no byte belongs to two tensors",
+        HEADER,
+        "if tensor.start != end:",
+        "if tensor.start > end:",
+        f"{HEADER_TEST}[overlap]",
+    ),
+    Protection(
+        SAFETENSORS,
+        "each byte belongs to a tensor",
+        HEADER,
+        "if tensor.start != end:",
+        "if tensor.start < end:",
+        f"{HEADER_TEST}[hole]",
+    ),
+    Protection(
+        SAFETENSORS,
+        "the tensors end where the file does",
+        HEADER,
+        "if end != file_nbytes:",
+        "if False:",
+        f"{HEADER_TEST}[file is longer]",
+    ),
+    Protection(
+        SAFETENSORS,
+        "lists in one another are bounded",
+        HEADER,
+        "if depth > _MOST_NESTED:",
+        "if False:",
+        f"{HEADER_TEST}[other field of 128 levels]",
+    ),
+    Protection(
+        SAFETENSORS,
+        "a name in an index does not lead out of the directory",
+        SAFETENSORS_FILES,
+        ' or ".." in name.split("/"):',
+        ":",
+        f"{SAFETENSORS_FUZZ}::test_index_that_is_none_is_refused[above]",
+    ),
+    Protection(
+        SAFETENSORS,
+        "a name in an index is no part of a URL",
+        SAFETENSORS_FILES,
+        "files = [quote(name) for name in files]",
+        "pass",
+        f"{SAFETENSORS_FUZZ}::test_name_in_an_index_is_that_of_a_file_whatever_its_letters",
+    ),
+    Protection(
+        SAFETENSORS,
+        "a tensor is in one file only",
+        SAFETENSORS_FILES,
+        "            _check_names(files)\n",
+        "            pass\n",
+        "tests/integration/safetensors/test_load.py::test_errors_name_what_is_wrong",
+    ),
+    Protection(
+        "object overwritten between GETs",
+        "tensors are of the version whose header was read",
+        SAFETENSORS_FILES,
+        "pins.enter_context(fetcher.pinned(uri, version))",
+        '(pins.enter_context(fetcher.pinned(uri, version)) if uri[0] == "/" else (uri, None))',
+        "tests/integration/safetensors/test_places.py::test_file_that_changes_is_never_mixed",
+    ),
+    Protection(
+        "object overwritten between GETs",
+        "a local file is looked at again after it was read",
+        "mpreader/fetch/local.py",
+        "            yield path, None\n            self._check_version(file, path, version)\n",
+        "            yield path, None\n",
+        "tests/integration/safetensors/test_places.py::test_file_that_changes_is_never_mixed",
+    ),
+    Protection(
+        "views held while the load goes on; close with live views",
+        "tensors of a stream that are kept leave it memory",
+        "mpreader/safetensors/stream.py",
+        " or not HELD_SLOTS.try_hold(view, self._most_held):",
+        ":",
+        "tests/integration/safetensors/test_stream.py::test_tensors_that_are_kept_are_never_overwritten",
     ),
 )
 

@@ -95,6 +95,12 @@ def damaged(mutants: Mutants, files: list[bytes]) -> st.SearchStrategy[Mutant]:
     return mutants(files)
 
 
+@pytest.fixture(scope="session")
+def damaged_indices(mutants: Mutants) -> st.SearchStrategy[Mutant]:
+    index = {"metadata": {"total_size": 8}, "weight_map": {"a.b": "model-1.safetensors", "a.c": "below/2.safetensors"}}
+    return mutants([json.dumps(index).encode(), b'{"weight_map":[["a","1.safetensors"]]}'])
+
+
 def places(value: Any) -> Iterator[tuple[Any, Any]]:
     """Every list and object within a value, with each of its indices or names, and a new name."""
     keys: list[Any] = [*value, "new"] if isinstance(value, dict) else [*range(len(value))]
@@ -140,6 +146,7 @@ def files_in(directory: str, index: object) -> list[str] | None:
         return None
 
 
+@pytest.mark.row("damaged or hostile safetensors header or index")
 @fuzzed
 @given(data=st.data())
 def test_file_that_is_damaged_is_read_as_the_library_reads_it(
@@ -148,6 +155,7 @@ def test_file_that_is_damaged_is_read_as_the_library_reads_it(
     check(data.draw(damaged).data)
 
 
+@pytest.mark.row("damaged or hostile safetensors header or index")
 @fuzzed
 @given(content=odd_files(), at=st.integers(0, 2**10), length=st.integers(0, 3), piece=st.none() | JSON_PIECES)
 def test_header_of_odd_values_is_read_as_the_library_reads_it(
@@ -161,6 +169,7 @@ def test_header_of_odd_values_is_read_as_the_library_reads_it(
     check(content)
 
 
+@pytest.mark.row("damaged or hostile safetensors header or index")
 @fuzzed
 @given(content=st.binary(max_size=200), nbytes=st.integers(0, 200) | st.integers(0, 2**64 - 1))
 @example(content=b"{}", nbytes=2**63)
@@ -170,21 +179,19 @@ def test_file_of_anything_is_read_or_refused(content: bytes, nbytes: int) -> Non
     check(nbytes.to_bytes(8, "little") + content)
 
 
+@pytest.mark.row("damaged or hostile safetensors header or index")
 @fuzzed
 @given(data=st.data())
 def test_index_that_is_damaged_names_files_of_its_directory_or_is_refused(
-    data: st.DataObject, mutants: Mutants
+    data: st.DataObject, damaged_indices: st.SearchStrategy[Mutant]
 ) -> None:
-    index = {"metadata": {"total_size": 8}, "weight_map": {"a.b": "model-1.safetensors", "a.c": "below/2.safetensors"}}
-    content = data.draw(
-        mutants([json.dumps(index).encode(), b'{"weight_map":[["a","1.safetensors"]]}', b"[" * 100_000])
-    )
-    for uri in files_in("/folder", content.data) or ():
+    for uri in files_in("/folder", data.draw(damaged_indices).data) or ():
         assert os.path.normpath(uri).startswith("/folder/")
         assert uri.endswith(SUFFIX)
         assert "\0" not in uri
 
 
+@pytest.mark.row("damaged or hostile safetensors header or index")
 @fuzzed
 @given(name=st.text().map(lambda text: text + SUFFIX) | st.text("./%2ef?#\\:é\0 ").map(lambda text: text + SUFFIX))
 @example(name="%2e%2e/a.safetensors")
@@ -200,12 +207,27 @@ def test_name_in_an_index_is_that_of_a_file_whatever_its_letters(name: str) -> N
     assert (parts.netloc, unquote(parts.path), parts.query, parts.fragment) == ("host", f"/d/{name}", "b=c", "")
 
 
-@pytest.mark.parametrize(
-    "index",
-    [b"", b"[]", b"null", {}, {"weight_map": None}, {"weight_map": "ab"}, {"weight_map": {"a": None}}, b"9" * 10_000]
-    + [{"weight_map": {"a": name}} for name in ("", "a.bin", "../a.safetensors", "b/../../a.safetensors")]
-    + [{"weight_map": {"a": name}} for name in ("/a.safetensors", "\0.safetensors", "\ud800.safetensors")],
-    ids=repr,
-)
+DAMAGED: dict[str, object] = {
+    "empty": b"",
+    "list": b"[]",
+    "null": b"null",
+    "digits": b"9" * 10_000,
+    "deep": b"[" * 100_000,
+    "no map": {},
+    "map of null": {"weight_map": None},
+    "map of pairs": {"weight_map": [["a", f"a{SUFFIX}"]]},
+    "name of null": {"weight_map": {"a": None}},
+    "no name": {"weight_map": {"a": ""}},
+    "other file": {"weight_map": {"a": "a.bin"}},
+    "absolute": {"weight_map": {"a": f"/a{SUFFIX}"}},
+    "above": {"weight_map": {"a": f"../a{SUFFIX}"}},
+    "below and above": {"weight_map": {"a": f"b/../../a{SUFFIX}"}},
+    "NUL": {"weight_map": {"a": f"\0{SUFFIX}"}},
+    "half a character": {"weight_map": {"a": f"\ud800{SUFFIX}"}},
+}
+
+
+@pytest.mark.row("damaged or hostile safetensors header or index")
+@pytest.mark.parametrize("index", DAMAGED.values(), ids=DAMAGED)
 def test_index_that_is_none_is_refused(index: object) -> None:
     assert files_in("/folder", index) is None

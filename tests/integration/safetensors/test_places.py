@@ -119,6 +119,7 @@ def test_local_files_are_loaded_by_the_same_names(tmp_path: Path) -> None:
         load_checkpoint(f"{tmp_path}/none")
 
 
+@pytest.mark.row("object overwritten between GETs")
 def test_file_that_changes_is_never_mixed(tmp_path: Path, bucket: str) -> None:
     path = tmp_path / "a.safetensors"
     save_file(TENSORS, path)

@@ -42,6 +42,7 @@ def test_tensors_are_handed_out_in_bounded_memory(uri: str, order: str) -> None:
             assert names == ["empty", *(name for name in files.offset_keys() if name != "empty")]
 
 
+@pytest.mark.row("views held while the load goes on; close with live views")
 def test_tensors_that_are_kept_are_never_overwritten(uri: str) -> None:
     kept = dict(stream(uri, pool_config=POOL))  # more than three times the memory
     assert all(torch.equal(kept[name], tensor) for name, tensor in (TENSORS | LARGE).items())

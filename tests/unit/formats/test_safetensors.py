@@ -74,6 +74,8 @@ BAD: dict[str, tuple[bytes, str]] = {
     "too large a fraction in another field": (file_of(b'{"a":{"more":-1e400}}'), "too large"),
     "list": (file_of([]), "a list, not an object"),
     "metadata of a number": (file_of({"__metadata__": {"a": 1}}), "must be texts"),
+    "metadata of a number with a sign": (file_of({"__metadata__": {"a": -1}}), "must be texts"),
+    "metadata of a fraction": (file_of({"__metadata__": {"a": 1.5}}), "must be texts"),
     "entry of a number": (file_of({"a": 1}), "not described by an object"),
     "no offsets": (file_of({"a": {"dtype": "F32", "shape": [1]}}), "data_offsets None"),
     "no shape": (file_of({"a": {"dtype": "F32", "data_offsets": [0, 4]}}, 4), "shape None"),
@@ -117,6 +119,7 @@ def test_header_says_the_same_as_the_library(content: bytes) -> None:
     assert [one.start for one in header.tensors.values()] == sorted(one.start for one in header.tensors.values())
 
 
+@pytest.mark.row("damaged or hostile safetensors header or index")
 @pytest.mark.parametrize(("content", "said"), [*BAD.values(), *STRICTER.values()], ids=[*BAD, *STRICTER])
 def test_header_that_breaks_a_rule_is_refused(content: bytes, said: str) -> None:
     with pytest.raises(HeaderRefused, match=said):
