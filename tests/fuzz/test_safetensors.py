@@ -82,11 +82,13 @@ def files() -> list[bytes]:
     """Real files, and one of each type as the library would write it."""
     model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2, dtype=torch.bfloat16))
     tensors = {"empty": torch.empty(0, 3), "scalar": torch.tensor(1.5), "names \u00e4": torch.ones(3, dtype=torch.int8)}
-    types = {name: {"dtype": name, "shape": [8], "data_offsets": [0, bits]} for name, bits in BITS.items()}
     return [
         save(model.state_dict(), {"format": "pt"}),
         save(tensors),
-        *(file_of({"a": entry}, entry["data_offsets"][1]) for entry in types.values()),
+        *(
+            file_of({"a": {"dtype": name, "shape": [8], "data_offsets": [0, bits]}}, bits)
+            for name, bits in BITS.items()
+        ),
     ]
 
 
