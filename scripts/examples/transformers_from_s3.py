@@ -32,17 +32,18 @@ def load_model(uri: str) -> PreTrainedModel:
 def make_other_buffers(model: PreTrainedModel) -> None:
     """Make what is never saved, such as the frequencies of rotary embeddings: a new module of the same kind has it."""
     for module in model.modules():
-        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-            for name, buffer in type(module)(model.config).named_buffers(recurse=False):
-                setattr(module, name, buffer)
+        missing = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        made = type(module)(model.config) if missing else module
+        for name in missing:
+            setattr(module, name, made.get_buffer(name))
 
 
 def upload(model: PreTrainedModel, uri: str) -> None:
-    bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+    client, (bucket, _, prefix) = S3Client(), uri.removeprefix("s3://").partition("/")
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, max_shard_size="100KB")
         for file in Path(folder).iterdir():
-            with S3Client().put_object(bucket, f"{prefix}/{file.name}") as writer:
+            with client.put_object(bucket, f"{prefix}/{file.name}") as writer:
                 writer.write(file.read_bytes())
 
 
