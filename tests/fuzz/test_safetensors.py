@@ -148,7 +148,6 @@ def files_in(directory: str, index: object) -> list[str] | None:
         return None
 
 
-@pytest.mark.row("damaged or hostile safetensors header or index")
 @fuzzed
 @given(data=st.data())
 def test_file_that_is_damaged_is_read_as_the_library_reads_it(
@@ -157,7 +156,6 @@ def test_file_that_is_damaged_is_read_as_the_library_reads_it(
     check(data.draw(damaged).data)
 
 
-@pytest.mark.row("damaged or hostile safetensors header or index")
 @fuzzed
 @given(content=odd_files(), at=st.integers(0, 2**10), length=st.integers(0, 3), piece=st.none() | JSON_PIECES)
 def test_header_of_odd_values_is_read_as_the_library_reads_it(
@@ -171,7 +169,6 @@ def test_header_of_odd_values_is_read_as_the_library_reads_it(
     check(content)
 
 
-@pytest.mark.row("damaged or hostile safetensors header or index")
 @fuzzed
 @given(content=st.binary(max_size=200), nbytes=st.integers(0, 200) | st.integers(0, 2**64 - 1))
 @example(content=b"{}", nbytes=2**63)
@@ -181,7 +178,6 @@ def test_file_of_anything_is_read_or_refused(content: bytes, nbytes: int) -> Non
     check(nbytes.to_bytes(8, "little") + content)
 
 
-@pytest.mark.row("damaged or hostile safetensors header or index")
 @fuzzed
 @given(data=st.data())
 def test_index_that_is_damaged_names_files_of_its_directory_or_is_refused(
@@ -193,7 +189,6 @@ def test_index_that_is_damaged_names_files_of_its_directory_or_is_refused(
         assert "\0" not in uri
 
 
-@pytest.mark.row("damaged or hostile safetensors header or index")
 @fuzzed
 @given(name=st.text().map(lambda text: text + SUFFIX) | st.text("./%2ef?#\\:é\0 ").map(lambda text: text + SUFFIX))
 @example(name="%2e%2e/a.safetensors")

@@ -33,7 +33,9 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def equal(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    as_bytes = [one.contiguous().reshape(-1).view(torch.uint8) for one in (found, expected)]
+    # Copies: torch takes a single element of any stride for contiguous, and does not view it as bytes all the same.
+    copies = [one.clone(memory_format=torch.contiguous_format) for one in (found, expected)]
+    as_bytes = [one.reshape(-1).view(torch.uint8) for one in copies]
     return found.dtype == expected.dtype and found.shape == expected.shape and torch.equal(*as_bytes)
 
 
