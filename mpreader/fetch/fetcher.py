@@ -208,6 +208,10 @@ class RangeFetcher:
         """
         return self._engine.sources.pinned(source, version)
 
+    def start(self) -> None:
+        """Start the workers, without waiting for them: the first fetch finds them up."""
+        self._engine.pool.start()
+
     def client(self) -> S3Client:
         """Return the S3 client that the fetcher uses, so that a program needs no second one to list objects."""
         return self._engine.sources.client()

@@ -19,6 +19,7 @@ from mpreader.errors import ConfigError, ObjectMissing, PlanError
 from mpreader.fetch.fetcher import RangeFetcher, SharedPoolFetcher
 from mpreader.fetch.local import LocalFetcher, path_of
 from mpreader.formats.safetensors import LENGTH_BYTES, Header, HeaderRefused, decode_header, header_end
+from mpreader.pool.background import call_twice_if_slow
 from mpreader.pool.source import ObjectVersion
 from mpreader.s3 import parse_s3_uri
 from mpreader.sources.versions import PinnedSource
@@ -104,7 +105,7 @@ def files_of(fetcher: FileFetcher, uri: str, names: Collection[str] | None = Non
     directory = directory.rstrip("/")
     index_uri = f"{directory}/{INDEX}{query}"
     try:
-        index = bytes(fetcher.fetch_object(index_uri))
+        index = _read_index(fetcher, index_uri)
     except ObjectMissing:
         if is_url:
             return [f"{directory}/{_ONLY}{query}"]
@@ -113,6 +114,20 @@ def files_of(fetcher: FileFetcher, uri: str, names: Collection[str] | None = Non
     if is_url:  # where "?" and "%2e" would be more than letters of a name
         files = [quote(name) for name in files]
     return [f"{directory}/{name}{query}" for name in files]
+
+
+def _read_index(fetcher: FileFetcher, uri: str) -> bytes:
+    if isinstance(fetcher, LocalFetcher) or not uri.startswith("s3://"):
+        return bytes(fetcher.fetch_object(uri))
+    fetcher.start()  # the workers come up meanwhile
+    bucket, key = parse_s3_uri(uri)
+
+    def read() -> bytes:
+        with fetcher.client().get_object(bucket, key) as reader:
+            return reader.read()
+
+    # By one GET: a fetch of a whole object asks for its size first, and all that follows waits for the index.
+    return call_twice_if_slow("mpreader-index", read, lambda _: None)
 
 
 def _scheme_of(uri: str) -> str:
