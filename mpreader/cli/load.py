@@ -37,6 +37,7 @@ _RANK_HEADERS: Final = (
     *("network wait, s", "verified", "not verified"),
 )
 _UNVERIFIED: Final = "not verified"
+_NO_CHECKSUMS: Final = f"{_UNVERIFIED}: safetensors files hold no checksums"
 _HOST_HEADERS: Final = ("load", "seconds", "needed", "received", "received / needed", "GETs", "extra memory")
 
 
@@ -80,7 +81,8 @@ def command(
     local disk. Those hold no checksums, and so are not verified.
 
     With --ranks so many processes load together, by torch.distributed.checkpoint.load over gloo, and the output also
-    says what the host received against what it needed. No launcher is needed.
+    says what the host received against what it needed. No launcher is needed. Safetensors files on S3 are loaded in
+    the same way, through S3HuggingFaceStorageReader.
 
     \b
     Examples:
@@ -88,7 +90,7 @@ def command(
       mpreader load s3://my-bucket/checkpoint --match 'model.layers.0.*' --workers 4 --json
       mpreader load s3://my-bucket/checkpoint --timeline load.png
       mpreader load s3://my-bucket/checkpoint --ranks 4 --shard 0
-      mpreader load s3://my-bucket/model.safetensors --repeat 3
+      mpreader load s3://my-bucket/model.safetensors --ranks 4 --shard 1
       mpreader load https://example.org/model --header-env HUB_HEADER
     """  # noqa: D301  # click reads the \b
     if ranks is None and (shard is not None or no_share or verify_whole):
@@ -100,20 +102,25 @@ def command(
 
     # No region: --region is in the settings already, as a field of s3client_config.
     verify: bool | Literal["whole"] = "whole" if verify_whole else not no_verify
-    others = {"region": None, "weights_only": True, "verify": verify, "progress": progress, "share_host": not no_share}
+    settings |= {"region": None, "weights_only": True, "verify": verify, "progress": progress}
+    settings["share_host"] = not no_share
     # It refuses a wrong path here, before torch is imported, which takes seconds.
     with timeline_to(timeline) as recorded, naming_both_kinds():
         is_dcp = not is_named_so(uri)
         try:
             if is_dcp:
-                _load_dcp(uri, {**settings, **others}, ranks, shard, repeat, recorded, as_json=as_json)
+                _load_dcp(uri, settings, ranks, shard, repeat, recorded, as_json=as_json)
         except (ObjectMissing, AccessDenied) as error:
             # Asked for only now, so that the load of a DCP checkpoint makes no request for it.
             if not lacks_metadata(error) or not has_files(uri, settings["s3client_config"]):
                 raise
             is_dcp = False
         if not is_dcp:
-            _load_safetensors(uri, settings, headers, repeat, progress, as_json=as_json)
+            refuse_options("max_gap_size", "allowed_globals", "verify_whole")
+            if ranks is None:
+                _load_safetensors(uri, settings, headers, repeat, as_json=as_json)
+            else:
+                _load_safetensors_with_ranks(uri, settings, ranks, shard, repeat, recorded, as_json=as_json)
 
 
 def _load_dcp(
@@ -132,7 +139,8 @@ def _load_dcp(
     if ranks is None:
         _load_alone(uri, options, repeat, as_json=as_json)
     else:
-        _load_with_ranks(uri, options, ranks, shard, repeat, recorded, as_json=as_json)
+        verdict = None if options.verify else _UNVERIFIED
+        _load_with_ranks(uri, options, ranks, shard, repeat, recorded, verdict, as_json=as_json)
 
 
 def _load_alone(uri: str, options: LoadOptions, repeat: int, *, as_json: bool) -> None:
@@ -147,25 +155,35 @@ def _load_alone(uri: str, options: LoadOptions, repeat: int, *, as_json: bool) -
 
 
 def _load_safetensors(
-    uri: str,
-    settings: dict[str, Any],
-    headers: dict[str, str] | None,
-    repeat: int,
-    progress: bool | None,
-    *,
-    as_json: bool,
+    uri: str, settings: dict[str, Any], headers: dict[str, str] | None, repeat: int, *, as_json: bool
 ) -> None:
-    refuse_options("max_gap_size", "allowed_globals", "verify_whole", "ranks")
     from mpreader.tools.safetensors.kind import without_secrets
     from mpreader.tools.safetensors.loads import SafetensorsLoad, time_safetensors_loads
 
-    configs = {name: settings[name] for name in ("match", "s3client_config", "pool_config")}
-    load = SafetensorsLoad(uri, headers=headers, progress=progress, **configs)
-    loads = list(time_safetensors_loads(load, repeat))
+    configs = {name: settings[name] for name in ("match", "progress", "s3client_config", "pool_config")}
+    loads = list(time_safetensors_loads(SafetensorsLoad(uri, headers=headers, **configs), repeat))
     if as_json:
         _print_document(without_secrets(uri), loads)
     else:
-        _print(without_secrets(uri), loads, f"{_UNVERIFIED}: safetensors files hold no checksums")
+        _print(without_secrets(uri), loads, _NO_CHECKSUMS)
+
+
+def _load_safetensors_with_ranks(
+    uri: str,
+    settings: dict[str, Any],
+    ranks: int,
+    shard: int | None,
+    repeat: int,
+    recorded: Timeline | None,
+    *,
+    as_json: bool,
+) -> None:
+    if not uri.startswith("s3://"):
+        raise click.UsageError("--ranks load from s3:// only")
+    from mpreader.dcp.checkpoint import LoadOptions
+
+    options = LoadOptions(**{**settings, "verify": False}, safetensors=True)
+    _load_with_ranks(uri, options, ranks, shard, repeat, recorded, _NO_CHECKSUMS, as_json=as_json)
 
 
 def _load_with_ranks(
@@ -175,6 +193,7 @@ def _load_with_ranks(
     shard: int | None,
     repeat: int,
     timeline: Timeline | None,
+    verdict: str | None,
     *,
     as_json: bool,
 ) -> None:
@@ -195,7 +214,7 @@ def _load_with_ranks(
             }
         )
     else:
-        _print_ranks(uri, loads, shard, checked=bool(options.verify))
+        _print_ranks(uri, loads, shard, verdict)
 
 
 def _print_document(uri: str, loads: Sequence[TimedLoad]) -> None:
@@ -241,10 +260,9 @@ def _name(number: int, starts_workers: bool) -> str:
     return f"{number}, starts workers" if starts_workers else f"{number}"
 
 
-def _print_ranks(uri: str, loads: Sequence[HostLoad], shard: int | None, *, checked: bool) -> None:
+def _print_ranks(uri: str, loads: Sequence[HostLoad], shard: int | None, verdict: str | None) -> None:
     ranks = loads[-1].ranks
-    verdict = _UNVERIFIED
-    if checked:
+    if verdict is None:
         verdict = _ranks_verdict(
             sum(rank.verified_nbytes for rank in ranks), sum(rank.unverified_nbytes for rank in ranks)
         )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from mpreader.dcp.huggingface import S3HuggingFaceStorageReader
 from mpreader.dcp.loader import check_memory, read_into, read_metadata
 from mpreader.dcp.reader import S3StorageReader
 from mpreader.dcp.state import allocate, empty_state, nest, state_bytes
@@ -34,7 +35,11 @@ class ItemRefused(PlanError):
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """Options of a load: the keyword arguments of :func:`load_checkpoint`, or of the reader, which explain them."""
+    """Options of a load: the keyword arguments of :func:`load_checkpoint`, or of the reader, which explain them.
+
+    With ``safetensors`` the checkpoint is one of safetensors files: ``max_gap_size``, ``verify``, ``weights_only`` and
+    ``allowed_globals`` are of no effect then.
+    """
 
     region: str | None
     s3client_config: S3ClientConfig | None
@@ -46,9 +51,19 @@ class LoadOptions:
     allowed_globals: Iterable[str]
     progress: bool | None
     share_host: bool = True
+    safetensors: bool = False
 
     def open_reader(self, uri: str | os.PathLike[str]) -> S3StorageReader:
         """Make a storage reader of the checkpoint; the caller closes it."""
+        if self.safetensors:
+            return S3HuggingFaceStorageReader(
+                self.region,
+                uri,
+                self.s3client_config,
+                pool_config=self.pool_config,
+                progress=self.progress,
+                share_host=self.share_host,
+            )
         constructor = S3ReaderConstructor.multiprocess(
             self.max_gap_size, pool_config=self.pool_config, progress=self.progress
         )
@@ -61,6 +76,13 @@ class LoadOptions:
             allowed_globals=self.allowed_globals,
             share_host=self.share_host,
         )
+
+    def open_plain_reader(self, uri: str | os.PathLike[str]) -> S3StorageReader:
+        """Make a storage reader for what describes the items only; for ``.metadata`` it starts no processes."""
+        if self.safetensors:
+            return self.open_reader(uri)
+        plain = S3ReaderConstructor.sequential()
+        return S3StorageReader(self.region, uri, self.s3client_config, plain, allowed_globals=self.allowed_globals)
 
 
 def load_checkpoint(

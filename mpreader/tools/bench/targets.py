@@ -7,9 +7,7 @@ from typing import Any
 
 from mpreader.dcp.checkpoint import LoadOptions
 from mpreader.dcp.loader import check_memory, read_metadata
-from mpreader.dcp.reader import S3StorageReader
 from mpreader.dcp.state import empty_state, state_bytes
-from mpreader.readers.kinds import S3ReaderConstructor
 
 __all__ = ["planned_state"]
 
@@ -29,10 +27,7 @@ def planned_state(
         MpreaderError: As for :func:`mpreader.dcp.load_checkpoint`.
     """
     # By a reader that starts no processes: the first timed load shall start them, and a mistake is told of once.
-    plain = S3ReaderConstructor.sequential()
-    with S3StorageReader(
-        options.region, uri, options.s3client_config, plain, allowed_globals=options.allowed_globals
-    ) as reader:
+    with options.open_plain_reader(uri) as reader:
         planned = empty_state(read_metadata(reader), options.match)
         check_memory(bytes_needed(planned), reader, options.pool_config)
     return planned

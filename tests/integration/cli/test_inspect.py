@@ -33,9 +33,6 @@ from mpreader.dcp import (
     load_checkpoint,
 )
 from mpreader.errors import ConfigError
-from mpreader.pool.background import BackgroundThreads
-from mpreader.pool.coordinator.halving import Halving
-from mpreader.pool.coordinator.tail import SlowTail
 from mpreader.testing import FaultedRequest, FaultServer, S3Server
 from tests.integration.dcp.test_sharded_jobs import JOBS, PRELOAD
 
@@ -120,14 +117,6 @@ def planned(summary: CheckpointSummary) -> dict[str, list[tuple[str, str | None]
     assert len(heads) == summary.load.head_requests
     assert len(gets) == summary.load.requests + summary.load.metadata_requests
     return {"GET": sorted(gets), "HEAD": sorted(heads)}
-
-
-@pytest.fixture
-def _asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a busy machine an answer may seem slow: nothing is cut, halved or asked for once more, or the log has more."""
-    monkeypatch.setattr(SlowTail, "judge", lambda *_: [])
-    monkeypatch.setattr(Halving, "choose", lambda *_: None)
-    monkeypatch.setattr(BackgroundThreads, "_patience_s", lambda _: 600.0)
 
 
 @pytest.mark.usefixtures("_asked_once")
