@@ -1,6 +1,6 @@
-"""Requests of a load of safetensors files, as they are planned. It must work without torch.
+"""Requests of a load of safetensors files, as the load itself plans them.
 
-Only the plan of ranks that share their host needs it, since they load by the steps of a DCP load.
+It works without torch, but for ranks that share their host: those load by the steps of a DCP load.
 """
 
 from __future__ import annotations

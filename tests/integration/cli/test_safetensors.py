@@ -24,6 +24,8 @@ from mpreader.safetensors import load_checkpoint
 from mpreader.testing import FaultServer, S3Server
 from mpreader.tools.doctor.safetensors import safetensors_findings
 from mpreader.tools.safetensors.inspection import SafetensorsSummary, describe_safetensors
+from mpreader.tools.safetensors.kind import has_safetensors
+from tests.integration.service import Answer, Call, Service, error, set_environment
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -219,6 +221,27 @@ def test_kind_of_a_checkpoint_is_recognised(bucket: str, run_here: Run) -> None:
     folder = run_here("fetch", f"s3://{bucket}/neither")
     assert folder.returncode == 3
     assert f"is no object, but a folder, which begins with s3://{bucket}/neither/data.bin" in folder.stderr
+
+
+def test_local_dcp_checkpoint_is_told_from_safetensors(tmp_path: Path, run_here: Run) -> None:
+    (tmp_path / ".metadata").write_bytes(b"")
+    refused = run_here("load", tmp_path)
+    assert refused.returncode == 2
+    assert "is a DCP checkpoint: mpreader loads those from s3:// only" in refused.stderr
+
+
+@pytest.mark.parametrize("has_index", [True, False])
+def test_kind_is_found_where_listing_is_denied(monkeypatch: pytest.MonkeyPatch, has_index: bool) -> None:
+    def deny(call: Call) -> Answer | None:
+        # As S3 does it: of an object that is missing it does not say so either.
+        is_there = call.path in service.objects
+        return None if is_there else error(403, "AccessDenied")
+
+    index = {f"/bucket/model/{INDEX}": b"{}"} if has_index else {}
+    with Service({"/bucket/model/a.safetensors": b"", **index}, deny) as service:
+        set_environment(monkeypatch, AWS_ENDPOINT_URL_S3=service.url)
+        config = S3ClientConfig(unsigned=True, force_path_style=True)
+        assert has_safetensors("s3://bucket/model", config) is has_index
 
 
 ONE, TWO = save({"a": torch.ones(3)}), save({"b": torch.ones(3)})
