@@ -255,6 +255,8 @@ def _copy_box(payload: _Payload, layout: TensorLayout, box: Box, target: torch.T
     if type(target) is not torch.Tensor:
         # A subclass may override copy_, so it must be filled by one call of its copy_ with all elements.
         plain = torch.empty(target.shape, dtype=layout.dtype, device="cpu")
+        if type(plain) is not torch.Tensor:  # it would have to be filled in the same way, and so on
+            raise PlanError(f"torch makes tensors of type {type(plain).__name__} here: load outside of such a mode")
         _copy_box(payload, layout, box, plain)
         target.copy_(plain)
         return

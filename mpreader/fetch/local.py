@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from mpreader.errors import ObjectChanged, ObjectMissing, ShortRead, TransportError
+from mpreader.errors import ConfigError, ObjectChanged, ObjectMissing, ShortRead, TransportError
 from mpreader.pool.source import ObjectVersion
 from mpreader.ranges import ItemRange
 
@@ -28,9 +28,16 @@ _THREADS: Final = 4  # more of them read no faster from memory, and disks of one
 _AHEAD: Final = 2 * _THREADS  # pieces that are read before they are taken
 
 
-def path_of(uri: str) -> str:
-    """Return the path of a ``file://`` URI; a path is returned as it is."""
-    return uri.removeprefix("file://")
+def path_of(uri: str | os.PathLike[str]) -> str:
+    """Return the path of a ``file://`` URI, as a text; a path, and any other URI, is returned as it is.
+
+    Raises:
+        ConfigError: It is neither a text nor a path.
+    """
+    path = os.fspath(uri) if isinstance(uri, os.PathLike) else uri
+    if not isinstance(path, str):
+        raise ConfigError(f"a URI or a path is a text or a pathlib.Path, got {uri!r}")
+    return path.removeprefix("file://")
 
 
 class LocalFetcher:

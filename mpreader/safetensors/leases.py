@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import deque
 
@@ -30,12 +31,10 @@ class HeldSlots:
         """Count the slot of a view as held; False if more than ``most_nbytes`` would be held then."""
         if os.getpid() != self._pid:  # views do not survive a fork
             self.__init__()  # type: ignore[misc]
-        while self._ended:
-            ended = self._ended.popleft()
-            assert isinstance(ended, Lease)
-            self._leases.pop(ended.number, None)
+        self._forget_ended()
         slot = view.obj
-        if not isinstance(slot, np.ndarray) or id(slot) in self._leases:
+        # Local files are read into arrays that have memory of their own.
+        if not isinstance(slot, np.ndarray) or slot.base is None or id(slot) in self._leases:
             return True
         if sum(nbytes for _, nbytes in list(self._leases.values())) + slot.nbytes > most_nbytes:
             return False
@@ -43,6 +42,13 @@ class HeldSlots:
         lease.number = id(slot)
         self._leases[lease.number] = lease, slot.nbytes
         return True
+
+    def _forget_ended(self) -> None:
+        with contextlib.suppress(IndexError):  # another thread may have taken the last one
+            while True:
+                ended = self._ended.popleft()
+                assert isinstance(ended, Lease)
+                self._leases.pop(ended.number, None)
 
 
 HELD_SLOTS = HeldSlots()

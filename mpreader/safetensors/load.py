@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ StateOrModule = Mapping[str, torch.Tensor] | torch.nn.Module
 
 
 def load_file(
-    uri: str,
+    uri: str | os.PathLike[str],
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
@@ -77,17 +78,16 @@ def load_file(
         ObjectChanged: It was overwritten meanwhile.
         TransportError: The bytes could not be received.
     """
+    uri = path_of(uri)
     host = _host_of(uri, share_host, process_group, host_ranks)
-    options = _Options(device, dtype, names, slices, out, progress, host, s3client_config, pool_config)
-    with (
-        taking_part(host),
-        fetcher_of(uri, s3client_config, pool_config, headers, for_host=options.leads_host) as fetcher,
-    ):
-        return options.load(fetcher, [path_of(uri)])
+    with taking_part(host):
+        options = _Options(device, dtype, names, slices, out, progress, host, s3client_config, pool_config)
+        with fetcher_of(uri, s3client_config, pool_config, headers, for_host=options.leads_host) as fetcher:
+            return options.load(fetcher, [uri])
 
 
 def load_checkpoint(
-    uri: str,
+    uri: str | os.PathLike[str],
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
@@ -108,13 +108,12 @@ def load_checkpoint(
     that ends with ``.safetensors`` is that of a file. A web server can't list a directory: there must be an index, or
     one file ``model.safetensors``. Of files that have none of ``names``, according to the index, nothing is read.
     """
+    uri = path_of(uri)
     host = _host_of(uri, share_host, process_group, host_ranks)
-    options = _Options(device, dtype, names, slices, out, progress, host, s3client_config, pool_config)
-    with (
-        taking_part(host),
-        fetcher_of(uri, s3client_config, pool_config, headers, for_host=options.leads_host) as fetcher,
-    ):
-        return options.load(fetcher, files_of(fetcher, uri, names))
+    with taking_part(host):
+        options = _Options(device, dtype, names, slices, out, progress, host, s3client_config, pool_config)
+        with fetcher_of(uri, s3client_config, pool_config, headers, for_host=options.leads_host) as fetcher:
+            return options.load(fetcher, files_of(fetcher, uri, names))
 
 
 def _host_of(uri: str, share_host: bool | str, process_group: Any, host_ranks: int | None) -> Host | None:

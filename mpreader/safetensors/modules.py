@@ -113,7 +113,8 @@ def _like(old: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor as what a module has in place of ``old``, with the attributes that were set on that one."""
     if isinstance(old, torch.nn.Parameter):
         tensor = torch.nn.Parameter(tensor, requires_grad=old.requires_grad)
-    tensor.__dict__.update(old.__dict__)
+    for name, value in old.__dict__.items():
+        tensor.__dict__.setdefault(name, value)  # a subclass keeps what it is made of there, too
     return tensor
 
 

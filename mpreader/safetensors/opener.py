@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -10,6 +11,7 @@ import torch
 
 from mpreader.config import PoolConfig, S3ClientConfig
 from mpreader.errors import ConfigError
+from mpreader.fetch.local import path_of
 from mpreader.fetch.safetensors import FileFetcher, StoredFile, fetcher_of, files_of, opened
 from mpreader.formats.safetensors import StoredTensor
 from mpreader.safetensors.fill import fill
@@ -48,7 +50,7 @@ class safe_open:  # noqa: N801  # the name that it has in the safetensors packag
 
     def __init__(
         self,
-        uri: str,
+        uri: str | os.PathLike[str],
         framework: str = "pt",
         device: str | torch.device = "cpu",
         *,
@@ -59,6 +61,7 @@ class safe_open:  # noqa: N801  # the name that it has in the safetensors packag
         if framework not in _FRAMEWORKS:
             raise ConfigError(f'framework is "pt" (torch), got {framework!r}')
         self._device = device
+        uri = path_of(uri)
         with contextlib.ExitStack() as stack:
             self._fetcher: FileFetcher = fetcher_of(uri, s3client_config, pool_config, headers)
             stack.callback(self._fetcher.close)

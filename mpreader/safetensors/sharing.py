@@ -12,6 +12,7 @@ What can't be shared, a rank loads by itself; why is logged at level DEBUG.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -165,6 +166,9 @@ def fill_shared(
         PoolError: The worker pool has failed.
         ArenaError: Shared memory is used up.
     """
+    if not files:  # by the index, none has what this rank wants: the others need not wait for it
+        host.meet(None)
+        return
     constructor = S3ReaderConstructor.multiprocess(pool_config=pool_config, progress=progress)
     client = S3Client(None, s3client_config=s3client_config)
     constructor.use_client(client)
@@ -199,7 +203,9 @@ def fill_shared(
 
 def _paths_of(files: Sequence[StoredFile]) -> tuple[str, dict[str, str]]:
     """Return the URI of the directory of all files, and their paths in it."""
-    directory = files[0].uri.rpartition("/")[0]
+    # An index may name files in folders of their own.
+    folders = zip(*(file.uri.split("/")[:-1] for file in files), strict=False)
+    directory = "/".join(names[0] for names in itertools.takewhile(lambda names: len(set(names)) == 1, folders))
     return directory, {file.uri: file.uri[len(directory) + 1 :] for file in files}
 
 

@@ -12,6 +12,7 @@ So no tensor is ever overwritten, and a program that keeps them all gets them al
 from __future__ import annotations
 
 import contextlib
+import os
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple, get_args
@@ -21,6 +22,7 @@ import torch
 from mpreader.config import PoolConfig, S3ClientConfig
 from mpreader.dcp.fill import unfilled_memory
 from mpreader.errors import ArenaError, ConfigError, PoolError, TransportError
+from mpreader.fetch.local import path_of
 from mpreader.fetch.safetensors import FileFetcher, StoredFile, fetcher_of, files_of, opened
 from mpreader.formats.gaps import best_gaps
 from mpreader.formats.layout import TensorLayout
@@ -46,7 +48,7 @@ _LARGEST_ITEM: Final = 16  # bytes; pieces are cut between elements
 
 
 def stream(  # noqa: D417  # most arguments are explained at load_checkpoint
-    uri: str,
+    uri: str | os.PathLike[str],
     *,
     order: Order = "completion",
     names: Collection[str] | None = None,
@@ -71,6 +73,7 @@ def stream(  # noqa: D417  # most arguments are explained at load_checkpoint
     if order not in get_args(Order):
         raise ConfigError(f'order is "completion" or "file", got {order!r}')
     check_names(names)
+    uri = path_of(uri)
     with contextlib.ExitStack() as stack:
         fetcher = fetcher_of(uri, s3client_config, pool_config, headers)
         stack.callback(fetcher.close)

@@ -66,10 +66,12 @@ def check_names(names: Collection[str] | None) -> None:
     """Check the names that a user wants.
 
     Raises:
-        ConfigError: It is a single text, which would be taken for a collection of letters.
+        ConfigError: It is no collection, or a single text, which would be taken for a collection of letters.
     """
     if isinstance(names, str):
         raise ConfigError(f"names is a collection of names: write [{names!r}]")
+    if names is not None and not isinstance(names, Collection):  # an iterator would be empty at the second look
+        raise ConfigError(f"names is a collection of names, such as a list, got {type(names).__name__}")
 
 
 def choose(files: Sequence[StoredFile], names: Collection[str] | None) -> list[tuple[StoredFile, StoredTensor]]:
@@ -128,11 +130,11 @@ def want_targets(
     """Take tensors that are there already; of one that is distributed, this rank's part is loaded.
 
     Raises:
-        PlanError: A target has another shape than what is loaded into it.
+        PlanError: A target has another shape than what is loaded into it, or is of a kind that can't be filled.
     """
     for file, stored in chosen:
         layout, index = _slice_of(stored, slices)
-        target = targets[stored.name].detach()
+        target = _checked_target(stored.name, targets[stored.name])
         if hasattr(target, "__create_chunk_list__"):  # a DTensor
             index, target = _own_part(stored, layout, index, target)
         shape = torch.empty(index.lengths, device="meta")[index.rest].shape if index.rest else index.lengths
@@ -145,6 +147,17 @@ def want_targets(
                 raise PlanError(f"tensor {stored.name!r}: slices that go into given tensors have the step 1")
             target = target.reshape(index.lengths) if target.is_contiguous() else _expanded(target, index)
         yield _as_bytes(WantedTensor(file, stored, layout, index, target))
+
+
+def _checked_target(name: str, target: torch.Tensor) -> torch.Tensor:
+    """Return a target without its gradient, after a check that its elements can be overwritten one by one."""
+    if torch.nn.parameter.is_lazy(target):
+        raise PlanError(f"tensor {name!r} can't be loaded into a parameter that has no shape yet")
+    if target.is_nested or target.layout != torch.strided:
+        raise PlanError(f"tensor {name!r} can't be loaded into one that is nested or sparse")
+    if any(step == 0 and size > 1 for size, step in zip(target.shape, target.stride(), strict=True)):
+        raise PlanError(f"tensor {name!r} can't be loaded into one whose elements share memory (expand)")
+    return target.detach()
 
 
 def loaded(wanted: WantedTensor) -> torch.Tensor:
