@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from mpreader.fetch.local import path_of
 from mpreader.fetch.safetensors import FileFetcher, StoredFile, fetcher_of, files_of, opened
 from mpreader.safetensors.fill import fill
 from mpreader.safetensors.modules import assign, targets_of
-from mpreader.safetensors.sharing import Host, fill_shared, taking_part
+from mpreader.safetensors.sharing import Host, fill_shared, host_of, taking_part
 from mpreader.safetensors.wanted import Slices, WantedTensor, check_names, choose, loaded, want_new, want_targets
 
 __all__ = ["load_checkpoint", "load_file"]
@@ -43,47 +44,64 @@ def load_file(
 
     Args:
         uri: ``s3://bucket/key``, an http(s) URL, or a local path.
-        device: Where the tensors are wanted.
-        dtype: Type that tensors of float64, float32, float16 and bfloat16 are converted to. Others are left as they
-            are: the values of quantized tensors mean nothing without their scales.
-        names: Names of the tensors that are wanted; None: all, or those of ``out``.
-        slices: Index expressions by name, such as ``numpy.s_[:, 256:512]`` or ``slice(0, 10)``; or a function that is
-            called with name and shape, and returns one. None: the whole tensor. Little more than the bytes of a slice
-            is received.
-        out: Tensors to fill, of the shapes that are loaded, of any type and device; or a module, whose parameters and
-            persistent buffers are filled. What is on ``meta`` is made on ``device``: a module gets it in its place,
-            for a dictionary it is in the result. Of a DTensor the part of this rank is loaded.
-        headers: Headers for a web server, such as ``{"Authorization": "Bearer …"}``; they are sent to the server that
-            ``uri`` names only, not where it redirects to.
+        device: Device of the tensors that are made.
+        dtype: Type that tensors of float64, float32, float16 and bfloat16 are converted to; all others stay as they
+            are, since the values of quantized tensors mean nothing without their scales. None: no tensor is
+            converted. Not allowed with ``out``, whose tensors have their types.
+        names: Names of the tensors that are wanted. None: all of the file, or those of ``out``.
+        slices: Index expressions by name, such as ``numpy.s_[:, 256:512]`` or ``slice(0, 10)``; a name that is not in
+            it gets the whole tensor. Or a function that is called with name and shape and returns an index expression,
+            or None for the whole tensor. Little more than the bytes of a slice is received.
+        out: State dictionary of tensors to fill, of the shapes that are loaded, of any type and device; or a module,
+            whose parameters and persistent buffers are filled. In place of a tensor on ``meta`` a new one is made on
+            ``device``: a module then has the new one, a dictionary is left as it is and the new one is in the result.
+            Of a DTensor, this rank's part is loaded.
+        headers: HTTP headers for a web server, such as ``{"Authorization": "Bearer …"}``. They are sent only to the
+            server that ``uri`` names, not to one that it redirects to.
         share_host: The ranks of a job that run on one host receive together what they want, each byte once; from
-            ``s3://`` only. True: they find each other by a collective of torch.distributed, so that all ranks of the
-            group must make this call, those that want nothing (``names=[]``), too. A text: they meet by this name,
-            which they alone know, and need no process group. Who does not come within a minute, reads by itself.
-        process_group: Group of the ranks; None: the default one.
-        host_ranks: Number of ranks of this host that meet by a name. None: what the launcher (torchrun, Slurm, MPI, …)
-            has told.
-        progress: Progress bar on stderr. None: on a terminal or in a notebook, if it takes long. False: never.
+            ``s3://`` only. False: each rank loads by itself. True: they find each other by a collective of
+            torch.distributed, so that all ranks of the group must make this call, even those that want nothing
+            (``names=[]``). A string: they meet under this name, which no other job on the host may use, and need no
+            process group. A rank that has not come within a minute loads by itself.
+        process_group: Process group of the ranks, for ``share_host=True``. None: the default one.
+        host_ranks: Number of ranks of this host that meet under a name. None: the number that the launcher (torchrun,
+            Slurm, MPI, …) has set.
+        progress: True shows a progress bar on stderr, False shows none. None: on a terminal or in a notebook.
         s3client_config: Settings of the S3 client. None: the defaults and the usual ``AWS_*`` environment.
         pool_config: Settings of the worker pool. None: the defaults.
 
     Returns:
-        The tensors by their names, in the order of their bytes. Elements of four and six bits are packed: see
+        The tensors by their names, in the order of their bytes in the file; with ``out`` in no particular order, and a
+        tensor that ``out`` has under several names under each of them. Elements of four and six bits are packed: see
         ``mpreader.safetensors``.
 
     Raises:
         HeaderRefused: The header is damaged, or contradicts the length of the file.
-        PlanError: A tensor is not there, has another shape than its target, or a type that this torch does not know.
+        PlanError: A tensor is missing from the file, has another shape than its target, or has a type that this version
+            of torch lacks; or an index expression does not fit its tensor.
         ConfigError: Arguments contradict each other, or are of a wrong type.
         ObjectMissing: There is no such file.
-        ObjectChanged: It was overwritten meanwhile.
+        ObjectChanged: The file was overwritten during the load.
         TransportError: The bytes could not be received.
+        PoolError: The worker pool has failed.
+        ArenaError: Shared memory is used up.
     """
     uri = path_of(uri)
-    host = _host_of(uri, share_host, process_group, host_ranks)
-    with taking_part(host):
-        options = _Options(device, dtype, names, slices, out, progress, host, s3client_config, pool_config)
-        with fetcher_of(uri, s3client_config, pool_config, headers, for_host=options.leads_host) as fetcher:
-            return options.load(fetcher, [uri])
+    with taking_part(host_of(uri, share_host, process_group, host_ranks)) as host:
+        request = _Request(
+            uri=uri,
+            device=device,
+            dtype=dtype,
+            names=names,
+            slices=slices,
+            out=out,
+            headers=headers,
+            host=host,
+            progress=progress,
+            s3client_config=s3client_config,
+            pool_config=pool_config,
+        )
+        return request.load(lambda _, uri: [uri])
 
 
 def load_checkpoint(
@@ -104,73 +122,71 @@ def load_checkpoint(
 ) -> dict[str, torch.Tensor]:
     """Load the tensors of a directory of files, with or without ``model.safetensors.index.json``, or of one file.
 
-    The arguments and errors are those of :func:`load_file`; without any file the error is ``ObjectMissing``. A name
-    that ends with ``.safetensors`` is that of a file. A web server can't list a directory: there must be an index, or
-    one file ``model.safetensors``. Of files that have none of ``names``, according to the index, nothing is read.
+    A ``uri`` that ends with ``.safetensors`` names a file. A web server can't list a directory: there must be an index,
+    or one file ``model.safetensors``. Files that have none of ``names``, according to the index, are not read. All
+    other arguments are those of :func:`load_file`, and so are the errors.
+
+    Raises:
+        ObjectMissing: There is no safetensors file in the directory, or the index names one that is missing.
+        PlanError: As for :func:`load_file`; or the index is damaged, or two files have a tensor of the same name.
     """
     uri = path_of(uri)
-    host = _host_of(uri, share_host, process_group, host_ranks)
-    with taking_part(host):
-        options = _Options(device, dtype, names, slices, out, progress, host, s3client_config, pool_config)
-        with fetcher_of(uri, s3client_config, pool_config, headers, for_host=options.leads_host) as fetcher:
-            return options.load(fetcher, files_of(fetcher, uri, names))
+    with taking_part(host_of(uri, share_host, process_group, host_ranks)) as host:
+        request = _Request(
+            uri=uri,
+            device=device,
+            dtype=dtype,
+            names=names,
+            slices=slices,
+            out=out,
+            headers=headers,
+            host=host,
+            progress=progress,
+            s3client_config=s3client_config,
+            pool_config=pool_config,
+        )
+        return request.load(lambda fetcher, uri: files_of(fetcher, uri, names))
 
 
-def _host_of(uri: str, share_host: bool | str, process_group: Any, host_ranks: int | None) -> Host | None:
-    """Return the ranks that load together; None if there is only this one."""
-    if not share_host:
-        if process_group is not None or host_ranks is not None:
-            raise ConfigError("process_group and host_ranks are for ranks that share: write share_host=True, or a name")
-        return None
-    if not uri.startswith("s3://"):
-        raise ConfigError(f"ranks share what they load from s3:// only, and {uri!r} is elsewhere: leave share_host out")
-    host = Host(share_host, process_group, host_ranks)
-    return host if host.has_others else None
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Request:
+    """Arguments of a load, as :func:`load_file` explains them, and the ranks that load together, if there are others.
 
+    Raises:
+        ConfigError: Arguments contradict each other, as far as that shows without the headers of the files.
+    """
 
-class _Options:
-    """Arguments of a load, checked as far as that is possible without the headers of the files."""
+    uri: str
+    device: str | torch.device
+    dtype: torch.dtype | None
+    names: Collection[str] | None
+    slices: Slices | None
+    out: StateOrModule | None
+    headers: Mapping[str, str] | None
+    host: Host | None
+    progress: bool | None
+    s3client_config: S3ClientConfig | None
+    pool_config: PoolConfig | None
 
-    def __init__(
-        self,
-        device: str | torch.device,
-        dtype: torch.dtype | None,
-        names: Collection[str] | None,
-        slices: Slices | None,
-        out: StateOrModule | None,
-        progress: bool | None,
-        host: Host | None,
-        s3client_config: S3ClientConfig | None,
-        pool_config: PoolConfig | None,
-    ) -> None:
-        check_names(names)
-        if dtype is not None and out is not None:
+    def __post_init__(self) -> None:
+        check_names(self.names)
+        if self.dtype is not None and self.out is not None:
             raise ConfigError("the tensors of out have their types: leave dtype out")
-        if dtype is not None and not isinstance(dtype, torch.dtype):
-            raise ConfigError(f"dtype is a torch.dtype, got {dtype!r}")
-        self._device = device
-        self._dtype = dtype
-        self._names = names
-        self._slices = slices
-        self._out = out
-        self._progress = progress
-        self._host = host
-        self._s3client_config = s3client_config
-        self._pool_config = pool_config
+        if self.dtype is not None and not isinstance(self.dtype, torch.dtype):
+            raise ConfigError(f"dtype is a torch.dtype, got {self.dtype!r}")
 
-    @property
-    def leads_host(self) -> bool:
-        """True if this rank is likely to receive for all ranks of its host."""
-        return self._host is not None and self._host.is_likely_led_by_this
-
-    def load(self, fetcher: FileFetcher, uris: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Load the tensors from these files."""
-        with opened(fetcher, uris) as files:
+    def load(self, find_files: Callable[[FileFetcher, str], Sequence[str]]) -> dict[str, torch.Tensor]:
+        """Load the tensors from the files whose URIs ``find_files`` returns, for the fetcher and the URI."""
+        for_host = self.host is not None and self.host.is_likely_leader
+        with (
+            fetcher_of(self.uri, self.s3client_config, self.pool_config, self.headers, for_host=for_host) as fetcher,
+            opened(fetcher, find_files(fetcher, self.uri)) as files,
+        ):
             self._check_slices(files)
-            if self._out is not None:
-                return self._load_into(self._out, fetcher, files)
+            if self.out is not None:
+                return self._load_into(self.out, fetcher, files)
             with collector_paused():  # this makes several objects for each tensor, and no garbage
-                wanted = list(want_new(choose(files, self._names), self._slices, self._device, self._dtype))
+                wanted = list(want_new(choose(files, self.names), self.slices, self.device, self.dtype))
             self._fill(fetcher, files, wanted)
             return {one.stored.name: loaded(one) for one in wanted}
 
@@ -178,24 +194,26 @@ class _Options:
         self, out: StateOrModule, fetcher: FileFetcher, files: Sequence[StoredFile]
     ) -> dict[str, torch.Tensor]:
         stored = {name for file in files for name in file.header.tensors}
-        targets = targets_of(out, stored, self._names, self._device)
+        targets = targets_of(out, stored, self.names, self.device)
         chosen = choose(files, targets.tensors)
-        self._fill(fetcher, files, list(want_targets(chosen, self._slices, targets.tensors)))
+        self._fill(fetcher, files, list(want_targets(chosen, self.slices, targets.tensors)))
         return assign(out, targets)
 
     def _fill(self, fetcher: FileFetcher, files: Sequence[StoredFile], wanted: list[WantedTensor]) -> None:
-        if self._host is None:
-            fill(fetcher, wanted, progress=self._progress)
+        if self.host is None:
+            fill(fetcher, wanted, progress=self.progress)
             return
         fill_shared(
-            *(self._host, files, wanted),
-            progress=self._progress,
-            s3client_config=self._s3client_config,
-            pool_config=self._pool_config,
+            self.host,
+            files,
+            wanted,
+            progress=self.progress,
+            s3client_config=self.s3client_config,
+            pool_config=self.pool_config,
         )
 
     def _check_slices(self, files: Sequence[StoredFile]) -> None:
-        if isinstance(self._slices, Mapping):
-            unknown: Any = sorted(set(self._slices).difference(*(file.header.tensors for file in files)))
+        if isinstance(self.slices, Mapping):
+            unknown: Any = sorted(set(self.slices).difference(*(file.header.tensors for file in files)))
             if unknown:
                 raise PlanError(f"slices has {unknown[0]!r}, but no such tensor is in the files")

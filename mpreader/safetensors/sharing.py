@@ -2,11 +2,11 @@
 
 ::
 
-    headers         each rank    what it wants of which tensor
-    Host.meet       all ranks    tell each other how they can be reached, by the process group or by a name
-    fill_shared     each rank    one of them receives for all, the others take it from its shared memory
+    headers         each rank    finds out what it wants of which tensor
+    Host.meet       all ranks    tell each other how they can be reached, through the process group or under a name
+    fill_shared     all ranks    one of them receives for all, the others copy from its shared memory
 
-What can't be shared, a rank loads by itself; why is logged at level DEBUG.
+A rank that can't share loads by itself; the reason is logged at level DEBUG.
 """
 
 from __future__ import annotations
@@ -39,26 +39,27 @@ from mpreader.pool.hosts.meeting import meet
 from mpreader.ranks import local_rank, local_ranks
 from mpreader.readers.client import S3Client
 from mpreader.readers.kinds import S3ReaderConstructor
+from mpreader.readers.multiprocess_constructor import MultiprocessConstructor
 from mpreader.safetensors.wanted import WantedTensor
 
-__all__ = ["Host", "fill_shared", "taking_part"]
+__all__ = ["Host", "fill_shared", "host_of", "taking_part"]
 
 log = logging.getLogger(__name__)
 
 
 class Host:
-    """Ranks of this host that load together, and how they find each other.
+    """Ranks of a job that load together on this host, and the way in which they find each other.
 
     Args:
-        share_host: True: by the process group; a text: by that name.
+        share_host: True: through the process group. A string: under that name.
         process_group: The group; None: the default one.
-        host_ranks: Number of ranks of this host, for those that meet by a name; None: what the launcher tells.
+        host_ranks: Number of ranks of this host that meet under the name; None: the number that the launcher has set.
 
     Attributes:
         has_met: True as soon as this rank has told the others of itself.
 
     Raises:
-        ConfigError: There is no process group, or nobody tells how many ranks there are.
+        ConfigError: There is no process group, the number of ranks is unknown, or arguments contradict each other.
     """
 
     def __init__(self, share_host: bool | str, process_group: Any, host_ranks: int | None) -> None:
@@ -89,7 +90,7 @@ class Host:
         return self._ranks > 1
 
     @property
-    def is_likely_led_by_this(self) -> bool:
+    def is_likely_leader(self) -> bool:
         """True if this rank is likely to receive for the others."""
         local = local_rank()
         return local == 0 or (local is None and self._name is None and dist.get_rank(self._group) == 0)
@@ -115,11 +116,27 @@ class Host:
         return group(offers)[dist.get_rank(self._group)]
 
 
+def host_of(uri: str, share_host: bool | str, process_group: Any, host_ranks: int | None) -> Host | None:
+    """Return the ranks that load together, by the arguments of a load; None if this one loads by itself.
+
+    Raises:
+        ConfigError: The arguments contradict each other, or the ranks can't share what is at ``uri``.
+    """
+    if not share_host:
+        if process_group is not None or host_ranks is not None:
+            raise ConfigError("process_group and host_ranks are for ranks that share: write share_host=True, or a name")
+        return None
+    if not uri.startswith("s3://"):
+        raise ConfigError(f"ranks share what they load from s3:// only, and {uri!r} is elsewhere: leave share_host out")
+    host = Host(share_host, process_group, host_ranks)
+    return host if host.has_others else None
+
+
 @contextlib.contextmanager
-def taking_part(host: Host | None) -> Iterator[None]:
-    """Let the other ranks go on without this one if it fails before it has met them: they wait for all."""
+def taking_part(host: Host | None) -> Iterator[Host | None]:
+    """Let the other ranks, which wait for all, go on without this one if it fails before it has met them."""
     try:
-        yield
+        yield host
     except Exception as error:
         if host is not None and not host.has_met:
             log.debug("this rank has failed: %s", error)
@@ -129,7 +146,7 @@ def taking_part(host: Host | None) -> Iterator[None]:
 
 
 class _Targets:
-    """Planner of a load, as far as a load needs one: it knows the target of each tensor."""
+    """Planner of a load, as far as :class:`~mpreader.dcp.load.Load` needs one: it knows the target of each tensor."""
 
     def __init__(self, wanted: Sequence[WantedTensor]) -> None:
         self._targets = {one.stored.name: one.target for one in wanted}
@@ -139,7 +156,7 @@ class _Targets:
         return self._targets[request.dest_index.fqn]
 
     def commit_tensor(self, request: ReadItem, tensor: torch.Tensor) -> None:
-        """Take note of a tensor that was loaded: there is nothing to do."""
+        """Do nothing: the tensor was loaded into its target."""
 
 
 def fill_shared(
@@ -154,9 +171,9 @@ def fill_shared(
     """Load tensors into their targets, together with the other ranks of this host.
 
     Args:
-        host: The ranks. All of them must come here.
-        files: The files, of which those versions are read whose headers were.
-        wanted: What this rank wants, which may be nothing.
+        host: The ranks. All of them must make this call.
+        files: The files; the versions whose headers were read are the ones that are loaded.
+        wanted: The tensors that this rank wants; there may be none.
         progress: ``show`` of :func:`~mpreader.telemetry.progress.progress_bar`.
         s3client_config: Settings of the S3 client.
         pool_config: Settings of the worker pool.
@@ -174,20 +191,7 @@ def fill_shared(
     constructor.use_client(client)
     constructor.use_versions({file.uri: file.version for file in files})
     fs = S3FileSystem(s3_client=client, reader_constructor=constructor)
-    bucket, paths = _paths_of(files)
-    stored = {
-        MetadataIndex(one.stored.name): RawItem(
-            paths[one.file.uri], one.stored.start, one.stored.end - one.stored.start, one.layout
-        )
-        for one in wanted
-    }
-    entries = {one.stored.name: _entry_of(one) for one in wanted}
-    load = Load(
-        *(fs.init_path(bucket), stored, entries, fs, constructor),
-        verify=False,  # the format has no checksums
-        transforms=None,
-        began_s=time.monotonic(),
-    )
+    load = _load_of(files, wanted, fs, constructor)
     with contextlib.closing(fs), contextlib.closing(constructor), contextlib.ExitStack() as stack:
         stack.callback(load.close)
         items = [_read_item(one) for one in wanted if one.target.numel()]
@@ -197,8 +201,34 @@ def fill_shared(
             load.begin(items)
         load.read(LoadPlan(items, storage_data=share), _Targets(wanted))  # type: ignore[arg-type]
         if share is not None and share.place == 0:
-            # To close it would end the read for all. It ends by itself when the others have what they want.
+            # Closing it would end the read of all ranks. It ends by itself when the others have what they want.
             stack.pop_all()
+
+
+def _load_of(
+    files: Sequence[StoredFile],
+    wanted: Sequence[WantedTensor],
+    fs: S3FileSystem,
+    constructor: MultiprocessConstructor,
+) -> Load:
+    """Return a load of the tensors as DCP would make it if they were a checkpoint of its own."""
+    directory, paths = _paths_of(files)
+    stored = {
+        MetadataIndex(one.stored.name): RawItem(
+            paths[one.file.uri], one.stored.start, one.stored.end - one.stored.start, one.layout
+        )
+        for one in wanted
+    }
+    return Load(
+        fs.init_path(directory),
+        stored,
+        {one.stored.name: _entry_of(one) for one in wanted},
+        fs,
+        constructor,
+        verify=False,  # the format has no checksums
+        transforms=None,
+        began_s=time.monotonic(),
+    )
 
 
 def _paths_of(files: Sequence[StoredFile]) -> tuple[str, dict[str, str]]:
