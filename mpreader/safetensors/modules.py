@@ -1,4 +1,7 @@
-"""Targets: the tensors of a state dictionary or of a module that a load fills; those on ``meta`` are made."""
+"""Given tensors: those of a state dictionary or a module, the argument ``out``, that a load fills.
+
+Tensors on ``meta`` have no memory: new ones take their place.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,8 @@ class Targets(NamedTuple):
     """Tensors to fill.
 
     Attributes:
-        tensors: The tensors by the names under which the files have them.
-        others: Further names of the same tensors, which are shared between modules, by those names.
+        tensors: The tensors, by their names in the files.
+        others: For each of these names, the further names that ``out`` has for the same tensor, as for tied weights.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -31,18 +34,18 @@ def targets_of(
     names: Collection[str] | None,
     device: str | torch.device,
 ) -> Targets:
-    """Return the tensors to fill; in place of those on ``meta`` there are new ones on ``device``.
+    """Return the tensors to fill, with new ones on ``device`` in place of those on ``meta``.
 
     Args:
-        out: A state dictionary, or a module. Of a tensor that a module has under several names, such as tied weights,
-            one of them must be in the files.
+        out: A state dictionary, or a module. Where it has a tensor under several names, such as tied weights, the files
+            must have one of them.
         stored: Names of the tensors in the files.
-        names: Names of the tensors that are wanted; None: all that ``out`` has.
-        device: Where new tensors are made.
+        names: Names of the tensors that are wanted. None: all that ``out`` has.
+        device: Device of the new tensors.
 
     Raises:
-        ConfigError: ``out`` is something else, or has something else than tensors.
-        PlanError: A tensor is not in the files.
+        ConfigError: ``out`` is neither of these, or has values that are no tensors.
+        PlanError: The files lack a tensor of ``out``, or ``out`` lacks one of ``names``.
     """
     wanted = _tensors_of(out)
     if names is not None:
@@ -68,9 +71,10 @@ def targets_of(
 
 
 def assign(out: Mapping[str, torch.Tensor] | torch.nn.Module, targets: Targets) -> dict[str, torch.Tensor]:
-    """Put new tensors in the place of those of a module that were on ``meta``; returns all tensors by all their names.
+    """Put the new tensors into a module in place of those that were on ``meta``; a state dictionary is left unchanged.
 
-    A state dictionary is not changed.
+    Returns:
+        All tensors that were filled, by all their names.
     """
     filled: dict[str, torch.Tensor] = {}
     for name, tensor in targets.tensors.items():
@@ -110,7 +114,7 @@ def _with_memory(tensor: torch.Tensor, device: str | torch.device) -> torch.Tens
 
 
 def _like(old: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor as what a module has in place of ``old``, with the attributes that were set on that one."""
+    """Return ``tensor`` in the form in which a module holds ``old``: a parameter or not, with the same attributes."""
     if isinstance(old, torch.nn.Parameter):
         tensor = torch.nn.Parameter(tensor, requires_grad=old.requires_grad)
     for name, value in old.__dict__.items():
@@ -119,6 +123,7 @@ def _like(old: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _owner(module: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
+    """Return the submodule that holds a tensor, and the name of its attribute there."""
     path, _, leaf = name.rpartition(".")
     return module.get_submodule(path), leaf
 

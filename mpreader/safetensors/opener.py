@@ -1,4 +1,4 @@
-"""Opened file: its header is read once, and tensors and slices of it when they are asked for."""
+"""Opened files: headers are read once, tensors and slices of them when they are asked for."""
 
 from __future__ import annotations
 
@@ -28,24 +28,25 @@ _FRAMEWORKS: Final = ("pt", "torch", "pytorch")
 class safe_open:  # noqa: N801  # the name that it has in the safetensors package
     """Open a file, or a directory of files, to load tensors and slices of it one by one. A context manager.
 
-    It takes the place of the class of this name in the safetensors package. Only what is asked for is received; whoever
-    needs many tensors loads them sooner by :func:`~mpreader.safetensors.load_checkpoint` with ``names``. All reads are
-    of the version that the object had when it was opened.
+    It takes the place of the class of this name in the safetensors package. Only what is asked for is received, one
+    tensor at a time: many tensors are loaded faster by :func:`~mpreader.safetensors.load_checkpoint` with ``names``.
+    All reads are of the versions that the files had when they were opened; an overwritten file is an error.
 
     Args:
-        uri: ``s3://bucket/key``, an http(s) URL or a local path; a name that does not end with ``.safetensors`` is that
-            of a directory.
-        framework: ``"pt"``: tensors of torch. There are no others.
-        device: Where the tensors are wanted.
-        headers: Headers for a web server; see :func:`~mpreader.safetensors.load_file`.
+        uri: ``s3://bucket/key``, an http(s) URL or a local path; one that does not end with ``.safetensors`` names a
+            directory.
+        framework: ``"pt"``, tensors of torch: the only one that is supported.
+        device: Device of the tensors.
+        headers: HTTP headers for a web server; see :func:`~mpreader.safetensors.load_file`.
         s3client_config: Settings of the S3 client. None: the defaults and the usual ``AWS_*`` environment.
         pool_config: Settings of the worker pool. None: the defaults.
 
     Raises:
         HeaderRefused: A header is damaged, or contradicts the length of its file.
+        PlanError: The index is damaged, or two files have a tensor of the same name.
         ObjectMissing: There is no such file.
         ConfigError: An argument is wrong.
-        TransportError: The header could not be received.
+        TransportError: A header could not be received.
     """
 
     def __init__(
@@ -73,11 +74,14 @@ class safe_open:  # noqa: N801  # the name that it has in the safetensors packag
         return sorted(name for file in self._files for name in file.header.tensors)
 
     def offset_keys(self) -> list[str]:
-        """Return the names of all tensors, in the order of their bytes."""
+        """Return the names of all tensors, in the order of the files and of their bytes."""
         return [name for file in self._files for name in file.header.tensors]
 
     def metadata(self) -> dict[str, str] | None:
-        """Return the texts that the writer has added; None if there are none. Those of later files come first."""
+        """Return the strings that the writers have added, by name, or None if there are none.
+
+        Of a name that several files have, the last file's string is returned.
+        """
         joined = {name: text for file in self._files for name, text in file.header.metadata.items()}
         return joined or None
 
@@ -85,22 +89,25 @@ class safe_open:  # noqa: N801  # the name that it has in the safetensors packag
         """Load a tensor.
 
         Raises:
-            PlanError: There is none of this name.
+            PlanError: There is no tensor of this name, or this version of torch lacks its type.
+            ObjectChanged: The file was overwritten since it was opened.
             TransportError: The bytes could not be received.
+            PoolError: The worker pool has failed.
+            ArenaError: Shared memory is used up.
         """
         return self._load(name, ...)
 
     def get_slice(self, name: str) -> TensorSlice:
-        """Return a tensor of which a part will be loaded. Receives nothing.
+        """Return a handle of a tensor, by which parts of it are loaded. Receives nothing.
 
         Raises:
-            PlanError: There is none of this name.
+            PlanError: There is no tensor of this name.
         """
         ((_, stored),) = choose(self._files, [name])
         return TensorSlice(self, stored)
 
     def close(self) -> None:
-        """End the reads, and leave the worker pool. Idempotent."""
+        """Leave the worker pool; nothing can be loaded afterwards. Idempotent."""
         self._stack.close()
 
     def __enter__(self) -> Self:
@@ -120,10 +127,10 @@ class safe_open:  # noqa: N801  # the name that it has in the safetensors packag
 
 
 class TensorSlice:
-    """Tensor of an opened file; ``[…]`` loads a part of it, and receives little more than that.
+    """Handle of a tensor of an opened file: ``handle[…]`` loads a part of it, and receives little more than that part.
 
-    Made by :meth:`safe_open.get_slice`. An index is made of whole numbers and of slices with a positive step, as for a
-    tensor of torch.
+    Made by :meth:`safe_open.get_slice`. An index is made of integers, of slices with a positive step and of ``...``, as
+    for a tensor of torch.
     """
 
     def __init__(self, opened: safe_open, stored: StoredTensor) -> None:
@@ -143,6 +150,7 @@ class TensorSlice:
 
         Raises:
             PlanError: The index does not fit the tensor.
-            TransportError: The bytes could not be received.
+            MpreaderError: As for :meth:`safe_open.get_tensor`.
         """
-        return self._opened._load(self._stored.name, (None,) if index is None else index)  # a part of the public class
+        # A bare None would stand for the whole tensor; within a tuple it is refused.
+        return self._opened._load(self._stored.name, (None,) if index is None else index)

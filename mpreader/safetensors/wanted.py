@@ -1,7 +1,7 @@
-"""Wanted tensors: which tensors of which files a load takes, which box of each, and where it goes.
+"""Wanted tensors: which tensors of which files a load takes, which box of each, and the tensor that it is copied into.
 
-It plans only, and receives nothing: whatever is wrong with the arguments of a load is found here, before a byte of a
-tensor is requested.
+This module plans and receives nothing: whatever is wrong with the arguments of a load is found here, before a byte of
+a tensor is requested.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from mpreader.formats.torch_tensors import layout_of
 from mpreader.safetensors.index import BoxIndex, box_index
 
 __all__ = [
-    "_CONVERTED",
     "Slices",
     "WantedTensor",
     "check_names",
@@ -33,21 +32,21 @@ __all__ = [
 ]
 
 Slices = Mapping[str, Any] | Callable[[str, tuple[int, ...]], Any]
-"""Index expressions by name, or what makes one of name and shape; None: the whole tensor."""
+"""Index expressions by name, or a function of name and shape that returns one; None stands for the whole tensor."""
 
 _CONVERTED = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
-"""Types that ``dtype=`` converts; others are left: quantized values mean nothing without their scales."""
+"""Types that ``dtype=`` converts; all others are kept, since quantized values mean nothing without their scales."""
 
 
 class WantedTensor(NamedTuple):
-    """Tensor of a file, or a box of it, and where it goes.
+    """Tensor of a file, or a box of it, and the tensor that it is copied into.
 
     Attributes:
-        file: Its file.
-        stored: What the header says of it.
-        layout: Its layout in its bytes.
-        asked: What is wanted of it.
-        target: Tensor of the shape of the box; its elements are overwritten.
+        file: The file that it is stored in.
+        stored: Its entry in the header.
+        layout: Layout of the whole tensor in its bytes of the file.
+        asked: The box that is wanted, and the index expression that is left to apply to it.
+        target: Tensor of the shape of the box, whose elements are overwritten.
     """
 
     file: StoredFile
@@ -58,15 +57,15 @@ class WantedTensor(NamedTuple):
 
 
 def converted(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
-    """Return the type that a tensor gets if ``dtype=wanted`` is asked for."""
+    """Return the type that a tensor of type ``dtype`` is loaded as if the type ``wanted`` is asked for."""
     return wanted if wanted is not None and dtype in _CONVERTED else dtype
 
 
 def check_names(names: Collection[str] | None) -> None:
-    """Check the names that a user wants.
+    """Check an argument ``names``.
 
     Raises:
-        ConfigError: It is no collection, or a single text, which would be taken for a collection of letters.
+        ConfigError: It is not a collection, or is a single string, which would be taken for a collection of letters.
     """
     if isinstance(names, str):
         raise ConfigError(f"names is a collection of names: write [{names!r}]")
@@ -75,10 +74,10 @@ def check_names(names: Collection[str] | None) -> None:
 
 
 def choose(files: Sequence[StoredFile], names: Collection[str] | None) -> list[tuple[StoredFile, StoredTensor]]:
-    """Return the tensors of some names, in the order of their bytes; None: all of them.
+    """Return the tensors of these names with their files, in the order of their bytes; with None, all of them.
 
     Raises:
-        PlanError: One is not there.
+        PlanError: No file has a tensor of one of the names.
     """
     wanted = None if names is None else set(names)
     chosen = [
@@ -112,10 +111,10 @@ def want_new(
     device: str | torch.device,
     dtype: torch.dtype | None,
 ) -> Iterator[WantedTensor]:
-    """Make new tensors for what was chosen.
+    """Make a new tensor for each that was chosen.
 
     Raises:
-        PlanError: An index expression does not fit, or this torch has no such type.
+        PlanError: An index expression does not fit its tensor, or this version of torch lacks a type.
     """
     for file, stored in chosen:
         layout, index = _slice_of(stored, slices)
@@ -127,10 +126,11 @@ def want_new(
 def want_targets(
     chosen: Sequence[tuple[StoredFile, StoredTensor]], slices: Slices | None, targets: Mapping[str, torch.Tensor]
 ) -> Iterator[WantedTensor]:
-    """Take tensors that are there already; of one that is distributed, this rank's part is loaded.
+    """Take existing tensors as the targets of what was chosen; of a distributed one, this rank's part is loaded.
 
     Raises:
-        PlanError: A target has another shape than what is loaded into it, or is of a kind that can't be filled.
+        PlanError: A target has another shape than what is loaded into it, or is of a kind that can't be filled; an index
+            expression does not fit its tensor; or this version of torch lacks a type.
     """
     for file, stored in chosen:
         layout, index = _slice_of(stored, slices)
@@ -138,10 +138,7 @@ def want_targets(
         if hasattr(target, "__create_chunk_list__"):  # a DTensor
             index, target = _own_part(stored, layout, index, target)
         shape = torch.empty(index.lengths, device="meta")[index.rest].shape if index.rest else index.lengths
-        if tuple(shape) != tuple(target.shape):
-            raise PlanError(
-                f"tensor {stored.name!r} of shape {list(shape)} can't be loaded into one of {list(target.shape)}"
-            )
+        _check_shape(stored.name, shape, target)
         if index.rest:
             if any(isinstance(entry, slice) and entry.step > 1 for entry in index.rest):
                 raise PlanError(f"tensor {stored.name!r}: slices that go into given tensors have the step 1")
@@ -161,19 +158,24 @@ def _checked_target(name: str, target: torch.Tensor) -> torch.Tensor:
 
 
 def loaded(wanted: WantedTensor) -> torch.Tensor:
-    """Return what was asked for, after its box has been loaded into a new tensor."""
+    """Return the tensor that was asked for, once its box has been loaded into a target of :func:`want_new`."""
     target = wanted.target
     if wanted.stored.dtype == "F4":
         target = target.view(layout_of(wanted.stored).dtype)
     if not wanted.asked.rest:
         return target
     rest = target[wanted.asked.rest]
-    # A slice of some steps would keep all that was received for it.
+    # A view would keep all of the box in memory.
     return rest.clone() if rest.numel() < target.numel() else rest
 
 
+def _check_shape(name: str, shape: Sequence[int], target: torch.Tensor) -> None:
+    if tuple(shape) != tuple(target.shape):
+        raise PlanError(f"tensor {name!r} of shape {list(shape)} can't be loaded into one of {list(target.shape)}")
+
+
 def _expanded(target: torch.Tensor, index: BoxIndex) -> torch.Tensor:
-    """Return a view of a target with the dimensions that whole numbers in the index have taken away."""
+    """Return a view of a target that has, with a size of 1, each dimension that an integer of the index removes."""
     for dim, entry in enumerate(index.rest):
         if not isinstance(entry, slice):
             target = target.unsqueeze(dim)
@@ -199,24 +201,25 @@ def _slice_of(stored: StoredTensor, slices: Slices | None) -> tuple[TensorLayout
 def _own_part(
     stored: StoredTensor, layout: TensorLayout, index: BoxIndex, target: Any
 ) -> tuple[BoxIndex, torch.Tensor]:
-    """Return the box of the part of a distributed tensor that this rank has, and that part."""
+    """Return the box of a distributed tensor that this rank holds, and the local tensor that holds it."""
     if index.lengths != layout.size or index.rest:
-        raise PlanError(f"tensor {stored.name!r}: what is loaded of a distributed tensor follows from its placements")
-    if tuple(target.shape) != layout.size:
         raise PlanError(
-            f"tensor {stored.name!r} of shape {list(layout.size)} can't be loaded into one of {list(target.shape)}"
+            f"tensor {stored.name!r}: slices can't be given for a DTensor: its placements say what is loaded"
         )
+    _check_shape(stored.name, layout.size, target)
     chunks = target.__create_chunk_list__()
     local: torch.Tensor = target.to_local()
     if len(chunks) != 1 or tuple(chunks[0].sizes) != tuple(local.shape):
         if local.numel():
-            raise PlanError(f"tensor {stored.name!r}: the part of this rank is no box; load it by torch's dcp.load")
+            raise PlanError(
+                f"tensor {stored.name!r}: this rank's part of the DTensor is not one box; load it by torch's dcp.load"
+            )
         return BoxIndex.whole(tuple(local.shape)), local
     return BoxIndex(tuple(chunks[0].offsets), tuple(chunks[0].sizes)), local
 
 
 def _as_bytes(wanted: WantedTensor) -> WantedTensor:
-    """Have elements of four bits copied as bytes: torch's type of two of them can't be copied otherwise."""
+    """Have elements of four bits copied as bytes: torch can't copy tensors of its type for two of them."""
     layout, target = wanted.layout, wanted.target
     if wanted.stored.dtype != "F4":
         return wanted
