@@ -1,7 +1,7 @@
-"""Reader of boxes of tensors, a batch at a time, for programs that take a checkpoint apart in bounded memory.
+"""Reader of boxes of tensors, a batch at a time, for programs that go through a checkpoint in bounded memory.
 
-The converters use it. Each batch is a load of its own; all of them read the same version of each file. Items that are
-no tensors are not read.
+The converters use it. Each batch is a load of its own; all loads read the same version of each file. Items that are not
+tensors are not read.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ __all__ = ["BatchReader", "Box"]
 
 
 class Box(NamedTuple):
-    """Box of a stored tensor, and where it is wanted.
+    """Box of a stored tensor, and the tensor that it is read into.
 
     Attributes:
         name: Name of the tensor.
-        offsets: First element of the box, by dimension.
-        target: Tensor of the shape of the box. It may have another type than the stored one.
+        offsets: Index of the first element of the box in the stored tensor.
+        target: Tensor of the shape of the box. Its type may differ from the stored one.
     """
 
     name: str
@@ -77,13 +77,13 @@ class BatchReader:
         return empty_state(self._metadata, match)
 
     def rows_of(self, name: str) -> int:
-        """Return how many rows of a tensor are stored together, at most; 1 if it has no rows."""
+        """Return the largest number of rows that a chunk of the tensor has; at least 1."""
         with errors_as_refused(self._metadata):
             chunks = cast("TensorStorageMetadata", self._metadata.state_dict_metadata[name]).chunks
             return max([1, *(chunk.sizes[0] for chunk in chunks if chunk.sizes)])
 
     def read(self, boxes: Sequence[Box]) -> None:
-        """Read boxes into their targets.
+        """Read boxes into their targets; those without elements are passed over.
 
         Raises:
             MetadataRefused: ``.metadata`` does not say where all bytes of a box are.
@@ -107,7 +107,7 @@ class BatchReader:
 
     @property
     def checked_nbytes(self) -> tuple[int, int]:
-        """Bytes that were checked by the checksums of the checkpoint so far, and bytes that could not be."""
+        """Bytes whose checksums were compared so far, and bytes for which that was not possible."""
         return self._verified, self._unverified
 
     def close(self) -> None:
@@ -126,7 +126,7 @@ class BatchReader:
             raise TypeError(f"{box.name!r} is no tensor")
         chunk = ChunkStorageMetadata(torch.Size(box.offsets), box.target.size())
         items = create_read_items_for_chunk_list(box.name, entry, [chunk])
-        for item in items:
+        for item in items:  # a KeyError here is reported as MetadataRefused
             cast("Mapping[MetadataIndex, Any]", self._metadata.storage_data)[item.storage_index]
         # What no chunk covers would be left as it was in memory.
         if sum(math.prod(item.lengths) for item in items) < box.target.numel():
@@ -146,7 +146,7 @@ class _BoxPlanner(DroppingPlanner):
 
 
 class _SteadyClient(S3Client):
-    """S3 client that asks for each object's facts once, so that all loads read the same version of it."""
+    """S3 client that sends one HEAD for each object, so that all loads read the same version of it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -154,5 +154,5 @@ class _SteadyClient(S3Client):
 
     def head_object(self, bucket: str, key: str) -> ObjectInfo:
         known = self._infos.get((bucket, key))
-        # Of two threads that ask at the same time both get the answer that was noted first.
+        # setdefault: two threads that ask at the same time get the same answer.
         return known or self._infos.setdefault((bucket, key), super().head_object(bucket, key))

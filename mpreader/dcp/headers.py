@@ -1,19 +1,19 @@
-"""Headers of safetensors files as the metadata of a checkpoint: DCP then plans a load of them like any other.
+"""Headers of safetensors files, as the metadata of a checkpoint: DCP plans a load from it as from ``.metadata``.
 
-Most programs write whole tensors. torch's ``HuggingFaceStorageWriter`` can also let each rank save the pieces that it
-has: then the same name is in several files, and each file says where in the tensor its piece begins. It is a text of
-JSON within the header, by the name ``DCP_SHARDING_INFO``::
+Most programs write whole tensors. torch's ``HuggingFaceStorageWriter`` can also have each rank save its pieces: then
+several files have a tensor of the same name, and each says where in the whole tensor its piece begins. It does so in a
+string of JSON, ``DCP_SHARDING_INFO`` in the ``__metadata__`` of its header::
 
     {"weight": {"saved_offsets": [512, 0]}, …}
 
-The headers were checked one by one; here they are compared with each other. Nothing is read.
+Each header was checked before; this module compares them with each other. It must not read anything.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -40,7 +40,7 @@ _OFFSETS: Final = "saved_offsets"
 
 
 class _Piece(NamedTuple):
-    """A piece of a tensor: where it begins in the tensor, and where it is stored."""
+    """Piece of a tensor: the index of its first element in the whole tensor, and where it is stored."""
 
     offsets: torch.Size
     item: RawItem
@@ -54,11 +54,11 @@ def metadata_of(headers: Mapping[str, Header]) -> Metadata:
     """Make the metadata of a checkpoint.
 
     Args:
-        headers: The headers of its files, by their paths relative to the checkpoint.
+        headers: Headers of its files, by their paths relative to the checkpoint.
 
     Returns:
-        The metadata; its ``storage_data`` are items of type :class:`RawItem`. A tensor of a type that this torch does
-        not have is left out, and a warning logged.
+        The metadata, whose ``storage_data`` has items of type :class:`RawItem`. A tensor of a type that this version of
+        torch lacks is left out, and a warning is logged.
 
     Raises:
         HeaderRefused: The files contradict each other, or a piece of a tensor is missing.
@@ -75,7 +75,7 @@ def metadata_of(headers: Mapping[str, Header]) -> Metadata:
     )
 
 
-def _pieces_of(path: str, header: Header) -> Iterable[tuple[str, _Piece]]:
+def _pieces_of(path: str, header: Header) -> Iterator[tuple[str, _Piece]]:
     offsets = _saved_offsets(path, header)
     begins: Any
     for stored in header.tensors.values():
@@ -100,7 +100,7 @@ def _are_indices(value: Any, count: int) -> bool:
 
 
 def _saved_offsets(path: str, header: Header) -> dict[str, Any] | None:
-    """Returns where the pieces of a file begin, by the names of their tensors; None if it has whole tensors."""
+    """Returns the offsets of a file's pieces by name, not checked yet; None if the file has whole tensors."""
     told = header.metadata.get(_SHARDING)
     if not told:  # as torch reads it
         return None
@@ -111,7 +111,7 @@ def _saved_offsets(path: str, header: Header) -> dict[str, Any] | None:
 
 
 def _entry_of(name: str, pieces: Sequence[_Piece]) -> TensorStorageMetadata:
-    """Returns the description of a tensor, after a check that its pieces make a whole."""
+    """Returns the entry of a tensor, after a check that its pieces are a whole tensor."""
     first = pieces[0]
     by_offsets: dict[torch.Size, _Piece] = {}
     for piece in pieces:
@@ -123,7 +123,7 @@ def _entry_of(name: str, pieces: Sequence[_Piece]) -> TensorStorageMetadata:
     ends = [[at + size for at, size in zip(piece.offsets, piece.sizes, strict=True)] for piece in pieces]
     size = torch.Size([max(of_dimension) for of_dimension in zip(*ends, strict=True)])
     elements = sum(piece.sizes.numel() for piece in pieces)
-    # Where a piece is missing, nothing would be written to a part of the target.
+    # Where a piece is missing, a part of the target would keep what was in its memory.
     if elements != size.numel():
         files = ", ".join(piece.item.relative_path for piece in pieces)
         raise HeaderRefused(

@@ -1,7 +1,8 @@
 """Storage reader of safetensors files on S3, for ``torch.distributed.checkpoint`` (DCP).
 
-It is the storage reader of DCP's own files but for two things: what ``.metadata`` says of those is made from the
-headers of the files here, and an item is the bytes of a tensor and nothing else, so that it can't be verified.
+It differs from the storage reader of DCP's own files in two points: the metadata is made from the headers of the files
+instead of being read from ``.metadata``, and an item is the bytes of a tensor without a record, so that nothing can be
+verified.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ __all__ = ["S3HuggingFaceStorageReader"]
 class S3HuggingFaceStorageReader(S3StorageReader):
     """Storage reader of a directory of safetensors files on S3, in the place of torch's ``HuggingFaceStorageReader``.
 
-    The files may have been written by any program, or by torch's ``HuggingFaceStorageWriter``, also those in which each
-    rank has saved its own pieces. With a ``model.safetensors.index.json`` only the files that it names are read,
-    without one all that end with ``.safetensors``. Of each file one version is read: that whose header was.
+    Any program may have written the files. Those in which torch's ``HuggingFaceStorageWriter`` has saved pieces of
+    tensors, rank by rank, are read too. With a ``model.safetensors.index.json`` only the files that it names are read,
+    without one all that end with ``.safetensors``. Tensors are read from the versions whose headers were read.
 
     Args:
         region: The bucket's region. None: the configuration's, or the environment's.
@@ -77,7 +78,7 @@ class S3HuggingFaceStorageReader(S3StorageReader):
 
         Raises:
             HeaderRefused: A header is damaged, or the files contradict each other.
-            ObjectMissing: There is no such file.
+            ObjectMissing: There is no safetensors file, or the index names one that is missing.
             PlanError: The index is damaged.
             TransportError: A header can't be read.
         """

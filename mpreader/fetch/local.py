@@ -1,7 +1,7 @@
-"""Local files, read by the same calls as objects of S3 are by a RangeFetcher, as far as safetensors files need them.
+"""Fetcher of local files: has those methods of RangeFetcher that the readers of safetensors files call.
 
-A file is read into memory rather than mapped: a mapping would change with the file, and end the program if that is cut
-off. It must work without torch.
+A file is read into memory rather than mapped: a mapping would change with the file, and a file that is truncated would
+end the program by a SIGBUS. This module must work without torch.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from mpreader.config import MiB
 from mpreader.errors import ConfigError, ObjectChanged, ObjectMissing, ShortRead, TransportError
 from mpreader.pool.source import ObjectVersion
 from mpreader.ranges import ItemRange
@@ -23,36 +24,37 @@ if TYPE_CHECKING:
 
 __all__ = ["LocalFetcher", "path_of"]
 
-_PIECE_BYTES: Final = 8 * 1024 * 1024
-_THREADS: Final = 4  # more of them read no faster from memory, and disks of one queue are kept busy by them
-_AHEAD: Final = 2 * _THREADS  # pieces that are read before they are taken
+_PIECE_BYTES: Final = 8 * MiB
+_THREADS: Final = 4  # more read no faster from the page cache, and these keep a disk of one queue busy
+_AHEAD: Final = 2 * _THREADS  # pieces that are read before the caller takes them
 
 
 def path_of(uri: str | os.PathLike[str]) -> str:
-    """Return the path of a ``file://`` URI, as a text; a path, and any other URI, is returned as it is.
+    """Return the path of a ``file://`` URI; any other URI, and a path, is returned as it is, as a string.
 
     Raises:
-        ConfigError: It is neither a text nor a path.
+        ConfigError: It is neither a string nor a path.
     """
     path = os.fspath(uri) if isinstance(uri, os.PathLike) else uri
     if not isinstance(path, str):
-        raise ConfigError(f"a URI or a path is a text or a pathlib.Path, got {uri!r}")
+        raise ConfigError(f"a URI or a path is a string or a pathlib.Path, got {uri!r}")
     return path.removeprefix("file://")
 
 
 class LocalFetcher:
-    """Reads byte ranges of local files by a few threads. A source is a path.
+    """Fetcher that reads byte ranges of local files with a few threads. A source is a path.
 
     Attributes:
-        part_size: Largest number of bytes of one piece.
-        max_memory: Bytes of the pieces that are read ahead.
+        part_size: Bytes of the ranges that callers should cut larger ones into.
+        max_memory: Bytes of memory that a stream may use at a time, as a caller is to assume. Only the pieces that are
+            read ahead are bounded here: a view that is handed out has memory of its own.
     """
 
     part_size: Final = _PIECE_BYTES
     max_memory: Final = _PIECE_BYTES * _AHEAD * 4
 
     def __init__(self) -> None:
-        self._opened: dict[str, int] = {}  # descriptors of the files that are pinned, by path
+        self._opened: dict[str, int] = {}  # descriptors of the pinned files, by path
         self._threads = ThreadPoolExecutor(_THREADS, "mpreader-local")
 
     def list_files(self, directory: str) -> list[str]:
@@ -79,10 +81,12 @@ class LocalFetcher:
 
     @contextlib.contextmanager
     def pinned(self, path: str, version: ObjectVersion) -> Iterator[tuple[str, object]]:
-        """Read only one version of a file in all calls within the context; returns a name for it.
+        """Read one version of a file only, in all calls within the context; yields the source's name and None.
 
         Raises:
-            ObjectChanged: The file has changed since, or has changed when the context is left.
+            ObjectMissing: There is no such file.
+            ObjectChanged: The file has another version on entry, or when the context is left without an error.
+            TransportError: The file can't be opened.
         """
         with _errors_of(path):
             file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -96,22 +100,21 @@ class LocalFetcher:
             os.close(file)
 
     def fetch_object(self, path: str) -> bytes:
-        """Return all bytes of a file."""
+        """Return all bytes of a file, which need not be pinned."""
         with _errors_of(path), open(path, "rb") as file:
             return file.read()
-
-    def fetch_many(self, ranges_by_source: Mapping[str, Sequence[tuple[int, int]]]) -> dict[str, list[memoryview]]:
-        """Return a view for each range of pinned files."""
-        views: dict[str, list[memoryview]] = {source: [] for source in ranges_by_source}
-        with contextlib.closing(self.stream_many(ranges_by_source)) as stream:
-            for source, _, view in stream:
-                views[source].append(view)
-        return views
 
     def stream_many(
         self, ranges_by_source: Mapping[str, Sequence[tuple[int, int]]], **_: object
     ) -> Generator[tuple[str, int, memoryview], None, None]:
-        """Yield the ranges of pinned files in their order, each in memory of its own; a few are read ahead."""
+        """Yield source, index and bytes of each range of pinned files, in the order given; a few are read ahead.
+
+        Each view has memory of its own, so that it stays valid. Options of RangeFetcher's streams are ignored.
+
+        Raises:
+            ShortRead: A file is shorter than a range.
+            TransportError: A file can't be read.
+        """
         wanted = [
             (source, index, ItemRange(start, end))
             for source, ranges in ranges_by_source.items()
@@ -140,7 +143,7 @@ class LocalFetcher:
         self.close()
 
     def _read(self, path: str, extent: ItemRange) -> memoryview:
-        # Not a bytearray, which is filled with zeros first.
+        # A bytearray would be filled with zeros first.
         view = np.empty(extent.size, np.uint8).data
         done = 0
         while done < extent.size:

@@ -1,4 +1,4 @@
-"""Leases: how much shared memory is kept by the tensors of streams that their users have not dropped yet."""
+"""Leases: count the shared memory that is held by tensors of streams whose users still have them."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ __all__ = ["HELD_SLOTS", "HeldSlots"]
 
 
 class HeldSlots:
-    """Slots of shared memory whose views were handed out, until the last view of each is gone.
+    """Slots of shared memory whose views were handed out, each until its last view is gone.
 
-    A slot may hold many tensors, and each of them keeps it: what counts is the slot, not the tensor. Memory that is no
-    slot does not count. Threads may use it at the same time: it has no lock, which a fork could leave locked.
+    A slot may hold many tensors, and any one of them keeps it: slots are counted, not tensors. Memory that is not a
+    slot is not counted. Thread-safe without a lock, since a fork could leave one locked.
     """
 
     def __init__(self) -> None:
         self._pid = os.getpid()
-        self._leases: dict[int, tuple[Lease, int]] = {}  # with the bytes of the slot, by the identity of its array
-        # Filled by whoever drops the last view, at any point of any thread: a callback in Python could be interrupted
-        # there by a Ctrl-C, which would be lost.
+        self._leases: dict[int, tuple[Lease, int]] = {}  # and bytes of the slots, by the identity of their arrays
+        # Filled by whichever thread drops a last view, at any point. The callback is written in C: one in Python could
+        # be interrupted there by a Ctrl-C, which would be lost.
         self._ended: deque[object] = deque()
 
-    def try_hold(self, view: memoryview, most_nbytes: int) -> bool:
-        """Count the slot of a view as held; False if more than ``most_nbytes`` would be held then."""
+    def try_hold(self, view: memoryview, max_bytes: int) -> bool:
+        """Count the slot of a view as held, and return True; return False if more than ``max_bytes`` would be held."""
         if os.getpid() != self._pid:  # views do not survive a fork
             self.__init__()  # type: ignore[misc]
         self._forget_ended()
@@ -36,7 +36,7 @@ class HeldSlots:
         # Local files are read into arrays that have memory of their own.
         if not isinstance(slot, np.ndarray) or slot.base is None or id(slot) in self._leases:
             return True
-        if sum(nbytes for _, nbytes in list(self._leases.values())) + slot.nbytes > most_nbytes:
+        if sum(nbytes for _, nbytes in list(self._leases.values())) + slot.nbytes > max_bytes:
             return False
         lease = Lease(slot, self._ended.append)
         lease.number = id(slot)
@@ -52,4 +52,4 @@ class HeldSlots:
 
 
 HELD_SLOTS = HeldSlots()
-"""Those of this process: streams that use one pool use one memory."""
+"""Held slots of this process: streams that share a pool share its memory."""

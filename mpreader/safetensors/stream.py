@@ -1,12 +1,13 @@
 """Stream: hands out the tensors of a checkpoint one after the other, in bounded memory.
 
-A tensor is a view of shared memory, which is received into again when the tensor, and all that was made of it without
-a copy, is gone::
+Most tensors are views of slots of shared memory. A slot is received into again once the tensor, and all that was made
+of it without a copy, is gone::
 
-    stream ── small enough, on the CPU, of its own type ──► view of a slot; the slot waits for its end
-       └───── else, or too many views are still held ──────► memory of its own, filled piece by piece
+    small, on the CPU, not converted ─┬─► view of a slot
+                                      └─► copy of it, while too much memory is held by other views
+    any other ──────────────────────────► new tensor, filled piece by piece
 
-So no tensor is ever overwritten, and a program that keeps them all gets them all.
+So no tensor is ever overwritten, and a program that keeps all tensors gets all of them.
 """
 
 from __future__ import annotations
@@ -39,15 +40,14 @@ __all__ = ["TensorStream", "stream"]
 
 Order = Literal["completion", "file"]
 
-# A tensor that is larger than this share of shared memory gets memory of its own: as a view, it would leave too little
-# for those that are received meanwhile.
-_MOST_OF_MEMORY: Final = 8
-# Nor may the views that are held leave less than half of it.
-_MOST_HELD: Final = 2
-_LARGEST_ITEM: Final = 16  # bytes; pieces are cut between elements
+# A view of more than an eighth of shared memory would leave too little of it to what is received meanwhile; so would
+# views that hold more than half of it together.
+_LARGEST_VIEW_DIVISOR: Final = 8
+_HELD_DIVISOR: Final = 2
+_LARGEST_ITEMSIZE: Final = 16  # bytes; pieces are cut at multiples of it, so that no element is divided
 
 
-def stream(  # noqa: D417  # most arguments are explained at load_checkpoint
+def stream(  # noqa: D417  # load_file explains the other arguments
     uri: str | os.PathLike[str],
     *,
     order: Order = "completion",
@@ -61,14 +61,20 @@ def stream(  # noqa: D417  # most arguments are explained at load_checkpoint
     """Hand out the tensors of a file or directory one after the other, as they arrive.
 
     Args:
-        uri: As for :func:`~mpreader.safetensors.load_checkpoint`; so are the other arguments, and the errors.
-        order: ``"completion"``: as they arrive, which is soonest. ``"file"``: by file and offset. Tensors without bytes
-            come first.
+        uri: File or directory, as for :func:`~mpreader.safetensors.load_checkpoint`. The arguments that are not listed
+            here are those of :func:`~mpreader.safetensors.load_file`.
+        order: ``"completion"`` hands tensors out as they arrive, which is the fastest; ``"file"`` in the order of the
+            files and of their bytes. Tensors without bytes come first in either case.
 
     Returns:
-        An iterator of ``(name, tensor)``, which is a context manager, too. Shared memory of ``pool_config.max_memory``
-        is used again as tensors are dropped. A tensor that is kept stays valid, and is never overwritten: when those
-        that are kept fill half of that memory, further ones get memory of their own.
+        An iterator of ``(name, tensor)``, which is also a context manager. It receives
+        into shared memory of ``pool_config.max_memory`` bytes, which is used again as tensors are dropped. A tensor
+        that is kept stays valid and is never overwritten: once kept tensors hold half of that memory, further ones get
+        memory of their own.
+
+    Raises:
+        MpreaderError: Before the first tensor, or from the iterator: the errors of
+            :func:`~mpreader.safetensors.load_checkpoint`.
     """
     if order not in get_args(Order):
         raise ConfigError(f'order is "completion" or "file", got {order!r}')
@@ -91,9 +97,9 @@ class _Streamed(NamedTuple):
 
     Attributes:
         name: Its name.
-        layout: Its layout in its bytes.
-        dtype: Type in which it is handed out.
-        device: Where it is handed out.
+        layout: Layout of the tensor in its bytes of the file.
+        dtype: Type that it is handed out as.
+        device: Device that it is handed out on.
         may_view: True if it may be a view of shared memory.
     """
 
@@ -109,9 +115,9 @@ class _Plan(NamedTuple):
 
     Attributes:
         tensors: The tensors.
-        ranges: What is received of each file, by its name for the fetcher.
-        places: For each range, the number of its tensor, and its first byte in that.
-        max_gap_bytes: Largest gap that is received between two ranges.
+        ranges: Half-open byte ranges to receive of each file, by the fetcher's name of the file.
+        places: For each of these ranges, the index of its tensor in ``tensors``, and its first byte in that tensor.
+        max_gap_bytes: Largest gap between two ranges that are requested as one.
     """
 
     tensors: Sequence[_Streamed]
@@ -132,10 +138,10 @@ def _plan(
     for number, (file, stored) in enumerate(chosen):
         layout = layout_of(stored)
         own = converted(layout.dtype, dtype)
-        is_small = layout.payload_nbytes <= fetcher.max_memory // _MOST_OF_MEMORY
+        is_small = layout.payload_nbytes <= fetcher.max_memory // _LARGEST_VIEW_DIVISOR
         one = _Streamed(stored.name, layout, own, device, is_small and device.type == "cpu" and own == layout.dtype)
         tensors.append(one)
-        piece_bytes = max(1, fetcher.part_size // _LARGEST_ITEM) * _LARGEST_ITEM
+        piece_bytes = max(1, fetcher.part_size // _LARGEST_ITEMSIZE) * _LARGEST_ITEMSIZE
         step = max(1, layout.payload_nbytes) if one.may_view else piece_bytes
         for start in range(stored.start, stored.end, step):
             ranges.setdefault(file.source, []).append((start, min(start + step, stored.end)))
@@ -147,14 +153,14 @@ def _plan(
 class TensorStream:
     """Iterator over tensors, made by :func:`stream`. Not thread-safe.
 
-    Downloads begin with the first tensor. They end after the last one, with ``close()``, at an error, or when the
-    stream is dropped.
+    Downloads begin when the first tensor is asked for. They end after the last one, with ``close()``, at an error, or
+    when the stream is dropped.
 
     Args:
         plan: What is handed out.
-        pieces: Source, index and view of each range of the plan, in any order.
-        max_memory: Bytes of shared memory.
-        stack: What is closed at the end.
+        pieces: The file, index and bytes of each range of the plan, in any order.
+        max_memory: Size of the pool's shared memory, in bytes.
+        stack: Closed at the end of the stream.
     """
 
     def __init__(
@@ -166,9 +172,9 @@ class TensorStream:
     ) -> None:
         self._plan = plan
         self._pieces = pieces
-        self._most_held = max_memory // _MOST_HELD
+        self._max_held_bytes = max_memory // _HELD_DIVISOR
         self._stack = stack
-        self._unfinished: dict[int, tuple[torch.Tensor, int]] = {}  # tensors with the bytes that are missing
+        self._unfinished: dict[int, tuple[torch.Tensor, int]] = {}  # tensors, and how many of their bytes are missing
         self._empty = deque(tensor for tensor in plan.tensors if not tensor.layout.payload_nbytes)
 
     def __iter__(self) -> Self:
@@ -180,7 +186,7 @@ class TensorStream:
             return one.name, _new(one)
         try:
             while True:
-                # In one expression: a variable would keep the slot of a piece while the next one is waited for.
+                # One expression: a variable would hold the slot of a piece while the next one is waited for.
                 made = self._made(*next(self._pieces))
                 if made is not None:
                     return made
@@ -210,7 +216,7 @@ class TensorStream:
         number, start = self._plan.places[source][index]
         one = self._plan.tensors[number]
         if one.may_view:
-            return one.name, self._of_view(one, view)
+            return one.name, self._viewed(one, view)
         if number not in self._unfinished:
             self._unfinished[number] = _new(one), one.layout.payload_nbytes
         target, missing = self._unfinished.pop(number)
@@ -220,10 +226,10 @@ class TensorStream:
         self._unfinished[number] = target, missing - len(view)
         return None
 
-    def _of_view(self, one: _Streamed, view: memoryview) -> torch.Tensor:
+    def _viewed(self, one: _Streamed, view: memoryview) -> torch.Tensor:
         flat = torch.frombuffer(view, dtype=torch.uint8)
         # A header of an odd length puts elements where they are not aligned.
-        if flat.data_ptr() % one.layout.dtype.itemsize or not HELD_SLOTS.try_hold(view, self._most_held):
+        if flat.data_ptr() % one.layout.dtype.itemsize or not HELD_SLOTS.try_hold(view, self._max_held_bytes):
             flat = flat.clone()
         return flat.view(one.layout.dtype).view(one.layout.size)
 
@@ -234,7 +240,7 @@ def _new(one: _Streamed) -> torch.Tensor:
 
 
 def _copy_piece(one: _Streamed, target: torch.Tensor, start: int, view: memoryview) -> None:
-    """Copy the bytes of a tensor from ``start`` on into it."""
+    """Copy bytes of a stored tensor, of which the first one is byte ``start``, into the new tensor."""
     piece = torch.frombuffer(view, dtype=torch.uint8)
     if one.dtype == one.layout.dtype:
         target.view(-1).view(torch.uint8)[start : start + len(view)].copy_(piece)

@@ -129,8 +129,8 @@ def want_targets(
     """Take existing tensors as the targets of what was chosen; of a distributed one, this rank's part is loaded.
 
     Raises:
-        PlanError: A target has another shape than what is loaded into it, or is of a kind that can't be filled; an index
-            expression does not fit its tensor; or this version of torch lacks a type.
+        PlanError: A target has another shape than what is loaded into it, or can't be filled; an index expression does
+            not fit its tensor; or this version of torch lacks a type.
     """
     for file, stored in chosen:
         layout, index = _slice_of(stored, slices)

@@ -829,7 +829,7 @@ PROTECTIONS = (
         "views held while the load goes on; close with live views",
         "tensors of a stream that are kept leave it memory",
         "mpreader/safetensors/stream.py",
-        " or not HELD_SLOTS.try_hold(view, self._most_held):",
+        " or not HELD_SLOTS.try_hold(view, self._max_held_bytes):",
         ":",
         "tests/integration/safetensors/test_stream.py::test_tensors_that_are_kept_are_never_overwritten",
     ),

@@ -1,14 +1,14 @@
-"""Meeting: ranks of a host that have no process group find each other by a name that all of them know.
+"""Meeting: ranks of a host that have no process group find each other under a name that all of them know.
 
 ::
 
-    each rank      binds a socket of that name: who succeeds first leads the meeting ──┐
-    the others     connect, and send their offers ────────────────────────────────────►│ until all have come,
-                   ◄──────────────────── each is told its share of the host ───────────┘ or the time is up
+    each rank      tries to bind a socket of that name; the first to succeed leads the meeting
+    the others     connect ── their offers ──────────────────────────► leader, until all have come or the time is up
+                   ◄──────────────────── each rank's share of the host ── leader
 
-The socket lies in the abstract namespace, as those of :mod:`mpreader.pool.hosts.identity` do: it is no file, and ends
-with its process. Each end checks that the other one runs as the same user. The name is free again before anybody is
-told anything, so that the ranks may meet again for their next load.
+The socket is in the abstract namespace, as those of :mod:`mpreader.pool.hosts.identity` are: it is not a file, and ends
+with its process. Each end checks that the other one runs as the same user. The leader frees the name before it answers
+anybody, so that the ranks may meet again for their next load.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ __all__ = ["MEETING_S", "meet"]
 log = logging.getLogger(__name__)
 
 MEETING_S: Final = 60.0
-"""Seconds that ranks wait for each other: some may still be making their models."""
+"""Seconds that ranks wait for each other, since some may still be building their models."""
 
-_HELLO_S: Final = 5.0  # a process that has connected says at once what it has to say
-_ANSWER_S: Final = 10.0  # beyond the end of the meeting
-_AGAIN_S: Final = 0.02  # between two attempts, where the one who leads has just ended
+_HELLO_S: Final = 5.0  # a rank sends its offer at once: a process that does not is no rank
+_ANSWER_S: Final = 10.0  # that the others wait for the leader's answer, after the time is up
+_RETRY_S: Final = 0.02  # between two attempts, when a leader has just ended or closed its meeting
 _LENGTH: Final = struct.Struct("<I")
-_MOST_BYTES: Final = 4096
+_MAX_MESSAGE_BYTES: Final = 4096
 
 
 def meet(name: str, ranks: int, offer: HostOffer | None, *, timeout_s: float = MEETING_S) -> HostShare | None:
     """Meet the other ranks of this host.
 
     Args:
-        name: What all of them call the meeting. Others of this user must not use it at the same time.
-        ranks: Number of ranks that come, this one included.
-        offer: What this rank tells the others; None: that it does not share, so that they need not wait for it.
-        timeout_s: Seconds to wait for them; those that have come until then share.
+        name: Name of the meeting, the same for all of them. No other processes of this user may use it meanwhile.
+        ranks: Number of ranks that will come, this one included.
+        offer: Offer of this rank to the others. None: it does not share, and they need not wait for it.
+        timeout_s: Seconds to wait for the others. Those that have come by then share.
 
     Returns:
-        The share that this rank has in its host's load; None if there is nobody to share with.
+        The share of this rank in its host's load; None if there is nobody to share with.
 
     Raises:
         OSError: The system refuses the sockets.
@@ -58,48 +58,50 @@ def meet(name: str, ranks: int, offer: HostOffer | None, *, timeout_s: float = M
     address = b"\0mpreader-meeting-" + hashlib.sha256(f"{host_identity()}\0{name}".encode()).hexdigest()[:32].encode()
     until = time.monotonic() + timeout_s
     while True:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as own:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as listener:
             try:
-                own.bind(address)
+                listener.bind(address)
             except OSError as error:
                 if error.errno != errno.EADDRINUSE:
                     raise
             else:
-                return _lead(own, name, ranks, offer, until)
+                return _lead(listener, name, ranks, offer, until)
         try:
             return _join(address, offer, until)
-        except (OSError, ValueError) as error:  # the one who leads has ended, or has just closed the meeting
+        except (OSError, ValueError) as error:  # the leader has ended, or has just closed the meeting
             if time.monotonic() >= until:
                 log.debug("the ranks of this host could not be met: %s", error)
                 return None
-        time.sleep(_AGAIN_S)
+        time.sleep(_RETRY_S)
 
 
-def _lead(own: socket.socket, name: str, ranks: int, offer: HostOffer | None, until: float) -> HostShare | None:
-    own.listen(ranks)
-    offers: list[HostOffer | None] = [offer]
+def _lead(listener: socket.socket, name: str, ranks: int, offer: HostOffer | None, until: float) -> HostShare | None:
+    listener.listen(ranks)
     with contextlib.ExitStack() as stack:
-        connections: list[socket.socket] = []
-        while len(offers) < ranks and (left_s := until - time.monotonic()) > 0:
-            own.settimeout(left_s)
-            with contextlib.suppress(OSError, ValueError):  # the time is up, or who has connected is none of the ranks
-                connection = stack.enter_context(own.accept()[0])
-                _check_peer(connection)
-                connection.settimeout(_HELLO_S)
-                described = _receive(connection)
-                offers.append(None if described is None else _offer(described))
-                connections.append(connection)
-        own.close()
-        if len(offers) < ranks:
+        members: list[tuple[socket.socket, HostOffer | None]] = []
+        while 1 + len(members) < ranks and (left_s := until - time.monotonic()) > 0:
+            listener.settimeout(left_s)
+            with contextlib.suppress(OSError, ValueError):  # the time is up, or what has connected is no rank
+                connection = stack.enter_context(listener.accept()[0])
+                members.append((connection, _received_offer(connection)))
+        listener.close()
+        if 1 + len(members) < ranks:
             log.warning(
                 "only %d of %d ranks have come to load %r together within the time; the others read by themselves",
-                *(len(offers), ranks, name),
+                *(1 + len(members), ranks, name),
             )
-        shares = group(offers)
-        for connection, share in zip(connections, shares[1:], strict=True):
+        shares = group([offer, *(offered for _, offered in members)])
+        for (connection, _), share in zip(members, shares[1:], strict=True):
             with contextlib.suppress(OSError):  # a rank that has ended meanwhile
                 _send(connection, None if share is None else [*_described(share.leader), share.place, share.ranks])
         return shares[0]
+
+
+def _received_offer(connection: socket.socket) -> HostOffer | None:
+    _check_peer(connection)
+    connection.settimeout(_HELLO_S)
+    described = _receive(connection)
+    return None if described is None else _offer(described)
 
 
 def _join(address: bytes, offer: HostOffer | None, until: float) -> HostShare | None:
@@ -136,11 +138,11 @@ def _send(connection: socket.socket, message: list[object] | list[str] | None) -
 
 def _receive(connection: socket.socket) -> list[object] | None:
     (nbytes,) = _LENGTH.unpack(_receive_bytes(connection, _LENGTH.size))
-    if nbytes > _MOST_BYTES:
-        raise ValueError("no message of a meeting")
+    if nbytes > _MAX_MESSAGE_BYTES:
+        raise ValueError("not a message of a meeting")
     message: list[object] | None = json.loads(_receive_bytes(connection, nbytes))
     if message is not None and not isinstance(message, list):
-        raise ValueError("no message of a meeting")
+        raise ValueError("not a message of a meeting")
     return message
 
 
