@@ -52,11 +52,15 @@ class BatchReader:
         uri: ``s3://`` URI of the checkpoint.
         options: Options of the loads.
 
+    Attributes:
+        uri: URI of the checkpoint.
+
     Raises:
         MpreaderError: As for :func:`~mpreader.dcp.load_checkpoint`.
     """
 
     def __init__(self, uri: str | os.PathLike[str], options: LoadOptions) -> None:
+        self.uri = os.fspath(uri)
         self._reader = options.open_reader(uri)
         fs = cast("S3FileSystem", self._reader.fs)
         fs.client = _SteadyClient(options.region, s3client_config=options.s3client_config)

@@ -1,4 +1,4 @@
-"""Parts that both converters use: the result, the size of a batch, and the thread that loads ahead."""
+"""Conversion: the result, the size of a batch, and the thread that loads ahead; for both converters."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Final, TypeVar
 
 from mpreader.config import MiB
 
-__all__ = ["BATCH_BYTES", "Conversion", "cut", "loaded_ahead"]
+__all__ = ["BATCH_BYTES", "Conversion", "loaded_ahead"]
 
-# Two batches are held. A larger tensor is loaded in boxes; the checksum of a stored shard is compared only if it fits.
 BATCH_BYTES: Final = 128 * MiB
-_BLOCK_BYTES: Final = MiB  # of what is read back
+"""Largest size of a batch, of which two are held. A larger tensor is loaded in boxes; the checksum of a stored shard is
+compared only if all of the shard fits into one batch."""
 
 Request = TypeVar("Request")
 Loaded = TypeVar("Loaded")
@@ -24,12 +24,13 @@ class Conversion:
     """Result of a conversion.
 
     Attributes:
-        files: URIs or paths of the files that were written; an index, or ``.metadata``, comes last.
-        nbytes: Bytes that were converted: those of the safetensors files, without their index.
+        files: URIs or paths of the files that were written. The index, or ``.metadata``, comes last.
+        nbytes: Bytes of the safetensors files that were written, headers included; or, of a conversion to DCP, of the
+            tensors in them.
         tensors: Number of tensors.
-        left_out: Names of the items that were left out because they are no tensors.
-        checked_nbytes: Bytes of the source's records whose checksums were compared. safetensors files have none, and
-            those of a shard that is too large to be loaded at once can't be.
+        left_out: Names of the items that were left out because they are not tensors.
+        checked_nbytes: Bytes of the source whose checksums were compared: none of safetensors files, which have no
+            checksums, and none of a shard that is too large to be loaded at once.
         is_verified: True if all files were read back and compared with what was loaded.
     """
 
@@ -42,7 +43,7 @@ class Conversion:
 
 
 def loaded_ahead(load: Callable[[Request], Loaded], requests: Iterable[Request]) -> Generator[Loaded, None, None]:
-    """Yield what ``load`` returns for each request; the next one is loaded meanwhile, by a thread.
+    """Yield what ``load`` returns for each request, in order; a thread loads the next one meanwhile.
 
     Closing the generator waits for the load that is under way.
     """
@@ -54,8 +55,3 @@ def loaded_ahead(load: Callable[[Request], Loaded], requests: Iterable[Request])
                 yield before.result()
         if pending is not None:
             yield pending.result()
-
-
-def cut(start: int, end: int) -> list[tuple[int, int]]:
-    """Return the blocks of a range that is read back, none if it is empty."""
-    return [(at, min(at + _BLOCK_BYTES, end)) for at in range(start, end, _BLOCK_BYTES)]

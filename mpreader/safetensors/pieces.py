@@ -1,7 +1,7 @@
-"""Pieces of tensors: boxes of bounded size whose bytes follow each other, and batches of them.
+"""Pieces of tensors: boxes of bounded size that are contiguous in the file, and batches of them.
 
-The converters move tensors piece by piece, so that their memory does not grow with a tensor. This module computes
-only; it must work without torch.
+The converters move tensors piece by piece, so that their memory does not grow with the size of a tensor. This module is
+pure, and must work without torch.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ __all__ = ["Piece", "batches_of", "pieces_of"]
 
 
 class Piece(NamedTuple):
-    """Box of a tensor whose bytes follow each other in a file.
+    """Box of a tensor that is contiguous in the file.
 
     Attributes:
         name: Name of the tensor.
-        offsets: First element, by dimension.
+        offsets: Index of the first element of the box in the tensor.
         sizes: Shape of the box.
-        start: First byte, counted from the beginning of the tensor.
+        start: First byte, counted from the start of the tensor.
         nbytes: Number of bytes.
     """
 
@@ -39,13 +39,14 @@ def pieces_of(name: str, shape: Sequence[int], itemsize: int, *, max_bytes: int,
         name: Name of the tensor.
         shape: Its shape.
         itemsize: Bytes of an element.
-        max_bytes: Most bytes of a piece, at least those of one element.
-        rows: The first dimension is cut at multiples of this, if so much of it fits into a piece.
+        max_bytes: Largest number of bytes of a piece; at least ``itemsize``.
+        rows: Rows that should stay together: the first dimension is cut at multiples of this number, if so many rows
+            fit into a piece.
     """
     if math.prod(shape) * itemsize <= max_bytes:
         yield Piece(name, (0,) * len(shape), tuple(shape), 0, math.prod(shape) * itemsize)
         return
-    # The dimension that is cut: what lies within one step of it fits.
+    # The first dimension in which a single index fits into a piece is cut; those before it are taken index by index.
     dim = next(dim for dim in range(len(shape)) if math.prod(shape[dim + 1 :]) * itemsize <= max_bytes)
     inner = math.prod(shape[dim + 1 :]) * itemsize
     step = max_bytes // inner
@@ -61,7 +62,7 @@ def pieces_of(name: str, shape: Sequence[int], itemsize: int, *, max_bytes: int,
 
 
 def batches_of(pieces: Iterable[Piece], *, max_bytes: int) -> Iterator[list[Piece]]:
-    """Group pieces, in their order; a batch has at most ``max_bytes``, or a single piece."""
+    """Yield batches of pieces, in their order; a batch has at most ``max_bytes`` bytes, or is a single piece."""
     batch: list[Piece] = []
     nbytes = 0
     for piece in pieces:

@@ -1,4 +1,4 @@
-"""Shards: which tensors of a checkpoint are in which safetensors file, and in which batches a file is written.
+"""Shards: the safetensors files that the tensors of a checkpoint are divided among, and the batches that write a file.
 
 The converter to safetensors uses it. It must not read or write anything.
 """
@@ -25,7 +25,7 @@ _MOST_LISTED: Final = 10
 
 
 class ShardFile(NamedTuple):
-    """A file that is to be written.
+    """Safetensors file that is to be written.
 
     Attributes:
         name: Its name in the target.
@@ -37,25 +37,32 @@ class ShardFile(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Pieces that follow each other in a file, from byte ``start`` of it to ``end``."""
+    """Pieces that follow each other in a file.
+
+    Attributes:
+        file: The file.
+        start: First byte in the file.
+        end: End of the bytes, exclusive.
+        pieces: The pieces, and the first byte of each in the file.
+    """
 
     file: ShardFile
     start: int
     end: int
-    pieces: Sequence[tuple[Piece, int]]  # with the first byte of each in the file
+    pieces: Sequence[tuple[Piece, int]]
 
 
 def dtype_of(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """Return the type that tensors are to be converted to, given itself or by its name.
+    """Return the type that tensors are to be converted to, from the type or its name.
 
     Raises:
-        ConfigError: It is no type of floating point, or can't be stored.
+        ConfigError: It is not a floating point type, or can't be stored.
     """
     if dtype is None:
         return None
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point or NAMES.get(found, "F4") == "F4":
-        raise ConfigError(f"dtype is one of floating point that safetensors files can hold, got {dtype!r}")
+        raise ConfigError(f"dtype is a floating point type that safetensors files can hold, got {dtype!r}")
     return found
 
 
@@ -65,9 +72,9 @@ def specs_of(
     """Return descriptions of the tensors, and the names of the other items.
 
     Args:
-        items: Tensors without memory by name, or None for what is none.
-        dtype: Type that the tensors of usual floating types are converted to.
-        skip_other: True: other items may be there.
+        items: Tensors on the meta device by name; None for an item that is not a tensor.
+        dtype: Type that tensors of the usual floating point types are converted to. None: they are kept.
+        skip_other: True: items that are not tensors are allowed.
 
     Raises:
         PlanError: A safetensors file can't hold an item, or there is no tensor.
@@ -106,7 +113,7 @@ def shard_files(specs: Sequence[TensorSpec], file_name: str | None, max_bytes: i
     Args:
         specs: The tensors.
         file_name: Name of the one file. None: as many as are needed, named as transformers does.
-        max_bytes: Most bytes of the tensors of a file, unless it has only one.
+        max_bytes: Largest number of bytes of the tensors in a file that has several.
     """
     shards: list[list[TensorSpec]] = [[]]
     nbytes = 0
@@ -124,12 +131,12 @@ def shard_files(specs: Sequence[TensorSpec], file_name: str | None, max_bytes: i
 
 
 def batches_of_files(files: Iterable[ShardFile], rows_of: Callable[[str], int]) -> Iterator[Batch]:
-    """Return the batches in which files are written one after the other.
+    """Yield the batches that write files, one after the other.
 
     Args:
         files: The files.
-        rows_of: Returns how many rows of a tensor, by its name, are stored together: their checksum can be compared
-            only if all of them are loaded at once.
+        rows_of: Returns, for the name of a tensor, how many of its rows are stored together: their checksum can be
+            compared only if all of them are loaded at once.
     """
     for file in files:
         position = len(file.header.data)

@@ -1,4 +1,4 @@
-"""Storage writer of a save whose tensors exist only while they are written. The converter to DCP uses it."""
+"""Storage writer of a save whose tensors exist only while each is written. The converter to DCP uses it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["StreamingWriter"]
 
 
 class StreamingWriter(S3StorageWriter):
-    """Storage writer that holds no tensor once it was written; torch's keeps those of a file until it is complete.
+    """Storage writer that drops each tensor once it is written; torch's keeps those of a file until it is complete.
 
     Attributes:
         written: URIs of the objects that were written, or begun.
@@ -38,7 +38,7 @@ class StreamingWriter(S3StorageWriter):
         return self._files.client.s3client_config
 
     def claim(self, *, overwrite: bool) -> None:
-        """Refuse a checkpoint that is there, or delete its ``.metadata``, which would tell of files that are gone.
+        """Refuse an existing checkpoint, or delete its ``.metadata``, which would soon describe files that are gone.
 
         Raises:
             ConfigError: There is a checkpoint, and ``overwrite`` is False.
@@ -51,11 +51,11 @@ class StreamingWriter(S3StorageWriter):
         self.fs.rm_file(uri)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write all items to one file, each when the planner has it."""
+        """Write all items to one file, each as soon as the planner has it."""
         name = f"{plan.storage_data.prefix}0.distcp"
         uri = str(self.fs.concat_path(self.path, name))
         results = []
-        self.written.append(uri)  # now: what is interrupted at its end may be there, or not
+        self.written.append(uri)  # first: an upload that is interrupted at its end may have made the object
         with self.fs.create_stream(uri, "wb") as stream:
             for item in plan.items:
                 start = stream.tell()
@@ -74,7 +74,7 @@ class StreamingWriter(S3StorageWriter):
     def discard(self) -> None:
         """Delete what was written, ``.metadata`` first."""
         for uri in [*reversed(self.written), f"{self._metadata_uri}.tmp"]:
-            with contextlib.suppress(MpreaderError):  # what has failed is already being raised
+            with contextlib.suppress(MpreaderError):  # the first error is already being raised
                 self.fs.rm_file(uri)
 
     def close(self) -> None:

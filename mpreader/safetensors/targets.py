@@ -1,11 +1,11 @@
-"""Targets of a conversion: the directory, or the one file, on S3 or on a disk, that safetensors files are written to.
+"""Targets of a conversion: a directory or a single file, on S3 or on a local disk, that safetensors is written to.
 
-The converter writes file by file, reads each back, and commits. What of it can be seen before::
+The converter writes file after file, reads them back, and commits. What others can see before the commit::
 
     local folder    nothing: the files are written into a hidden folder within it, and renamed by commit()
     S3              each file that is complete; the index, which is written last, is not there
 
-After an error nothing is left of the files that were written. A target must not know what is in the files.
+After an error no file that was written is left. A target must not know what is in the files.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Target(Protocol):
     """Target of a conversion.
 
     Attributes:
-        file_name: Name of the one file; None: the target is a directory, whose files the converter names.
+        file_name: Name of the single file; None: the target is a directory, whose files the converter names.
     """
 
     file_name: str | None
@@ -44,24 +44,24 @@ class Target(Protocol):
         """Return the path or the URI of a file."""
 
     def begin(self, names: Sequence[str], nbytes: int, *, overwrite: bool) -> None:
-        """Prepare for files of these names, and ``nbytes`` of them all.
+        """Prepare for files of these names, of ``nbytes`` bytes together.
 
         Raises:
-            ConfigError: Files are there already, and ``overwrite`` is False; or there is no such place.
-            PlanError: There is too little space.
+            ConfigError: Files are there already, and ``overwrite`` is False; or the place does not exist.
+            PlanError: There is too little space on the disk.
         """
 
     def create(self, name: str) -> contextlib.AbstractContextManager[BinaryIO]:
-        """Open a new file, which is complete when the block ends, and not there if the block raises."""
+        """Open a new file: it is complete when the context ends, and does not exist if the context raises."""
 
     def blocks(self, name: str, ranges: Sequence[tuple[int, int]]) -> Generator[memoryview | bytes, None, None]:
-        """Read ranges of a file that was written, which ascend; a block for each of them."""
+        """Yield the bytes of ascending ranges of a file that was written; each is valid until the next one."""
 
     def commit(self) -> None:
-        """Make the files, and nothing else, the contents of the target."""
+        """Make the files that were written, and no older ones, the contents of the target."""
 
     def discard(self) -> None:
-        """Remove what was written."""
+        """Remove what was written. Raises nothing."""
 
 
 class LocalTarget:
@@ -73,7 +73,7 @@ class LocalTarget:
         self._folder = os.path.dirname(path) if is_file else path
         self.file_name = os.path.basename(path) if is_file else None
         self._staging = os.path.join(self._folder, f".mpreader-{secrets.token_hex(8)}.part")
-        self._is_made = False  # the folder itself, by this conversion
+        self._is_made = False  # the folder itself was made by this conversion
         self._written: list[str] = []
         self._stale: list[str] = []
 
@@ -150,7 +150,7 @@ class S3Target:
     Args:
         uri: Its ``s3://`` URI.
         client: Client that writes, lists and deletes.
-        fetcher: Reads back.
+        fetcher: Fetcher that reads files back.
     """
 
     def __init__(self, uri: str, client: S3Client, fetcher: RangeFetcher) -> None:
@@ -172,17 +172,17 @@ class S3Target:
         return f"s3://{self._bucket}/{self._prefix}{name}"
 
     def begin(self, names: Sequence[str], nbytes: int, *, overwrite: bool) -> None:  # noqa: ARG002  # S3 has room
-        """Look which objects are there; an index that is to be replaced is deleted now."""
+        """Find out which objects are there, and delete an index that is to be replaced."""
         there = self._there()
         _check_there(self.uri(""), there, overwrite=overwrite)
         self._stale = sorted(set(there) - set(names))
-        if INDEX in there:  # or it would name a mixture of old and new files
+        if INDEX in there:  # it would name a mixture of old and new files
             self._client.delete_object(self._bucket, f"{self._prefix}{INDEX}")
 
     @contextlib.contextmanager
     def create(self, name: str) -> Iterator[BinaryIO]:
         """Open a new object."""
-        self._written.append(name)  # now: what is interrupted at its end may be there, or not
+        self._written.append(name)  # first: an upload that is interrupted at its end may have made the object
         with self._client.put_object(self._bucket, f"{self._prefix}{name}") as writer:
             yield cast("BinaryIO", writer)
 
@@ -191,17 +191,17 @@ class S3Target:
         with self._fetcher.stream(self.uri(name), ranges) as stream:
             for _, view in stream:
                 yield view
-                del view  # or its memory would be held until the next one has come
+                del view  # it would hold its memory until the next one has come
 
     def commit(self) -> None:
-        """Delete the files of what was there before."""
+        """Delete the older files that no new one has replaced."""
         for name in self._stale:
             self._client.delete_object(self._bucket, f"{self._prefix}{name}")
 
     def discard(self) -> None:
-        """Delete the objects that were written, also the one in which it was interrupted."""
+        """Delete the objects that were written or begun."""
         for name in self._written:
-            with contextlib.suppress(MpreaderError):  # what has failed is already being raised
+            with contextlib.suppress(MpreaderError):  # the first error is already being raised
                 self._client.delete_object(self._bucket, f"{self._prefix}{name}")
 
     def _there(self) -> list[str]:
