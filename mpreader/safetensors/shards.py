@@ -12,6 +12,7 @@ from typing import Final, NamedTuple
 import torch
 
 from mpreader.errors import ConfigError, PlanError
+from mpreader.formats.safetensors import packed_shape
 from mpreader.formats.safetensors_header import EncodedHeader, TensorSpec, encode_header
 from mpreader.formats.torch_tensors import NAMES, TORCH_DTYPES
 from mpreader.safetensors.conversion import BATCH_BYTES
@@ -149,9 +150,8 @@ def batches_of_files(files: Iterable[ShardFile], rows_of: Callable[[str], int]) 
 def _pieces(file: ShardFile, rows_of: Callable[[str], int]) -> Iterator[Piece]:
     for stored in file.header.tensors:
         dtype = TORCH_DTYPES[stored.dtype]
-        shape = stored.shape if stored.dtype != "F4" else (*stored.shape[:-1], stored.shape[-1] // 2)
         rows = rows_of(stored.name)
-        yield from pieces_of(stored.name, shape, dtype.itemsize, max_bytes=BATCH_BYTES, rows=rows)
+        yield from pieces_of(stored.name, packed_shape(stored), dtype.itemsize, max_bytes=BATCH_BYTES, rows=rows)
 
 
 def _listed(names: Sequence[str]) -> str:
