@@ -15,8 +15,8 @@ from mpreader.errors import ConfigError, PlanError
 from mpreader.fetch.local import path_of
 from mpreader.fetch.safetensors import FileFetcher, StoredFile, fetcher_of, files_of, opened
 from mpreader.safetensors.fill import fill
-from mpreader.safetensors.modules import assign, targets_of
 from mpreader.safetensors.sharing import Host, fill_shared, host_of, taking_part
+from mpreader.safetensors.state import assign, targets_of
 from mpreader.safetensors.wanted import Slices, WantedTensor, check_names, choose, loaded, want_new, want_targets
 
 __all__ = ["load_checkpoint", "load_file"]

@@ -31,8 +31,8 @@ from mpreader.errors import ConfigError
 from mpreader.s3 import S3Writer
 from mpreader.s3.upload import MultipartUpload
 from mpreader.safetensors import dcp_to_safetensors, load_checkpoint, safetensors_to_dcp
-from mpreader.safetensors.conversion import loaded_ahead
-from mpreader.safetensors.targets import LocalTarget, S3Target
+from mpreader.safetensors.conversion.ahead import loaded_ahead
+from mpreader.safetensors.conversion.targets import LocalTarget, S3Target
 from mpreader.testing import S3Server
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -45,7 +45,7 @@ INDEX = "model.safetensors.index.json"
 @pytest.fixture(autouse=True)
 def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("shards", "sources"):
-        monkeypatch.setattr(f"mpreader.safetensors.{module}.BATCH_BYTES", BATCH_BYTES)
+        monkeypatch.setattr(f"mpreader.safetensors.conversion.{module}.BATCH_BYTES", BATCH_BYTES)
 
 
 def some_of(dtype: torch.dtype, *shape: int) -> torch.Tensor:

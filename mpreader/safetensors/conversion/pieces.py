@@ -9,9 +9,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
-__all__ = ["Piece", "batches_of", "pieces_of"]
+from mpreader.config import MiB
+
+__all__ = ["BATCH_BYTES", "Piece", "batches_of", "pieces_of"]
+
+BATCH_BYTES: Final = 128 * MiB
+"""Largest size of a batch, of which two are held. A larger tensor is loaded in boxes; the checksum of a stored shard is
+compared only if all of the shard fits into one batch."""
 
 
 class Piece(NamedTuple):

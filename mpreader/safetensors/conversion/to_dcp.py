@@ -30,10 +30,11 @@ from mpreader.formats.crc import crc32
 from mpreader.formats.safetensors import packed_shape
 from mpreader.formats.torch_tensors import torch_dtype
 from mpreader.ranges import DEFAULT_MAX_GAP_SIZE
-from mpreader.safetensors.conversion import Conversion, loaded_ahead
-from mpreader.safetensors.pieces import Piece
-from mpreader.safetensors.sources import BatchBuffers, Source, bytes_of, source_batches, sources_of
-from mpreader.safetensors.streaming_writer import StreamingWriter
+from mpreader.safetensors.conversion.ahead import loaded_ahead
+from mpreader.safetensors.conversion.pieces import Piece
+from mpreader.safetensors.conversion.result import Conversion
+from mpreader.safetensors.conversion.sources import BatchBuffers, Source, bytes_of, source_batches, sources_of
+from mpreader.safetensors.conversion.streaming_writer import StreamingWriter
 from mpreader.telemetry.progress import Progress, progress_bar
 
 if TYPE_CHECKING:

@@ -7,8 +7,9 @@ other one is written::
     checkpoint ── batch of pieces ──► buffer ──► file                        each piece's CRC is noted
     file ── read back ──► CRCs compared ──► index, which makes the files a checkpoint
 
-This module writes, reads back and compares; :mod:`mpreader.safetensors.shards` decides what is in which file, and
-:mod:`mpreader.safetensors.targets` knows where the files are.
+This module writes, reads back and compares. What is in which file is decided in
+:mod:`mpreader.safetensors.conversion.shards`; where the files are is known to
+:mod:`mpreader.safetensors.conversion.targets`.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ from mpreader.fetch.safetensors import INDEX
 from mpreader.formats.crc import crc32
 from mpreader.formats.torch_tensors import TORCH_DTYPES
 from mpreader.ranges import DEFAULT_MAX_GAP_SIZE
-from mpreader.safetensors.conversion import Conversion, loaded_ahead
-from mpreader.safetensors.pieces import Piece
-from mpreader.safetensors.shards import Batch, ShardFile, batches_of_files, dtype_of, shard_files, specs_of
-from mpreader.safetensors.targets import Target, open_target
+from mpreader.safetensors.conversion.ahead import loaded_ahead
+from mpreader.safetensors.conversion.pieces import Piece
+from mpreader.safetensors.conversion.result import Conversion
+from mpreader.safetensors.conversion.shards import Batch, ShardFile, batches_of_files, dtype_of, shard_files, specs_of
+from mpreader.safetensors.conversion.targets import Target, open_target
 from mpreader.telemetry.progress import Progress, progress_bar
 
 if TYPE_CHECKING:

@@ -15,8 +15,7 @@ from mpreader.errors import ConfigError, PlanError
 from mpreader.formats.safetensors import packed_shape
 from mpreader.formats.safetensors_header import EncodedHeader, TensorSpec, encode_header
 from mpreader.formats.torch_tensors import NAMES, TORCH_DTYPES
-from mpreader.safetensors.conversion import BATCH_BYTES
-from mpreader.safetensors.pieces import Piece, batches_of, pieces_of
+from mpreader.safetensors.conversion.pieces import BATCH_BYTES, Piece, batches_of, pieces_of
 from mpreader.safetensors.wanted import converted
 
 __all__ = ["Batch", "ShardFile", "batches_of_files", "dtype_of", "shard_files", "specs_of"]

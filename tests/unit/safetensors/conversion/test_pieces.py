@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpreader.safetensors.pieces import batches_of, pieces_of
+from mpreader.safetensors.conversion.pieces import batches_of, pieces_of
 
 
 @given(st.lists(st.integers(0, 7), max_size=4), st.integers(1, 40), st.integers(1, 80), st.integers(1, 3))

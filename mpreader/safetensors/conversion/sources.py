@@ -17,8 +17,7 @@ from mpreader.errors import PlanError
 from mpreader.fetch.safetensors import StoredFile
 from mpreader.formats.safetensors import BITS, StoredTensor, packed_shape
 from mpreader.formats.torch_tensors import torch_dtype
-from mpreader.safetensors.conversion import BATCH_BYTES
-from mpreader.safetensors.pieces import Piece, batches_of, pieces_of
+from mpreader.safetensors.conversion.pieces import BATCH_BYTES, Piece, batches_of, pieces_of
 
 __all__ = ["BatchBuffers", "Source", "bytes_of", "source_batches", "sources_of"]
 
