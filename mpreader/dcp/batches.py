@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
     from mpreader.s3.objects import ObjectInfo
 
-__all__ = ["BatchReader", "Box"]
+__all__ = ["BatchReader", "TargetBox"]
 
 
-class Box(NamedTuple):
+class TargetBox(NamedTuple):
     """Box of a stored tensor, and the tensor that it is read into.
 
     Attributes:
@@ -86,7 +86,7 @@ class BatchReader:
             chunks = cast("TensorStorageMetadata", self._metadata.state_dict_metadata[name]).chunks
             return max([1, *(chunk.sizes[0] for chunk in chunks if chunk.sizes)])
 
-    def read(self, boxes: Sequence[Box]) -> None:
+    def read(self, boxes: Sequence[TargetBox]) -> None:
         """Read boxes into their targets; those without elements are passed over.
 
         Raises:
@@ -124,7 +124,7 @@ class BatchReader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _items_of(self, box: Box) -> list[ReadItem]:
+    def _items_of(self, box: TargetBox) -> list[ReadItem]:
         entry = self._metadata.state_dict_metadata[box.name]
         if not isinstance(entry, TensorStorageMetadata):
             raise TypeError(f"{box.name!r} is no tensor")
@@ -141,7 +141,7 @@ class BatchReader:
 class _BoxPlanner(DroppingPlanner):
     """Planner whose targets are those of boxes."""
 
-    def __init__(self, boxes: Iterable[Box]) -> None:
+    def __init__(self, boxes: Iterable[TargetBox]) -> None:
         super().__init__()
         self._targets = {MetadataIndex(box.name, torch.Size(box.offsets)): box.target for box in boxes}
 

@@ -16,7 +16,7 @@ from mpreader.errors import PlanError
 from mpreader.formats.layout import TensorLayout
 from mpreader.formats.safetensors import StoredTensor, packed_shape
 
-__all__ = ["NAMES", "TORCH_DTYPES", "layout_of", "torch_dtype"]
+__all__ = ["DTYPE_NAMES", "TORCH_DTYPES", "layout_of", "torch_dtype"]
 
 _TORCH_NAMES: Final = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "U16": "uint16", "F16": "float16", "BF16": "bfloat16",
@@ -30,7 +30,7 @@ TORCH_DTYPES: Final[Mapping[str, torch.dtype]] = {
 }
 """torch's types by their names in a header; those that this torch has."""
 
-NAMES: Final[Mapping[torch.dtype, str]] = {
+DTYPE_NAMES: Final[Mapping[torch.dtype, str]] = {
     dtype: name for name, dtype in TORCH_DTYPES.items() if not name.startswith("F6_")
 }
 """Names in a header by torch's types; torch's other types can't be stored."""

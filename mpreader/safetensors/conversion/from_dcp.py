@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import torch
 
 from mpreader.config import GiB, MiB
-from mpreader.dcp.batches import BatchReader, Box
+from mpreader.dcp.batches import BatchReader, TargetBox
 from mpreader.dcp.checkpoint import LoadOptions
 from mpreader.errors import ChecksumMismatch, ConfigError
 from mpreader.fetch.safetensors import INDEX
@@ -182,7 +182,7 @@ def _write(files: Sequence[ShardFile], target: Target, source: BatchReader, bar:
     def load(batch: Batch) -> tuple[Batch, memoryview]:
         buffer = next(buffers)[: batch.end - batch.start]
         parts = [(piece, _part(buffer, at - batch.start, piece, dtypes[piece.name])) for piece, at in batch.pieces]
-        source.read([Box(piece.name, piece.offsets, part) for piece, part in parts])
+        source.read([TargetBox(piece.name, piece.offsets, part) for piece, part in parts])
         return batch, buffer.numpy().data
 
     written: dict[str, list[_Written]] = {}

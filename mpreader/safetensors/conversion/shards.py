@@ -14,7 +14,7 @@ import torch
 from mpreader.errors import ConfigError, PlanError
 from mpreader.formats.safetensors import packed_shape
 from mpreader.formats.safetensors_header import EncodedHeader, TensorSpec, encode_header
-from mpreader.formats.torch_tensors import NAMES, TORCH_DTYPES
+from mpreader.formats.torch_tensors import DTYPE_NAMES, TORCH_DTYPES
 from mpreader.safetensors.conversion.pieces import BATCH_BYTES, Piece, batches_of, pieces_of
 from mpreader.safetensors.wanted import converted
 
@@ -61,7 +61,7 @@ def dtype_of(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if dtype is None:
         return None
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point or NAMES.get(found, "F4") == "F4":
+    if not isinstance(found, torch.dtype) or not found.is_floating_point or DTYPE_NAMES.get(found, "F4") == "F4":
         raise ConfigError(f"dtype is a floating point type that safetensors files can hold, got {dtype!r}")
     return found
 
@@ -98,13 +98,17 @@ def specs_of(
 
 def _is_storable(tensor: torch.Tensor) -> bool:
     # Of packed elements a file counts two for one of torch; a shape without dimensions can't say that.
-    return tensor.layout == torch.strided and tensor.dtype in NAMES and (NAMES[tensor.dtype] != "F4" or tensor.ndim > 0)
+    return (
+        tensor.layout == torch.strided
+        and tensor.dtype in DTYPE_NAMES
+        and (DTYPE_NAMES[tensor.dtype] != "F4" or tensor.ndim > 0)
+    )
 
 
 def _spec(name: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> TensorSpec:
-    is_packed = NAMES[tensor.dtype] == "F4"  # two elements of the file are one of torch
+    is_packed = DTYPE_NAMES[tensor.dtype] == "F4"  # two elements of the file are one of torch
     shape = (*tensor.shape[:-1], tensor.shape[-1] * 2) if is_packed else tuple(tensor.shape)
-    return TensorSpec(name, NAMES[converted(tensor.dtype, dtype)], shape)
+    return TensorSpec(name, DTYPE_NAMES[converted(tensor.dtype, dtype)], shape)
 
 
 def shard_files(specs: Sequence[TensorSpec], file_name: str | None, max_bytes: int) -> list[ShardFile]:

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from mpreader.config import MiB
-from mpreader.dcp.batches import BatchReader, Box
+from mpreader.dcp.batches import BatchReader, TargetBox
 from mpreader.dcp.checkpoint import LoadOptions
 from mpreader.errors import ChecksumMismatch, ConfigError, MpreaderError
 from mpreader.fetch.safetensors import FileFetcher, fetcher_of, files_of, opened
@@ -251,7 +251,9 @@ def _verify(reader: BatchReader, sources: Mapping[str, Source], written: Mapping
 
     def load(batch: list[Piece]) -> Loaded:
         tensors = buffers.tensors(batch)
-        reader.read([Box(piece.name, piece.offsets, tensor) for piece, tensor in zip(batch, tensors, strict=True)])
+        reader.read(
+            [TargetBox(piece.name, piece.offsets, tensor) for piece, tensor in zip(batch, tensors, strict=True)]
+        )
         return batch, tensors
 
     with contextlib.closing(loaded_ahead(load, source_batches(sources))) as loaded:

@@ -25,7 +25,7 @@ from mpreader import ChecksumMismatch, ObjectChanged, ObjectMissing, PlanError, 
 from mpreader.config import KiB, MiB
 from mpreader.dcp import MetadataRefused, S3FileSystem, S3StorageReader, S3StorageWriter
 from mpreader.dcp import load_checkpoint as dcp_load_checkpoint
-from mpreader.dcp.batches import BatchReader, Box
+from mpreader.dcp.batches import BatchReader, TargetBox
 from mpreader.dcp.checkpoint import LoadOptions
 from mpreader.errors import ConfigError
 from mpreader.s3 import S3Writer
@@ -34,6 +34,7 @@ from mpreader.safetensors import dcp_to_safetensors, load_checkpoint, safetensor
 from mpreader.safetensors.conversion.ahead import loaded_ahead
 from mpreader.safetensors.conversion.targets import LocalTarget, S3Target
 from mpreader.testing import S3Server
+from tests.integration.safetensors.comparison import assert_same, bits
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -68,17 +69,6 @@ def example() -> dict[str, torch.Tensor]:
         "large": some_of(torch.float32, 300, 130),  # three batches
         "one large row": some_of(torch.uint8, 1, 2, 100_001),
     }
-
-
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
-
-
-def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name
-        assert torch.equal(bits(found[name]), bits(tensor)), name
 
 
 def save_to(uri: str, state: dict[str, Any], **options: Any) -> str:
@@ -282,7 +272,7 @@ def test_damaged_checkpoint_is_noticed_and_removed(
     save_file(example(), tmp_path / "model.safetensors")
     read = BatchReader.read
 
-    def damaged(self: BatchReader, boxes: Sequence[Box]) -> None:
+    def damaged(self: BatchReader, boxes: Sequence[TargetBox]) -> None:
         read(self, boxes)
         for box in boxes:
             bits(box.target)[-1:] ^= 1
@@ -320,18 +310,18 @@ def test_all_batches_are_of_one_version(bucket: str) -> None:
     state = {"a": torch.zeros(10), "b": torch.zeros(10)}
     uri = save_to(f"s3://{bucket}/dcp", state)
     with batch_reader(uri) as reader:
-        reader.read([Box("a", (0,), torch.empty(10)), Box("b", (2,), torch.empty(5))])
+        reader.read([TargetBox("a", (0,), torch.empty(10)), TargetBox("b", (2,), torch.empty(5))])
         with contextlib.closing(S3FileSystem()) as files:
             files.rm_file(f"{uri}/.metadata")
         save_to(uri, {name: tensor + 1 for name, tensor in state.items()})
         with pytest.raises(ObjectChanged):
-            reader.read([Box("a", (0,), torch.empty(10))])
+            reader.read([TargetBox("a", (0,), torch.empty(10))])
 
 
 def test_box_that_is_not_stored_is_refused(bucket: str) -> None:
     uri = save_to(f"s3://{bucket}/dcp", {"a": torch.zeros(10)})
     with batch_reader(uri) as reader, pytest.raises(MetadataRefused, match="where all of 'a' is stored"):
-        reader.read([Box("a", (5,), torch.empty(6))])
+        reader.read([TargetBox("a", (5,), torch.empty(6))])
 
 
 def test_next_batch_is_loaded_ahead_and_no_other_one() -> None:

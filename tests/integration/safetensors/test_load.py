@@ -14,6 +14,7 @@ from mpreader import ObjectMissing, PlanError, PoolConfig
 from mpreader.config import MiB
 from mpreader.formats.torch_tensors import TORCH_DTYPES
 from mpreader.safetensors import HeaderRefused, load_checkpoint, load_file
+from tests.integration.safetensors.comparison import assert_same
 
 POOL = PoolConfig(workers=1, max_memory=8 * MiB)
 
@@ -23,17 +24,6 @@ def put(bucket: str, key: str, body: bytes) -> str:
     client.put_object(Bucket=bucket, Key=key, Body=body)
     client.close()
     return f"s3://{bucket}/{key}"
-
-
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
-
-
-def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name
-        assert torch.equal(bits(found[name]), bits(tensor)), name
 
 
 def some_of(dtype: torch.dtype) -> torch.Tensor:
