@@ -20,13 +20,13 @@ from mpreader.cli.options import BYTES, json_option, progress_option
 from mpreader.cli.output import human_bytes, print_json
 from mpreader.config import format_bytes
 from mpreader.errors import ConfigError
+from mpreader.formats.safetensors_header import DEFAULT_MAX_SHARD_SIZE
 
 __all__ = ["command"]
 
 Format = Literal["torch", "safetensors", "dcp"]
 _SUFFIX: Final = ".safetensors"
 _TORCH_SUFFIXES: Final = (".pt", ".pth", ".bin")
-_MAX_SHARD_SIZE: Final = 5 * 1024**3
 _DTYPES: Final = ("float32", "float16", "bfloat16", "float64")
 # Options that only some formats have, by the name of their argument, with their defaults.
 _FORMATS_OF: Final[dict[str, tuple[Format, ...]]] = {
@@ -64,7 +64,7 @@ class _Request(NamedTuple):
 @click.option(
     "--max-shard-size",
     type=BYTES,
-    help=f"Most bytes of the tensors of one safetensors file.  [default: {format_bytes(_MAX_SHARD_SIZE)}]",
+    help=f"Most bytes of the tensors of one safetensors file.  [default: {format_bytes(DEFAULT_MAX_SHARD_SIZE)}]",
 )
 @click.option("--dtype", type=click.Choice(_DTYPES), help="Convert float tensors to this type, for safetensors.")
 @progress_option
@@ -187,7 +187,7 @@ def _to_other(kind: Format, request: _Request) -> dict[str, Any]:
         done = safetensors_to_dcp(request.uri, request.target, **arguments)
     else:
         if arguments["max_shard_size"] is None:
-            arguments["max_shard_size"] = _MAX_SHARD_SIZE
+            arguments["max_shard_size"] = DEFAULT_MAX_SHARD_SIZE
         done = dcp_to_safetensors(request.uri, request.target, **arguments)
     return {
         "uri": request.uri,

@@ -1,4 +1,4 @@
-"""Encoder of the header of a safetensors file, and the order of its tensors. It must work without torch.
+"""Encoder of the header of a safetensors file; it also decides the order of the tensors. It must work without torch.
 
 The converter writes files with it; :mod:`mpreader.formats.safetensors` reads what it makes. The bytes are those that
 the safetensors library (0.8) writes for the same tensors.
@@ -11,15 +11,19 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
+from mpreader.config import GiB
 from mpreader.errors import PlanError
 from mpreader.formats.safetensors import BITS, LENGTH_BYTES, MAX_HEADER_BYTES, StoredTensor
 
-__all__ = ["EncodedHeader", "TensorSpec", "encode_header"]
+__all__ = ["DEFAULT_MAX_SHARD_SIZE", "EncodedHeader", "TensorSpec", "encode_header"]
+
+DEFAULT_MAX_SHARD_SIZE: Final = 5 * GiB
+"""Largest number of bytes of the tensors in one file of several, unless the user chooses another one."""
 
 _METADATA: Final = "__metadata__"
 _ALIGNMENT: Final = 8  # of the first tensor
-# Types of large elements come first, so that each tensor is aligned for its type. Which of two types of the same size
-# comes first is of no account; it is the library's order.
+# Types of large elements come first, so that each tensor is aligned for its type. Types of the same size are in the
+# order of the library, so that the bytes are the same.
 _RANKS: Final = {dtype: rank for rank, dtype in enumerate(["BOOL", *(name for name in BITS if name != "BOOL")])}
 
 
@@ -64,7 +68,7 @@ def encode_header(tensors: Iterable[TensorSpec], metadata: Mapping[str, str] | N
 
     Args:
         tensors: The tensors, in any order.
-        metadata: Texts to add.
+        metadata: Strings to add, by name.
 
     Raises:
         PlanError: No file can hold these tensors: two have the same name, a name can't be written, or the header would

@@ -23,12 +23,13 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 
-from mpreader.config import GiB, MiB
+from mpreader.config import MiB
 from mpreader.dcp.batches import BatchReader, TargetBox
 from mpreader.dcp.checkpoint import LoadOptions
 from mpreader.errors import ChecksumMismatch, ConfigError
 from mpreader.fetch.safetensors import INDEX
 from mpreader.formats.crc import crc32
+from mpreader.formats.safetensors_header import DEFAULT_MAX_SHARD_SIZE
 from mpreader.formats.torch_tensors import TORCH_DTYPES
 from mpreader.ranges import DEFAULT_MAX_GAP_SIZE
 from mpreader.safetensors.conversion.ahead import loaded_ahead
@@ -41,9 +42,8 @@ from mpreader.telemetry.progress import Progress, progress_bar
 if TYPE_CHECKING:
     from mpreader.config import PoolConfig, S3ClientConfig
 
-__all__ = ["DEFAULT_MAX_SHARD_SIZE", "dcp_to_safetensors"]
+__all__ = ["dcp_to_safetensors"]
 
-DEFAULT_MAX_SHARD_SIZE: Final = 5 * GiB
 _BLOCK_BYTES: Final = MiB  # of what is read back
 
 
