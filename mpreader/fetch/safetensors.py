@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 from urllib.parse import quote
 
 from mpreader.collector import collector_paused
-from mpreader.config import PoolConfig, S3ClientConfig
+from mpreader.config import KiB, PoolConfig, S3ClientConfig
 from mpreader.errors import ConfigError, ObjectMissing, PlanError
 from mpreader.fetch.fetcher import RangeFetcher, SharedPoolFetcher
 from mpreader.fetch.local import LocalFetcher, path_of
@@ -31,18 +31,18 @@ FileFetcher = RangeFetcher | LocalFetcher
 INDEX: Final = "model.safetensors.index.json"
 SUFFIX: Final = ".safetensors"
 _ONLY: Final = "model.safetensors"
-# Most headers are shorter, so that one request brings them; what comes behind them costs less than another request.
-_FIRST_BYTES: Final = 256 * 1024
+# Most headers are shorter, so that one request brings them; the bytes behind them cost less than another request.
+_FIRST_BYTES: Final = 256 * KiB
 
 
 class StoredFile(NamedTuple):
-    """A file whose header was read; all that is read of it is of the same version.
+    """File whose header was read. Whatever else is read of it is of the same version.
 
     Attributes:
-        uri: Its URI.
-        source: Name of that version, for the fetcher.
-        version: That version.
-        header: Its header.
+        uri: URI or path of the file.
+        source: Name of this version of the file, for the methods of the fetcher.
+        version: The version.
+        header: The header.
     """
 
     uri: str
@@ -59,17 +59,17 @@ def fetcher_of(
     *,
     for_host: bool = False,
 ) -> FileFetcher:
-    """Make what reads a URI: a fetcher on the shared pool of the process, or one of local files. The caller closes it.
+    """Make the fetcher for a URI: one on the shared pool of the process, or one of local files. The caller closes it.
 
     Args:
         uri: ``s3://…``, an http(s) URL, ``file://…``, or a path.
         s3client_config: Settings of the S3 client.
         pool_config: Settings of the worker pool.
-        headers: Further headers for web servers.
+        headers: HTTP headers to add to requests to a web server.
         for_host: True: the pool is the one that receives for all ranks of this host.
 
     Raises:
-        ConfigError: It is none of these, or a setting is wrong.
+        ConfigError: The URI is none of these, there are headers but no web server, or a setting is wrong.
     """
     scheme = _scheme_of(uri)
     if headers and scheme not in ("http", "https"):
@@ -85,14 +85,16 @@ def files_of(fetcher: FileFetcher, uri: str, names: Collection[str] | None = Non
     """Return the URIs of the files of a checkpoint.
 
     Args:
-        fetcher: What reads it.
-        uri: URI of a file, which ends with ``.safetensors``, or of a directory. In a directory on a web server, which
-            can't be listed, there must be an index or one file ``model.safetensors``.
-        names: Names of the tensors that are wanted: files that the index says to have none of them are left out.
+        fetcher: Fetcher that reads the checkpoint.
+        uri: URI of a file, which ends with ``.safetensors``, or of a directory. A directory on a web server, which
+            can't be listed, must have an index or one file ``model.safetensors``.
+        names: Names of the tensors that are wanted: files that have none of them, according to the index, are left out.
+            None: all tensors.
 
     Raises:
-        ObjectMissing: There are none.
+        ObjectMissing: There is no safetensors file in the directory.
         PlanError: The index is damaged, or names a file outside of its directory.
+        TransportError: The index can't be read, or the directory can't be listed.
     """
     uri = path_of(uri)
     directory, query = uri, ""
@@ -111,7 +113,7 @@ def files_of(fetcher: FileFetcher, uri: str, names: Collection[str] | None = Non
             return [f"{directory}/{_ONLY}{query}"]
         return _listed(fetcher, directory)
     files = _names_in(index, f"{directory}/{INDEX}", names)
-    if is_url:  # where "?" and "%2e" would be more than letters of a name
+    if is_url:  # in a URL "?" and "%2e" would not be taken for parts of a name
         files = [quote(name) for name in files]
     return [f"{directory}/{name}{query}" for name in files]
 
@@ -146,19 +148,19 @@ def _names_in(index: bytes, uri: str, wanted: Collection[str] | None) -> list[st
     for name in files.values():
         if not _is_inside(name):
             raise PlanError(f"{uri} names {name!r}, which is no file of this directory")
-    # Where a name is not there, all headers are read: the error tells of a tensor that is in none of them.
+    # If the index lacks a name, all headers are read, so that the error can say that no file has the tensor.
     if wanted is not None and all(name in files for name in wanted):
         files = {name: files[name] for name in wanted}
     return sorted(set(files.values()))
 
 
 def _is_inside(name: object) -> bool:
-    """Return whether a name is that of a file in a directory, or in one below it."""
+    """Return True if a name of the index is that of a safetensors file in the directory, or in one below it."""
     if not isinstance(name, str) or not name.endswith(SUFFIX) or name.startswith("/") or ".." in name.split("/"):
         return False
     try:
         return b"\0" not in name.encode("utf-8")
-    except UnicodeEncodeError:  # JSON can name half of a character, which no file has in its name
+    except UnicodeEncodeError:  # JSON can have half of a surrogate pair, which no name of a file has
         return False
 
 
@@ -176,16 +178,18 @@ def _listed(fetcher: FileFetcher, directory: str) -> list[str]:
 
 @contextlib.contextmanager
 def opened(fetcher: FileFetcher, uris: Sequence[str], *, has_pieces: bool = False) -> Iterator[list[StoredFile]]:
-    """Read the headers of files, at the same time; while the context is entered, they can be read.
+    """Read the headers of files, all at the same time; within the context the fetcher reads the same versions of them.
 
     Args:
-        fetcher: Reads the files.
+        fetcher: Fetcher that reads the files.
         uris: URIs of the files.
-        has_pieces: True: files may have tensors of the same name, as those do whose tensors were saved in pieces.
+        has_pieces: True: several files may have a tensor of the same name, of which each has a piece.
 
     Raises:
         HeaderRefused: A header is damaged; the error names the file.
-        PlanError: Two files have a tensor of the same name.
+        PlanError: Two files have a tensor of the same name, and ``has_pieces`` is False.
+        ObjectMissing: There is no such file.
+        TransportError: A header can't be read.
     """
     versions = fetcher.stat_many(uris)
     sizes = {uri: version.size for uri, version in versions.items()}
@@ -210,7 +214,7 @@ def opened(fetcher: FileFetcher, uris: Sequence[str], *, has_pieces: bool = Fals
 
 
 def header_pieces(end: int, nbytes: int, piece_bytes: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Return the ranges by which :func:`opened` reads a header: its first bytes, and what is left of it then.
+    """Return the ranges in which :func:`opened` reads a header: those of the first request, and those of what is left.
 
     Args:
         end: Where the header ends.
@@ -224,7 +228,7 @@ def header_pieces(end: int, nbytes: int, piece_bytes: int) -> tuple[list[tuple[i
 def _fetched(
     fetcher: FileFetcher, names: Mapping[str, str], ranges: Mapping[str, tuple[int, int]]
 ) -> dict[str, bytearray]:
-    """Returns a range of each file, which may be empty. All of them may be more than shared memory has room for."""
+    """Returns the bytes of a range of each file; ranges may be empty, and together larger than shared memory."""
     received = {name: bytearray() for name in names.values()}
     pieces = {names[uri]: list(_pieces(*extent, fetcher.part_size)) for uri, extent in ranges.items()}
     pieces = {name: of_file for name, of_file in pieces.items() if of_file}
@@ -232,12 +236,12 @@ def _fetched(
         with contextlib.closing(fetcher.stream_many(pieces)) as stream:
             for name, _, view in stream:
                 received[name] += view
-                del view  # before the next one is waited for
+                del view  # it would hold its memory while the next one is waited for
     return {uri: received[name] for uri, name in names.items()}
 
 
 def _pieces(start: int, end: int, nbytes: int) -> Iterator[tuple[int, int]]:
-    """Yields a range in ranges of at most so many bytes."""
+    """Yields a range in pieces of at most ``nbytes`` bytes."""
     return ((at, min(end, at + nbytes)) for at in range(start, end, nbytes))
 
 

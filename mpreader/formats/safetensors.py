@@ -1,14 +1,14 @@
-"""The header of a safetensors file: what it says, once all of it was checked.
+"""Decoder of the header of a safetensors file. Everything in it is checked before it is returned.
 
-A file is a length, a header in JSON, and the bytes of the tensors, one behind the other::
+A file is a length, a header in JSON, and the bytes of the tensors, one after the other::
 
     8 bytes    number of bytes of the header, little-endian
     header     {"__metadata__": {"name": "text", …}, "tensor": {"dtype": "F32", "shape": […], "data_offsets": […]}, …}
     data       all of it belongs to some tensor: there are no holes, and no byte belongs to two
 
-Nothing in a header is believed before it was checked, and nothing is allocated from its numbers here. The rules are
-those of the safetensors library (0.8). It takes two kinds of headers that are refused here: those with a name that is
-there twice, of which it takes the last, and those that describe a tensor by a list, or its type by an object.
+Nothing is allocated here from the numbers of a header. The rules are those of the safetensors library (0.8), except for
+two kinds of headers, which it accepts and this module refuses: those that have a name twice, of which the library takes
+the last one, and those that describe a tensor by a list, or its type by an object.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ class HeaderRefused(PlanError):
 
 
 class StoredTensor(NamedTuple):
-    """A tensor of a file.
+    """Tensor of a file, as the header describes it.
 
     Attributes:
         name: Its name.
         dtype: Name of the type of its elements, a key of :data:`BITS`.
         shape: Its shape, in elements.
         start: First byte in the file.
-        end: Byte behind the last one.
+        end: End of its bytes in the file, exclusive.
     """
 
     name: str
@@ -74,11 +74,11 @@ class StoredTensor(NamedTuple):
 
 
 class Header(NamedTuple):
-    """What a header says.
+    """Decoded header of a file.
 
     Attributes:
         tensors: The tensors by their names, in the order of their bytes.
-        metadata: Texts that the writer has added.
+        metadata: Strings that the writer has added, by name.
     """
 
     tensors: Mapping[str, StoredTensor]
@@ -88,8 +88,8 @@ class Header(NamedTuple):
 def packed_shape(stored: StoredTensor) -> tuple[int, ...]:
     """Return the shape of a tensor as torch has it.
 
-    Of elements that are less than a byte, the last dimension counts bytes; where rows don't end at a byte, the tensor
-    has one dimension, of its bytes.
+    Where elements are smaller than a byte, the last dimension counts bytes; if rows don't end at a byte, the tensor has
+    one dimension, which counts all of its bytes.
     """
     bits = BITS[stored.dtype]
     if bits >= 8:

@@ -1,7 +1,7 @@
-"""Tensors of safetensors files as torch sees them: types and shapes.
+"""Types and layouts that torch gives the tensors of safetensors files.
 
-Elements of less than a byte are packed. Two of ``F4`` are one element of torch, whose shape is that much shorter. torch
-has no type for ``F6``: its bytes are handed out as they are, as ``uint8``.
+Elements smaller than a byte are packed. Two of ``F4`` are one element of torch, so that the last dimension is half as
+long. torch has no type for ``F6``: its bytes are returned as they are, as ``uint8``.
 """
 
 from __future__ import annotations
