@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -18,9 +19,13 @@ from mpreader.safetensors.prefault import Prefault
 from mpreader.safetensors.wanted import WantedTensor
 from mpreader.telemetry.progress import Progress, progress_bar
 
-__all__ = ["fill"]
+__all__ = ["fill", "filled"]
 
 _Pieces = Iterator[tuple[str, int, memoryview]]
+
+
+def _as_it_is(tensor: WantedTensor) -> WantedTensor:
+    return tensor
 
 
 def fill(fetcher: FileFetcher, wanted: Sequence[WantedTensor], *, progress: bool | None) -> None:
@@ -36,23 +41,42 @@ def fill(fetcher: FileFetcher, wanted: Sequence[WantedTensor], *, progress: bool
         PoolError: The worker pool has failed; the error names the tensor.
         ArenaError: Shared memory is used up; the error names the tensor.
     """
+    targets = [tensor.target for tensor in wanted]
+    with Prefault(targets):
+        deque(filled(fetcher, wanted, progress=progress), maxlen=0)
+
+
+def filled(
+    fetcher: FileFetcher,
+    wanted: Sequence[WantedTensor],
+    *,
+    progress: bool | None = False,
+    make: Callable[[WantedTensor], WantedTensor] = _as_it_is,
+) -> Generator[WantedTensor, None, None]:
+    """Yield each tensor when it is loaded, while the bytes of the next ones are received.
+
+    Args:
+        fetcher: As for :func:`fill`; so is ``wanted``, and so are the errors.
+        wanted: The tensors.
+        progress: As for :func:`fill`.
+        make: Gives a tensor its target when it is its turn; until then it may have one on ``meta``.
+    """
     with collector_paused():
         boxes = [_box_of(tensor) for tensor in wanted]
         runs, gap = plan_boxes(boxes)
         ranges = cut_runs(boxes, runs, fetcher.part_size)
     nbytes = sum(end - start for of_file in ranges.values() for start, end in of_file)
-    if not nbytes:
-        return
     stream = fetcher.stream_many(ranges, order="offset", max_gap_size=gap)
-    targets = (tensor.target for tensor in wanted)
-    with closing(stream), Prefault(targets), progress_bar(nbytes, "load", show=progress) as bar:
+    with closing(stream), progress_bar(nbytes, "load", show=progress) as bar:
         received = _Received(stream, ranges, bar)
-        for tensor in wanted:
-            received.begin(tensor)
+        for planned in wanted:
+            received.begin(planned)
+            tensor = make(planned)
             try:
                 _copy(received, tensor)
             except (TransportError, PoolError, ArenaError) as error:
                 raise error.needed_for(tensor.stored.name) from error.__cause__
+            yield tensor
 
 
 def _copy(received: _Received, tensor: WantedTensor) -> None:

@@ -6,6 +6,7 @@ Nothing large is made, whatever numbers a file names.
 from __future__ import annotations
 
 import copy
+import io
 import json
 import os
 import tracemalloc
@@ -137,6 +138,15 @@ class Served:
 
     def fetch_object(self, uri: str) -> bytes:
         return self._index
+
+    def start(self) -> None:
+        """Start nothing."""
+
+    def client(self) -> Served:
+        return self
+
+    def get_object(self, bucket: str, key: str) -> io.BytesIO:
+        return io.BytesIO(self._index)
 
 
 def files_in(directory: str, index: object) -> list[str] | None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import boto3
 import pytest
 import torch
 from safetensors.torch import save
 
-from mpreader import ObjectMissing, PlanError, PoolConfig
+from mpreader import ObjectMissing, PlanError, PoolClosed, PoolConfig
 from mpreader.config import MiB
 from mpreader.formats.torch_tensors import TORCH_DTYPES
-from mpreader.safetensors import HeaderRefused, load_checkpoint, load_file
+from mpreader.safetensors import HeaderRefused, load_checkpoint, load_file, safe_open
 from tests.integration.safetensors.comparison import assert_same
+
+if TYPE_CHECKING:
+    from mpreader.testing import S3Server
 
 POOL = PoolConfig(workers=1, max_memory=8 * MiB)
 
@@ -83,3 +86,19 @@ def test_errors_name_what_is_wrong(bucket: str) -> None:
     put(bucket, "bad/model.safetensors.index.json", b'{"weight_map": {"a": "../a.safetensors"}}')
     with pytest.raises(PlanError, match="no file of this directory"):
         load_checkpoint(f"s3://{bucket}/bad", pool_config=POOL)
+
+
+def test_tensors_that_are_asked_for_in_order_are_read_ahead(bucket: str, s3_server: S3Server) -> None:
+    tensors = {f"{number:03}": torch.full((1000,), number) for number in range(300)}
+    uri = put(bucket, "many.safetensors", save(tensors))
+    with safe_open(uri, pool_config=POOL) as file:
+        before = len(s3_server.requests)
+        assert all(torch.equal(file.get_tensor(name), tensors[name]) for name in sorted(tensors))
+        assert len(s3_server.requests) - before < 10
+        assert torch.equal(file.get_tensor("123"), tensors["123"])
+        assert torch.equal(file.get_slice("124")[5:7], tensors["124"][5:7])
+        assert torch.equal(file.get_tensor("124"), tensors["124"])  # the rest is read ahead, and nobody takes it
+    with pytest.raises(PoolClosed, match=f"{uri} was closed; open it again"):
+        file.get_tensor("125")
+    dropped = safe_open(uri, pool_config=POOL)
+    assert [int(dropped.get_tensor(name)[0]) for name in ("000", "001")] == [0, 1]
