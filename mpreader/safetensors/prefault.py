@@ -41,7 +41,10 @@ class Prefault:
         self._extents = [
             (tensor.data_ptr(), tensor.nbytes)
             for tensor in tensors
-            if tensor.nbytes >= _LEAST_BYTES and tensor.is_cpu and tensor.is_contiguous()
+            if type(tensor) is torch.Tensor
+            and tensor.is_cpu
+            and tensor.is_contiguous()
+            and tensor.nbytes >= _LEAST_BYTES
         ]
         self._is_over = False
         self._thread: threading.Thread | None = None
