@@ -55,7 +55,7 @@ class LocalFetcher:
 
     def __init__(self) -> None:
         self._opened: dict[str, int] = {}  # descriptors of the pinned files, by path
-        self._threads = ThreadPoolExecutor(_THREADS, "mpreader-local")
+        self._start_threads()
 
     def list_files(self, directory: str) -> list[str]:
         """Return the paths of the files in a directory, sorted.
@@ -120,6 +120,8 @@ class LocalFetcher:
             for source, ranges in ranges_by_source.items()
             for index, (start, end) in enumerate(ranges)
         ]
+        if os.getpid() != self._pid:  # a fork has left the threads behind
+            self._start_threads()
         ahead = [self._threads.submit(self._read, source, extent) for source, _, extent in wanted[:_AHEAD]]
         try:
             for number, (source, index, _extent) in enumerate(wanted):
@@ -141,6 +143,9 @@ class LocalFetcher:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _start_threads(self) -> None:
+        self._threads, self._pid = ThreadPoolExecutor(_THREADS, "mpreader-local"), os.getpid()
 
     def _read(self, path: str, extent: ItemRange) -> memoryview:
         # A bytearray would be filled with zeros first.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from mpreader.config import PoolConfig, S3ClientConfig
-from mpreader.errors import ConfigError, PoolClosed
+from mpreader.errors import ConfigError, PoolClosed, TransportError
 from mpreader.fetch.local import path_of
 from mpreader.fetch.safetensors import FileFetcher, StoredFile, fetcher_of, files_of, opened
 from mpreader.formats.safetensors import StoredTensor
@@ -67,6 +67,7 @@ class safe_open:  # noqa: N801  # the name that it has in the safetensors packag
         if framework not in _FRAMEWORKS:
             raise ConfigError(f'framework is "pt" (torch), got {framework!r}')
         self._device = device
+        self._pid = os.getpid()
         self._uri = uri = path_of(uri)
         self._next_place = -1  # that of the tensor behind the last one that was loaded; see _places
         self._ahead: Generator[WantedTensor, None, None] | None = None  # what is read ahead from there on
@@ -106,6 +107,9 @@ class safe_open:  # noqa: N801  # the name that it has in the safetensors packag
             ArenaError: Shared memory is used up.
         """
         place = self._place_of(name)
+        if os.getpid() != self._pid:  # what was begun before a fork can't go on behind it
+            self._pid = os.getpid()
+            self._end_ahead()
         if place != self._next_place:
             self._end_ahead()
         elif self._ahead is None:
@@ -140,7 +144,8 @@ class safe_open:  # noqa: N801  # the name that it has in the safetensors packag
 
     def __del__(self) -> None:
         if hasattr(self, "_stack"):
-            self.close()
+            with contextlib.suppress(TransportError):  # a local file has changed; here nobody can be told
+                self.close()
 
     def _place_of(self, name: str) -> int:
         if self._is_closed:

@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple, get_args
 
+import numpy as np
 import torch
 
 from mpreader.config import PoolConfig, S3ClientConfig
@@ -209,7 +210,8 @@ class TensorStream:
 
     def __del__(self) -> None:
         if hasattr(self, "_stack"):
-            self._stack.close()
+            with contextlib.suppress(TransportError):  # a local file has changed; here nobody can be told
+                self._stack.close()
 
     def _made(self, source: str, index: int, view: memoryview) -> tuple[str, torch.Tensor] | None:
         """Return the tensor that a range completes, with its name; None if it completes none."""
@@ -230,13 +232,24 @@ class TensorStream:
         flat = torch.frombuffer(view, dtype=torch.uint8)
         # A header of an odd length puts elements where they are not aligned.
         if flat.data_ptr() % one.layout.dtype.itemsize or not HELD_SLOTS.try_hold(view, self._max_held_bytes):
-            flat = flat.clone()
+            flat = _copied(view)
         return flat.view(one.layout.dtype).view(one.layout.size)
 
 
 def _new(one: _Streamed) -> torch.Tensor:
     with unfilled_memory():
         return torch.empty(one.layout.size, dtype=one.dtype, device=one.device)
+
+
+def _copied(view: memoryview) -> torch.Tensor:
+    """Return the bytes in memory of their own.
+
+    numpy copies them, since torch may do it by threads, which don't survive a fork of the program.
+    """
+    with unfilled_memory():
+        flat = torch.empty(len(view), dtype=torch.uint8, device="cpu")
+    np.copyto(flat.numpy(), np.frombuffer(view, np.uint8))
+    return flat
 
 
 def _copy_piece(one: _Streamed, target: torch.Tensor, start: int, view: memoryview) -> None:

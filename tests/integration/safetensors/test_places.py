@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import json
 import logging
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,10 +20,37 @@ from mpreader import AccessDenied, ConfigError, ObjectChanged, ObjectMissing, Po
 from mpreader.config import MiB
 from mpreader.safetensors import load_checkpoint, load_file, safe_open, stream
 from mpreader.testing import Fault, FaultKind, FaultServer
+from tests.integration.dcp.test_sharded_jobs import PRELOAD
+from tests.integration.warm_interpreter import WarmInterpreter
 
 POOL = PoolConfig(workers=1, max_memory=8 * MiB)
 TENSORS = {"a": torch.randn(300, 40), "b": torch.arange(9), "large": torch.arange(3.0 * MiB)}
 TOKEN = {"Authorization": "Bearer hf_secret"}
+
+FORKING = """
+import os, signal, sys
+from mpreader import PoolConfig
+from mpreader.safetensors import safe_open, stream
+from safetensors.numpy import load_file
+
+expected = load_file(sys.argv[1])
+pool = PoolConfig(workers=1, max_memory=8 * 2**20)
+
+def is_right(name, tensor):
+    return (tensor.numpy() == expected[name]).all()  # torch may compare by threads
+
+with safe_open(sys.argv[2], pool_config=pool) as file:
+    first, second, *others = file.offset_keys()
+    assert is_right(first, file.get_tensor(first)) and is_right(second, file.get_tensor(second))  # now it reads ahead
+    pid = os.fork()
+    if not pid:
+        signal.alarm(30)
+        right = all(is_right(name, file.get_tensor(name)) for name in others)
+        right &= all(is_right(*one) for one in list(stream(sys.argv[2], pool_config=pool)))
+        os._exit(0 if right else 1)
+    assert not os.waitpid(pid, 0)[1]
+    assert all(is_right(name, file.get_tensor(name)) for name in others)
+"""
 
 
 def assert_same(found: dict[str, torch.Tensor]) -> None:
@@ -112,11 +140,29 @@ def test_local_files_are_loaded_by_the_same_names(tmp_path: Path) -> None:
         assert_same(load_file(uri))
     assert_same(load_checkpoint(str(tmp_path)))
     assert_same(load_checkpoint(f"{tmp_path}/"))
-    assert_same(dict(stream(str(tmp_path))))
+    assert_same(dict(stream(tmp_path)))
+    assert_same(load_checkpoint(tmp_path))
+    with pytest.raises(ConfigError, match=r"or a pathlib\.Path, got b'x'"):
+        load_file(b"x")  # type: ignore[arg-type]
     with pytest.raises(ObjectMissing, match=r"none\.safetensors: there is no such file"):
         load_file(f"{tmp_path}/none.safetensors")
     with pytest.raises(ObjectMissing, match="there is no such file or directory"):
         load_checkpoint(f"{tmp_path}/none")
+
+
+@pytest.mark.row("fork of the program after use")
+def test_opened_file_is_read_on_by_a_forked_child(
+    tmp_path: Path, bucket: str, warm_interpreter: WarmInterpreter
+) -> None:
+    save_file(TENSORS, tmp_path / "a.safetensors")
+    client = boto3.client("s3")
+    client.put_object(Bucket=bucket, Key="a.safetensors", Body=save(TENSORS))
+    client.close()
+    script = tmp_path / "script.py"
+    script.write_text(FORKING)
+    for uri in (tmp_path / "a.safetensors", f"s3://{bucket}/a.safetensors"):
+        done = warm_interpreter.run(script, tmp_path / "a.safetensors", uri, preload=PRELOAD)
+        assert (done.returncode, done.stderr) == (0, ""), uri
 
 
 @pytest.mark.row("object overwritten between GETs")
@@ -130,6 +176,11 @@ def test_file_that_changes_is_never_mixed(tmp_path: Path, bucket: str) -> None:
         file.get_tensor("large")
     with pytest.raises(ObjectChanged, match="has changed while it was read"):
         file.close()
+    for opened in (safe_open, stream):
+        save_file(TENSORS, path)
+        dropped = opened(path)
+        os.utime(path, (0, 0))
+        del dropped  # no warning: there is nobody whom it could tell
 
     client = boto3.client("s3")
     uri = f"s3://{bucket}/a.safetensors"

@@ -43,6 +43,17 @@ def put(case):
         client.put_object(Bucket=bucket, Key=f"{folder_of_job}/{case}/{number}.safetensors", Body=save(some))
     client.close()
 
+def put_folders():
+    client, weights = boto3.client("s3"), {}
+    for name, folder_of_file in {"weight0": "a", "weight1": "b", "scalar": "b/c"}.items():
+        # Files of the same name, in folders of their own.
+        key = f"{folder_of_job}/folders/{folder_of_file}/x.safetensors"
+        client.put_object(Bucket=bucket, Key=key, Body=save({name: TENSORS[name]}))
+        weights[name] = f"{folder_of_file}/x.safetensors"
+    index = json.dumps({"weight_map": weights})
+    client.put_object(Bucket=bucket, Key=f"{folder_of_job}/folders/model.safetensors.index.json", Body=index)
+    client.close()
+
 def check(found, expected):
     assert found.keys() == expected.keys(), (found.keys(), expected.keys())
     for name, tensor in expected.items():
@@ -63,6 +74,8 @@ def all_cases():
     check(load("columns", rank, share_host=True, slices=columns), sharded(rank, 1))
     names = ["weight0"] if rank == 2 else []
     check(load("some", rank, share_host=True, names=names), {name: TENSORS[name] for name in names})
+    names = [["weight0", "weight1"], ["weight1", "scalar"], [], ["scalar", "weight0"]][rank]
+    check(load("folders", rank, share_host=True, names=names), {name: TENSORS[name] for name in names})
     mesh = init_device_mesh("cpu", (4,))
     out = {name: DTensor.from_local(torch.zeros(512, 256), mesh, [Shard(0)]) for name in rows_of(rank)}
     load("dtensors", rank, share_host=True, out=out)
@@ -99,6 +112,7 @@ def run_by_name():
 
 for case in ("whole", "rows", "columns", "some", "dtensors", "error", "named", "alone"):
     put(case)
+put_folders()
 run_job(4, all_cases)
 run_by_name()
 """

@@ -10,9 +10,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.two_tensor import TwoTensor
 
 from mpreader import ConfigError, PlanError
-from mpreader.safetensors import load_file, safe_open
+from mpreader.safetensors import load_checkpoint, load_file, safe_open
 from tests.integration.safetensors.comparison import bits
 
 torch.manual_seed(0)
@@ -133,6 +135,36 @@ def test_module_is_filled_or_made(tmp_path: Path, device: str) -> None:
         load_file(str(tmp_path / "m.safetensors"), out=torch.nn.Linear(2, 2))
 
 
+def test_subclass_on_meta_is_made_as_a_whole(tmp_path: Path) -> None:
+    module = torch.nn.Linear(32, 48, bias=False)
+    pair: Any = TwoTensor
+    module.weight = torch.nn.Parameter(pair(*[torch.empty(48, 32, device="meta") for _ in range(2)]))
+    save_file({"weight": TENSORS["matrix"]}, tmp_path / "m.safetensors")
+    load_file(tmp_path / "m.safetensors", out=module)
+    made: Any = module.weight
+    assert type(made) is TwoTensor
+    assert torch.equal(made.a, TENSORS["matrix"])
+    assert torch.equal(made.b, TENSORS["matrix"])
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (torch.zeros(48, 32).to_sparse(), "sparse"),
+        (torch.zeros(48, 1).expand(48, 32), "share memory"),
+        (torch.nn.parameter.UninitializedParameter(), "no shape yet"),
+    ],
+)
+def test_tensors_that_cannot_be_filled_are_refused(path: str, target: torch.Tensor, message: str) -> None:
+    with pytest.raises(PlanError, match=rf"'matrix' can't be loaded into .*{message}"):
+        load_file(path, out={"matrix": target})
+
+
+def test_mode_that_makes_tensors_without_memory_is_told(path: str) -> None:
+    with FakeTensorMode(), pytest.raises(PlanError, match="torch makes tensors of type FakeTensor here"):
+        load_file(path)
+
+
 def test_wrong_arguments_are_told_before_anything_is_loaded(path: str) -> None:
     target = torch.full((48, 31), 7.0)
     with pytest.raises(PlanError, match=r"'matrix' of shape \[48, 32\] can't be loaded into one of \[48, 31\]"):
@@ -140,6 +172,8 @@ def test_wrong_arguments_are_told_before_anything_is_loaded(path: str) -> None:
     assert target.eq(7).all()
     with pytest.raises(ConfigError, match=r"write \['matrix'\]"):
         load_file(path, names="matrix")
+    with pytest.raises(ConfigError, match="a collection of names, such as a list, got generator"):
+        load_checkpoint(path, names=(name for name in ["matrix"]))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="leave dtype out"):
         load_file(path, out={}, dtype=torch.float16)
     with pytest.raises(ConfigError, match=r"out is a state dictionary or a torch\.nn\.Module, got list"):
