@@ -24,7 +24,7 @@ from mpreader.pool.source import ObjectVersion
 from mpreader.s3 import parse_s3_uri
 from mpreader.sources.versions import PinnedSource
 
-__all__ = ["INDEX", "SUFFIX", "FileFetcher", "StoredFile", "fetcher_of", "files_of", "header_pieces", "opened"]
+__all__ = ["INDEX", "SUFFIX", "FileFetcher", "StoredFile", "fetcher_of", "files_of", "header_pieces", "opened", "shown"]
 
 FileFetcher = RangeFetcher | LocalFetcher
 
@@ -73,11 +73,11 @@ def fetcher_of(
     """
     scheme = _scheme_of(uri)
     if headers and scheme not in ("http", "https"):
-        raise ConfigError(f"headers are sent to web servers only, and {uri!r} is none")
+        raise ConfigError(f"headers are sent to web servers only, and {shown(uri)!r} is none")
     if scheme in ("", "file"):
         return LocalFetcher()
     if scheme not in ("s3", "http", "https"):
-        raise ConfigError(f"{uri!r} is none of s3://bucket/key, an http(s) URL, and a local path")
+        raise ConfigError(f"{shown(uri)!r} is none of s3://bucket/key, an http(s) URL, and a local path")
     return SharedPoolFetcher(s3client_config, pool_config, for_host=for_host, http_headers=headers)
 
 
@@ -112,7 +112,7 @@ def files_of(fetcher: FileFetcher, uri: str, names: Collection[str] | None = Non
         if is_url:
             return [f"{directory}/{_ONLY}{query}"]
         return _listed(fetcher, directory)
-    files = _names_in(index, f"{directory}/{INDEX}", names)
+    files = _names_in(index, shown(f"{directory}/{INDEX}"), names)
     if is_url:  # in a URL "?" and "%2e" would not be taken for parts of a name
         files = [quote(name) for name in files]
     return [f"{directory}/{name}{query}" for name in files]
@@ -130,6 +130,15 @@ def _read_index(fetcher: FileFetcher, uri: str) -> bytes:
 
     # By one GET: a fetch of a whole object asks for its size first, and all that follows waits for the index.
     return call_twice_if_slow("mpreader-index", read, lambda _: None)
+
+
+def shown(uri: str) -> str:
+    """Return a URI as it may be shown: of a URL, user name, password and query are left out, which may be secrets."""
+    scheme, mark, rest = uri.partition("://")
+    if not mark or scheme in ("s3", "file"):
+        return uri
+    host, slash, path = rest.partition("?")[0].partition("/")
+    return f"{scheme}{mark}{host.rpartition('@')[2]}{slash}{path}"
 
 
 def _scheme_of(uri: str) -> str:
@@ -255,7 +264,7 @@ def _naming_file(uri: str) -> Iterator[None]:
     try:
         yield
     except HeaderRefused as error:
-        raise HeaderRefused(f"{uri}: {error}") from error.__cause__
+        raise HeaderRefused(f"{shown(uri)}: {error}") from error.__cause__
 
 
 def _check_names(files: Sequence[StoredFile]) -> None:
@@ -263,5 +272,5 @@ def _check_names(files: Sequence[StoredFile]) -> None:
     for file in files:
         for name in file.header.tensors:
             if name in owner:
-                raise PlanError(f"tensor {name!r} is in {owner[name]} and in {file.uri}")
-            owner[name] = file.uri
+                raise PlanError(f"tensor {name!r} is in {owner[name]} and in {shown(file.uri)}")
+            owner[name] = shown(file.uri)

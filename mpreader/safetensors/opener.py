@@ -14,7 +14,7 @@ import torch
 from mpreader.config import PoolConfig, S3ClientConfig
 from mpreader.errors import ConfigError, PoolClosed, TransportError
 from mpreader.fetch.local import path_of
-from mpreader.fetch.safetensors import FileFetcher, StoredFile, fetcher_of, files_of, opened
+from mpreader.fetch.safetensors import FileFetcher, StoredFile, fetcher_of, files_of, opened, shown
 from mpreader.formats.safetensors import StoredTensor
 from mpreader.formats.torch_tensors import TORCH_DTYPES
 from mpreader.safetensors.fill import fill, filled
@@ -142,6 +142,9 @@ class safe_open:  # noqa: N801  # the name that it has in the safetensors packag
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        raise TypeError("an opened file can't be pickled: open it where it is needed")
+
     def __del__(self) -> None:
         if hasattr(self, "_stack"):
             with contextlib.suppress(TransportError):  # a local file has changed; here nobody can be told
@@ -149,7 +152,7 @@ class safe_open:  # noqa: N801  # the name that it has in the safetensors packag
 
     def _place_of(self, name: str) -> int:
         if self._is_closed:
-            raise PoolClosed(f"{self._uri} was closed; open it again")
+            raise PoolClosed(f"{shown(self._uri)} was closed; open it again")
         if name not in self._places:
             choose(self._files, [name])  # raises
         return self._places[name]

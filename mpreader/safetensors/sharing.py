@@ -33,7 +33,7 @@ from mpreader.dcp.filesystem import S3FileSystem
 from mpreader.dcp.load import Load
 from mpreader.dcp.planned import RawItem
 from mpreader.errors import ConfigError
-from mpreader.fetch.safetensors import StoredFile
+from mpreader.fetch.safetensors import StoredFile, shown
 from mpreader.pool.hosts.identity import HostOffer, HostShare, group
 from mpreader.pool.hosts.meeting import meet
 from mpreader.ranks import local_rank, local_ranks
@@ -127,7 +127,9 @@ def host_of(uri: str, share_host: bool | str, process_group: Any, host_ranks: in
             raise ConfigError("process_group and host_ranks are for ranks that share: write share_host=True, or a name")
         return None
     if not uri.startswith("s3://"):
-        raise ConfigError(f"ranks share what they load from s3:// only, and {uri!r} is elsewhere: leave share_host out")
+        raise ConfigError(
+            f"ranks share what they load from s3:// only, and {shown(uri)!r} is elsewhere: leave share_host out"
+        )
     host = Host(share_host, process_group, host_ranks)
     return host if host.has_others else None
 

@@ -6,8 +6,9 @@ import http.server
 import json
 import logging
 import os
+import pickle
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
-from mpreader import AccessDenied, ConfigError, ObjectChanged, ObjectMissing, PoolConfig, ShortRead
+from mpreader import AccessDenied, ConfigError, MpreaderError, ObjectChanged, ObjectMissing, PoolConfig, ShortRead
 from mpreader.config import MiB
 from mpreader.safetensors import load_checkpoint, load_file, safe_open, stream
 from mpreader.testing import Fault, FaultKind, FaultServer
@@ -148,6 +149,29 @@ def test_local_files_are_loaded_by_the_same_names(tmp_path: Path) -> None:
         load_file(f"{tmp_path}/none.safetensors")
     with pytest.raises(ObjectMissing, match="there is no such file or directory"):
         load_checkpoint(f"{tmp_path}/none")
+
+
+@pytest.mark.row("secrets")
+def test_errors_name_urls_without_their_secrets() -> None:
+    files = {"/a.safetensors": save(TENSORS), "/b.safetensors": b"damaged!", "/model.safetensors.index.json": b"{"}
+    with FaultServer(files) as server:
+        base = server.endpoint_url.replace("//", "//user:secret@")
+        opened = safe_open(f"{base}/a.safetensors?X-Amz-Signature=secret", pool_config=POOL)
+        opened.close()
+        failing: list[Callable[[], object]] = [
+            lambda: load_file(f"{base}/a.safetensors?X-Amz-Signature=secret", names=["none"], pool_config=POOL),
+            lambda: load_file(f"{base}/b.safetensors?X-Amz-Signature=secret", pool_config=POOL),
+            lambda: load_file(f"{base}/a.safetensors?X-Amz-Signature=secret", share_host="name", host_ranks=2),
+            lambda: load_file("gs://a.safetensors?X-Amz-Signature=secret"),
+            lambda: load_checkpoint(f"{base}/?X-Amz-Signature=secret", pool_config=POOL),
+            lambda: opened.get_tensor("b"),
+        ]
+        for fail in failing:
+            with pytest.raises(MpreaderError, match=r"\.safetensors") as raised:
+                fail()
+            assert "secret" not in str(raised.value)
+        with pytest.raises(TypeError, match="an opened file can't be pickled"):
+            pickle.dumps(opened)
 
 
 @pytest.mark.row("fork of the program after use")
