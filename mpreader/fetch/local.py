@@ -10,7 +10,7 @@ import contextlib
 import os
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
@@ -109,26 +109,24 @@ class LocalFetcher:
     ) -> Generator[tuple[str, int, memoryview], None, None]:
         """Yield source, index and bytes of each range of pinned files, in the order given; a few are read ahead.
 
-        Each view has memory of its own, so that it stays valid. Options of RangeFetcher's streams are ignored.
+        Neighbours are read together, up to ``part_size``, and share their memory, which nobody else uses: a view stays
+        valid. Options of RangeFetcher's streams are ignored.
 
         Raises:
             ShortRead: A file is shorter than a range.
             TransportError: A file can't be read.
         """
-        wanted = [
-            (source, index, ItemRange(start, end))
-            for source, ranges in ranges_by_source.items()
-            for index, (start, end) in enumerate(ranges)
-        ]
+        runs = [run for source, ranges in ranges_by_source.items() for run in _neighbours(source, ranges)]
         if os.getpid() != self._pid:  # a fork has left the threads behind
             self._start_threads()
-        ahead = [self._threads.submit(self._read, source, extent) for source, _, extent in wanted[:_AHEAD]]
+        ahead = [self._threads.submit(self._read, run.path, run.extent) for run in runs[:_AHEAD]]
         try:
-            for number, (source, index, _extent) in enumerate(wanted):
+            for number, run in enumerate(runs):
                 view = ahead.pop(0).result()
-                for later, _index, extent in wanted[number + _AHEAD : number + _AHEAD + 1]:
-                    ahead.append(self._threads.submit(self._read, later, extent))
-                yield source, index, view
+                later = runs[number + _AHEAD : number + _AHEAD + 1]
+                ahead += [self._threads.submit(self._read, next_run.path, next_run.extent) for next_run in later]
+                for index, start, end in run.members:
+                    yield run.path, index, view[start - run.extent.start : end - run.extent.start]
                 del view
         finally:
             for future in ahead:
@@ -164,6 +162,26 @@ class LocalFetcher:
     def _check_version(self, file: int, path: str, version: ObjectVersion) -> None:
         if _version(os.fstat(file)) != version:
             raise ObjectChanged(f"{path} has changed while it was read", key=path, attempts=1)
+
+
+class _Run(NamedTuple):
+    """Ranges of a file that follow each other without a gap, with their indices; they are read together."""
+
+    path: str
+    extent: ItemRange
+    members: list[tuple[int, int, int]]
+
+
+def _neighbours(path: str, ranges: Sequence[tuple[int, int]]) -> Iterator[_Run]:
+    """Yield the ranges of a file in runs of at most ``_PIECE_BYTES``; a larger range is a run of its own."""
+    members: list[tuple[int, int, int]] = []
+    for index, (start, end) in enumerate(ranges):
+        if members and (start != members[-1][2] or end - members[0][1] > _PIECE_BYTES):
+            yield _Run(path, ItemRange(members[0][1], members[-1][2]), members)
+            members = []
+        members.append((index, start, end))
+    if members:
+        yield _Run(path, ItemRange(members[0][1], members[-1][2]), members)
 
 
 def _version(facts: os.stat_result) -> ObjectVersion:

@@ -26,8 +26,8 @@ StateOrModule = Mapping[str, torch.Tensor] | torch.nn.Module
 
 def load_file(
     uri: str | os.PathLike[str],
-    *,
     device: str | torch.device = "cpu",
+    *,
     dtype: torch.dtype | None = None,
     names: Collection[str] | None = None,
     slices: Slices | None = None,
@@ -106,8 +106,8 @@ def load_file(
 
 def load_checkpoint(
     uri: str | os.PathLike[str],
-    *,
     device: str | torch.device = "cpu",
+    *,
     dtype: torch.dtype | None = None,
     names: Collection[str] | None = None,
     slices: Slices | None = None,

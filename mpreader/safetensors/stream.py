@@ -71,7 +71,8 @@ def stream(  # noqa: D417  # load_file explains the other arguments
         An iterator of ``(name, tensor)``, which is also a context manager. It receives
         into shared memory of ``pool_config.max_memory`` bytes, which is used again as tensors are dropped. A tensor
         that is kept stays valid and is never overwritten: once kept tensors hold half of that memory, further ones get
-        memory of their own.
+        memory of their own. (Views of fetches of the same pool are not among those that count: with more of them than
+        the other half, a stream ends in ``ArenaExhausted``.)
 
     Raises:
         MpreaderError: Before the first tensor, or from the iterator: the errors of

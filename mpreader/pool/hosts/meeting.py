@@ -140,7 +140,10 @@ def _receive(connection: socket.socket) -> list[object] | None:
     (nbytes,) = _LENGTH.unpack(_receive_bytes(connection, _LENGTH.size))
     if nbytes > _MAX_MESSAGE_BYTES:
         raise ValueError("not a message of a meeting")
-    message: list[object] | None = json.loads(_receive_bytes(connection, nbytes))
+    try:
+        message: list[object] | None = json.loads(_receive_bytes(connection, nbytes))
+    except RecursionError:  # lists within lists
+        raise ValueError("no message of a meeting") from None
     if message is not None and not isinstance(message, list):
         raise ValueError("not a message of a meeting")
     return message
