@@ -12,7 +12,7 @@ from scripts.faults import rank_storm, storm
 SEED = 18
 SCHEDULES = 32
 RANKS_SEED = 12
-RANKS_SCHEDULES = 24
+RANKS_SCHEDULES = 14
 MOST_RANKS = 4
 
 
