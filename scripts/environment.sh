@@ -15,11 +15,9 @@ stamp=$({ echo "$root"; "$python" -VV; cat "$root/pyproject.toml" "$root/scripts
 if [ "$stamp" != "$(cat "$root/.venv/stamp" 2>/dev/null)" ]; then
     echo "Making $root/.venv with $("$python" -V). The first time this downloads PyTorch: some minutes." >&2
     "$python" -m venv --clear "$root/.venv"
+    # Not compiled: of what is installed here most is never imported, and the rest is compiled when it is.
     "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile \
         -c "$root/scripts/constraints.txt" -e "$root[test]"
-    # pip would compile one file after the other, those of models that nobody imports, too. Some packages have files
-    # that are no Python; those are not compiled.
-    "$root/.venv/bin/python" -m compileall -qq -j 0 -x '/transformers/models/(?!auto/|llama/)' "$root/.venv/lib" || true
     echo "$stamp" >"$root/.venv/stamp"
 fi
 exec 9<&-
