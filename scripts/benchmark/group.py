@@ -1,6 +1,6 @@
 """Group of ranks: processes that load the same thing together, twice, and are measured meanwhile.
 
-ranks.py and weights.py say what they load. Per run::
+ranks.py and tensor_loads.py say what they load. Per run::
 
     parent                           each rank
       <── "ready" ───  what it needs is there

@@ -13,7 +13,6 @@ import math
 import mmap
 import sys
 import tempfile
-import time
 from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -25,7 +24,7 @@ from group import LIMIT_S, RanksRun, measure_group
 from measure import Failure, TooSlow
 from rank import Layout, RankJob, run_rank
 from servers import Servers, Site, spawned
-from tasks import Job
+from tasks import Job, announced
 
 __all__ = ["CASES", "CHECKPOINTS", "RANK_CONTENDERS", "RankCase", "Ranks", "measure_ranks"]
 
@@ -129,10 +128,8 @@ def measure_ranks(
         if (not cases or case.key in cases) and (not contenders or contender in contenders)
     ]
     _import_contenders()
-    started = time.monotonic()
     with _link(servers.sites["plain"]) as link:
-        for number in range(rounds + 1):
-            print(f"[{time.monotonic() - started:5.0f} s] round {number} of {rounds}", flush=True)
+        for number in announced(range(rounds + 1)):
             for ranks in measured[:: 1 if number % 2 else -1]:
                 site = link if ranks.case.link else servers.sites["plain"]
                 if ranks.is_due(number):

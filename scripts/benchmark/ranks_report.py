@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from charts import ratio_chart
 from group import RanksRun
 from measure import RUNS
 from ranks import CASES, LINK_BYTES_PER_S, RANK_CONTENDERS, Ranks
-from report import markdown, plain_text
+from report import write_aims
 
 __all__ = ["report_ranks"]
 
@@ -144,15 +143,12 @@ def report_ranks(measured: Sequence[Ranks], out: Path, machine: dict[str, Any]) 
     """Print the tables, write ``ranks.json``, ``ranks.md`` and ``ranks.png``."""
     results = {name: Results(measured, name) for name in RANK_CONTENDERS}
     tables = [_aims(results), _seconds(results)]
-    print("\n" + "\n\n".join(plain_text(table, 1) for table in tables) + "\n\n" + _NOTES)
     document = {
         "machine": machine,
         "rows": [_figure_json(figure, results) for figure in FIGURES],
         "measurements": [ranks.as_json() for ranks in measured],
     }
-    (out / "ranks.json").write_text(json.dumps(document, indent=1) + "\n")
-    text = "\n\n".join(markdown(table, 1) for table in tables)
-    (out / "ranks.md").write_text(f"# Ranks of one host\n\n{text}\n\n{_NOTES}")
+    write_aims(out / "ranks", "Ranks of one host", tables, _NOTES, document)
     panels = [
         (
             figure.title,

@@ -12,7 +12,7 @@ from cells import SERVERS, TITLES, WORKLOADS
 from measure import RUNS, as_json
 from results import GOALS, Results, Row
 
-__all__ = ["goal_table", "main_table", "markdown", "plain_text", "write_json"]
+__all__ = ["goal_table", "main_table", "markdown", "plain_text", "write_aims", "write_json"]
 
 Table = list[list[str]]
 _NUMBERS_FROM: Final = 4  # first column of the main table that holds numbers
@@ -82,6 +82,14 @@ def markdown(table: Table, text_columns: int = _NUMBERS_FROM) -> str:
     """The table in Markdown, with the same alignment as :func:`plain_text`."""
     rule = ["---" if index < text_columns else "---:" for index in range(len(table[0]))]
     return "\n".join(f"| {' | '.join(line)} |" for line in [table[0], rule, *table[1:]])
+
+
+def write_aims(file: Path, heading: str, tables: Sequence[Table], notes: str, document: dict[str, Any]) -> None:
+    """Print tables whose first column is text, and write them as ``FILE.md``, with notes; and FILE.json."""
+    print("\n" + "\n\n".join(plain_text(table, 1) for table in tables) + "\n\n" + notes)
+    file.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
+    text = "\n\n".join(markdown(table, 1) for table in tables)
+    file.with_suffix(".md").write_text(f"# {heading}\n\n{text}\n\n{notes}")
 
 
 def write_json(file: Path, results: Results, machine: dict[str, Any]) -> None:

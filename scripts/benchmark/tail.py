@@ -7,7 +7,6 @@ ratios: 1.3 means that the tail makes a load take 1.3 times as long. tail_report
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from measure import RUNS, Failure, Run, TooSlow, measure
 from pauses import paused_twice
 from private import NotReplaced
 from servers import Servers
-from tasks import Job
+from tasks import Job, announced
 
 __all__ = ["CASES", "CHECKPOINTS", "Case", "Pair", "Setting", "Tail", "measure_tail"]
 
@@ -142,9 +141,7 @@ def measure_tail(
         for contender in case.work
         if (not cases or case.key in cases) and (not contenders or contender in contenders)
     ]
-    started = time.monotonic()
-    for number in range(1, rounds + 1):
-        print(f"[{time.monotonic() - started:5.0f} s] round {number} of {rounds}", flush=True)
+    for number in announced(range(1, rounds + 1)):
         for tail in tails:
             if not tail.is_over:
                 _measure_pair(tail, servers, data, number)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from cells import TITLES
 from charts import ratio_chart
 from measure import RUNS, Run, as_json
 from pauses import PAUSES_S
-from report import markdown, plain_text
+from report import write_aims
 from tail import LIMIT_S, Tail
 
 __all__ = ["report_tail"]
@@ -96,10 +95,8 @@ FIGURES: Final = (
 def report_tail(tails: Sequence[Tail], out: Path, machine: dict[str, Any]) -> None:
     """Print the table, write ``tail.json``, ``tail.md`` and ``tail.png``."""
     table = _table(tails)
-    print("\n" + plain_text(table, 1) + "\n\n" + _NOTES)
     document = {"machine": machine, "rows": _figures_json(tails), "measurements": [_tail_json(tail) for tail in tails]}
-    (out / "tail.json").write_text(json.dumps(document, indent=1) + "\n")
-    (out / "tail.md").write_text(f"# The slow tail\n\n{markdown(table, 1)}\n\n{_NOTES}")
+    write_aims(out / "tail", "The slow tail", [table], _NOTES, document)
     panels = [
         (figure.title, figure.most, [(name, _value(tails, figure, name, RUNS[0])) for name in _CONTENDERS])
         for figure in FIGURES if not figure.as_share

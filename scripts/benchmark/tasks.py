@@ -5,13 +5,23 @@ measure.py runs tasks; fetches.py and loads.py hold one kind each.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from servers import Site
 
-__all__ = ["Job", "Task", "WrongBytes"]
+__all__ = ["Job", "Task", "WrongBytes", "announced"]
+
+
+def announced(rounds: range) -> Iterator[int]:
+    """Yield the numbers of rounds; at each one, print it and the seconds since the first one."""
+    started = time.monotonic()
+    for number in rounds:
+        print(f"[{time.monotonic() - started:5.0f} s] round {number} of {rounds[-1]}", flush=True)
+        yield number
 
 
 class WrongBytes(Exception):

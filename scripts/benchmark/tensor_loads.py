@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import importlib
 import tempfile
-import time
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -21,7 +20,7 @@ from checkpoints import BUCKET, Checkpoint, checkpoint_of
 from group import RanksRun, measure_group
 from measure import Failure, Run, TooSlow, as_json, measure
 from servers import Servers, Site
-from tasks import Job
+from tasks import Job, announced
 from tensor_rank import RANKS, TensorRankJob, run_tensor_rank
 from tensors import SHARES
 
@@ -122,9 +121,7 @@ def measure_tensors(
     # Once, here, what each measured process would take seconds to import; it is a fork of this one.
     importlib.import_module("mpreader.safetensors")
     gc.freeze()  # else a collection in a fork would copy, page by page, all of it
-    started = time.monotonic()
-    for number in range(rounds + 1):
-        print(f"[{time.monotonic() - started:5.0f} s] round {number} of {rounds}", flush=True)
+    for number in announced(range(rounds + 1)):
         for runs in measured[:: 1 if number % 2 else -1]:
             if not runs.note:
                 _measure_into(runs, servers.sites[runs.case.site], data, checking=number == 0)

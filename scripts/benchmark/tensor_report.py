@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from cells import TITLES
 from charts import SecondsPanel, seconds_chart
 from floor import floor_sizes
 from measure import RUNS, Run
-from report import markdown, plain_text
+from report import write_aims
 from tensor_loads import TENSOR_CASES, TENSOR_CONTENDERS, TensorRuns
 
 __all__ = ["report_tensors"]
@@ -163,17 +162,12 @@ def report_tensors(measured: Sequence[TensorRuns], out: Path, machine: dict[str,
     tables = [_aims(results), _seconds(results, titles, contenders), _costs(results, titles, contenders)]
     sizes = floor_sizes()
     notes = _NOTES.format(connections=sizes.workers * sizes.connections_per_worker, workers=sizes.workers)
-    for table in tables:
-        print("\n" + plain_text(table, 1))
-    print("\n" + notes)
     document = {
         "machine": machine,
         "aims": [_figure_json(figure, results) for figure in FIGURES],
         "measurements": [runs.as_json() for runs in measured],
     }
-    (out / "safetensors.json").write_text(json.dumps(document, indent=1) + "\n")
-    text = "\n\n".join(markdown(table, 1) for table in tables)
-    (out / "safetensors.md").write_text(f"# safetensors files\n\n{text}\n\n{notes}")
+    write_aims(out / "safetensors", "safetensors files", tables, notes, document)
     panels = [_panel(results, case.key, case.title, contenders) for case in cases if len(case.contenders) > 1]
     where = f"http from the same {machine['cores']} cores; shorter is better"
     if panels:
