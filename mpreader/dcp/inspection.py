@@ -30,15 +30,15 @@ from mpreader.dcp.summary import (
     HostSummary,
     ItemSummary,
     LoadSummary,
-    PlannedRequest,
     RankSummary,
     ShardedLoadSummary,
     TensorSummary,
 )
 from mpreader.errors import ConfigError
+from mpreader.fetch.summary import sums_of
 from mpreader.host import Host
 from mpreader.pool.sizing import size_pool
-from mpreader.ranges import DEFAULT_MAX_GAP_SIZE, ItemRange, check_max_gap, coverage, plan_files
+from mpreader.ranges import DEFAULT_MAX_GAP_SIZE, ItemRange, check_max_gap, plan_files
 from mpreader.readers.kinds import S3ReaderConstructor
 from mpreader.readers.load_plan import item_ranges_by_file
 from mpreader.readers.protocols import StoredItem
@@ -165,15 +165,7 @@ def _file_requests(
         ranges_by_file, max_gap_bytes=max_gap_size, part_bytes=part_size, max_gap_by_file=max_gap_by_file
     )
     return tuple(
-        FileRequests(
-            path=file.removeprefix(base),
-            groups=plan.groups,
-            requests=len(plan.parts),
-            wanted_nbytes=sum(interval.size for interval in coverage(ranges_by_file[file])),
-            fetched_nbytes=sum(part.size for part in plan.parts),
-            over_read_nbytes=sum(part.over_read for part in plan.parts),
-            parts=tuple(PlannedRequest(part.start, part.end, part.over_read) for part in plan.parts),
-        )
+        FileRequests.of(file.removeprefix(base), ranges_by_file[file], plan.groups, plan.parts)
         for file, plan in plans.items()
     )
 
@@ -186,12 +178,7 @@ def _load_summary(selected: Mapping[str, Any], files: tuple[FileRequests, ...], 
         nbytes=state_bytes(selected),
         metadata_requests=_METADATA_REQUESTS,
         head_requests=sum(file.requests > 0 for file in files),
-        groups=sum(file.groups for file in files),
-        requests=sum(file.requests for file in files),
-        wanted_nbytes=sum(file.wanted_nbytes for file in files),
-        fetched_nbytes=sum(file.fetched_nbytes for file in files),
-        over_read_nbytes=sum(file.over_read_nbytes for file in files),
-        files=files,
+        **sums_of(files),
         **settings,
     )
 

@@ -6,7 +6,11 @@ values, so that ``dataclasses.asdict`` gives values that ``json`` can write. It 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from mpreader.ranges import ItemRange, Part, coverage
 
 __all__ = [
     "FileRequests",
@@ -17,6 +21,7 @@ __all__ = [
     "RankSummary",
     "ShardedLoadSummary",
     "TensorSummary",
+    "sums_of",
 ]
 
 
@@ -102,6 +107,31 @@ class FileRequests:
     fetched_nbytes: int
     over_read_nbytes: int
     parts: tuple[PlannedRequest, ...]
+
+    @classmethod
+    def of(cls, path: str, ranges: Sequence[ItemRange], groups: int, parts: Sequence[Part]) -> FileRequests:
+        """Make it from the ranges of a file, the number of their groups, and the requests planned for them."""
+        return cls(
+            path=path,
+            groups=groups,
+            requests=len(parts),
+            wanted_nbytes=sum(interval.size for interval in coverage(ranges)),
+            fetched_nbytes=sum(part.size for part in parts),
+            over_read_nbytes=sum(part.over_read for part in parts),
+            parts=tuple(PlannedRequest(part.start, part.end, part.over_read) for part in parts),
+        )
+
+
+def sums_of(files: tuple[FileRequests, ...]) -> dict[str, Any]:
+    """Return the sums over all files, and the files, by their names in :class:`LoadSummary`."""
+    return {
+        "groups": sum(file.groups for file in files),
+        "requests": sum(file.requests for file in files),
+        "wanted_nbytes": sum(file.wanted_nbytes for file in files),
+        "fetched_nbytes": sum(file.fetched_nbytes for file in files),
+        "over_read_nbytes": sum(file.over_read_nbytes for file in files),
+        "files": files,
+    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,14 +16,14 @@ from mpreader.fetch.summary import (
     FileRequests,
     HostSummary,
     LoadSummary,
-    PlannedRequest,
     RankSummary,
     ShardedLoadSummary,
+    sums_of,
 )
 from mpreader.formats.safetensors import StoredTensor, packed_shape
 from mpreader.formats.selection import GAPS, Gaps, Selection, select_box, shard_box
 from mpreader.pool.sizing import PoolSizes
-from mpreader.ranges import DEFAULT_MAX_GAP_SIZE, ItemRange, Part, coalesce, coverage
+from mpreader.ranges import DEFAULT_MAX_GAP_SIZE, ItemRange, Part, coalesce
 
 __all__ = ["load_summary", "path_in", "sharded_summary"]
 
@@ -58,12 +58,7 @@ def load_summary(
         max_gap_size=gap,
         metadata_requests=sum(_header_requests(file, sizes) for file in files),
         head_requests=len(files),
-        groups=sum(file.groups for file in requests),
-        requests=sum(file.requests for file in requests),
-        wanted_nbytes=sum(file.wanted_nbytes for file in requests),
-        fetched_nbytes=sum(file.fetched_nbytes for file in requests),
-        over_read_nbytes=sum(file.over_read_nbytes for file in requests),
-        files=requests,
+        **sums_of(requests),
     )
 
 
@@ -97,17 +92,7 @@ def _requests_of(wanted: Sequence[WantedBox], sizes: PoolSizes) -> tuple[tuple[F
     for uri in dict.fromkeys(one.source for one in wanted):
         of_file = [ItemRange(*extent) for extent in ranges.get(uri, ())]
         parts = _parts(of_file, gap, sizes)
-        requests.append(
-            FileRequests(
-                path=path_in(uri),
-                groups=len(coalesce(of_file, max_gap_bytes=gap)),
-                requests=len(parts),
-                wanted_nbytes=sum(interval.size for interval in coverage(of_file)),
-                fetched_nbytes=sum(part.size for part in parts),
-                over_read_nbytes=sum(part.over_read for part in parts),
-                parts=tuple(PlannedRequest(part.start, part.end, part.over_read) for part in parts),
-            )
-        )
+        requests.append(FileRequests.of(path_in(uri), of_file, len(coalesce(of_file, max_gap_bytes=gap)), parts))
     return tuple(requests), gap
 
 
