@@ -20,18 +20,21 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 RANKS = 4
 NEEDED = 4 * 1024 * 512 * 4  # bytes of the tensors
 
+# The tensors of jobs; the imports are those of JOBS.
+NUMBERED = """
+POOL = PoolConfig(workers=1, connections_per_worker=4, max_memory=16 * 2**20, part_size=2**20)
+NAMES = [f"weight{number}" for number in range(4)]
+
+def expected(number):
+    return torch.arange(1024 * 512, dtype=torch.float32).view(1024, 512) + number
+"""
+
 CASES = """
 import json, logging
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.tensor import Replicate, zeros
 from mpreader import S3ReaderConstructor
 from mpreader.dcp import sharing
-
-POOL = PoolConfig(workers=1, connections_per_worker=4, max_memory=16 * 2**20, part_size=2**20)
-NAMES = [f"weight{number}" for number in range(4)]
-
-def expected(number):
-    return torch.arange(1024 * 512, dtype=torch.float32).view(1024, 512) + number
 
 def stored():
     return {name: expected(number) for number, name in enumerate(NAMES)} | {"step": 7}
@@ -136,7 +139,7 @@ class Told:
 @pytest.fixture
 def told(bucket: str, s3_server: S3Server, tmp_path: Path, warm_interpreter: WarmInterpreter) -> Told:
     script = tmp_path / "job.py"
-    script.write_text(JOBS + CASES)
+    script.write_text(JOBS + NUMBERED + CASES)
     before = len(s3_server.requests)
     done = warm_interpreter.run(script, f"s3://{bucket}/job", tmp_path, preload=PRELOAD)
     assert done.returncode == 0, done.stderr

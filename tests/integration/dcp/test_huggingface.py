@@ -25,6 +25,7 @@ from mpreader.config import MiB
 from mpreader.dcp import S3HuggingFaceStorageReader
 from mpreader.formats.torch_tensors import TORCH_DTYPES
 from mpreader.safetensors import HeaderRefused
+from tests.integration.dcp.test_hosts import NEEDED, NUMBERED, RANKS
 from tests.integration.dcp.test_sharded_jobs import JOBS, PRELOAD
 
 if TYPE_CHECKING:
@@ -214,9 +215,6 @@ def test_errors_name_what_is_wrong(bucket: str) -> None:
             load({"grid": GRID}, storage_reader=reader, no_dist=True)
 
 
-RANKS = 4
-NEEDED = 4 * 1024 * 512 * 4  # bytes of the tensors
-
 CASES = """
 import json
 from torch import nn
@@ -226,12 +224,6 @@ from torch.distributed.tensor import Replicate, zeros
 import boto3
 from safetensors.torch import save as save_file
 from mpreader.dcp import S3HuggingFaceStorageReader
-
-POOL = PoolConfig(workers=1, connections_per_worker=4, max_memory=16 * 2**20, part_size=2**20)
-NAMES = [f"weight{number}" for number in range(4)]
-
-def expected(number):
-    return torch.arange(1024 * 512, dtype=torch.float32).view(1024, 512) + number
 
 def put_files(case, add=0):
     client = boto3.client("s3")
@@ -336,7 +328,7 @@ def test_ranks_of_a_host_receive_each_byte_once(
 ) -> None:
     # The job takes seconds, so that all cases are of one job.
     script = tmp_path / "job.py"
-    script.write_text(JOBS + CASES)
+    script.write_text(JOBS + NUMBERED + CASES)
     before = len(s3_server.requests)
     done = warm_interpreter.run(script, f"s3://{bucket}/job", tmp_path, preload=PRELOAD)
     assert done.returncode == 0, done.stderr
