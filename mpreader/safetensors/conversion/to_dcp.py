@@ -14,36 +14,35 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
-from mpreader.config import MiB
 from mpreader.dcp.batches import BatchReader, TargetBox
 from mpreader.dcp.checkpoint import LoadOptions
 from mpreader.errors import ChecksumMismatch, ConfigError, MpreaderError
 from mpreader.fetch.safetensors import FileFetcher, fetcher_of, files_of, opened
 from mpreader.formats.crc import crc32
 from mpreader.formats.safetensors import packed_shape
-from mpreader.formats.torch_tensors import torch_dtype
+from mpreader.formats.torch_tensors import layout_of, torch_dtype
 from mpreader.ranges import DEFAULT_MAX_GAP_SIZE
 from mpreader.safetensors.conversion.ahead import loaded_ahead
 from mpreader.safetensors.conversion.pieces import Piece
 from mpreader.safetensors.conversion.result import Conversion
 from mpreader.safetensors.conversion.sources import BatchBuffers, Source, bytes_of, source_batches, sources_of
 from mpreader.safetensors.conversion.streaming_writer import StreamingWriter
+from mpreader.safetensors.fill import fill
+from mpreader.safetensors.index import BoxIndex
+from mpreader.safetensors.wanted import WantedTensor
 from mpreader.telemetry.progress import Progress, progress_bar
 
 if TYPE_CHECKING:
     from mpreader.config import PoolConfig, S3ClientConfig
 
 __all__ = ["safetensors_to_dcp"]
-
-_ALIGNMENT: Final = 64  # of the pieces in a buffer
-_RANGE_BYTES: Final = MiB
 
 
 def safetensors_to_dcp(
@@ -155,7 +154,8 @@ def _save(
 
     def load(batch: list[Piece]) -> Loaded:
         tensors = buffers.tensors(batch)
-        _fetch(fetcher, sources, batch, tensors)
+        wanted = [_wanted(sources[piece.name], piece, one) for piece, one in zip(batch, tensors, strict=True)]
+        fill(fetcher, wanted, progress=False)
         return batch, tensors
 
     with contextlib.closing(loaded_ahead(load, source_batches(sources))) as loaded:
@@ -170,24 +170,11 @@ def _save(
     return planner.written
 
 
-def _fetch(
-    fetcher: FileFetcher, sources: Mapping[str, Source], batch: Sequence[Piece], tensors: Sequence[torch.Tensor]
-) -> None:
-    """Read pieces into tensors, in ranges that are small compared with the fetcher's memory."""
-    ranges: dict[str, list[tuple[int, int]]] = {}
-    targets: dict[str, list[memoryview]] = {}
-    for piece, tensor in zip(batch, tensors, strict=True):
-        file, stored = sources[piece.name]
-        start, view = stored.start + piece.start, bytes_of(tensor)
-        for at in range(0, piece.nbytes, _RANGE_BYTES):
-            target = view[at : at + _RANGE_BYTES]
-            ranges.setdefault(file.source, []).append((start + at, start + at + len(target)))
-            targets.setdefault(file.source, []).append(target)
-    if ranges:
-        with contextlib.closing(fetcher.stream_many(ranges)) as stream:
-            for source, index, view in stream:
-                targets[source][index][:] = view
-                del view  # it would hold its memory until the next one has come
+def _wanted(source: Source, piece: Piece, target: torch.Tensor) -> WantedTensor:
+    """Return a piece as a load takes it."""
+    return WantedTensor(
+        source.file, source.stored, layout_of(source.stored), BoxIndex(piece.offsets, piece.sizes), target
+    )
 
 
 class _Planner(DefaultSavePlanner):
