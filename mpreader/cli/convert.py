@@ -40,7 +40,7 @@ _FORMATS_OF: Final[dict[str, tuple[Format, ...]]] = {
 
 
 class _Request(NamedTuple):
-    """What is to be converted, and how."""
+    """Request of a conversion: source, target, and the other arguments of the converter."""
 
     uri: str
     target: str

@@ -157,7 +157,7 @@ def _load_alone(uri: str, options: LoadOptions, repeat: int, *, as_json: bool) -
 def _load_safetensors(
     uri: str, settings: dict[str, Any], headers: dict[str, str] | None, repeat: int, *, as_json: bool
 ) -> None:
-    from mpreader.tools.safetensors.kind import without_secrets
+    from mpreader.sources.uri import without_secrets
     from mpreader.tools.safetensors.loads import SafetensorsLoad, time_safetensors_loads
 
     configs = {name: settings[name] for name in ("match", "progress", "s3client_config", "pool_config")}

@@ -1,4 +1,4 @@
-"""Fill of new memory: torch writes to it where deterministic algorithms are asked for, and can't for every type.
+"""New memory: torch writes to it where deterministic algorithms are asked for, and can't for every type.
 
 Whoever makes tensors that are overwritten as a whole turns it off for that time. Used by the tensor decoder and by the
 states that a load fills.

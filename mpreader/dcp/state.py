@@ -20,8 +20,8 @@ from torch.distributed.checkpoint.default_planner import create_default_local_lo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan
 
-from mpreader.dcp.fill import unfilled_memory
 from mpreader.dcp.metadata import MetadataRefused
+from mpreader.dcp.new_memory import unfilled_memory
 from mpreader.errors import MpreaderError, PlanError
 
 __all__ = [

@@ -31,7 +31,7 @@ from typing import Final
 import numpy as np
 import torch
 
-from mpreader.dcp.fill import unfilled_memory
+from mpreader.dcp.new_memory import unfilled_memory
 from mpreader.errors import PlanError
 from mpreader.formats.crc import crc32
 from mpreader.formats.layout import TensorLayout

@@ -22,9 +22,10 @@ from mpreader.formats.safetensors import LENGTH_BYTES, Header, HeaderRefused, de
 from mpreader.pool.background import call_twice_if_slow
 from mpreader.pool.source import ObjectVersion
 from mpreader.s3 import parse_s3_uri
+from mpreader.sources.uri import without_secrets
 from mpreader.sources.versions import PinnedSource
 
-__all__ = ["INDEX", "SUFFIX", "FileFetcher", "StoredFile", "fetcher_of", "files_of", "header_pieces", "opened", "shown"]
+__all__ = ["INDEX", "SUFFIX", "FileFetcher", "StoredFile", "fetcher_of", "files_of", "header_pieces", "opened"]
 
 FileFetcher = RangeFetcher | LocalFetcher
 
@@ -73,11 +74,11 @@ def fetcher_of(
     """
     scheme = _scheme_of(uri)
     if headers and scheme not in ("http", "https"):
-        raise ConfigError(f"headers are sent to web servers only, and {shown(uri)!r} is none")
+        raise ConfigError(f"headers are sent to web servers only, and {without_secrets(uri)!r} is none")
     if scheme in ("", "file"):
         return LocalFetcher()
     if scheme not in ("s3", "http", "https"):
-        raise ConfigError(f"{shown(uri)!r} is none of s3://bucket/key, an http(s) URL, and a local path")
+        raise ConfigError(f"{without_secrets(uri)!r} is none of s3://bucket/key, an http(s) URL, and a local path")
     return SharedPoolFetcher(s3client_config, pool_config, for_host=for_host, http_headers=headers)
 
 
@@ -112,7 +113,7 @@ def files_of(fetcher: FileFetcher, uri: str, names: Collection[str] | None = Non
         if is_url:
             return [f"{directory}/{_ONLY}{query}"]
         return _listed(fetcher, directory)
-    files = _names_in(index, shown(f"{directory}/{INDEX}"), names)
+    files = _names_in(index, without_secrets(f"{directory}/{INDEX}"), names)
     if is_url:  # in a URL "?" and "%2e" would not be taken for parts of a name
         files = [quote(name) for name in files]
     return [f"{directory}/{name}{query}" for name in files]
@@ -130,15 +131,6 @@ def _read_index(fetcher: FileFetcher, uri: str) -> bytes:
 
     # By one GET: a fetch of a whole object asks for its size first, and all that follows waits for the index.
     return call_twice_if_slow("mpreader-index", read, lambda _: None)
-
-
-def shown(uri: str) -> str:
-    """Return a URI as it may be shown: of a URL, user name, password and query are left out, which may be secrets."""
-    scheme, mark, rest = uri.partition("://")
-    if not mark or scheme in ("s3", "file"):
-        return uri
-    host, slash, path = rest.partition("?")[0].partition("/")
-    return f"{scheme}{mark}{host.rpartition('@')[2]}{slash}{path}"
 
 
 def _scheme_of(uri: str) -> str:
@@ -264,7 +256,7 @@ def _naming_file(uri: str) -> Iterator[None]:
     try:
         yield
     except HeaderRefused as error:
-        raise HeaderRefused(f"{shown(uri)}: {error}") from error.__cause__
+        raise HeaderRefused(f"{without_secrets(uri)}: {error}") from error.__cause__
 
 
 def _check_names(files: Sequence[StoredFile]) -> None:
@@ -272,5 +264,5 @@ def _check_names(files: Sequence[StoredFile]) -> None:
     for file in files:
         for name in file.header.tensors:
             if name in owner:
-                raise PlanError(f"tensor {name!r} is in {owner[name]} and in {shown(file.uri)}")
-            owner[name] = shown(file.uri)
+                raise PlanError(f"tensor {name!r} is in {owner[name]} and in {without_secrets(file.uri)}")
+            owner[name] = without_secrets(file.uri)

@@ -169,7 +169,7 @@ class MultiprocessConstructor(ItemRangeConstructor):
 
     @property
     def progress(self) -> bool | None:
-        """Whether a progress bar is shown; None: it depends."""
+        """Setting of the progress bar: True shows it, False does not; None: on a terminal or in a notebook."""
         return self._progress
 
     def host_pool(self) -> Pool:

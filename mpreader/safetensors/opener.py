@@ -14,11 +14,12 @@ import torch
 from mpreader.config import PoolConfig, S3ClientConfig
 from mpreader.errors import ConfigError, PoolClosed, TransportError
 from mpreader.fetch.local import path_of
-from mpreader.fetch.safetensors import FileFetcher, StoredFile, fetcher_of, files_of, opened, shown
+from mpreader.fetch.safetensors import FileFetcher, StoredFile, fetcher_of, files_of, opened
 from mpreader.formats.safetensors import StoredTensor
 from mpreader.formats.torch_tensors import TORCH_DTYPES
 from mpreader.safetensors.fill import fill, filled
 from mpreader.safetensors.wanted import WantedTensor, choose, loaded, want_new
+from mpreader.sources.uri import without_secrets
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -152,7 +153,7 @@ class safe_open:  # noqa: N801  # the name that it has in the safetensors packag
 
     def _place_of(self, name: str) -> int:
         if self._is_closed:
-            raise PoolClosed(f"{shown(self._uri)} was closed; open it again")
+            raise PoolClosed(f"{without_secrets(self._uri)} was closed; open it again")
         if name not in self._places:
             choose(self._files, [name])  # raises
         return self._places[name]

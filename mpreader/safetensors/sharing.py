@@ -33,7 +33,7 @@ from mpreader.dcp.filesystem import S3FileSystem
 from mpreader.dcp.load import Load
 from mpreader.dcp.planned import RawItem
 from mpreader.errors import ConfigError
-from mpreader.fetch.safetensors import StoredFile, shown
+from mpreader.fetch.safetensors import StoredFile
 from mpreader.pool.hosts.identity import HostOffer, HostShare, group
 from mpreader.pool.hosts.meeting import meet
 from mpreader.ranks import local_rank, local_ranks
@@ -41,6 +41,7 @@ from mpreader.readers.client import S3Client
 from mpreader.readers.kinds import S3ReaderConstructor
 from mpreader.readers.multiprocess_constructor import MultiprocessConstructor
 from mpreader.safetensors.wanted import WantedTensor
+from mpreader.sources.uri import without_secrets
 
 __all__ = ["Host", "fill_shared", "host_of", "taking_part"]
 
@@ -128,7 +129,7 @@ def host_of(uri: str, share_host: bool | str, process_group: Any, host_ranks: in
         return None
     if not uri.startswith("s3://"):
         raise ConfigError(
-            f"ranks share what they load from s3:// only, and {shown(uri)!r} is elsewhere: leave share_host out"
+            f"ranks share what they load from s3:// only, and {without_secrets(uri)!r} is not: leave share_host out"
         )
     host = Host(share_host, process_group, host_ranks)
     return host if host.has_others else None

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mpreader.dcp.fill import unfilled_memory
+from mpreader.dcp.new_memory import unfilled_memory
 from mpreader.errors import ConfigError, PlanError
 
 __all__ = ["Targets", "assign", "targets_of"]

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from mpreader.config import PoolConfig, S3ClientConfig
-from mpreader.dcp.fill import unfilled_memory
+from mpreader.dcp.new_memory import unfilled_memory
 from mpreader.errors import ArenaError, ConfigError, PoolError, TransportError
 from mpreader.fetch.local import path_of
 from mpreader.fetch.safetensors import FileFetcher, StoredFile, fetcher_of, files_of, opened

@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mpreader.dcp.fill import unfilled_memory
+from mpreader.dcp.new_memory import unfilled_memory
 from mpreader.errors import ConfigError, PlanError
-from mpreader.fetch.safetensors import StoredFile, shown
+from mpreader.fetch.safetensors import StoredFile
 from mpreader.formats.layout import TensorLayout
 from mpreader.formats.safetensors import StoredTensor
 from mpreader.formats.torch_tensors import layout_of
 from mpreader.safetensors.index import BoxIndex, box_index
+from mpreader.sources.uri import without_secrets
 
 __all__ = [
     "Slices",
@@ -89,7 +90,7 @@ def choose(files: Sequence[StoredFile], names: Collection[str] | None) -> list[t
     if wanted is not None and len(chosen) < len(wanted):
         missing = sorted(wanted.difference(stored.name for _, stored in chosen))
         others = f", and {len(missing) - 1} others are not there either" if len(missing) > 1 else ""
-        where = shown(files[0].uri) if files else "the files"  # an index may name none
+        where = without_secrets(files[0].uri) if files else "the files"  # an index may name none
         where += f" and {len(files) - 1} other files" if len(files) > 1 else ""
         raise PlanError(f"no tensor {missing[0]!r} is in {where}{others}")
     return chosen

@@ -1,10 +1,12 @@
 """Sources by URI: ``s3://bucket/key`` is an object of S3, an http(s) URL is an object of a web server.
 
-Used by :mod:`mpreader.fetch`. It must not import boto3 or urllib3 before a URI needs them: both are slow to import.
+Used by :mod:`mpreader.fetch`, and by all that names a URI in a text. It must not import boto3 or urllib3 before a URI
+needs them: both are slow to import.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
     from mpreader.s3 import BaseS3Client  # imports boto3
     from mpreader.sources.network import Headers
 
-__all__ = ["source_of"]
+__all__ = ["source_of", "without_secrets"]
 
 
 def source_of(uri: str, client: Callable[[], BaseS3Client], max_attempts: int, headers: Headers = ()) -> Source:
@@ -47,3 +49,12 @@ def source_of(uri: str, client: Callable[[], BaseS3Client], max_attempts: int, h
     if not key:
         raise ConfigError(f"{uri!r} names a bucket, not an object in it; write s3://bucket/key")
     return S3Source(s3_client, bucket, key)
+
+
+def without_secrets(uri: str) -> str:
+    """Return a URI as it may be shown: of a URL, user name, password and query are left out, which may be secrets."""
+    scheme, mark, rest = uri.partition("://")
+    if not mark or scheme in ("s3", "file"):
+        return uri
+    host, slash, path = re.split(r"[?#]", rest, maxsplit=1)[0].partition("/")
+    return f"{scheme}{mark}{host.rpartition('@')[2]}{slash}{path}"

@@ -14,8 +14,9 @@ from typing import Final
 from mpreader.config import S3ClientConfig
 from mpreader.errors import ObjectMissing, PlanError
 from mpreader.sources.http import HttpSource
+from mpreader.sources.uri import without_secrets
 
-__all__ = ["SourceObject", "find_objects", "passes", "without_secrets"]
+__all__ = ["SourceObject", "find_objects", "passes"]
 
 _MOST_LISTED: Final = 10_000  # enough large objects to measure with; a bucket may have millions
 
@@ -55,11 +56,6 @@ def find_objects(source: str, nbytes: int, s3client_config: S3ClientConfig) -> l
     # For each object the bytes of those before it: it is taken as long as they are too few.
     before = itertools.accumulate((item.nbytes for item in largest), initial=0)
     return [item for item, others in zip(largest, before, strict=False) if others < nbytes]
-
-
-def without_secrets(source: str) -> str:
-    """The source as it may be shown: a URL without user name, password and query."""
-    return source if source.startswith("s3://") else HttpSource(source).uri
 
 
 def passes(objects: Sequence[SourceObject], nbytes: int, part_size: int) -> Iterator[dict[str, list[tuple[int, int]]]]:

@@ -19,9 +19,10 @@ from mpreader.config import MiB, PoolConfig, S3ClientConfig
 from mpreader.errors import ConfigError
 from mpreader.host import Host
 from mpreader.pool.sizing import size_pool
+from mpreader.sources.uri import without_secrets
 from mpreader.telemetry.progress import progress_bar
 from mpreader.tools.bench.measurement import Benchmark, Measurement, Settings
-from mpreader.tools.bench.objects import find_objects, without_secrets
+from mpreader.tools.bench.objects import find_objects
 
 __all__ = [
     "AXES",

@@ -25,7 +25,7 @@ _WRITE_AGAIN: Final = "upload it again, from where it was written: aws s3 cp"
 
 
 class _Files(NamedTuple):
-    """What was found of the files of a checkpoint.
+    """Files of a checkpoint: those whose headers were read, and the errors of the others.
 
     Attributes:
         read: The files whose headers are right.

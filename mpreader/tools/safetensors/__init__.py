@@ -1,1 +1,1 @@
-"""What the commands do with safetensors files: tell them from DCP checkpoints, describe them, load them."""
+"""Tools for safetensors files, behind the commands: telling them from DCP checkpoints, descriptions, timed loads."""

@@ -18,7 +18,7 @@ from mpreader.fetch.summary import FileSummary, LoadSummary, ShardedLoadSummary,
 from mpreader.formats.safetensors import StoredTensor
 from mpreader.host import Host
 from mpreader.pool.sizing import size_pool
-from mpreader.tools.safetensors.kind import without_secrets
+from mpreader.sources.uri import without_secrets
 from mpreader.tools.safetensors.requests import load_summary, path_in, sharded_summary
 
 __all__ = ["SafetensorsSummary", "describe_safetensors", "matching"]

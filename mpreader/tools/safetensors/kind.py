@@ -12,9 +12,8 @@ from mpreader.fetch.local import path_of
 from mpreader.fetch.safetensors import INDEX, SUFFIX
 from mpreader.readers.client import S3Client
 from mpreader.s3 import parse_s3_uri
-from mpreader.sources.http import HttpSource
 
-__all__ = ["has_files", "has_safetensors", "is_named_so", "without_secrets"]
+__all__ = ["has_files", "has_safetensors", "is_named_so"]
 
 _METADATA: Final = ".metadata"
 _MOST_LISTED: Final = 10_000  # objects; a bucket may have millions
@@ -67,11 +66,6 @@ def has_safetensors(uri: str, s3client_config: S3ClientConfig | None) -> bool:
     finally:
         client.close()
     return has_files(uri, s3client_config)
-
-
-def without_secrets(uri: str) -> str:
-    """The URI as it may be shown: a URL without user name, password and query."""
-    return HttpSource(uri).uri if uri.startswith(("http://", "https://")) else uri
 
 
 def _refuse_local_dcp(path: str) -> None:

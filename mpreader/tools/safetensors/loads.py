@@ -27,7 +27,7 @@ __all__ = ["SafetensorsLoad", "time_safetensors_loads"]
 
 
 class SafetensorsLoad(NamedTuple):
-    """What is loaded, and how.
+    """Load to be timed: its source, the tensors that it takes, and its settings.
 
     Attributes:
         uri: URI, URL or path of a file or of a directory.
